@@ -1,0 +1,58 @@
+"""Errors that speak to the user: what is wrong, where, and what to do about it.
+
+Commands catch :class:`UserError`, print it as one message and leave with exit code 2; anything else is a defect of ours
+and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake that the user can mend.
+
+    Args:
+        what: what is wrong, as one sentence without its full stop.
+        where: the file, line or config key that it concerns.
+        remedy: what to do about it.
+    """
+
+    def __init__(self, what: str, where: str = "", remedy: str = "") -> None:
+        self.what, self.where, self.remedy = what, where, remedy
+        super().__init__(what, where, remedy)
+
+    def __str__(self) -> str:
+        place = f"{self.where}: " if self.where else ""
+        advice = f" {self.remedy[0].upper()}{self.remedy[1:].rstrip('.')}." if self.remedy else ""
+        return f"{place}{self.what.rstrip('.')}.{advice}"
+
+
+class ConfigError(UserError):
+    """A config key or value that cannot be."""
+
+
+class DataError(UserError):
+    """A corpus, a text file or a prepared data folder that cannot be used."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, incomplete, altered, or of another model."""
+
+
+class LaunchError(UserError):
+    """Processes, ports, ranks or layouts that cannot be had."""
+
+
+class MissingDependency(UserError):
+    """A library that this command needs and that is not installed."""
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """The part of a message that offers near spellings, and every choice where none is near."""
+    known = sorted(choices)
+    near = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
+    if near:
+        return f"did you mean {' or '.join(repr(n) for n in near)}?"
+    return f"known: {', '.join(known)}"
