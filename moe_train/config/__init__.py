@@ -1,0 +1,38 @@
+"""Typed configuration: one frozen dataclass per Hydra group, validated before anything is launched."""
+
+from __future__ import annotations
+
+from moe_train.config.build import build, to_mapping
+from moe_train.config.model import ModelConfig
+from moe_train.config.run import (
+    EngineConfig,
+    LaunchConfig,
+    LayoutConfig,
+    RunConfig,
+    SearchConfig,
+    TaskConfig,
+)
+from moe_train.config.training import (
+    CheckpointConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    TrainingConfig,
+    ValidationConfig,
+)
+
+__all__ = [
+    "CheckpointConfig",
+    "EngineConfig",
+    "LaunchConfig",
+    "LayoutConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "RunConfig",
+    "ScheduleConfig",
+    "SearchConfig",
+    "TaskConfig",
+    "TrainingConfig",
+    "ValidationConfig",
+    "build",
+    "to_mapping",
+]

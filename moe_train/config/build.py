@@ -1,0 +1,119 @@
+"""Turns a composed mapping (from Hydra or from JSON) into frozen dataclasses, and says clearly what does not fit.
+
+No Hydra here: any mapping will do, so that a checkpoint's ``config.json`` and a test use the same road.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar, Union, get_args, get_origin
+
+from moe_train.errors import ConfigError, did_you_mean
+
+T = TypeVar("T")
+
+
+def build(cls: type[T], mapping: Mapping[str, Any], where: str = "") -> T:
+    """Builds the dataclass ``cls`` from ``mapping``, strictly.
+
+    Args:
+        cls: a dataclass; nested dataclasses are built from nested mappings.
+        mapping: keys are field names; a missing key takes the field's default.
+        where: dotted prefix for messages, e.g. ``"model"``.
+
+    Raises:
+        ConfigError: an unknown key (near spellings are offered), a missing one, or a value of the wrong type;
+            also whatever the dataclass's ``__post_init__`` raises.
+    """
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
+    for key in mapping:
+        if key not in fields:
+            raise ConfigError(f"unknown key '{_join(where, key)}'", remedy=did_you_mean(str(key), fields))
+    hints = typing.get_type_hints(cls)
+    values: dict[str, Any] = {}
+    for name, field in fields.items():
+        if name in mapping:
+            values[name] = _convert(hints[name], mapping[name], _join(where, name))
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"the key '{_join(where, name)}' has no value", remedy=f"set {_join(where, name)}=…")
+    return cls(**values)
+
+
+def to_mapping(config: Any) -> dict[str, Any]:
+    """The inverse of :func:`build`: nested plain dicts and lists, ready for JSON."""
+    return _plain(dataclasses.asdict(config))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain(v) for v in value]
+    return value
+
+
+def _join(where: str, name: str) -> str:
+    return f"{where}.{name}" if where else str(name)
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    origin = get_origin(hint)
+    if hint is Any:
+        return value
+    if origin in (Union, types.UnionType):
+        return _convert_union(get_args(hint), value, where)
+    if origin is typing.Literal:
+        return _convert_literal(get_args(hint), value, where)
+    if dataclasses.is_dataclass(hint):
+        if isinstance(value, hint):  # type: ignore[arg-type]
+            return value
+        return build(hint, _expect(Mapping, value, where, "a group of keys"), where)  # type: ignore[arg-type]
+    if origin in (tuple, list):
+        items = _expect(Sequence, value, where, "a list")
+        return tuple(_convert(get_args(hint)[0], v, f"{where}[{i}]") for i, v in enumerate(items))
+    if origin in (dict, Mapping) or hint is Mapping or (isinstance(origin, type) and issubclass(origin, Mapping)):
+        return dict(_expect(Mapping, value, where, "a group of keys"))
+    return _convert_scalar(hint, value, where)
+
+
+def _convert_union(options: tuple[Any, ...], value: Any, where: str) -> Any:
+    if value is None and type(None) in options:
+        return None
+    errors: list[ConfigError] = []
+    for option in options:
+        if option is not type(None):
+            try:
+                return _convert(option, value, where)
+            except ConfigError as error:
+                errors.append(error)
+    raise errors[0]
+
+
+def _convert_literal(options: tuple[Any, ...], value: Any, where: str) -> Any:
+    # YAML reads a bare `off` or `no` as False; nobody writes those for a literal here, so compare as they stand.
+    if value in options:
+        return value
+    raise ConfigError(f"'{where}' cannot be {value!r}", remedy=did_you_mean(str(value), [str(o) for o in options]))
+
+
+def _convert_scalar(hint: Any, value: Any, where: str) -> Any:
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-3 as a string
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    raise ConfigError(f"'{where}' must be {names.get(hint, hint)}, not {value!r}", remedy=f"correct {where}=…")
+
+
+def _expect(kind: Any, value: Any, where: str, name: str) -> Any:
+    if isinstance(value, kind) and not isinstance(value, (str, bytes)):
+        return value
+    raise ConfigError(f"'{where}' must be {name}, not {value!r}", remedy=f"correct {where}=…")

@@ -1,0 +1,113 @@
+"""The whole of a training run, and the small groups that need no file of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from moe_train.config import check
+from moe_train.config.model import ModelConfig
+from moe_train.config.training import TrainingConfig
+from moe_train.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """What is learnt from the data folder.
+
+    Attributes:
+        name: ``translation``.
+        directions: train on these only, e.g. ``[en-de, de-en]`` (empty: all that the data folder names).
+        source_tag, target_tag: which language tag starts the source and the decoder's input: ``source``, ``target`` or
+            ``none`` (NLLB: ``source`` and ``target``; SMoE's scripts: ``target`` and ``target``).
+    """
+
+    name: str = "translation"
+    directions: tuple[str, ...] = ()
+    source_tag: Literal["source", "target", "none"] = "target"
+    target_tag: Literal["source", "target", "none"] = "none"
+
+    def __post_init__(self) -> None:
+        if "target" not in (self.source_tag, self.target_tag) and len(self.directions) != 1:
+            raise ConfigError(
+                "with several directions the model must be told the target language",
+                remedy="set task.source_tag=target or task.target_tag=target",
+            )
+
+
+@dataclass(frozen=True)
+class LayoutConfig:
+    """Which rank holds which experts. world = replicas x expert_parallel."""
+
+    name: str = "data_parallel"
+    expert_parallel: int = 1
+
+    def __post_init__(self) -> None:
+        check.positive("layout.expert_parallel", self.expert_parallel)
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Who reduces gradients and steps the optimizer."""
+
+    name: Literal["ddp"] = "ddp"
+    bucket_mb: int = 25
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """How processes come to life.
+
+    Attributes:
+        processes: processes to start on this host (1: run in this one; ignored under torchrun, which has started them).
+        port: rendezvous port (0: a free one is found).
+        timeout_minutes: a collective that waits longer than this ends the job.
+        device: ``auto`` takes a GPU per process where there is one.
+    """
+
+    processes: int = 1
+    port: int = 0
+    timeout_minutes: float = 30.0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    def __post_init__(self) -> None:
+        check.positive("launch.processes", self.processes)
+        check.positive("launch.timeout_minutes", self.timeout_minutes)
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"'launch.port' cannot be {self.port}", remedy="choose a port from 0 (any) to 65535")
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """Beam search. ``length_penalty`` is the exponent of the length that a hypothesis' score is divided by."""
+
+    beam: int = 5
+    length_penalty: float = 1.0
+    max_length_ratio: float = 2.0
+    max_length_offset: int = 10
+    batch_tokens: int = 4096
+
+    def __post_init__(self) -> None:
+        for key in ("beam", "batch_tokens", "max_length_ratio"):
+            check.positive(f"search.{key}", getattr(self, key))
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that ``moe-train`` reads. ``routing`` is kept as a mapping here: its dataclass belongs to the strategy."""
+
+    data: str
+    seed: int = 1
+    routing: Mapping[str, Any] = field(default_factory=lambda: {"name": "dense"})
+    model: ModelConfig = field(default_factory=ModelConfig)
+    layout: LayoutConfig = field(default_factory=LayoutConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    resume: Literal["auto", "never", "must"] = "auto"
+
+    def __post_init__(self) -> None:
+        check.not_negative("seed", self.seed)

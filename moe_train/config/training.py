@@ -1,0 +1,123 @@
+"""How a model is trained: batches, optimizer, schedule, precision, checkpoints, when to stop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from moe_train.config import check
+from moe_train.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Adam(W) by default; ``sgd`` is there for parity checks."""
+
+    name: Literal["adam", "adamw", "sgd"] = "adam"
+    lr: float = 5e-4
+    betas: tuple[float, ...] = (0.9, 0.98)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    momentum: float = 0.0
+
+    def __post_init__(self) -> None:
+        check.positive("training.optimizer.lr", self.lr)
+        check.not_negative("training.optimizer.weight_decay", self.weight_decay)
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The learning rate over updates: linear warm-up to ``optimizer.lr``, then the named decay.
+
+    ``end_lr`` is the floor of ``linear``, ``cosine`` and ``polynomial``, which end at ``training.max_updates``.
+    """
+
+    name: Literal["inverse_sqrt", "linear", "cosine", "polynomial", "constant"] = "inverse_sqrt"
+    warmup_updates: int = 4000
+    warmup_init_lr: float = 1e-7
+    end_lr: float = 0.0
+    power: float = 1.0
+
+    def __post_init__(self) -> None:
+        check.not_negative("training.schedule.warmup_updates", self.warmup_updates)
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When checkpoints are written and which are kept. ``last`` and ``best`` are always kept.
+
+    ``average`` = number of last checkpoints whose mean is written as ``averaged`` at the end (0: none).
+    """
+
+    every_updates: int = 1000
+    keep: int = 3
+    average: int = 0
+    asynchronous: bool = False
+
+    def __post_init__(self) -> None:
+        check.positive("training.checkpoint.every_updates", self.every_updates)
+        check.positive("training.checkpoint.keep", self.keep)
+        check.not_negative("training.checkpoint.average", self.average)
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """How often to validate, by what to choose ``best``, and when to stop early (``patience`` validations without gain)."""
+
+    every_updates: int = 500
+    metric: Literal["loss", "bleu"] = "loss"
+    patience: int = 0
+    max_sentences: int = 0
+    bleu: bool = False
+
+    def __post_init__(self) -> None:
+        check.positive("training.validation.every_updates", self.every_updates)
+        check.not_negative("training.validation.patience", self.patience)
+        if self.metric == "bleu" and not self.bleu:
+            raise ConfigError(
+                "training.validation.metric=bleu needs BLEU to be computed", remedy="set training.validation.bleu=true"
+            )
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The loop.
+
+    Attributes:
+        max_updates: optimizer steps in all.
+        tokens_per_update: target tokens (padding included) of one update, over all ranks.
+        accumulation: micro-batches that an update is cut into; each micro-batch is shared by all ranks.
+        max_sentence_tokens: longer training sentences are left out and counted.
+        clip_norm: gradients are scaled down to this norm (0: never).
+        precision: ``fp32``, ``bf16`` or ``fp16`` (with loss scaling); routers stay in fp32.
+        recompute: recompute each layer's activations in the backward pass to save memory.
+        temperature: directions are sampled in proportion to size^(1/temperature).
+        nonfinite_limit: this many updates in a row without a finite gradient end the run.
+        threads: CPU threads per process (0: cores divided by the processes on this host).
+    """
+
+    max_updates: int = 10000
+    tokens_per_update: int = 8192
+    accumulation: int = 1
+    max_sentence_tokens: int = 256
+    temperature: float = 1.0
+    label_smoothing: float = 0.1
+    clip_norm: float = 1.0
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    recompute: bool = False
+    nonfinite_limit: int = 20
+    log_every: int = 50
+    threads: int = 0
+    init_from: str | None = None
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+
+    def __post_init__(self) -> None:
+        for key in ("max_updates", "tokens_per_update", "accumulation", "max_sentence_tokens", "temperature"):
+            check.positive(f"training.{key}", getattr(self, key))
+        for key in ("clip_norm", "threads"):
+            check.not_negative(f"training.{key}", getattr(self, key))
+        check.positive("training.log_every", self.log_every)
+        check.probability("training.label_smoothing", self.label_smoothing)

@@ -1,0 +1,29 @@
+"""Routing: tokens → Assignment. One file a strategy; importing this package registers them all. Needs torch alone."""
+
+from __future__ import annotations
+
+from moe_train.routing import dense
+from moe_train.routing.base import Router, RouterInputs, RoutingConfig
+from moe_train.routing.context import Alone, Ranks, RoutingContext
+from moe_train.routing.registry import build_router, decoder_config, register, routing_config, strategies, strategy
+from moe_train.routing.types import Assignment, AuxiliaryLoss, Routing, RoutingStatistics
+
+__all__ = [
+    "Alone",
+    "Assignment",
+    "AuxiliaryLoss",
+    "Ranks",
+    "Router",
+    "RouterInputs",
+    "Routing",
+    "RoutingConfig",
+    "RoutingContext",
+    "RoutingStatistics",
+    "build_router",
+    "decoder_config",
+    "dense",
+    "register",
+    "routing_config",
+    "strategies",
+    "strategy",
+]

@@ -1,0 +1,112 @@
+"""The base class of routers, and the keys that every strategy's config shares."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor, nn
+
+from moe_train.config import check
+from moe_train.errors import ConfigError
+from moe_train.routing.context import RoutingContext
+from moe_train.routing.types import Routing, RoutingStatistics
+
+LayerKind = Literal["dense", "sparse", "stratified", "soft"]
+
+
+@dataclass(frozen=True)
+class RoutingConfig:
+    """Keys that all strategies have; each strategy adds its own in its own file.
+
+    Attributes:
+        name: the strategy.
+        num_experts: E, experts of one sparse layer (in all, over all ranks).
+        expert_ffn_dim: hidden width of an expert; None takes ``model.ffn_dim``.
+        expert_sublayers: residual feed-forward sub-layers that make up one expert (X-MoE and BASE: 3).
+        passes: forward passes over the batch in training, done as one over the repeated batch (THOR: 2).
+        consistency_weight: α of the symmetric divergence between the passes (THOR; R-Drop with one expert).
+        decoder: what the decoder uses instead, as a strategy's name or a mapping of its keys; None: the same.
+    """
+
+    name: str = ""
+    num_experts: int = 8
+    expert_ffn_dim: int | None = None
+    expert_sublayers: int = 1
+    passes: int = 1
+    consistency_weight: float = 0.0
+    decoder: str | Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        check.positive("routing.num_experts", self.num_experts)
+        check.positive("routing.expert_sublayers", self.expert_sublayers)
+        check.not_negative("routing.consistency_weight", self.consistency_weight)
+        if self.expert_ffn_dim is not None:
+            check.positive("routing.expert_ffn_dim", self.expert_ffn_dim)
+        if self.passes not in (1, 2):
+            raise ConfigError(f"routing.passes must be 1 or 2, not {self.passes}", remedy="set routing.passes=2 for THOR")
+        if self.consistency_weight and self.passes == 1:
+            raise ConfigError("routing.consistency_weight compares two passes", remedy="set routing.passes=2")
+
+
+@dataclass(frozen=True)
+class RouterInputs:
+    """What a router is built from, besides its config.
+
+    Attributes:
+        dim: d, width of the tokens it sees.
+        layer: number of its sparse block.
+        seed: for tables that are drawn once (hash).
+        token_frequency: [V] counts of the training text per vocabulary id, where known (hash balances by it).
+        vocabulary: V, 0 where there are no token ids (images).
+    """
+
+    dim: int
+    layer: int = 0
+    seed: int = 1
+    token_frequency: Tensor | None = None
+    vocabulary: int = 0
+
+
+class Router(nn.Module):
+    """Tokens → :class:`Routing`. Subclasses are registered by :func:`moe_train.routing.registry.register`.
+
+    Class attributes:
+        layer_kind: which layer composes it with the experts.
+        causal: false where an output depends on later tokens, which a decoder must not.
+    """
+
+    layer_kind: ClassVar[LayerKind] = "sparse"
+    causal: ClassVar[bool] = True
+
+    def __init__(self, config: RoutingConfig, inputs: RouterInputs) -> None:
+        super().__init__()
+        self.config = config
+        self.num_experts = config.num_experts
+
+    def forward(self, x: Tensor, context: RoutingContext) -> Routing:
+        """Routes x [T, d]. Scores are computed in fp32 whatever the precision of x."""
+        raise NotImplementedError
+
+    def after_update(self, statistics: RoutingStatistics) -> None:
+        """Called once per optimizer update with statistics summed over the world; for what learns from loads."""
+
+    @classmethod
+    def experts_per_token(cls, config: RoutingConfig) -> float:
+        """Expected pairs per token at inference, for the FLOPs in closed form (uniform routing where it varies)."""
+        raise NotImplementedError
+
+    @classmethod
+    def router_flops_per_token(cls, config: RoutingConfig, dim: int) -> float:
+        """FLOPs of the scores per token (multiply-adds count as two)."""
+        return 2.0 * dim * config.num_experts
+
+    @classmethod
+    def check_decoder(cls, config: RoutingConfig) -> None:
+        """Raises ConfigError where the strategy as configured would see future tokens in a decoder."""
+        if not cls.causal:
+            raise ConfigError(
+                f"routing={config.name} looks at later tokens, which a decoder must not see",
+                remedy="name what the decoder uses instead, e.g. routing.decoder=top_k, or set model.decoder_sparse_layers=none",
+            )

@@ -1,0 +1,75 @@
+"""Counted draws: randomness that is a function of where and when, not of a generator's state.
+
+Every random choice hashes (seed, update, pass, layer, sentence, position, stream). Activation recomputation, resuming,
+any number of ranks, step-by-step decoding and beam reordering therefore all see the same draw, which no stateful
+generator can promise. The hash is SplitMix64's finaliser (Steele et al., 2014) in wrapping int64 arithmetic.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moe_train.routing.context import RoutingContext
+
+_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64
+_MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
+_MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
+
+
+def _shift(value: Tensor, bits: int) -> Tensor:
+    """A logical right shift of int64."""
+    return (value >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def hash64(value: Tensor) -> Tensor:
+    """Mixes int64 of any shape into int64 that look uniform."""
+    value = value + _GOLDEN
+    value = (value ^ _shift(value, 30)) * _MIX_1
+    value = (value ^ _shift(value, 27)) * _MIX_2
+    return value ^ _shift(value, 31)
+
+
+def combine(state: Tensor, part: Tensor | int) -> Tensor:
+    """Absorbs one more coordinate into a hash state (broadcasting)."""
+    part = part if isinstance(part, Tensor) else torch.tensor(part, device=state.device)
+    return hash64(state ^ hash64(part))
+
+
+def uniform_from(state: Tensor) -> Tensor:
+    """fp64 in [0, 1) from hashed int64: the top 53 bits."""
+    return _shift(state, 11).to(torch.float64) * (1.0 / (1 << 53))
+
+
+def counted(context: RoutingContext, stream: int, *, per: str = "token") -> Tensor:
+    """Hashed int64 [T] for each token of the context.
+
+    Args:
+        stream: a number that tells apart the draws of one router (jitter, second expert ...).
+        per: ``token`` (own draw each), ``sentence`` (shared by a sentence's tokens) or ``batch`` (shared by all).
+
+    Raises:
+        ValueError: another ``per``.
+    """
+    if per not in ("token", "sentence", "batch"):
+        raise ValueError(f"draws are per token, sentence or batch, not per {per!r}")
+    state = torch.zeros_like(context.pass_index)
+    for part in (context.seed, context.update, context.layer, stream):
+        state = combine(state, part)
+    state = combine(state, context.pass_index)
+    if per != "batch":
+        state = combine(state, context.sentence_uid)
+    if per == "token":
+        state = combine(state, context.position)
+    return state
+
+
+def counted_uniform(context: RoutingContext, stream: int, width: int = 1, *, per: str = "token") -> Tensor:
+    """fp64 uniforms in [0, 1), [T, width]; see :func:`counted`."""
+    state = counted(context, stream, per=per).unsqueeze(1)
+    return uniform_from(combine(state, torch.arange(width, device=state.device)))
+
+
+def counted_integer(context: RoutingContext, stream: int, high: int, *, per: str = "token") -> Tensor:
+    """int64 uniforms in 0 .. high - 1, [T]; see :func:`counted`."""
+    return (uniform_from(counted(context, stream, per=per)) * high).long().clamp_(max=high - 1)

@@ -1,0 +1,92 @@
+"""Strategies by name. Adding one is a file beside this that calls :func:`register`, and a line in ``__init__``."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from moe_train.config.build import build
+from moe_train.errors import ConfigError, did_you_mean
+from moe_train.routing.base import Router, RouterInputs, RoutingConfig
+
+R = TypeVar("R", bound=type[Router])
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A registered strategy: its config dataclass and its router class."""
+
+    name: str
+    config: type[RoutingConfig]
+    router: type[Router]
+
+
+_STRATEGIES: dict[str, Strategy] = {}
+
+
+def register(name: str, config: type[RoutingConfig]) -> Callable[[R], R]:
+    """Class decorator that makes ``routing=name`` build the decorated router.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+
+    def decorate(router: R) -> R:
+        if name in _STRATEGIES:
+            raise ValueError(f"the strategy {name!r} is registered twice")
+        _STRATEGIES[name] = Strategy(name, config, router)
+        return router
+
+    return decorate
+
+
+def strategies() -> Mapping[str, Strategy]:
+    """All registered strategies by name."""
+    return dict(_STRATEGIES)
+
+
+def strategy(name: str) -> Strategy:
+    """The strategy of that name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in _STRATEGIES:
+        raise ConfigError(f"there is no routing strategy '{name}'", remedy=did_you_mean(name, _STRATEGIES))
+    return _STRATEGIES[name]
+
+
+def routing_config(keys: Mapping[str, Any]) -> RoutingConfig:
+    """Builds the strategy's own config from the ``routing`` group.
+
+    Raises:
+        ConfigError: an unknown strategy or key, or values that cannot be.
+    """
+    name = keys.get("name")
+    if not name:
+        raise ConfigError("the routing group names no strategy", remedy=f"set routing=…; {did_you_mean('', _STRATEGIES)}")
+    return build(strategy(str(name)).config, keys, "routing")
+
+
+def decoder_config(config: RoutingConfig) -> RoutingConfig:
+    """What the decoder routes with: ``routing.decoder`` where it is set, else the same; refused where it is not causal.
+
+    Keys that ``routing.decoder`` leaves out are taken from the encoder's config where both strategies have them
+    (num_experts, expert sizes ...), so that naming a strategy is enough.
+    """
+    chosen = config
+    if config.decoder is not None:
+        keys = {"name": config.decoder} if isinstance(config.decoder, str) else dict(config.decoder)
+        target = strategy(str(keys.get("name", "")))
+        shared = {f.name for f in dataclasses.fields(target.config)} & {f.name for f in dataclasses.fields(RoutingConfig)}
+        inherited = {n: getattr(config, n) for n in shared - {"name", "decoder"}}
+        chosen = build(target.config, {**inherited, **keys}, "routing.decoder")
+    strategy(chosen.name).router.check_decoder(chosen)
+    return chosen
+
+
+def build_router(config: RoutingConfig, inputs: RouterInputs) -> Router:
+    """The router of one sparse block."""
+    return strategy(config.name).router(config, inputs)

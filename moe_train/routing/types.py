@@ -1,0 +1,119 @@
+"""What routers return. Shapes: T tokens (real ones only), P pairs, k choices, E experts.
+
+Every strategy is a way to make an :class:`Assignment`; the expert pool carries it out:
+``y_t = Σ over pairs (t, e, w) of w · f_e(x_t)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Pairs of a token and an expert. A token may stand in no pair, then the layer adds nothing to it.
+
+    Attributes:
+        token: [P] int64, row of x.
+        expert: [P] int64, global expert id.
+        weight: [P] fp32, differentiable.
+        choice_rank: [P] int64, 0 for a first choice, 1 for a second ...
+    """
+
+    token: Tensor
+    expert: Tensor
+    weight: Tensor
+    choice_rank: Tensor
+
+
+@dataclass(frozen=True)
+class AuxiliaryLoss:
+    """A loss that a router asks for.
+
+    ``value`` is this rank's share: the sum over the ranks that share the micro-batch is the loss as one process would
+    compute it, and so are the gradients. ``weight`` is its coefficient in the objective. 0-dim fp32.
+    """
+
+    value: Tensor
+    weight: float
+
+
+@dataclass(frozen=True)
+class RoutingStatistics:
+    """Additive counts (sums over this rank's tokens, no gradient), so that ranks and micro-batches can be summed.
+
+    Attributes:
+        load: [E] pairs carried out per expert.
+        requested: [E] pairs asked for per expert, drops included.
+        tokens: 0-dim, tokens routed.
+        entropy: 0-dim, summed over tokens, in nats (0 where a strategy has no distribution).
+        extra: further additive counts of a strategy, by name.
+    """
+
+    load: Tensor
+    requested: Tensor
+    tokens: Tensor
+    entropy: Tensor
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def dropped(self) -> Tensor:
+        """0-dim: pairs asked for and not carried out."""
+        return self.requested.sum() - self.load.sum()
+
+
+@dataclass(frozen=True)
+class Routing:
+    """A router's whole answer.
+
+    Attributes:
+        assignment: the pairs to carry out.
+        choices: [T, k] expert ids before drops (-1: no choice); what priority, SMoE's next stratum and fluctuation look at.
+        kept: [T, k] bool, false where capacity dropped the choice.
+        losses: by name, for example ``balance_loss``.
+        statistics: counts for the log, for balancing and for analysis.
+    """
+
+    assignment: Assignment
+    choices: Tensor
+    kept: Tensor
+    losses: Mapping[str, AuxiliaryLoss]
+    statistics: RoutingStatistics
+
+
+def assignment_from_choices(choices: Tensor, weights: Tensor, kept: Tensor | None = None) -> Assignment:
+    """Pairs from a token's choices.
+
+    Args:
+        choices: [T, k] expert ids; negative ids are no pair.
+        weights: [T, k] fp32.
+        kept: [T, k] bool; None keeps every choice (then shapes stay static and no host sync is needed).
+    """
+    tokens, k = choices.shape
+    token = torch.arange(tokens, device=choices.device).unsqueeze(1).expand(tokens, k)
+    rank = torch.arange(k, device=choices.device).unsqueeze(0).expand(tokens, k)
+    if kept is None:
+        return Assignment(token.reshape(-1), choices.reshape(-1), weights.reshape(-1), rank.reshape(-1))
+    return Assignment(token[kept], choices[kept], weights[kept], rank[kept])
+
+
+def count_statistics(
+    choices: Tensor,
+    kept: Tensor | None,
+    num_experts: int,
+    probabilities: Tensor | None = None,
+    extra: Mapping[str, Tensor] | None = None,
+) -> RoutingStatistics:
+    """The statistics of a token-choice router from choices [T, k], kept [T, k] and probabilities [T, E]."""
+    with torch.no_grad():
+        requested = torch.bincount(choices.reshape(-1), minlength=num_experts)
+        load = requested if kept is None else torch.bincount(choices[kept], minlength=num_experts)
+        entropy = torch.zeros((), device=choices.device)
+        if probabilities is not None and probabilities.numel():
+            entropy = torch.special.entr(probabilities).sum()
+        tokens = torch.tensor(choices.shape[0], device=choices.device)
+        return RoutingStatistics(load, requested, tokens, entropy, dict(extra or {}))
