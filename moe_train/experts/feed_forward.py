@@ -12,7 +12,7 @@ from moe_train.experts.plan import RowPlan
 
 def run_experts(rows: Tensor, plan: RowPlan, stacks: list[StackedFeedForward], training: bool) -> Tensor:
     """f_e of each row: rows [P, d] in expert order → [P, d]."""
-    parts = torch.split(rows, plan.counts)
+    parts = torch.split(rows, list(plan.counts))
     return torch.cat([_expert(part, e, stacks, training) for e, part in enumerate(parts)])
 
 

@@ -67,12 +67,11 @@ def initialise(stacks: Sequence[StackedFeedForward], expert_ids: Sequence[int]) 
     One number is taken from torch's default generator whatever the layout, so that expert e starts with the same
     weights on one process and on many, provided that these share their seed.
     """
-    base = int(torch.randint(2**62, ()).item())
+    base = int(torch.randint(2**62, (), device="cpu").item())
+    device = stacks[0].fc1_weight.device
+    if device.type == "meta":
+        return
     for row, expert in enumerate(expert_ids):
-        for stack in stacks:
-            if stack.fc1_weight.is_meta:
-                return
-        device = stacks[0].fc1_weight.device
         generator = torch.Generator(device=device).manual_seed((base + 0x9E3779B97F4A7C15 * (expert + 1)) % 2**63)
         for stack in stacks:
             stack.reset(row, generator)
