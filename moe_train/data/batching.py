@@ -1,0 +1,221 @@
+"""Micro-batches that belong to the world: (seed, update) alone fix them, however many ranks share them out.
+
+An *item* is a sentence in a direction. Items are numbered direction after direction. An epoch takes from every direction
+its share, sorts by length so that micro-batches carry little padding, cuts under a budget of tokens, and shuffles the
+micro-batches. Decisions that callers may rely on:
+
+- At temperature 1 every item comes exactly once an epoch. At another temperature direction d gives
+  ``N · n_d^(1/T) / Σ n^(1/T)`` items (Arivazhagan et al. 2019), read from an endless sequence of permutations of the direction, so
+  that none of its items comes twice before all have come.
+- An update never mixes epochs. The micro-batches of an epoch are dealt evenly to its updates, so some updates hold
+  fewer than ``accumulation``; the counts are the same for every rank.
+- Every epoch has the same number of updates, so any update is reached by planning one epoch, never by replay.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moe_train.data.cutting import cut, in_length_order
+from moe_train.errors import DataError
+
+Indices = NDArray[np.int64]
+
+# Streams of draws, so that two uses of one (seed, epoch) never share numbers.
+_PERMUTATION, _TIES, _ORDER, _SURPLUS = range(4)
+
+
+@dataclass(frozen=True)
+class BatchSettings:
+    """How an epoch is cut up.
+
+    Attributes:
+        tokens_per_update: target tokens (padding included) of one update, over all ranks.
+        accumulation: micro-batches of an update.
+        temperature: directions are sampled in proportion to size^(1/temperature).
+        max_sentence_tokens: items longer than this on either side are left out.
+        seed: the run's seed.
+    """
+
+    tokens_per_update: int
+    accumulation: int = 1
+    temperature: float = 1.0
+    max_sentence_tokens: int = 256
+    seed: int = 1
+
+    @property
+    def budget(self) -> int:
+        """Target tokens of one micro-batch, padding included."""
+        return max(1, self.tokens_per_update // self.accumulation)
+
+    @property
+    def longest(self) -> int:
+        """The longest item that is kept: one that outgrows a micro-batch of its own cannot be trained on."""
+        return min(self.max_sentence_tokens, self.budget)
+
+
+@dataclass(frozen=True)
+class Update:
+    """What the world does in one optimizer update.
+
+    Attributes:
+        epoch: counted from 1.
+        micro_batches: items of each micro-batch, sorted so that neighbours are of a length.
+        target_tokens: target tokens in all, without padding; what the update's loss is divided by.
+    """
+
+    epoch: int
+    micro_batches: tuple[Indices, ...]
+    target_tokens: int
+
+
+@dataclass(frozen=True)
+class _Epoch:
+    """A planned epoch: micro-batch m holds ``items[starts[m]:ends[m]]``; ``order`` is the shuffled order of the m."""
+
+    items: Indices
+    starts: Indices
+    ends: Indices
+    order: Indices
+
+
+class WorldBatches:
+    """The micro-batches of every update, by random access.
+
+    Args:
+        source_lengths, target_lengths: [N] tokens of each item, tags and end included.
+        direction_sizes: items of each direction, in the order of the items; they sum to N.
+        names: of the directions, for messages.
+
+    Raises:
+        DataError: nothing is left to train on.
+    """
+
+    def __init__(
+        self,
+        source_lengths: NDArray[np.integer],
+        target_lengths: NDArray[np.integer],
+        direction_sizes: Sequence[int],
+        settings: BatchSettings,
+        names: Sequence[str] = (),
+    ) -> None:
+        self.settings = settings
+        self._source = np.ascontiguousarray(source_lengths, dtype=np.int64)
+        self._target = np.ascontiguousarray(target_lengths, dtype=np.int64)
+        if len(self._source) != len(self._target) or sum(direction_sizes) != len(self._target):
+            raise ValueError("lengths and direction sizes do not agree")
+        kept = np.maximum(self._source, self._target) <= settings.longest
+        bounds = np.cumsum([0, *direction_sizes])
+        self._pools = [lo + np.flatnonzero(kept[lo:hi]) for lo, hi in itertools.pairwise(bounds)]
+        self.left_out = {
+            names[d] if names else str(d): int(size - len(pool))
+            for d, (size, pool) in enumerate(zip(direction_sizes, self._pools, strict=True))
+        }
+        if not any(len(pool) for pool in self._pools):
+            raise DataError(
+                f"no training sentence is left: all {len(kept)} are longer than {settings.longest} tokens or there are none",
+                remedy="raise training.max_sentence_tokens or training.tokens_per_update, or prepare more data",
+            )
+        self._shares = _shares([len(pool) for pool in self._pools], settings.temperature)
+        self._cache: dict[int, _Epoch] = {}
+        self._micro_batches = 0
+        self._micro_batches = len(self._plan(0).order)
+        self.updates_per_epoch = -(-self._micro_batches // settings.accumulation)
+
+    def update(self, u: int) -> Update:
+        """The update that follows ``u`` finished ones (0: the first)."""
+        epoch, within = divmod(u, self.updates_per_epoch)
+        plan = self._plan(epoch)
+        first, last = (self._micro_batches * n // self.updates_per_epoch for n in (within, within + 1))
+        batches = tuple(plan.items[plan.starts[m] : plan.ends[m]] for m in plan.order[first:last])
+        return Update(epoch + 1, batches, int(sum(self._target[b].sum() for b in batches)))
+
+    def padding(self) -> tuple[float, float]:
+        """Share of padding among the source and the target positions of the first epoch."""
+        plan = self._plan(0)
+        rows = plan.ends - plan.starts
+        shares = []
+        for lengths in (self._source[plan.items], self._target[plan.items]):
+            area = (np.maximum.reduceat(lengths, plan.starts) * rows).sum()
+            shares.append(1.0 - float(lengths.sum() / area))
+        return shares[0], shares[1]
+
+    def _plan(self, epoch: int) -> _Epoch:
+        if epoch not in self._cache:
+            planned = self._make_plan(epoch)
+            # Two epochs are enough for a loader that reads ahead over an epoch's end.
+            while len(self._cache) > 1:
+                del self._cache[min(self._cache, key=lambda e: -abs(e - epoch))]
+            self._cache[epoch] = planned
+        return self._cache[epoch]
+
+    def _make_plan(self, epoch: int) -> _Epoch:
+        budget = self.settings.budget
+        items = np.concatenate([self._take(d, epoch) for d in range(len(self._pools))])
+        items = items[self._draws(_TIES, epoch).permutation(len(items))]
+        items = items[in_length_order(self._source[items], self._target[items], budget)]
+        edges = cut(self._source[items], self._target[items], budget)
+        starts, ends = edges[:-1], edges[1:]
+        if self._micro_batches:
+            starts, ends = self._fit(starts, ends, epoch)
+        return _Epoch(items, starts, ends, self._draws(_ORDER, epoch).permutation(len(starts)))
+
+    def _take(self, direction: int, epoch: int) -> Indices:
+        """This epoch's stretch of the direction's endless sequence of permutations."""
+        pool, share = self._pools[direction], self._shares[direction]
+        taken: list[Indices] = []
+        position, end = epoch * share, (epoch + 1) * share
+        while position < end:
+            turn, offset = divmod(position, len(pool))
+            stop = min(len(pool), offset + end - position)
+            shuffled = pool[self._draws(_PERMUTATION, direction, turn).permutation(len(pool))]
+            taken.append(shuffled[offset:stop])
+            position += stop - offset
+        return np.concatenate(taken) if taken else np.empty(0, np.int64)
+
+    def _fit(self, starts: Indices, ends: Indices, epoch: int) -> tuple[Indices, Indices]:
+        """Makes the epoch as many micro-batches as the first one has.
+
+        At temperature 1 the sorted lengths are the same every epoch, hence the cuts too, and there is nothing to do.
+        Elsewhere an epoch is a sample: micro-batches with most rows are halved, or a few surplus ones left out.
+        """
+        wanted = self._micro_batches
+        if len(starts) > wanted:
+            keep = np.sort(self._draws(_SURPLUS, epoch).permutation(len(starts))[:wanted])
+            return starts[keep], ends[keep]
+        while len(starts) < wanted:
+            rows = ends - starts
+            largest = np.argsort(-rows, kind="stable")[: wanted - len(starts)]
+            largest = largest[rows[largest] > 1]
+            if not len(largest):  # every micro-batch is a single row: the rest of the epoch stays empty
+                empty = np.full(wanted - len(starts), ends[-1])
+                return np.concatenate([starts, empty]), np.concatenate([ends, empty])
+            middle = starts[largest] + rows[largest] // 2
+            starts, ends = np.sort(np.concatenate([starts, middle])), np.sort(np.concatenate([ends, middle]))
+        return starts, ends
+
+    def _draws(self, *key: int) -> np.random.Generator:
+        return np.random.Generator(np.random.Philox(np.random.SeedSequence([self.settings.seed, *key])))
+
+
+def split_micro_batch(indices: Indices, rank: int, world: int) -> Indices:
+    """The rows of a micro-batch that ``rank`` of ``world`` computes: every world-th, so lengths spread evenly."""
+    return indices[rank::world]
+
+
+def _shares(sizes: Sequence[int], temperature: float) -> list[int]:
+    """Items that each direction gives per epoch; they sum to the number of items (largest remainders)."""
+    total = sum(sizes)
+    if temperature == 1.0:
+        return list(sizes)
+    weights = np.array([float(n) ** (1.0 / temperature) if n else 0.0 for n in sizes])
+    exact = total * weights / weights.sum()
+    shares = np.floor(exact).astype(np.int64)
+    for d in np.argsort(shares - exact, kind="stable")[: total - int(shares.sum())]:
+        shares[d] += 1
+    return [int(n) for n in shares]
