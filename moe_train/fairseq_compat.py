@@ -1,0 +1,310 @@
+"""Every patch that fairseq 0.12.2 needs on Python 3.11+, torch 2.6+ and Hydra 1.3, each with its reason.
+
+Whatever uses fairseq asks for it here, so that the patches always come first::
+
+    from moe_train.fairseq_compat import fairseq
+
+or calls :func:`apply` before a plain ``import fairseq`` (DeepSpeed, which imports fairseq by itself, needs that in every
+process). fairseq's source on disk stays as it is. Importing this module imports neither fairseq nor torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import importlib
+import importlib.util
+import pickle
+import sys
+import types
+import warnings
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
+
+from moe_train.errors import CheckpointError, MissingDependency
+
+FAIRSEQ_VERSION = "0.12.2"
+
+_MARK = "__moe_train_patches__"
+
+
+@dataclasses.dataclass(frozen=True)
+class Patch:
+    """One repair: ``during`` surrounds the import of fairseq, ``after`` runs once it is imported."""
+
+    name: str
+    reason: str
+    during: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+    after: Callable[[], None] = lambda: None
+
+
+def require_fairseq() -> None:
+    """Checks that fairseq is installed, without importing it.
+
+    Raises:
+        MissingDependency: fairseq is not installed.
+    """
+    if "fairseq" not in sys.modules and importlib.util.find_spec("fairseq") is None:
+        raise MissingDependency(
+            "fairseq is not installed, and this needs it",
+            remedy=f"run scripts/setup.sh, or `pip install --no-deps fairseq=={FAIRSEQ_VERSION}` and moe_train[fairseq]",
+        )
+
+
+def apply(skip: Collection[str] = ()) -> tuple[str, ...]:
+    """Imports fairseq with every patch applied; does nothing the second time.
+
+    Args:
+        skip: names of patches to leave out (tests show with it what breaks).
+
+    Returns:
+        The names of the patches that are in force in this process.
+
+    Raises:
+        MissingDependency: fairseq is not installed.
+        ValueError: ``skip`` names an unknown patch.
+    """
+    if unknown := set(skip) - {patch.name for patch in PATCHES}:
+        raise ValueError(f"unknown patches: {', '.join(sorted(unknown))}")
+    module = sys.modules.get("fairseq")
+    if module is not None and hasattr(module, _MARK):
+        return tuple(getattr(module, _MARK))
+    require_fairseq()
+    patches = [patch for patch in PATCHES if patch.name not in skip]
+    with contextlib.ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(patch.during())
+        module = importlib.import_module("fairseq")
+    for patch in patches:
+        patch.after()
+    names = tuple(patch.name for patch in patches)
+    setattr(module, _MARK, names)
+    return names
+
+
+def __getattr__(name: str) -> Any:
+    if name == "fairseq":
+        apply()
+        return sys.modules["fairseq"]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+# --- the patches -----------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _hashable_dataclasses() -> Iterator[None]:
+    original = dataclasses.dataclass
+
+    def dataclass(cls: type | None = None, /, **options: Any) -> Any:
+        def decorate(cls: type) -> type:
+            if cls.__module__.partition(".")[0] in {"fairseq", "fairseq_cli"}:
+                options.setdefault("unsafe_hash", True)
+            return original(cls, **options)
+
+        return decorate if cls is None else decorate(cls)
+
+    dataclasses.dataclass = dataclass  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        dataclasses.dataclass = original
+
+
+@contextlib.contextmanager
+def _without_deepspeed() -> Iterator[None]:
+    if "deepspeed" in sys.modules:
+        yield
+        return
+    sys.modules["deepspeed"] = None  # type: ignore[assignment]  # Python's way to make an import fail
+    try:
+        yield
+    finally:
+        del sys.modules["deepspeed"]
+
+
+def _checkpoints_stay_data() -> None:
+    import torch
+    from fairseq import checkpoint_utils
+
+    def loads_data_only(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def load(path: Any, *args: Any, **kwargs: Any) -> Any:
+            try:
+                with torch.serialization.safe_globals(_harmless_types()):
+                    return function(path, *args, **kwargs)
+            except pickle.UnpicklingError as error:
+                raise CheckpointError(
+                    f"this fairseq checkpoint holds more than plain data, so it was not loaded ({_first_line(error)})",
+                    where=str(path),
+                    remedy="if you trust its author, save it anew with plain Python values",
+                ) from error
+
+        return load
+
+    for name in ("load_checkpoint_to_cpu", "load_ema_from_checkpoint"):
+        setattr(checkpoint_utils, name, loads_data_only(getattr(checkpoint_utils, name)))
+
+
+def _harmless_types() -> list[Any]:
+    """What fairseq writes into checkpoints beside tensors and Python's own types; building these runs no code."""
+    import numpy as np
+
+    scalars = [type(np.dtype(kind)) for kind in ("float32", "float64", "int32", "int64", "bool")]
+    return [argparse.Namespace, np._core.multiarray.scalar, np.dtype, *scalars]  # type: ignore[attr-defined]
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error)
+    found = [line.strip() for line in text.splitlines() if "GLOBAL" in line or "Unsupported" in line]
+    return (found or text.splitlines() or [""])[0]
+
+
+def _broadcasts_from_own_ranks() -> None:
+    import torch.distributed as dist
+    from fairseq.distributed import utils
+
+    def broadcast_object_slow(obj: Any, src_rank: int, group: Any, dist_device: Any) -> Any:
+        box = [obj]
+        dist.broadcast_object_list(box, src=src_rank, group=group, device=dist_device)
+        return box[0]
+
+    utils._broadcast_object_slow = broadcast_object_slow
+
+
+def _encoder_layers_load_plainly() -> None:
+    import torch.nn as nn
+    from fairseq.modules.transformer_layer import TransformerEncoderLayerBase
+
+    unused = ("in_proj_weight", "in_proj_bias", "out_proj_weight", "out_proj_bias")
+    unused += ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
+
+    def load(self: Any, state: Any, prefix: str, meta: Any, strict: bool, missing: list[str], *rest: Any) -> None:
+        nn.Module._load_from_state_dict(self, state, prefix, meta, strict, missing, *rest)
+        dead = {prefix + name for name in unused}
+        missing[:] = [key for key in missing if key not in dead]
+
+    TransformerEncoderLayerBase._load_from_state_dict = load
+
+
+def _compose_with_hydra_1_3() -> None:
+    import hydra
+    from fairseq.dataclass import utils
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.singleton import Singleton
+    from hydra.version import VersionBase
+    from omegaconf import DictConfig, OmegaConf
+
+    def compose(config_name: str, overrides: list[str], strict: bool = True) -> DictConfig:
+        config = hydra.compose(config_name, overrides=overrides)
+        OmegaConf.set_struct(config, strict)
+        return config
+
+    original = utils.convert_namespace_to_omegaconf
+
+    @functools.wraps(original)
+    def convert(args: argparse.Namespace) -> DictConfig:
+        # fairseq clears Hydra's global state; a Hydra application that calls it must find its own again.
+        states = (GlobalHydra, VersionBase)
+        kept = {kind: Singleton._instances.pop(kind) for kind in states if kind in Singleton._instances}
+        try:
+            with warnings.catch_warnings(category=UserWarning, action="ignore"):  # a page on its old config each time
+                return original(args)
+        finally:
+            for kind in states:
+                Singleton._instances.pop(kind, None)
+            Singleton._instances.update(kept)
+
+    # fairseq's config.yaml is written for Hydra 1.1: `# @package _group_` has another meaning from 1.2 on.
+    utils.initialize = functools.partial(hydra.initialize, version_base="1.1")
+    utils.compose = compose
+    _rebind(original, convert)
+
+
+def _rebind(old: Any, new: Any) -> None:
+    """Puts ``new`` wherever fairseq's modules hold ``old``: many import functions by name."""
+    for name, module in list(sys.modules.items()):
+        if module is None or name.partition(".")[0] not in {"fairseq", "fairseq_cli"}:
+            continue
+        for key, value in list(vars(module).items()):
+            if value is old:
+                setattr(module, key, new)
+
+
+def _ddp_on_cpu() -> None:
+    from fairseq.models import distributed_fairseq_model
+    from torch.nn.parallel import DistributedDataParallel
+
+    def wrap(module: Any, device_ids: Any = None, output_device: Any = None, **options: Any) -> DistributedDataParallel:
+        if all(parameter.device.type == "cpu" for parameter in module.parameters()):
+            device_ids = output_device = None
+        return DistributedDataParallel(module, device_ids=device_ids, output_device=output_device, **options)
+
+    distributed_fairseq_model.DistributedDataParallel = wrap
+
+
+class _NumpyWithOldNames(types.ModuleType):
+    """numpy as fairseq knew it, for fairseq's modules alone."""
+
+    int = int
+    float = float
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(importlib.import_module("numpy"), name)
+
+
+def _old_numpy_names() -> None:
+    for name in ("fairseq.data.data_utils", "fairseq.modules.dynamic_crf_layer"):
+        importlib.import_module(name).np = _NumpyWithOldNames("numpy")  # type: ignore[attr-defined]
+
+
+PATCHES: tuple[Patch, ...] = (
+    Patch(
+        "dataclass_defaults",
+        "Python 3.11 refuses defaults that cannot be hashed; fairseq's configs have dataclass instances as defaults, "
+        "and `import fairseq` fails. They get a hash.",
+        during=_hashable_dataclasses,
+    ),
+    Patch(
+        "deepspeed_probe",
+        "`import fairseq` imports DeepSpeed, if installed, to offer one optimizer: slow, noisy, and circular, since "
+        "DeepSpeed imports fairseq for the same purpose.",
+        during=_without_deepspeed,
+    ),
+    Patch(
+        "checkpoint_loading",
+        "torch.load takes plain data only since 2.6, and fairseq's checkpoints hold argparse.Namespace and numpy "
+        "scalars. These are allowed; code in a checkpoint stays refused.",
+        after=_checkpoints_stay_data,
+    ),
+    Patch(
+        "object_broadcast",
+        "fairseq broadcasts objects through torch.load, which refuses its own placeholders since torch 2.6. The bytes "
+        "come from a rank of the same run, so torch's broadcast of objects takes over.",
+        after=_broadcasts_from_own_ranks,
+    ),
+    Patch(
+        "encoder_layer_loading",
+        "Loading weights turns BetterTransformer on, which computes wrong outputs with today's torch and demands the "
+        "weights of a dense feed-forward. Encoder layers load like any module, with or without its dead parameters.",
+        after=_encoder_layers_load_plainly,
+    ),
+    Patch(
+        "hydra_compose",
+        "fairseq composes its config through hydra.experimental, which raises under version_base >= 1.2, and leaves "
+        "Hydra's global state cleared.",
+        after=_compose_with_hydra_1_3,
+    ),
+    Patch(
+        "ddp_on_cpu",
+        "--ddp-backend pytorch_ddp names a GPU even where the model is on the CPU, which DDP refuses.",
+        after=_ddp_on_cpu,
+    ),
+    Patch(
+        "numpy_names",
+        "np.int and np.float are gone since NumPy 1.24; fairseq's span masking and CRF use them.",
+        after=_old_numpy_names,
+    ),
+)
