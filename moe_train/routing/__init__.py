@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moe_train.routing import dense
+from moe_train.routing import dense, switch, top_k
 from moe_train.routing.base import Router, RouterInputs, RoutingConfig
 from moe_train.routing.context import Alone, Ranks, RoutingContext
 from moe_train.routing.registry import build_router, decoder_config, register, routing_config, strategies, strategy
@@ -26,4 +26,6 @@ __all__ = [
     "routing_config",
     "strategies",
     "strategy",
+    "switch",
+    "top_k",
 ]

@@ -45,7 +45,7 @@ class RoutingConfig:
         if self.expert_ffn_dim is not None:
             check.positive("routing.expert_ffn_dim", self.expert_ffn_dim)
         if self.passes not in (1, 2):
-            raise ConfigError(f"routing.passes must be 1 or 2, not {self.passes}", remedy="set routing.passes=2 for THOR")
+            raise ConfigError(f"routing.passes must be 1 or 2, not {self.passes}", remedy="THOR trains with 2")
         if self.consistency_weight and self.passes == 1:
             raise ConfigError("routing.consistency_weight compares two passes", remedy="set routing.passes=2")
 
@@ -108,5 +108,6 @@ class Router(nn.Module):
         if not cls.causal:
             raise ConfigError(
                 f"routing={config.name} looks at later tokens, which a decoder must not see",
-                remedy="name what the decoder uses instead, e.g. routing.decoder=top_k, or set model.decoder_sparse_layers=none",
+                remedy="name what the decoder uses instead, e.g. routing.decoder=top_k, "
+                "or set model.decoder_sparse_layers=none",
             )

@@ -13,8 +13,13 @@ from torch import Tensor
 class Ranks(Protocol):
     """Reductions over the ranks that share the micro-batch. Never differentiated."""
 
-    size: int
-    rank: int
+    @property
+    def size(self) -> int:
+        """How many ranks."""
+
+    @property
+    def rank(self) -> int:
+        """Which of them this is."""
 
     def sum(self, value: Tensor) -> Tensor:
         """The sum over ranks, on every rank."""
@@ -78,11 +83,11 @@ class RoutingContext:
     def select(self, rows: Tensor) -> RoutingContext:
         """The context of some tokens only; ``rows`` [R] int64, increasing (SMoE's later strata)."""
         taken = {n: getattr(self, n)[rows] for n in _PER_TOKEN}
-        return dataclasses.replace(self, **taken)  # type: ignore[arg-type]
+        return dataclasses.replace(self, **taken)
 
     @classmethod
     def of_batch(cls, batch: int, length: int, device: torch.device | str = "cpu", **changes: object) -> RoutingContext:
-        """A context for ``batch`` sentences of ``length`` tokens, nothing known of them; for tests and single layers."""
+        """A context for ``batch`` sentences of ``length`` tokens, nothing known of them (tests, single layers)."""
         sentence = torch.arange(batch, device=device).repeat_interleave(length)
         position = torch.arange(length, device=device).repeat(batch)
         unknown = torch.full_like(sentence, -1)

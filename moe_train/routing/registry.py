@@ -66,7 +66,8 @@ def routing_config(keys: Mapping[str, Any]) -> RoutingConfig:
     """
     name = keys.get("name")
     if not name:
-        raise ConfigError("the routing group names no strategy", remedy=f"set routing=…; {did_you_mean('', _STRATEGIES)}")
+        known = did_you_mean("", _STRATEGIES)
+        raise ConfigError("the routing group names no strategy", remedy=f"set routing=…; {known}")
     return build(strategy(str(name)).config, keys, "routing")
 
 
@@ -80,8 +81,8 @@ def decoder_config(config: RoutingConfig) -> RoutingConfig:
     if config.decoder is not None:
         keys = {"name": config.decoder} if isinstance(config.decoder, str) else dict(config.decoder)
         target = strategy(str(keys.get("name", "")))
-        shared = {f.name for f in dataclasses.fields(target.config)} & {f.name for f in dataclasses.fields(RoutingConfig)}
-        inherited = {n: getattr(config, n) for n in shared - {"name", "decoder"}}
+        shared = {f.name for f in dataclasses.fields(RoutingConfig)} - {"name", "decoder"}
+        inherited = {n: getattr(config, n) for n in shared}
         chosen = build(target.config, {**inherited, **keys}, "routing.decoder")
     strategy(chosen.name).router.check_decoder(chosen)
     return chosen

@@ -72,7 +72,8 @@ class Routing:
 
     Attributes:
         assignment: the pairs to carry out.
-        choices: [T, k] expert ids before drops (-1: no choice); what priority, SMoE's next stratum and fluctuation look at.
+        choices: [T, k] expert ids before drops (-1: no choice); what priority, SMoE's next stratum and fluctuation
+            look at.
         kept: [T, k] bool, false where capacity dropped the choice.
         losses: by name, for example ``balance_loss``.
         statistics: counts for the log, for balancing and for analysis.
@@ -85,13 +86,21 @@ class Routing:
     statistics: RoutingStatistics
 
 
+def count_per_expert(ids: Tensor, num_experts: int) -> Tensor:
+    """[E] int64, how often each expert stands in ``ids`` (any shape); negative ids are not counted. No host sync."""
+    ids = ids.reshape(-1) + 1
+    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=ids.device)
+    return counts.scatter_add_(0, ids.clamp(min=0), torch.ones_like(ids))[1:]
+
+
 def assignment_from_choices(choices: Tensor, weights: Tensor, kept: Tensor | None = None) -> Assignment:
     """Pairs from a token's choices.
 
     Args:
-        choices: [T, k] expert ids; negative ids are no pair.
+        choices: [T, k] expert ids.
         weights: [T, k] fp32.
-        kept: [T, k] bool; None keeps every choice (then shapes stay static and no host sync is needed).
+        kept: [T, k] bool, false wherever the id is negative; None keeps every choice (then shapes stay static and no
+            host sync is needed).
     """
     tokens, k = choices.shape
     token = torch.arange(tokens, device=choices.device).unsqueeze(1).expand(tokens, k)
@@ -108,10 +117,10 @@ def count_statistics(
     probabilities: Tensor | None = None,
     extra: Mapping[str, Tensor] | None = None,
 ) -> RoutingStatistics:
-    """The statistics of a token-choice router from choices [T, k], kept [T, k] and probabilities [T, E]."""
+    """The statistics of a token-choice router from choices [T, k] (-1: none), kept [T, k] and probabilities [T, E]."""
     with torch.no_grad():
-        requested = torch.bincount(choices.reshape(-1), minlength=num_experts)
-        load = requested if kept is None else torch.bincount(choices[kept], minlength=num_experts)
+        requested = count_per_expert(choices, num_experts)
+        load = requested if kept is None else count_per_expert(torch.where(kept, choices, -1), num_experts)
         entropy = torch.zeros((), device=choices.device)
         if probabilities is not None and probabilities.numel():
             entropy = torch.special.entr(probabilities).sum()

@@ -1,0 +1,51 @@
+"""Auxiliary losses of routers. Each value is this rank's share: their sum over the ranks is the loss of one process.
+
+Fractions and token counts are reduced over the ranks first; they carry no gradient, so that the share is linear in this
+rank's own probabilities and the gradients sum up as well. No tokens at all give 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe_train.routing.context import Ranks
+from moe_train.routing.types import count_per_expert
+
+
+@dataclass(frozen=True)
+class WorldLoad:
+    """Attributes:
+    fraction: [E] fp64, share of the world's tokens whose choice it is (0 where there is no token).
+    tokens: 0-dim fp64, the world's tokens, at least 1 so that one may divide by it.
+    """
+
+    fraction: Tensor
+    tokens: Tensor
+
+
+def world_load(first_choices: Tensor, num_experts: int, ranks: Ranks) -> WorldLoad:
+    """Reduces over the ranks who was chosen, before drops. ``first_choices`` [T]; -1 is a token without a choice."""
+    counts = count_per_expert(first_choices.detach(), num_experts)
+    own = torch.tensor([first_choices.shape[0]], device=counts.device)
+    total = ranks.sum(torch.cat((counts, own))).to(torch.float64)
+    tokens = total[-1].clamp(min=1)
+    return WorldLoad(total[:-1] / tokens, tokens)
+
+
+def balance_loss(probabilities: Tensor, load: WorldLoad) -> Tensor:
+    """Share of ``E · Σ_e f_e P_e`` (Fedus et al., 2022, Eq. 4), 1 where both are uniform.
+
+    Args:
+        probabilities: [T, E] of this rank; P_e is their mean over the world's tokens.
+        load: f, from :func:`world_load`.
+    """
+    scale = load.fraction * (probabilities.shape[1] / load.tokens)
+    return (probabilities.sum(0) * scale.to(probabilities.dtype)).sum()
+
+
+def z_loss(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Share of the mean over tokens of ``logsumexp(logits)²`` (ST-MoE, Zoph et al., 2022, Eq. 5)."""
+    return torch.logsumexp(logits, dim=-1).square().sum() / tokens.to(logits.dtype)

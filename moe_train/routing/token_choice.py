@@ -1,0 +1,137 @@
+"""What routers share in which each token chooses its experts: capacity, combine weights, losses, statistics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from moe_train.config import check
+from moe_train.errors import ConfigError
+from moe_train.routing.base import Router, RoutingConfig
+from moe_train.routing.capacity import drop
+from moe_train.routing.context import RoutingContext
+from moe_train.routing.losses import balance_loss, world_load, z_loss
+from moe_train.routing.perturb import mask_outputs
+from moe_train.routing.types import AuxiliaryLoss, Routing, assignment_from_choices, count_statistics
+
+Normalise = Literal["none", "before_drop", "after_drop"]
+
+
+@dataclass(frozen=True)
+class TokenChoiceConfig(RoutingConfig):
+    """Keys of the strategies in which tokens choose.
+
+    Attributes:
+        balance_weight: α of the balance loss.
+        z_weight: coefficient of the squared log-partition of the scores (ST-MoE).
+        jitter: ε; in training the router's input is multiplied by U(1-ε, 1+ε).
+        capacity_factor: an expert takes at most ceil(factor · k · T / E) tokens in training; None: all (dropless).
+        evaluation_capacity_factor: the same at evaluation, where a limit makes outputs depend on batch mates.
+        capacity_group: whose tokens share a capacity: those of a ``rank`` or the ``global`` micro-batch.
+        batch_prioritised: serve tokens with the surest first choice first, instead of in the order of the batch.
+        expert_output_masking: p of NLLB's regulariser.
+    """
+
+    balance_weight: float = 0.01
+    z_weight: float = 0.0
+    jitter: float = 0.0
+    capacity_factor: float | None = None
+    evaluation_capacity_factor: float | None = None
+    capacity_group: Literal["rank", "global"] = "rank"
+    batch_prioritised: bool = False
+    expert_output_masking: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key in ("balance_weight", "z_weight"):
+            check.not_negative(f"routing.{key}", getattr(self, key))
+        for key in ("jitter", "expert_output_masking"):
+            check.probability(f"routing.{key}", getattr(self, key))
+        for key in ("capacity_factor", "evaluation_capacity_factor"):
+            if getattr(self, key) is not None:
+                check.positive(f"routing.{key}", getattr(self, key))
+
+
+def check_top_k(top_k: int, available: int, what: str) -> None:
+    """Raises ConfigError unless ``1 <= top_k <= available``; ``what`` names what is available."""
+    check.positive("routing.top_k", top_k)
+    if top_k > available:
+        raise ConfigError(
+            f"routing.top_k={top_k} is more than {what}, {available}",
+            remedy=f"set routing.top_k to {available} or less",
+        )
+
+
+def normalised(weights: Tensor, present: Tensor | None) -> Tensor:
+    """Weights [T, k] over their sum per token; those that are not ``present`` [T, k] count as 0."""
+    if present is not None:
+        weights = weights * present
+    return weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).eps)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Attributes:
+    logits: [T, E].
+    probabilities: [T, E], what the balance loss averages.
+    """
+
+    logits: Tensor
+    probabilities: Tensor
+
+
+class TokenChoiceRouter(Router):
+    """Routers that end in :meth:`finish`."""
+
+    config: TokenChoiceConfig
+
+    def finish(
+        self, scores: Scores, choices: Tensor, weights: Tensor, context: RoutingContext, normalise: Normalise = "none"
+    ) -> Routing:
+        """Capacity, final weights, losses and statistics.
+
+        Args:
+            choices: [T, k] expert ids, -1 for no choice.
+            weights: [T, k] combine weights before normalisation.
+        """
+        kept = self.kept(choices, weights, context)
+        if normalise == "before_drop":
+            weights = normalised(weights, choices >= 0)
+        elif normalise == "after_drop":
+            weights = normalised(weights, kept)
+        weights = mask_outputs(weights, self.config.expert_output_masking, context)
+        return Routing(
+            assignment=assignment_from_choices(choices, weights, kept),
+            choices=choices,
+            kept=torch.ones_like(choices, dtype=torch.bool) if kept is None else kept,
+            losses=self.losses(scores, choices, context),
+            statistics=count_statistics(choices, kept, self.num_experts, scores.probabilities),
+        )
+
+    def kept(self, choices: Tensor, weights: Tensor, context: RoutingContext) -> Tensor | None:
+        """[T, k] bool, or None where every choice is carried out."""
+        config = self.config
+        factor = config.capacity_factor if context.training else config.evaluation_capacity_factor
+        if factor is None:
+            return choices >= 0 if self.may_choose_less(context) else None
+        priority = weights[:, 0].detach() if config.batch_prioritised else None
+        return drop(choices, factor, self.num_experts, context, group=config.capacity_group, priority=priority)
+
+    def may_choose_less(self, context: RoutingContext) -> bool:
+        """Whether choices can be -1."""
+        return False
+
+    def losses(self, scores: Scores, choices: Tensor, context: RoutingContext) -> dict[str, AuxiliaryLoss]:
+        """The balance loss and the z-loss where they have a weight; evaluation has none (and needs no reduction)."""
+        config, losses = self.config, dict[str, AuxiliaryLoss]()
+        if not context.training or not (config.balance_weight or config.z_weight):
+            return losses
+        load = world_load(choices[:, 0], self.num_experts, context.ranks)
+        if config.balance_weight:
+            losses["balance_loss"] = AuxiliaryLoss(balance_loss(scores.probabilities, load), config.balance_weight)
+        if config.z_weight:
+            losses["z_loss"] = AuxiliaryLoss(z_loss(scores.logits, load.tokens), config.z_weight)
+        return losses

@@ -1,0 +1,136 @@
+"""``routing=top_k``: k experts per token, by default two (GShard, Lepikhin et al., ICLR 2021, arXiv 2006.16668, §2.2).
+
+``p = softmax(W x)``; the token goes to the k experts of highest p and ``y = Σ p_e f_e(x)``, by default with the weights
+renormalised to a sum of 1. Options: GShard's and NLLB's policies for the second expert; sigmoid scores with a balancing
+bias in place of a balance loss (DeepSeek-V3, arXiv 2412.19437, §2.1.2); a shared expert.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from moe_train.config import check
+from moe_train.errors import ConfigError
+from moe_train.routing.base import RouterInputs, RoutingConfig
+from moe_train.routing.context import RoutingContext
+from moe_train.routing.draws import counted_uniform
+from moe_train.routing.gate import LinearGate, linear_init
+from moe_train.routing.perturb import SECOND_EXPERT, gumbel, jitter
+from moe_train.routing.registry import register
+from moe_train.routing.token_choice import Normalise, Scores, TokenChoiceConfig, TokenChoiceRouter, check_top_k
+from moe_train.routing.types import Routing, RoutingStatistics
+
+SecondExpert = Literal["all", "sampling", "random"]
+
+
+@dataclass(frozen=True)
+class TopKConfig(TokenChoiceConfig):
+    """Keys beyond those of all token-choice strategies.
+
+    Attributes:
+        top_k: k.
+        second_expert: how choices after the first are made in training; evaluation always takes ``all``.
+        normalise: weights over their sum, before or after drops.
+        scores: ``softmax`` or ``sigmoid``.
+        balancing_bias_rate: step of the bias that steers selection (not weights) towards equal loads; 0: no bias.
+        shared_expert: one more expert that every token passes; built by the layer.
+    """
+
+    name: str = "top_k"
+    top_k: int = 2
+    second_expert: SecondExpert = "all"
+    normalise: Normalise = "after_drop"
+    scores: Literal["softmax", "sigmoid"] = "softmax"
+    balancing_bias_rate: float = 0.0
+    shared_expert: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_top_k(self.top_k, self.num_experts, "routing.num_experts")
+        check.not_negative("routing.balancing_bias_rate", self.balancing_bias_rate)
+        if self.top_k == 1 and self.normalise != "none":
+            raise ConfigError(
+                "with routing.top_k=1 normalised weights are always 1 and the gate learns nothing",
+                remedy="set routing.normalise=none",
+            )
+        if self.second_expert == "random" and self.top_k != 2:
+            raise ConfigError(
+                f"routing.second_expert=random is defined for two experts, not {self.top_k}",
+                remedy="set routing.top_k=2, or routing.second_expert=all or sampling",
+            )
+
+
+@register("top_k", TopKConfig)
+class TopKRouter(TokenChoiceRouter):
+    """k experts per token."""
+
+    balancing_bias: Tensor | None
+
+    def __init__(self, config: TopKConfig, inputs: RouterInputs) -> None:
+        super().__init__(config, inputs)
+        self.config: TopKConfig = config
+        self.gate = LinearGate(inputs.dim, config.num_experts, linear_init)
+        bias = torch.zeros(config.num_experts) if config.balancing_bias_rate else None
+        self.register_buffer("balancing_bias", bias)
+
+    def forward(self, x: Tensor, context: RoutingContext) -> Routing:
+        """Routes x [T, d]."""
+        logits = self.gate(jitter(x, self.config.jitter, context))
+        scores = torch.sigmoid(logits) if self.config.scores == "sigmoid" else torch.softmax(logits, dim=-1)
+        steered = scores.detach() if self.balancing_bias is None else scores.detach() + self.balancing_bias
+        choices = select(steered, logits.detach(), self.config.top_k, self.policy(context), context)
+        weights = scores.gather(1, choices)
+        if self.policy(context) == "random":
+            choices = skip_second(choices, weights.detach(), self.config.normalise, context)
+        probabilities = scores
+        if self.config.scores == "sigmoid":
+            probabilities = scores / scores.sum(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).eps)
+        return self.finish(Scores(logits, probabilities), choices, weights, context, self.config.normalise)
+
+    def policy(self, context: RoutingContext) -> SecondExpert:
+        """The second-expert policy in force: evaluation is deterministic."""
+        return self.config.second_expert if context.training else "all"
+
+    def may_choose_less(self, context: RoutingContext) -> bool:
+        """The random policy leaves second experts out."""
+        return self.policy(context) == "random"
+
+    def after_update(self, statistics: RoutingStatistics) -> None:
+        """Moves the balancing bias by one step towards equal loads (Wang et al., 2024, arXiv 2408.15664, Alg. 1)."""
+        if self.balancing_bias is not None:
+            requested = statistics.requested.to(torch.float64)
+            step = self.config.balancing_bias_rate * torch.sign(requested.mean() - requested)
+            self.balancing_bias += step.to(self.balancing_bias)
+
+    @classmethod
+    def experts_per_token(cls, config: RoutingConfig) -> float:
+        """k, and one more where an expert is shared."""
+        assert isinstance(config, TopKConfig)
+        return float(config.top_k)
+
+
+def select(steered: Tensor, logits: Tensor, k: int, policy: SecondExpert, context: RoutingContext) -> Tensor:
+    """The k choices [T, k] of each token.
+
+    Args:
+        steered: [T, E] scores, with the balancing bias where there is one.
+        logits: [T, E]; ``sampling`` draws the later choices without replacement from their softmax (Gumbel top-k).
+    """
+    if policy != "sampling" or k == 1:
+        return steered.topk(k, dim=-1).indices
+    first = steered.argmax(dim=-1, keepdim=True)
+    noisy = (logits + gumbel(context, logits.shape[1])).scatter(1, first, float("-inf"))
+    return torch.cat((first, noisy.topk(k - 1, dim=-1).indices), dim=1)
+
+
+def skip_second(choices: Tensor, weights: Tensor, normalise: Normalise, context: RoutingContext) -> Tensor:
+    """Leaves out the second of two choices unless 2·g₂ > U(0, 1) (GShard, Alg. 1); -1 where it is left out."""
+    second = weights[:, 1]
+    if normalise == "before_drop":
+        second = second / weights.sum(-1).clamp(min=torch.finfo(weights.dtype).eps)
+    taken = 2 * second > counted_uniform(context, SECOND_EXPERT).squeeze(1)
+    return torch.stack((choices[:, 0], torch.where(taken, choices[:, 1], -1)), dim=1)
