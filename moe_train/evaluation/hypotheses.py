@@ -1,0 +1,74 @@
+"""Finished hypotheses of a batch, collected in tensors so that the inner loop never walks over sentences."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Hypotheses:
+    """What a search returns: up to k hypotheses for each of B sentences, best first.
+
+    Attributes:
+        tokens: [B, k, L] int64 without the end symbol, padded.
+        lengths: [B, k] int64, tokens of each.
+        scores: [B, k] fp32: summed log-probability (end symbol included) divided by (length + 1)^length_penalty;
+            -inf where fewer than k hypotheses were found.
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+    scores: Tensor
+
+    def best(self) -> list[list[int]]:
+        """The best hypothesis of each sentence."""
+        return [row[:n] for row, n in zip(self.tokens[:, 0].tolist(), self.lengths[:, 0].tolist(), strict=True)]
+
+    def best_scores(self) -> list[float]:
+        """Its score, nats per token where the length penalty is 1."""
+        return [float(s) for s in self.scores[:, 0].tolist()]
+
+
+class Finished:
+    """Collects hypotheses in the order in which they end; a sentence takes the first ``beam`` of them.
+
+    Args:
+        sentences: B.
+        beam: k.
+        length: room for tokens per hypothesis.
+    """
+
+    def __init__(self, sentences: int, beam: int, length: int, pad: int, device: torch.device) -> None:
+        self.beam = beam
+        self.tokens = torch.full((sentences, beam, length), pad, dtype=torch.int64, device=device)
+        self.lengths = torch.zeros((sentences, beam), dtype=torch.int64, device=device)
+        self.scores = torch.full((sentences, beam), -torch.inf, device=device)
+        self.count = torch.zeros(sentences, dtype=torch.int64, device=device)
+
+    def add(self, sentence: Tensor, ended: Tensor, beams: Tensor, scores: Tensor, tokens: Tensor) -> None:
+        """Adds the hypotheses that end at one step.
+
+        Args:
+            sentence: [S] which sentences the rows below are.
+            ended: [S, k] bool, best first; more than a sentence has room for are left out.
+            beams: [S, k] the beam that each ends.
+            scores: [S, k] final scores.
+            tokens: [S, k, t] tokens of the beams, end symbol not included.
+        """
+        slots = self.count[sentence].unsqueeze(1) + ended.cumsum(1) - 1
+        row, rank = (ended & (slots < self.beam)).nonzero(as_tuple=True)
+        place = sentence[row], slots[row, rank]
+        length = tokens.shape[2]
+        self.tokens[place[0], place[1], :length] = tokens[row, beams[row, rank]]
+        self.lengths[place] = length
+        self.scores[place] = scores[row, rank]
+        self.count[sentence] = (self.count[sentence] + ended.sum(1)).clamp(max=self.beam)
+
+    def sorted(self) -> Hypotheses:
+        """Everything collected, best first; equal scores keep the order in which they ended."""
+        scores, order = self.scores.sort(dim=1, descending=True, stable=True)
+        tokens = self.tokens.gather(1, order.unsqueeze(-1).expand_as(self.tokens))
+        return Hypotheses(tokens, self.lengths.gather(1, order), scores)
