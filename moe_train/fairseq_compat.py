@@ -4,8 +4,8 @@ Whatever uses fairseq asks for it here, so that the patches always come first::
 
     from moe_train.fairseq_compat import fairseq
 
-or calls :func:`apply` before a plain ``import fairseq`` (DeepSpeed, which imports fairseq by itself, needs that in every
-process). fairseq's source on disk stays as it is. Importing this module imports neither fairseq nor torch.
+or calls :func:`apply` before a plain ``import fairseq`` (DeepSpeed, which imports fairseq by itself, needs that in
+every process). fairseq's source on disk stays as it is. Importing this module imports neither fairseq nor torch.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def require_fairseq() -> None:
     if "fairseq" not in sys.modules and importlib.util.find_spec("fairseq") is None:
         raise MissingDependency(
             "fairseq is not installed, and this needs it",
-            remedy=f"run scripts/setup.sh, or `pip install --no-deps fairseq=={FAIRSEQ_VERSION}` and moe_train[fairseq]",
+            remedy=f"run scripts/setup.sh, or pip install moe_train[fairseq] and --no-deps fairseq=={FAIRSEQ_VERSION}",
         )
 
 
@@ -178,8 +178,7 @@ def _encoder_layers_load_plainly() -> None:
     import torch.nn as nn
     from fairseq.modules.transformer_layer import TransformerEncoderLayerBase
 
-    unused = ("in_proj_weight", "in_proj_bias", "out_proj_weight", "out_proj_bias")
-    unused += ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
+    unused = [f"{name}_{kind}" for name in ("in_proj", "out_proj", "fc1", "fc2") for kind in ("weight", "bias")]
 
     def load(self: Any, state: Any, prefix: str, meta: Any, strict: bool, missing: list[str], *rest: Any) -> None:
         nn.Module._load_from_state_dict(self, state, prefix, meta, strict, missing, *rest)
@@ -207,7 +206,7 @@ def _compose_with_hydra_1_3() -> None:
     @functools.wraps(original)
     def convert(args: argparse.Namespace) -> DictConfig:
         # fairseq clears Hydra's global state; a Hydra application that calls it must find its own again.
-        states = (GlobalHydra, VersionBase)
+        states: tuple[type, ...] = (GlobalHydra, VersionBase)
         kept = {kind: Singleton._instances.pop(kind) for kind in states if kind in Singleton._instances}
         try:
             with warnings.catch_warnings(category=UserWarning, action="ignore"):  # a page on its old config each time

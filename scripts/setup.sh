@@ -70,11 +70,15 @@ find_python() {
         "or name one: PYTHON=/path/to/python3.11 scripts/setup.sh."
 }
 
+# What was installed from; the settings of ruff, mypy and pytest do not count.
 fingerprint() {
     {
-        printf '%s\n' "$TORCH" "$FAIRSEQ" "$1" "$system_torch" "$(pwd)"
-        "$VENV/bin/python" -c 'import sys; print(sys.version)'
-        cat pyproject.toml constraints.txt "${BASH_SOURCE[0]}"
+        printf '%s\n' "$TORCH" "$FAIRSEQ" "$1" "$system_torch" "$PWD"
+        "$VENV/bin/python" -c '
+import sys, tomllib
+settings = tomllib.load(open("pyproject.toml", "rb"))
+print(sys.version, settings["build-system"], settings["project"], settings["tool"]["hatch"])'
+        cat constraints.txt
     } | sha256sum | cut -d' ' -f1
 }
 
@@ -114,10 +118,11 @@ install() {
         say "installing $TORCH"
         "${pip[@]}" install "${options[@]}" "$TORCH"
     fi
-    say "building and installing $FAIRSEQ (about a minute)"
-    "${pip[@]}" install "${options[@]}" --no-deps "$FAIRSEQ"
     say "installing moe_train[$extras]"
     "${pip[@]}" install "${options[@]}" --editable ".[$extras]"
+    # Last and without its pins, which ask for the Hydra of 2020 (`pip check` complains about that for ever).
+    say "building and installing $FAIRSEQ (about a minute)"
+    "${pip[@]}" install "${options[@]}" --no-deps "$FAIRSEQ"
 }
 
 main() {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -119,13 +120,22 @@ def test_code_in_a_checkpoint_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-RUN = "import sys; from moe_train.fairseq_compat import apply; apply(); from fairseq_cli.{} import cli_main; cli_main()"
+# Several of fairseq's commands in one process, as its own console scripts would run them.
+DRIVER = """
+import importlib, json, sys
+from moe_train.fairseq_compat import apply
+apply()
+for name, *arguments in json.load(sys.stdin):
+    sys.argv = [name, *arguments]
+    importlib.import_module("fairseq_cli." + name).cli_main()
+"""
 
 
-def fairseq_command(name: str, *arguments: str) -> str:
-    command = [sys.executable, "-c", RUN.format(name), *arguments]
+def fairseq_commands(*commands: list[str]) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240, check=False)
+    driver = [sys.executable, "-c", DRIVER]
+    text = json.dumps(commands)
+    done = subprocess.run(driver, input=text, capture_output=True, text=True, env=environment, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout + done.stderr
 
@@ -137,16 +147,17 @@ def test_stock_fairseq_works_from_text_to_translation(tmp_path: Path) -> None:
         for language in ("xx", "yy"):
             (tmp_path / f"{split}.{language}").write_text("\n".join(text) + "\n")
     data, save = str(tmp_path / "bin"), str(tmp_path / "save")
-    splits = [f"--{name}pref={tmp_path / name}" for name in ("train", "valid")]
-    fairseq_command("preprocess", "-s", "xx", "-t", "yy", *splits, "--destdir", data, "--joined-dictionary")
-    size = [f"--{side}-{key}" for side in ("encoder", "decoder") for key in ("layers=1", "embed-dim=16", "ffn-embed-dim=16")]
-    train = [data, "--arch=transformer", *size, "--optimizer=adam", "--lr=0.02", "--max-tokens=64", "--cpu"]
+    prefixes = [f"--{split}pref={tmp_path / split}" for split in ("train", "valid")]
+    prepare = ["preprocess", "--source-lang=xx", "--target-lang=yy", *prefixes, f"--destdir={data}"]
+    dimensions = ("layers=1", "embed-dim=16", "ffn-embed-dim=16")
+    size = [f"--{side}-{dimension}" for side in ("encoder", "decoder") for dimension in dimensions]
+    train = ["train", data, "--arch=transformer", *size, "--optimizer=adam", "--lr=0.02", "--max-tokens=64", "--cpu"]
     train += ["--dropout=0", f"--save-dir={save}", "--no-epoch-checkpoints", "--share-all-embeddings"]
-    train += ["--disable-validation", "--max-epoch=1000", "--save-interval=1000"]
-    fairseq_command("train", *train, "--max-update=60")
-    resumed = fairseq_command("train", *train, "--max-update=80")
-    assert re.search(r"Loaded checkpoint .*checkpoint_last\.pt \(epoch 61 @ 60 updates\)", resumed)
-    checkpoint = f"--path={save}/checkpoint_last.pt"
-    output = fairseq_command("generate", data, checkpoint, "--gen-subset=valid", "--beam=4", "--cpu")
+    train += ["--disable-validation", "--save-interval=1000"]
+    generate = ["generate", data, f"--path={save}/checkpoint_last.pt", "--gen-subset=valid", "--beam=4", "--cpu"]
+    output = fairseq_commands(
+        [*prepare, "--joined-dictionary"], [*train, "--max-update=60"], [*train, "--max-update=80"], generate
+    )
+    assert re.search(r"Loaded checkpoint .*checkpoint_last\.pt \(epoch 61 @ 60 updates\)", output)
     hypotheses = re.findall(r"^D-(\d)\t\S+\t(.*)$", output, flags=re.MULTILINE)
     assert {text[int(number)]: words for number, words in hypotheses} == {line: line for line in text}
