@@ -1,0 +1,37 @@
+"""Layers: routing and experts composed, attention, Transformer layers and stacks. Needs torch alone."""
+
+from __future__ import annotations
+
+from moe_train.layers.attention import CrossAttention, SelfAttention
+from moe_train.layers.block import Block, Records, RoutingRecord
+from moe_train.layers.context import BatchContext, BatchInfo, RoutingSettings, batch_context
+from moe_train.layers.feed_forward import FeedForward
+from moe_train.layers.moe_layer import MoELayer
+from moe_train.layers.registry import BlockInputs, build_block, kinds, register_kind
+from moe_train.layers.sparse import SparseLayer
+from moe_train.layers.stack import DecoderStack, EncoderStack
+from moe_train.layers.transformer import DecoderLayer, EncoderLayer, LayerShape
+
+__all__ = [
+    "BatchContext",
+    "BatchInfo",
+    "Block",
+    "BlockInputs",
+    "CrossAttention",
+    "DecoderLayer",
+    "DecoderStack",
+    "EncoderLayer",
+    "EncoderStack",
+    "FeedForward",
+    "LayerShape",
+    "MoELayer",
+    "Records",
+    "RoutingRecord",
+    "RoutingSettings",
+    "SelfAttention",
+    "SparseLayer",
+    "batch_context",
+    "build_block",
+    "kinds",
+    "register_kind",
+]

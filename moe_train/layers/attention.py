@@ -1,0 +1,94 @@
+"""Multi-head attention over torch's scaled_dot_product_attention, batch first.
+
+There is no key bias: it adds the same number to all scores of a query, which softmax takes away again, so that its true
+gradient is zero and Adam would only let it wander.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def _split(projected: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
+    """[B, S, parts · d] → ``parts`` views [B, H, S, d / H]."""
+    batch, length, width = projected.shape
+    return projected.view(batch, length, parts, heads, width // (parts * heads)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def _merge(attended: Tensor) -> Tensor:
+    """[B, H, S, d / H] → [B, S, d]."""
+    batch, heads, length, width = attended.shape
+    return attended.transpose(1, 2).reshape(batch, length, heads * width)
+
+
+class _Attention(nn.Module):
+    """What both kinds share. Initialised as fairseq does: Xavier, with a gain of 1/√2 for query, key and value."""
+
+    def __init__(self, dim: int, heads: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.dim, self.heads, self.dropout = dim, heads, dropout
+        self.query_bias = nn.Parameter(torch.empty(dim))
+        self.value_bias = nn.Parameter(torch.empty(dim))
+        self.out = nn.Linear(dim, dim)
+        for bias in (self.query_bias, self.value_bias):
+            nn.init.uniform_(bias, -1 / math.sqrt(dim), 1 / math.sqrt(dim))
+        nn.init.xavier_uniform_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def _stacked(self, parts: int) -> nn.Parameter:
+        weight = torch.empty(parts * self.dim, self.dim)
+        for part in weight.chunk(parts):
+            nn.init.xavier_uniform_(part, gain=1 / math.sqrt(2))
+        return nn.Parameter(weight)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+        """q [B, H, S, d/H], k and v [B, H, K, d/H] → [B, S, d]; ``mask`` [.., S, K], true: visible."""
+        dropout = self.dropout if self.training else 0.0
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
+        merged: Tensor = self.out(_merge(attended))
+        return merged
+
+
+class SelfAttention(_Attention):
+    """Attention of a sequence over itself; query, key and value come from one product."""
+
+    def __init__(self, dim: int, heads: int, dropout: float = 0.0) -> None:
+        super().__init__(dim, heads, dropout)
+        self.qkv_weight = self._stacked(3)
+
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """x [B, S, d] → query, key, value, each [B, H, S, d/H]."""
+        bias = torch.cat((self.query_bias, torch.zeros_like(self.query_bias), self.value_bias))
+        return _split(F.linear(x, self.qkv_weight, bias), 3, self.heads)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+        """x [B, S, d] → [B, S, d]. ``causal``: position i sees 0 .. i only (then ``mask`` must be None)."""
+        q, k, v = self.project(x)
+        return self.attend(q, k, v, mask, causal)
+
+
+class CrossAttention(_Attention):
+    """Attention over another sequence (the encoder's output), whose keys and values can be kept."""
+
+    def __init__(self, dim: int, heads: int, dropout: float = 0.0) -> None:
+        super().__init__(dim, heads, dropout)
+        self.query_weight = self._stacked(1)
+        self.key_value_weight = self._stacked(2)
+
+    def project_query(self, x: Tensor) -> Tensor:
+        """x [B, S, d] → [B, H, S, d/H]."""
+        return _split(F.linear(x, self.query_weight, self.query_bias), 1, self.heads)[0]
+
+    def project_memory(self, memory: Tensor) -> tuple[Tensor, ...]:
+        """memory [B, K, d] → key, value, each [B, H, K, d/H]."""
+        bias = torch.cat((torch.zeros_like(self.value_bias), self.value_bias))
+        return _split(F.linear(memory, self.key_value_weight, bias), 2, self.heads)
+
+    def forward(self, x: Tensor, memory: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x [B, S, d] over memory [B, K, d] → [B, S, d]; ``mask`` [B, 1, 1, K], true = visible."""
+        keys, values = self.project_memory(memory)
+        return self.attend(self.project_query(x), keys, values, mask)

@@ -1,0 +1,57 @@
+"""The base class of what stands in a Transformer layer's feed-forward place, and what it tells of its routing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from moe_train.layers.context import BatchContext
+from moe_train.routing.types import AuxiliaryLoss, Routing, RoutingStatistics
+
+
+@dataclass(frozen=True)
+class RoutingRecord:
+    """What one sparse block did in one forward; travels as a return value.
+
+    Attributes:
+        layer: number of the sparse block in the model, encoder first.
+        losses: by name; this rank's shares.
+        statistics: additive counts.
+        routing: the answers of its routers, in order (one, or one per stratum; soft routing has none).
+    """
+
+    layer: int
+    losses: Mapping[str, AuxiliaryLoss]
+    statistics: RoutingStatistics
+    routing: tuple[Routing, ...] = ()
+
+    @property
+    def total_loss(self) -> Tensor:
+        """0-dim: Σ weight · value of this rank's auxiliary losses."""
+        total = torch.zeros((), device=self.statistics.load.device)
+        for loss in self.losses.values():
+            total = total + loss.weight * loss.value
+        return total
+
+
+Records = tuple[RoutingRecord, ...]
+
+
+class Block(nn.Module):
+    """A feed-forward or its sparse stand-in: ``forward(x [B, S, d], context) -> (y [B, S, d], record or None)``.
+
+    Attributes:
+        owns_residual: y already contains x, and the block has all its norms; the Transformer layer adds nothing.
+        owns_norm: the block norms its input itself (X-MoE's experts); the Transformer layer adds the residual only.
+    """
+
+    owns_residual: ClassVar[bool] = False
+    owns_norm: bool = False
+
+    def forward(self, x: Tensor, context: BatchContext) -> tuple[Tensor, RoutingRecord | None]:
+        """See the class."""
+        raise NotImplementedError

@@ -1,0 +1,136 @@
+"""What a stack of layers knows about its batch: where padding is and who the tokens are; built once per forward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from moe_train.routing.context import Alone, Ranks, RoutingContext
+
+
+@dataclass
+class RoutingSettings:
+    """What a model's routers share besides the batch; the model holds one and its user changes it between forwards.
+
+    Attributes:
+        seed: of all counted draws: the run's, or evaluation's.
+        update: optimizer updates done so far. Evaluation always sees 0.
+        ranks: who shares the micro-batch.
+    """
+
+    seed: int = 1
+    update: int = 0
+    ranks: Ranks = field(default_factory=Alone)
+
+
+@dataclass(frozen=True)
+class BatchContext:
+    """A batch of B sentences of S columns.
+
+    Attributes:
+        batch: B.
+        length: S.
+        real: [T] int64, flat indices (row · S + column) of the tokens that are not padding; None where all are real.
+        padding: [B, S] bool, true at padding; None where there is none.
+        routing: the T real tokens, for routers.
+    """
+
+    batch: int
+    length: int
+    real: Tensor | None
+    padding: Tensor | None
+    routing: RoutingContext
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(B, S)."""
+        return self.batch, self.length
+
+    @property
+    def attention_mask(self) -> Tensor | None:
+        """[B, 1, 1, S] bool, true where a key may be looked at; None where all may."""
+        return None if self.padding is None else ~self.padding[:, None, None, :]
+
+    def pack(self, x: Tensor) -> Tensor:
+        """[B, S, d] → the rows of the real tokens, [T, d]."""
+        flat = x.reshape(self.batch * self.length, x.shape[-1])
+        return flat if self.real is None else flat.index_select(0, self.real)
+
+    def unpack(self, rows: Tensor) -> Tensor:
+        """[T, d] → [B, S, d], zero at padding."""
+        if self.real is None:
+            return rows.view(self.batch, self.length, rows.shape[-1])
+        flat = rows.new_zeros(self.batch * self.length, rows.shape[-1]).index_copy(0, self.real, rows)
+        return flat.view(self.batch, self.length, rows.shape[-1])
+
+
+@dataclass(frozen=True)
+class BatchInfo:
+    """What is known of each sentence, all [B] int64 or None where it is not known.
+
+    Attributes:
+        sentence_uid: the sentence's own number (default: its row).
+        language: target-language number (default: -1).
+        pass_index: which pass of a doubled batch it belongs to (default: 0).
+    """
+
+    sentence_uid: Tensor | None = None
+    language: Tensor | None = None
+    pass_index: Tensor | None = None
+
+
+def batch_context(
+    padding: Tensor | None,
+    shape: tuple[int, int],
+    settings: RoutingSettings,
+    info: BatchInfo,
+    *,
+    token_ids: Tensor | None = None,
+    start: int = 0,
+    training: bool = False,
+    device: torch.device | str = "cpu",
+) -> BatchContext:
+    """Builds the context of a batch.
+
+    Args:
+        padding: [B, S] bool, true at padding (left or right), or None.
+        shape: (B, S).
+        token_ids: [B, S] vocabulary ids, where there are any.
+        start: position of the first column (step-by-step decoding: tokens already decoded).
+        training: whether routers train (jitter, draws that change with the update).
+    """
+    batch, length = shape
+    if padding is not None and not bool(padding.any()):
+        padding = None
+    rows = torch.arange(batch, device=device)
+    columns = torch.arange(start, start + length, device=device).expand(batch, length)
+    real = None
+    if padding is not None:
+        real = (~padding).view(-1).nonzero().squeeze(1)
+        columns = (~padding).cumsum(1) - 1 + start
+
+    def per_token(sentences: Tensor | None, default: Tensor) -> Tensor:
+        values = default if sentences is None else sentences
+        return pick(values.unsqueeze(1).expand(batch, length))
+
+    def pick(values: Tensor) -> Tensor:
+        flat = values.reshape(-1)
+        return flat if real is None else flat.index_select(0, real)
+
+    unknown = torch.full_like(rows, -1)
+    routing = RoutingContext(
+        sentence=per_token(None, rows),
+        position=pick(columns),
+        sentence_uid=per_token(info.sentence_uid, rows),
+        token_id=per_token(None, unknown) if token_ids is None else pick(token_ids),
+        language=per_token(info.language, unknown),
+        pass_index=per_token(info.pass_index, torch.zeros_like(rows)),
+        num_sentences=batch,
+        seed=settings.seed,
+        update=settings.update if training else 0,
+        training=training,
+        ranks=settings.ranks,
+    )
+    return BatchContext(batch, length, real, padding, routing)

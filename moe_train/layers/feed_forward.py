@@ -1,0 +1,37 @@
+"""The dense position-wise feed-forward (Vaswani et al., 2017, §3.3)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_train.layers.block import Block, RoutingRecord
+from moe_train.layers.context import BatchContext
+from moe_train.layers.registry import BlockInputs, register_kind
+from moe_train.routing.base import RoutingConfig
+
+
+class FeedForward(Block):
+    """W2 · dropout(act(W1 x + b1)) + b2. Initialised as ``nn.Linear`` is, which is what fairseq 0.12.2 does."""
+
+    def __init__(self, dim: int, hidden: int, activation: str = "relu", dropout: float = 0.0) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+        self.activation = activation
+        self.dropout = dropout
+
+    def forward(self, x: Tensor, context: BatchContext | None = None) -> tuple[Tensor, RoutingRecord | None]:
+        """x [..., d] → (y [..., d], None)."""
+        h = self.fc1(x)
+        # relu's backward needs its output only, so it may overwrite its input; gelu's may not.
+        h = F.relu(h, inplace=True) if self.activation == "relu" else F.gelu(h)
+        if self.dropout and self.training:
+            h = F.dropout(h, self.dropout)
+        return self.fc2(h), None
+
+
+@register_kind("dense")
+def build_feed_forward(config: RoutingConfig, inputs: BlockInputs) -> FeedForward:
+    """The dense kind: the strategy's config has no say."""
+    return FeedForward(inputs.dim, inputs.ffn_dim, inputs.activation, inputs.activation_dropout)

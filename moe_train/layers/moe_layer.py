@@ -1,0 +1,108 @@
+"""The public one-call layer, for those who have torch and a model of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from moe_train.layers.block import RoutingRecord
+from moe_train.layers.context import BatchInfo, RoutingSettings, batch_context
+from moe_train.layers.registry import BlockInputs, build_block
+from moe_train.layers.seeding import seeded
+from moe_train.routing.context import Ranks
+from moe_train.routing.registry import routing_config
+
+if TYPE_CHECKING:
+    from moe_train.parallel.layout import ExpertLayout
+
+
+class MoELayer(nn.Module):
+    """A sparse feed-forward by any strategy::
+
+        layer = MoELayer(dim=512, hidden=2048, routing={"name": "switch", "num_experts": 8})
+        y, record = layer(x)                                # x, y: [batch, length, 512]
+        loss = task_loss + record.total_loss
+
+    Norm and residual are the caller's, except for strategies that own them (SMoE): ``layer.owns_residual`` says so.
+
+    Args:
+        dim: d.
+        hidden: hidden width of an expert.
+        routing: the strategy's name and keys, as in ``configs/routing``.
+        activation: ``relu`` or ``gelu``.
+        dropout: after the activation.
+        layer: number of this block in the model; different numbers draw differently.
+        seed: of initial weights and of counted draws.
+        layout: which rank owns which experts; None: all here.
+
+    Raises:
+        ConfigError: a strategy, key or value that cannot be.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden: int,
+        routing: Mapping[str, Any],
+        *,
+        activation: str = "relu",
+        dropout: float = 0.0,
+        layer: int = 0,
+        seed: int = 1,
+        layout: ExpertLayout | None = None,
+    ) -> None:
+        super().__init__()
+        inputs = BlockInputs(
+            dim, hidden, layer=layer, activation=activation, activation_dropout=dropout, seed=seed, layout=layout
+        )
+        self.settings = RoutingSettings(seed=seed)
+        with seeded(seed, layer):
+            self.block = build_block(routing_config(routing), inputs)
+
+    @property
+    def owns_residual(self) -> bool:
+        """Whether y already contains x."""
+        return self.block.owns_residual
+
+    def set_num_updates(self, num_updates: int) -> None:
+        """Optimizer updates done so far, for counted draws."""
+        self.settings.update = num_updates
+
+    def set_ranks(self, ranks: Ranks) -> None:
+        """Who shares the micro-batch."""
+        self.settings.ranks = ranks
+
+    def forward(
+        self,
+        x: Tensor,
+        padding_mask: Tensor | None = None,
+        *,
+        token_ids: Tensor | None = None,
+        sentence_uid: Tensor | None = None,
+        start: int = 0,
+    ) -> tuple[Tensor, RoutingRecord | None]:
+        """Routes and computes.
+
+        Args:
+            x: [B, S, d].
+            padding_mask: [B, S] bool, true at padding, which is not routed and gets 0.
+            token_ids: [B, S], for hash routing.
+            sentence_uid: [B], numbers that stay with the sentences, for draws that do not depend on the batch.
+            start: position of the first column.
+
+        Returns:
+            y [B, S, d] and the record of the routing (None for ``dense``).
+        """
+        context = batch_context(
+            padding_mask,
+            (x.shape[0], x.shape[1]),
+            self.settings,
+            BatchInfo(sentence_uid=sentence_uid),
+            token_ids=token_ids,
+            start=start,
+            training=self.training,
+            device=x.device,
+        )
+        return self.block(x, context)  # type: ignore[no-any-return]

@@ -1,0 +1,79 @@
+"""Stacks of Transformer layers, with activation recomputation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from moe_train.layers.block import Records
+from moe_train.layers.cache import DecoderCache
+from moe_train.layers.context import BatchContext
+from moe_train.layers.transformer import DecoderLayer, EncoderLayer, LayerShape
+
+
+class _Stack(nn.Module):
+    """Layers in order, and the last norm where the layers norm before and not after."""
+
+    def __init__(self, shape: LayerShape, layers: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.norm = nn.LayerNorm(shape.dim) if shape.norm_order == "pre" else nn.Identity()
+        self.recompute = False
+
+    def _call(self, function: Callable[..., tuple[Tensor, Records]], *arguments: Any) -> tuple[Tensor, Records]:
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(function, *arguments, use_reentrant=False)  # type: ignore[no-any-return]
+        return function(*arguments)
+
+
+class EncoderStack(_Stack):
+    """Layers over a sequence that sees itself whole."""
+
+    def __init__(self, shape: LayerShape, layers: Sequence[EncoderLayer]) -> None:
+        super().__init__(shape, layers)
+
+    def forward(self, x: Tensor, context: BatchContext) -> tuple[Tensor, Records]:
+        """x [B, S, d] → (x [B, S, d], the records of all sparse blocks in order)."""
+        records: Records = ()
+        for layer in self.layers:
+            x, more = self._call(layer, x, context)
+            records += more
+        return self.norm(x), records
+
+
+class DecoderStack(_Stack):
+    """Layers over a sequence that sees what came before, and an encoder's output."""
+
+    def __init__(self, shape: LayerShape, layers: Sequence[DecoderLayer]) -> None:
+        super().__init__(shape, layers)
+
+    def forward(
+        self, x: Tensor, memory: Tensor, memory_mask: Tensor | None, context: BatchContext
+    ) -> tuple[Tensor, Records]:
+        """x [B, T, d], memory [B, S, d], memory_mask [B, 1, 1, S] (true = visible) → (x [B, T, d], records)."""
+        records: Records = ()
+        for layer in self.layers:
+            x, more = self._call(layer, x, memory, memory_mask, context)
+            records += more
+        return self.norm(x), records
+
+    def cache(self, memory: Tensor, memory_mask: Tensor | None, beam: int, max_length: int) -> DecoderCache:
+        """An empty cache for the sentences of ``memory`` [B, S, d]; their keys and values are computed here, once."""
+        kept = [layer.cross_attention.project_memory(memory) for layer in self._decoder_layers()]
+        return DecoderCache([(k.contiguous(), v.contiguous()) for k, v in kept], memory_mask, beam, max_length)
+
+    def step(self, x: Tensor, cache: DecoderCache, context: BatchContext) -> tuple[Tensor, Records]:
+        """The next position of every hypothesis: x [N, 1, d] → (x [N, 1, d], records)."""
+        cache.advance()
+        records: Records = ()
+        for index, layer in enumerate(self._decoder_layers()):
+            x, more = layer.step(x, cache, index, context)
+            records += more
+        return self.norm(x), records
+
+    def _decoder_layers(self) -> list[DecoderLayer]:
+        return [layer for layer in self.layers if isinstance(layer, DecoderLayer)]

@@ -1,0 +1,116 @@
+"""Transformer layers, pre-norm or post-norm, with a dense or sparse feed-forward, perhaps a sparse block after it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_train.layers.attention import CrossAttention, SelfAttention
+from moe_train.layers.block import Block, Records
+from moe_train.layers.cache import DecoderCache
+from moe_train.layers.context import BatchContext
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What every layer of a stack has in common; see :class:`moe_train.config.ModelConfig` for the fields."""
+
+    dim: int
+    num_heads: int
+    norm_order: str = "pre"
+    dropout: float = 0.1
+    attention_dropout: float = 0.1
+
+
+class Residual(nn.Module):
+    """x + f(LN(x)), or LN(x + f(x)): the frame around each part of a layer."""
+
+    def __init__(self, shape: LayerShape) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(shape.dim)
+        self.pre = shape.norm_order == "pre"
+        self.dropout = shape.dropout
+
+    def enter(self, x: Tensor) -> Tensor:
+        """What f gets."""
+        return self.norm(x) if self.pre else x
+
+    def leave(self, x: Tensor, y: Tensor) -> Tensor:
+        """The sum of the stream x and f's output y, both [..., d]."""
+        if self.dropout and self.training:
+            y = F.dropout(y, self.dropout)
+        return x + y if self.pre else self.norm(x + y)
+
+
+class BlockResidual(nn.Module):
+    """A feed-forward block, dense or sparse, in its residual frame; leaves to the block what the block owns."""
+
+    def __init__(self, shape: LayerShape, block: Block) -> None:
+        super().__init__()
+        self.block = block
+        self.dropout = shape.dropout
+        self.residual = None if block.owns_residual or block.owns_norm else Residual(shape)
+
+    def forward(self, x: Tensor, context: BatchContext) -> tuple[Tensor, Records]:
+        """x [B, S, d] → (x [B, S, d], the block's record where it is sparse)."""
+        y, record = self.block(self.residual.enter(x) if self.residual else x, context)
+        records = () if record is None else (record,)
+        if self.block.owns_residual:
+            return y, records
+        if self.residual:
+            return self.residual.leave(x, y), records
+        return x + F.dropout(y, self.dropout, self.training), records
+
+
+class EncoderLayer(nn.Module):
+    """Self-attention, feed-forward, and an inserted sparse block where there is one."""
+
+    def __init__(self, shape: LayerShape, block: Block, inserted: Block | None = None) -> None:
+        super().__init__()
+        self.self_attention = SelfAttention(shape.dim, shape.num_heads, shape.attention_dropout)
+        self.attention_residual = Residual(shape)
+        self.feed_forward = BlockResidual(shape, block)
+        self.inserted = None if inserted is None else BlockResidual(shape, inserted)
+
+    def forward(self, x: Tensor, context: BatchContext) -> tuple[Tensor, Records]:
+        """x [B, S, d] → (x [B, S, d], records)."""
+        h = self.self_attention(self.attention_residual.enter(x), mask=context.attention_mask)
+        return self.after_attention(self.attention_residual.leave(x, h), context)
+
+    def after_attention(self, x: Tensor, context: BatchContext) -> tuple[Tensor, Records]:
+        """The feed-forward and the inserted block."""
+        x, records = self.feed_forward(x, context)
+        if self.inserted is None:
+            return x, records
+        x, more = self.inserted(x, context)
+        return x, records + more
+
+
+class DecoderLayer(EncoderLayer):
+    """An encoder layer that looks back only, with attention over the encoder's output before its feed-forward."""
+
+    def __init__(self, shape: LayerShape, block: Block, inserted: Block | None = None) -> None:
+        super().__init__(shape, block, inserted)
+        self.cross_attention = CrossAttention(shape.dim, shape.num_heads, shape.attention_dropout)
+        self.cross_residual = Residual(shape)
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, memory: Tensor, memory_mask: Tensor | None, context: BatchContext
+    ) -> tuple[Tensor, Records]:
+        """x [B, S, d] over memory [B, K, d] → (x, records). The target is padded on the right only."""
+        h = self.self_attention(self.attention_residual.enter(x), causal=True)
+        x = self.attention_residual.leave(x, h)
+        h = self.cross_attention(self.cross_residual.enter(x), memory, memory_mask)
+        return self.after_attention(self.cross_residual.leave(x, h), context)
+
+    def step(self, x: Tensor, cache: DecoderCache, layer: int, context: BatchContext) -> tuple[Tensor, Records]:
+        """One position: x [N, 1, d] → (x [N, 1, d], records); ``cache`` holds the positions before it."""
+        q, k, v = self.self_attention.project(cache.by_sentence(self.attention_residual.enter(x)))
+        keys, values = cache.append(layer, k, v)
+        h = self.self_attention.attend(q, keys, values, mask=cache.visible)
+        x = self.attention_residual.leave(x, h.view_as(x))
+        q = self.cross_attention.project_query(cache.by_sentence(self.cross_residual.enter(x)))
+        h = self.cross_attention.attend(q, *cache.memory[layer], mask=cache.memory_mask)
+        return self.after_attention(self.cross_residual.leave(x, h.view_as(x)), context)

@@ -1,0 +1,268 @@
+"""The translation model: a Transformer encoder-decoder with experts, behind fairseq's model interface."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_train import fairseq_compat
+from moe_train.layers.block import Records
+from moe_train.layers.context import BatchContext, BatchInfo, RoutingSettings, batch_context
+from moe_train.layers.stack import DecoderStack, EncoderStack
+from moe_train.models.decoding import DecoderState, repeat_rows, select_rows
+from moe_train.models.embedding import TokenEmbedding, Vocabulary
+from moe_train.routing.context import Ranks
+
+fairseq_compat.apply()
+
+from fairseq.models import FairseqEncoder, FairseqEncoderDecoderModel, FairseqIncrementalDecoder  # noqa: E402
+
+EncoderOut = dict[str, Any]
+
+_STATE = "moe_train.decoder_state"
+_FIRST_ROOM = 32
+
+
+class TransformerEncoder(FairseqEncoder):  # type: ignore[misc]
+    """Source tokens → memory."""
+
+    def __init__(
+        self, dictionary: Vocabulary, embed: TokenEmbedding, stack: EncoderStack, settings: RoutingSettings
+    ) -> None:
+        super().__init__(dictionary)
+        self.embed = embed
+        self.stack = stack
+        self.settings = settings
+
+    def forward(
+        self,
+        src_tokens: Tensor,
+        src_lengths: Tensor | None = None,
+        sentence_uid: Tensor | None = None,
+        src_lang: Tensor | None = None,
+        tgt_lang: Tensor | None = None,
+        pass_index: Tensor | None = None,
+    ) -> EncoderOut:
+        """Encodes src_tokens [B, S], padded on either side.
+
+        Returns:
+            fairseq's dictionary of lists of tensors, batch first: ``encoder_out`` [B, S, d], ``encoder_padding_mask``
+            [B, S] (true at padding; the list is empty where there is none); also the sentences' ``info``, and
+            ``routing``, the records of the encoder's sparse blocks.
+        """
+        info = BatchInfo(sentence_uid, tgt_lang, pass_index)
+        context = self.context(src_tokens, info)
+        x = self.embed(src_tokens, padding=context.padding)
+        x, records = self.stack(x, context)
+        mask = [] if context.padding is None else [context.padding]
+        return {"encoder_out": [x], "encoder_padding_mask": mask, "info": info, "routing": records}
+
+    def context(self, src_tokens: Tensor, info: BatchInfo) -> BatchContext:
+        """What the layers know about the batch."""
+        return batch_context(
+            self.embed.padding(src_tokens),
+            (src_tokens.shape[0], src_tokens.shape[1]),
+            self.settings,
+            info,
+            token_ids=src_tokens,
+            training=self.training,
+            device=src_tokens.device,
+        )
+
+    def reorder_encoder_out(self, encoder_out: EncoderOut, new_order: Tensor) -> EncoderOut:
+        """The sentences new_order [M] of the batch, for fairseq's generator."""
+        chosen = {
+            name: [value.index_select(0, new_order) for value in encoder_out[name]]
+            for name in ("encoder_out", "encoder_padding_mask")
+        }
+        return {**chosen, "info": select_rows(encoder_out["info"], new_order), "routing": ()}
+
+    def max_positions(self) -> int:
+        """Longest source in tokens."""
+        return self.embed.positions.max_positions
+
+
+class TransformerDecoder(FairseqIncrementalDecoder):  # type: ignore[misc]
+    """Memory and the target so far → scores of the next token. ``output`` is None where the embedding is tied to it."""
+
+    def __init__(
+        self,
+        dictionary: Vocabulary,
+        embed: TokenEmbedding,
+        stack: DecoderStack,
+        settings: RoutingSettings,
+        output: nn.Linear | None = None,
+    ) -> None:
+        super().__init__(dictionary)
+        self.embed = embed
+        self.stack = stack
+        self.settings = settings
+        self.output = output
+
+    def forward(
+        self,
+        prev_output_tokens: Tensor,
+        encoder_out: EncoderOut | None = None,
+        incremental_state: dict[str, Any] | None = None,
+        **unused: Any,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Logits [B, T, V], or with an ``incremental_state`` [B, 1, V] of the last position (fairseq's protocol)."""
+        if encoder_out is None:
+            raise ValueError("the decoder needs the encoder's output")
+        if incremental_state is None:
+            x, extra = self.extract_features(prev_output_tokens, encoder_out)
+            return self.output_layer(x), extra
+        state = incremental_state.setdefault(_STATE, None) or self.start(encoder_out, 1, _FIRST_ROOM)
+        incremental_state[_STATE] = state
+        for column in range(state.step, prev_output_tokens.shape[1]):
+            x, records = self.step(prev_output_tokens[:, column], state)
+        return self.output_layer(x), {"routing": records, "attn": [None]}
+
+    def extract_features(
+        self, prev_output_tokens: Tensor, encoder_out: EncoderOut, incremental_state: None = None
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """prev_output_tokens [B, T], padded on the right → ([B, T, d], {"routing": records of encoder and decoder})."""
+        context = batch_context(
+            self.embed.padding(prev_output_tokens),
+            (prev_output_tokens.shape[0], prev_output_tokens.shape[1]),
+            self.settings,
+            encoder_out["info"],
+            token_ids=prev_output_tokens,
+            training=self.training,
+            device=prev_output_tokens.device,
+        )
+        memory, mask = _memory(encoder_out)
+        x, records = self.stack(self.embed(prev_output_tokens), memory, mask, context)
+        return x, {"routing": encoder_out["routing"] + records, "attn": [None]}
+
+    def output_layer(self, features: Tensor) -> Tensor:
+        """features [..., d] → logits [..., V]."""
+        weight = self.embed.tokens.weight if self.output is None else self.output.weight
+        return F.linear(features, weight)
+
+    def start(self, encoder_out: EncoderOut, beam: int, max_length: int) -> DecoderState:
+        """The state before the first token, ``beam`` hypotheses for every sentence."""
+        memory, mask = _memory(encoder_out)
+        return DecoderState(self.stack.cache(memory, mask, beam, max_length), repeat_rows(encoder_out["info"], beam))
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor, state: DecoderState) -> tuple[Tensor, Records]:
+        """Feeds tokens [N] → the features of the next position [N, 1, d], and the records."""
+        column = tokens.view(-1, 1)
+        context = batch_context(
+            None,
+            (column.shape[0], 1),
+            self.settings,
+            state.info,
+            token_ids=column,
+            start=state.step,
+            training=self.training,
+            device=tokens.device,
+        )
+        return self.stack.step(self.embed(column, start=state.step), state.cache, context)
+
+    def reorder_incremental_state(self, incremental_state: dict[str, Any], new_order: Tensor) -> None:
+        """Rows new_order [M] go on, for fairseq's generator."""
+        state = incremental_state.get(_STATE)
+        if state is not None:
+            state.reorder(new_order)
+
+    def max_positions(self) -> int:
+        """Longest target in tokens."""
+        return self.embed.positions.max_positions
+
+
+class TransformerModel(FairseqEncoderDecoderModel):  # type: ignore[misc]
+    """Encoder and decoder, what their routers share, and the fast way to decode."""
+
+    def __init__(self, encoder: TransformerEncoder, decoder: TransformerDecoder, settings: RoutingSettings) -> None:
+        super().__init__(encoder, decoder)
+        self.settings = settings
+
+    def forward(
+        self,
+        src_tokens: Tensor,
+        src_lengths: Tensor | None,
+        prev_output_tokens: Tensor,
+        sentence_uid: Tensor | None = None,
+        src_lang: Tensor | None = None,
+        tgt_lang: Tensor | None = None,
+        pass_index: Tensor | None = None,
+        logits_at: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """One forward pass with the target given.
+
+        Args:
+            src_tokens: [B, S], padded on either side.
+            src_lengths: not used: padding is read off the tokens.
+            prev_output_tokens: [B, T], the target shifted right, padded on the right.
+            sentence_uid, src_lang, tgt_lang, pass_index: [B] each, what routers may know of a sentence.
+            logits_at: [P] flat positions (row · T + column) whose logits are wanted: a criterion that asks for the real
+                tokens only saves the vocabulary product at padding.
+
+        Returns:
+            logits [B, T, V], or [P, V], and ``{"routing": records, encoder first, "attn": [None]}``.
+        """
+        features, extra = self.forward_features(
+            src_tokens, src_lengths, prev_output_tokens, sentence_uid, src_lang, tgt_lang, pass_index
+        )
+        if logits_at is not None:
+            features = features.view(-1, features.shape[-1]).index_select(0, logits_at)
+        return self.output_layer(features), extra
+
+    def forward_features(
+        self,
+        src_tokens: Tensor,
+        src_lengths: Tensor | None,
+        prev_output_tokens: Tensor,
+        sentence_uid: Tensor | None = None,
+        src_lang: Tensor | None = None,
+        tgt_lang: Tensor | None = None,
+        pass_index: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """As :meth:`forward`, but the features [B, T, d] that :meth:`output_layer` makes logits of."""
+        encoder_out = self.encoder(src_tokens, src_lengths, sentence_uid, src_lang, tgt_lang, pass_index)
+        return self.decoder.extract_features(prev_output_tokens, encoder_out)  # type: ignore[no-any-return]
+
+    def output_layer(self, features: Tensor) -> Tensor:
+        """features [..., d] → logits [..., V]."""
+        return self.decoder.output_layer(features)  # type: ignore[no-any-return]
+
+    def start_decoding(self, encoder_out: EncoderOut, beam: int, max_length: int) -> DecoderState:
+        """A state for ``beam`` hypotheses per sentence; ``max_length`` positions are laid out at once.
+
+        The source's keys and values are computed here, once per sentence, not per beam.
+        """
+        return self.decoder.start(encoder_out, beam, max_length)  # type: ignore[no-any-return]
+
+    def decode_step(self, tokens: Tensor, state: DecoderState) -> Tensor:
+        """Feeds tokens [N], the last token of every hypothesis → logits [N, V]; the state moves on by one."""
+        features, _ = self.decoder.step(tokens, state)
+        return self.output_layer(features.squeeze(1))
+
+    def set_num_updates(self, num_updates: int) -> None:
+        """Optimizer updates done so far, for counted draws."""
+        self.settings.update = num_updates
+
+    def set_seed(self, seed: int) -> None:
+        """The seed of counted draws (an evaluation may want its own)."""
+        self.settings.seed = seed
+
+    def set_ranks(self, ranks: Ranks) -> None:
+        """Who shares the micro-batch."""
+        self.settings.ranks = ranks
+
+    def set_recompute(self, recompute: bool) -> None:
+        """Whether each layer's activations are computed again in the backward pass instead of kept."""
+        self.encoder.stack.recompute = recompute
+        self.decoder.stack.recompute = recompute
+
+
+def _memory(encoder_out: EncoderOut) -> tuple[Tensor, Tensor | None]:
+    """[B, S, d] and the mask [B, 1, 1, S], true = visible."""
+    masks = encoder_out["encoder_padding_mask"]
+    mask = ~masks[0][:, None, None, :] if masks else None
+    return torch.as_tensor(encoder_out["encoder_out"][0]), mask
