@@ -23,7 +23,7 @@ def jitter(x: Tensor, amount: float, context: RoutingContext) -> Tensor:
 def gumbel(context: RoutingContext, width: int) -> Tensor:
     """fp64 standard Gumbel noise, [T, width]."""
     draw = counted_uniform(context, GUMBEL, width).clamp(min=torch.finfo(torch.float64).tiny)
-    return -torch.log(-torch.log(draw).clamp(min=torch.finfo(torch.float64).tiny))
+    return -torch.log(-torch.log(draw))
 
 
 def mask_outputs(weights: Tensor, probability: float, context: RoutingContext) -> Tensor:

@@ -1,0 +1,66 @@
+"""Who is served first, and that nobody serves more than its capacity."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moe_train.routing.capacity import drop, places_in_queue, serve
+from tests.routing.helpers import batch_context
+
+choice_rows = st.lists(st.permutations(range(5)), min_size=0, max_size=20)
+
+
+def naive(choices: list[list[int]], order: list[int], capacity: int) -> list[list[bool]]:
+    """First choices in order, then second ones: the definition."""
+    used: dict[int, int] = {}
+    kept = [[False] * len(row) for row in choices]
+    for rank in range(len(choices[0]) if choices else 0):
+        for token in order:
+            expert = choices[token][rank]
+            if expert >= 0 and used.get(expert, 0) < capacity:
+                used[expert] = used.get(expert, 0) + 1
+                kept[token][rank] = True
+    return kept
+
+
+@given(choice_rows, st.integers(1, 4), st.integers(0, 6), st.randoms(use_true_random=False), st.booleans())
+def test_serving_follows_the_definition(
+    rows: list[list[int]], k: int, capacity: int, random: object, holes: bool
+) -> None:
+    chosen = [row[:k] for row in rows]
+    if holes:
+        chosen = [[e if i == 0 or e % 2 else -1 for i, e in enumerate(row)] for row in chosen]
+    order = list(range(len(chosen)))
+    random.shuffle(order)  # type: ignore[attr-defined]
+    choices = torch.tensor(chosen, dtype=torch.int64).reshape(len(chosen), k)
+    kept = serve(choices, torch.tensor(order, dtype=torch.int64), capacity, 5)
+    assert kept.tolist() == naive(chosen, order, capacity)
+
+
+def test_places_count_earlier_entries_of_the_same_expert() -> None:
+    assert places_in_queue(torch.tensor([2, 0, 2, 2, 0]), 3).tolist() == [0, 0, 1, 2, 1]
+
+
+def test_capacity_is_factor_times_fair_share_rounded_up() -> None:
+    choices = torch.zeros(10, 1, dtype=torch.int64)
+    for factor in (0.1, 1.0, 1.25, 2.0):
+        kept = drop(choices, factor, 4, batch_context([10]))
+        assert int(kept.sum()) == min(10, max(1, math.ceil(factor * 10 / 4)))
+        assert kept[: int(kept.sum())].all(), "the first of the batch are served first"
+
+
+def test_the_surest_tokens_come_first_where_asked() -> None:
+    choices = torch.zeros(8, 1, dtype=torch.int64)
+    sure = torch.tensor([0.1, 0.9, 0.3, 0.8, 0.2, 0.5, 0.4, 0.7])
+    kept = drop(choices, 1.0, 2, batch_context([8]), priority=sure)
+    assert kept.squeeze(1).nonzero().squeeze(1).tolist() == [1, 3, 5, 7]
+
+
+def test_second_choices_never_displace_first_ones() -> None:
+    choices = torch.tensor([[1, 0], [1, 0], [0, 1], [0, 1]])
+    kept = drop(choices, 0.5, 2, batch_context([4]))  # ceil(0.5 · 8 / 2) = 2 places each
+    assert kept.tolist() == [[True, False]] * 4
