@@ -140,8 +140,12 @@ class TransformerDecoder(FairseqIncrementalDecoder):  # type: ignore[misc]
 
     def output_layer(self, features: Tensor) -> Tensor:
         """features [..., d] → logits [..., V]."""
-        weight = self.embed.tokens.weight if self.output is None else self.output.weight
-        return F.linear(features, weight)
+        return F.linear(features, self.output_weight)
+
+    @property
+    def output_weight(self) -> Tensor:
+        """[V, d], a parameter."""
+        return self.embed.tokens.weight if self.output is None else self.output.weight
 
     def start(self, encoder_out: EncoderOut, beam: int, max_length: int) -> DecoderState:
         """The state before the first token, ``beam`` hypotheses for every sentence."""
@@ -192,6 +196,7 @@ class TransformerModel(FairseqEncoderDecoderModel):  # type: ignore[misc]
         tgt_lang: Tensor | None = None,
         pass_index: Tensor | None = None,
         logits_at: Tensor | None = None,
+        features_only: bool = False,
     ) -> tuple[Tensor, dict[str, Any]]:
         """One forward pass with the target given.
 
@@ -202,16 +207,18 @@ class TransformerModel(FairseqEncoderDecoderModel):  # type: ignore[misc]
             sentence_uid, src_lang, tgt_lang, pass_index: [B] each, what routers may know of a sentence.
             logits_at: [P] flat positions (row · T + column) whose logits are wanted: a criterion that asks for the real
                 tokens only saves the vocabulary product at padding.
+            features_only: leave the vocabulary product to the caller (a criterion that fuses it with its loss); through
+                this method and not :meth:`forward_features`, so that DDP and other wrappers see a forward pass.
 
         Returns:
-            logits [B, T, V], or [P, V], and ``{"routing": records, encoder first, "attn": [None]}``.
+            logits [B, T, V], or [P, V], or features of as many rows, and ``{"routing": records, encoder first, "attn": [None]}``.
         """
         features, extra = self.forward_features(
             src_tokens, src_lengths, prev_output_tokens, sentence_uid, src_lang, tgt_lang, pass_index
         )
         if logits_at is not None:
             features = features.view(-1, features.shape[-1]).index_select(0, logits_at)
-        return self.output_layer(features), extra
+        return features if features_only else self.output_layer(features), extra
 
     def forward_features(
         self,
@@ -230,6 +237,11 @@ class TransformerModel(FairseqEncoderDecoderModel):  # type: ignore[misc]
     def output_layer(self, features: Tensor) -> Tensor:
         """features [..., d] → logits [..., V]."""
         return self.decoder.output_layer(features)  # type: ignore[no-any-return]
+
+    @property
+    def output_weight(self) -> Tensor:
+        """[V, d], what :meth:`output_layer` multiplies by: the target embedding where they are tied."""
+        return self.decoder.output_weight  # type: ignore[no-any-return]
 
     def start_decoding(self, encoder_out: EncoderOut, beam: int, max_length: int) -> DecoderState:
         """A state for ``beam`` hypotheses per sentence; ``max_length`` positions are laid out at once.
