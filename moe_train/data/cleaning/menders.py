@@ -1,0 +1,70 @@
+"""Menders: text -> text. They take away what a translation model should not learn to write."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+_HTML_TAGS = frozenset(
+    """a abbr address article aside b big blockquote body br button caption center cite code dd del details dfn div dl
+    dt em embed fieldset figure font footer form h1 h2 h3 h4 h5 h6 head header hr html i iframe img input ins kbd
+    label legend li link main mark meta nav ol option p pre q s samp script section select small source span strike strong
+    style sub summary sup svg table tbody td textarea tfoot th thead time title tr tt u ul var video wbr""".split()  # noqa: SIM905
+)
+_BLOCK_TAGS = frozenset(
+    "br p li div tr td th dt dd ul ol hr h1 h2 h3 h4 h5 h6 table section article".split()  # noqa: SIM905
+)
+_TAG = re.compile(r"<(/?)([A-Za-z][\w:.-]*)((?:\s[^<>]*)?)/?>")
+_ENTITY = re.compile(r"&(?:#\d{1,7}|#x[0-9A-Fa-f]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")
+
+# Chinese, Japanese and Korean menus append the key: ファイル(&F), 文件(_F)
+_APPENDED_KEY = re.compile(r"\s*[(（][&_][A-Za-z0-9][)）]")
+_KEY = {"&": re.compile(r"(?<![&\w])&(?=[^\W\d_])"), "_": re.compile(r"(?<![_\w])_(?=[^\W\d_])")}
+_KEY_INSIDE = {"&": re.compile(r"(?<=[^\W\d_])&(?=[^\W\d_])"), "_": re.compile(r"(?<=[^\W\d_])_(?=[^\W\d_])")}
+_MENU_WORDS = 3
+
+
+def strip_markup(text: str) -> str:
+    """Takes away HTML tags, other tags that the text also closes, and resolves character entities."""
+    if "<" in text:
+        closed = {match[2] for match in _TAG.finditer(text) if match[1]}
+
+        def replace(match: re.Match[str]) -> str:
+            name = match[2]
+            if name.lower() not in _HTML_TAGS and name not in closed:
+                return match[0]  # such as <file> in a usage message
+            return " " if name.lower() in _BLOCK_TAGS else ""
+
+        text = _TAG.sub(replace, text)
+    return html.unescape(text) if "&" in text and _ENTITY.search(text) else text
+
+
+def strip_accelerators(text: str) -> str:
+    """Takes away the mark of a menu's keyboard accelerator: ``&File``, ``Save _As``, ``E&xit``, ``文件(&F)``.
+
+    A mark inside a word is only believed in a short, menu-like text: ``AT&T``, ``a=1&b=2``, ``max_updates`` stay.
+    """
+    if "&" not in text and "_" not in text:
+        return text
+    text = _APPENDED_KEY.sub("", text)
+    for mark in "&_":
+        if text.count(mark) == 1 and "=" not in text and "//" not in text:
+            text = _KEY[mark].sub("", text)
+            if mark in text and len(text.split()) <= _MENU_WORDS and text[0].isupper():
+                text = _strip_inside(text, mark)
+    return text
+
+
+def _strip_inside(text: str, mark: str) -> str:
+    match = _KEY_INSIDE[mark].search(text)
+    if match is None or not text[match.end()].islower():  # R&D, Drag&Drop
+        return text
+    return text[: match.start()] + text[match.end() :]
+
+
+MENDERS: Mapping[str, Callable[[str], str]] = MappingProxyType(
+    {"markup": strip_markup, "accelerators": strip_accelerators}
+)
+"""In the order in which they act; each name is also the switch in CleaningConfig."""

@@ -1,0 +1,128 @@
+"""Which script a letter and a language are in. One code letter per script makes counting fast (``str.translate``)."""
+
+from __future__ import annotations
+
+import unicodedata
+from functools import cache
+
+# First word of a character's Unicode name -> script code (ISO 15924).
+_BY_NAME = {
+    "LATIN": "Latn",
+    "FULLWIDTH": "Latn",
+    "CYRILLIC": "Cyrl",
+    "GREEK": "Grek",
+    "ARABIC": "Arab",
+    "HEBREW": "Hebr",
+    "DEVANAGARI": "Deva",
+    "BENGALI": "Beng",
+    "GURMUKHI": "Guru",
+    "GUJARATI": "Gujr",
+    "ORIYA": "Orya",
+    "TAMIL": "Taml",
+    "TELUGU": "Telu",
+    "KANNADA": "Knda",
+    "MALAYALAM": "Mlym",
+    "SINHALA": "Sinh",
+    "THAI": "Thai",
+    "LAO": "Laoo",
+    "TIBETAN": "Tibt",
+    "MYANMAR": "Mymr",
+    "KHMER": "Khmr",
+    "GEORGIAN": "Geor",
+    "ARMENIAN": "Armn",
+    "ETHIOPIC": "Ethi",
+    "HANGUL": "Hang",
+    "CJK": "Hani",
+    "IDEOGRAPHIC": "Hani",
+    "HIRAGANA": "Kana",
+    "KATAKANA": "Kana",
+    "KATAKANA-HIRAGANA": "Kana",
+    "HALFWIDTH": "Kana",
+}
+_OTHER = "?"
+_CODES = {script: chr(ord("A") + i) for i, script in enumerate(dict.fromkeys(_BY_NAME.values()))}
+_DENSE = {_CODES[s]: weight for s, weight in {"Hani": 2.0, "Kana": 1.5, "Hang": 1.0}.items()}
+_UNSPACED = [_CODES[s] for s in ("Hani", "Kana", "Thai", "Laoo", "Khmr", "Mymr", "Tibt")]
+
+_LANGUAGES = {
+    "Latn": "af ast az br bs ca ceb cs cy da de en eo es et eu fi fil fo fr fy ga gd gl ha hr hsb ht hu ia id ig is it "
+    "jv kab lb ln lt lv mg ms mt nb nl nn no oc pl pt rm ro rw sc sk sl so sq sv sw tk tl tr uz vi wo xh yo zu",
+    "Cyrl": "ab ba be bg cv kk ky mk mn os ru sah tg tt udm uk",
+    "Grek": "el grc",
+    "Arab": "ar arz ckb fa ps sd ug ur",
+    "Hebr": "he iw yi",
+    "Deva": "bho hi mai mr ne sa",
+    "Beng": "as bn",
+    "Guru": "pa",
+    "Gujr": "gu",
+    "Orya": "or",
+    "Taml": "ta",
+    "Telu": "te",
+    "Knda": "kn",
+    "Mlym": "ml",
+    "Sinh": "si",
+    "Thai": "th",
+    "Laoo": "lo",
+    "Tibt": "bo dz",
+    "Mymr": "my",
+    "Khmr": "km",
+    "Geor": "ka",
+    "Armn": "hy",
+    "Ethi": "am ti",
+    "Hang Hani": "ko",
+    "Hani": "lzh wuu yue zh",
+    "Hani Kana": "ja",
+}
+_SUFFIXES = {"Hans": "Hani", "Hant": "Hani", "Jpan": "Hani Kana", "Kore": "Hang Hani", "latin": "Latn", "Latin": "Latn"}
+
+
+class _ScriptTable(dict[int, str]):
+    """Character -> script code for letters and their marks, nothing for everything else; fills itself."""
+
+    def __missing__(self, point: int) -> str:
+        character = chr(point)
+        code = ""
+        if unicodedata.category(character)[0] in "LM":
+            first = unicodedata.name(character, "?").split()[0]
+            code = _CODES.get(_BY_NAME.get(first, ""), _OTHER)
+        self[point] = code
+        return code
+
+
+@cache
+def _table() -> _ScriptTable:
+    return _ScriptTable()
+
+
+def script_codes(text: str) -> str:
+    """One code per letter of the text, in order; everything that is no letter is left out."""
+    return text.translate(_table())
+
+
+def codes_of_language(language: str) -> str:
+    """The script codes that a language is written in; empty where that is not known (then nothing is checked)."""
+    base, *parts = language.replace("@", "_").split("_")
+    for part in parts:
+        scripts = _SUFFIXES.get(part, part)
+        if all(s in _CODES for s in scripts.split()):
+            return "".join(_CODES[s] for s in scripts.split())
+    for scripts, languages in _LANGUAGES.items():
+        if base in languages.split():
+            return "".join(_CODES[s] for s in scripts.split())
+    return ""
+
+
+def weighted_length(text: str, codes: str) -> float:
+    """Characters, those of denser scripts counted higher, so that translations have about the same length."""
+    return len(text) + sum(codes.count(code) * weight for code, weight in _DENSE.items())
+
+
+def weighted_letters(codes: str, of: str) -> float:
+    """Letters among the codes ``of``, weighted as in :func:`weighted_length`."""
+    return sum(codes.count(code) * (1.0 + _DENSE.get(code, 0.0)) for code in of)
+
+
+def count_words(text: str, codes: str) -> float:
+    """Words at spaces; where a script has no spaces, two letters count as one word."""
+    unspaced = sum(codes.count(code) for code in _UNSPACED)
+    return len(text.split()) + unspaced / 2 if unspaced > len(codes) / 2 else len(text.split())

@@ -1,0 +1,124 @@
+"""What a corpus is to the rest of the room: named, line-aligned texts in language pairs; the registry of readers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from moe_train.config.corpus import CorpusConfig
+from moe_train.data.lines import read_parallel
+from moe_train.data.pairs import Pair
+from moe_train.data.progress import Progress
+from moe_train.errors import ConfigError, DataError, did_you_mean
+
+
+@dataclass(frozen=True)
+class ParallelText:
+    """Text of one pair of languages.
+
+    Attributes:
+        pair: the languages in the order of the text.
+        split: ``train``, ``valid`` or ``test`` if the corpus says so; None: moe-prepare cuts the held-out sets that are
+            missing for this pair.
+        read: opens the text anew and yields (source, target).
+        inputs: the files behind it; their checksums become part of the manifest.
+    """
+
+    pair: Pair
+    split: str | None
+    read: Callable[[], Iterator[tuple[str, str]]]
+    inputs: tuple[Path, ...]
+
+    @property
+    def name(self) -> str:
+        """``train.en-de``, or ``en-de`` where there is no split."""
+        return f"{self.split}.{self.pair.name}" if self.split else self.pair.name
+
+
+def files_text(pair: Pair, split: str | None, source: Path, target: Path) -> ParallelText:
+    """A text that lies in two line-aligned files."""
+    return ParallelText(pair, split, lambda: read_parallel(source, target), (source, target))
+
+
+Reader = Callable[[CorpusConfig, Progress], list[ParallelText]]
+_READERS: dict[str, Reader] = {}
+
+
+def register(name: str) -> Callable[[Reader], Reader]:
+    """Decorator that makes a reader known as ``corpus.name``."""
+
+    def add(reader: Reader) -> Reader:
+        _READERS[name] = reader
+        return reader
+
+    return add
+
+
+def read_corpus(config: CorpusConfig, progress: Progress) -> list[ParallelText]:
+    """Finds the texts of the configured corpus, restricted to ``corpus.languages`` and ``corpus.pairs``.
+
+    Raises:
+        ConfigError: unknown corpus, or missing path.
+        DataError: missing folder, no text in it, or a language or pair that the corpus has not.
+    """
+    if config.name not in _READERS:
+        raise ConfigError(f"there is no corpus '{config.name}'", "corpus.name", did_you_mean(config.name, _READERS))
+    texts = _READERS[config.name](config, progress)
+    texts = sorted(_only_pairs(_only_languages(texts, config.languages), config.pairs), key=lambda text: text.name)
+    if not texts:
+        raise DataError("no text is left", f"corpus={config.name}", "name more languages in corpus.languages")
+    return texts
+
+
+def _only_languages(texts: list[ParallelText], languages: tuple[str, ...]) -> list[ParallelText]:
+    if not languages:
+        return texts
+    known = {language for text in texts for language in text.pair}
+    for language in languages:
+        if language not in known:
+            raise DataError(
+                f"the corpus has no language '{language}'", "corpus.languages", did_you_mean(language, known)
+            )
+    # A single language or only the far sides of an English-centric corpus: its centre is meant as well.
+    wanted = set(languages)
+    inside = [text for text in texts if set(text.pair) <= wanted]
+    return inside or [text for text in texts if set(text.pair) <= wanted | {"en"}]
+
+
+def _only_pairs(texts: list[ParallelText], names: tuple[str, ...]) -> list[ParallelText]:
+    if not names:
+        return texts
+    wanted = {pair for name in names for pair in (Pair.parse(name), Pair.parse(name).reversed)}
+    known = {text.pair for text in texts}
+    for name in names:
+        if not {Pair.parse(name), Pair.parse(name).reversed} & known:
+            raise DataError(
+                f"the corpus has no pair '{name}'", "corpus.pairs", did_you_mean(name, [p.name for p in known])
+            )
+    return [text for text in texts if text.pair in wanted]
+
+
+def corpus_folder(config: CorpusConfig) -> Path:
+    """``corpus.path`` as an existing folder.
+
+    Raises:
+        ConfigError: not given.
+        DataError: it does not exist.
+    """
+    if not config.path:
+        raise ConfigError(
+            f"corpus={config.name} needs the folder of the text", "corpus.path", "add corpus.path=/folder/of/the/text"
+        )
+    folder = Path(config.path).expanduser()
+    if not folder.is_dir():
+        raise DataError(
+            "the corpus folder does not exist", str(folder), "correct corpus.path=…, or unpack the corpus there"
+        )
+    return folder
+
+
+def listing(names: Iterable[str], limit: int = 6) -> str:
+    """A few names for a message."""
+    names = sorted(names)
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

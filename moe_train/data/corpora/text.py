@@ -1,0 +1,53 @@
+"""``corpus=text``: a folder of line-aligned files named ``{train,valid,test}.XX-YY.{XX,YY}``, plain or compressed.
+
+Files without a split, ``XX-YY.{XX,YY}``, are cut by moe-prepare.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from moe_train.config.corpus import CorpusConfig
+from moe_train.data.corpora.base import ParallelText, corpus_folder, files_text, listing, register
+from moe_train.data.lines import SUFFIXES
+from moe_train.data.pairs import Pair
+from moe_train.data.progress import Progress
+from moe_train.errors import DataError
+
+LAYOUT = (
+    "name the files {train,valid,test}.XX-YY.XX and .YY (line n of one translates line n of the other), "
+    "or XX-YY.XX and XX-YY.YY"
+)
+_NAME = re.compile(r"(?:(?P<split>train|valid|test)\.)?(?P<pair>[^.\s]+-[^.\s]+)\.(?P<language>[^.\s]+)")
+
+
+@register("text")
+def read_text(config: CorpusConfig, progress: Progress) -> list[ParallelText]:
+    """Finds the texts of ``corpus.path``."""
+    return list(texts_of_folder(corpus_folder(config)))
+
+
+def texts_of_folder(folder: Path) -> Iterator[ParallelText]:
+    """Yields the texts of a folder.
+
+    Raises:
+        DataError: no files of the layout, a file without its other side, or a malformed pair name.
+    """
+    found: dict[tuple[str | None, str], dict[str, Path]] = {}
+    for path in sorted(p for p in folder.iterdir() if p.is_file()):
+        match = _NAME.fullmatch(path.name.removesuffix(path.suffix) if path.suffix in SUFFIXES[1:] else path.name)
+        if match and match["language"] in match["pair"]:
+            # Sorted: a plain file stands before its compressed copy, and is the one that is read.
+            found.setdefault((match["split"], match["pair"]), {}).setdefault(match["language"], path)
+    if not found:
+        there = listing(p.name for p in folder.iterdir())
+        raise DataError(f"no parallel files here (found: {there or 'nothing'})", str(folder), LAYOUT)
+    for (split, name), sides in found.items():
+        pair = Pair.parse(name)
+        for language in pair:
+            if language not in sides:
+                other = next(iter(sides.values()))
+                raise DataError(f"{other.name} has no other side in '{language}'", str(folder), LAYOUT)
+        yield files_text(pair, split, sides[pair.source], sides[pair.target])

@@ -1,0 +1,62 @@
+"""64-bit keys of sentences: for de-duplication, for splits, and for overlap between splits.
+
+Two different sentences share a key with probability 2^-64: about 1e-7 for a pair anywhere in a million sentences.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import unicodedata
+from collections.abc import Sequence
+from functools import cache
+
+import numpy as np
+
+
+class _FoldTable(dict[int, str]):
+    """Character -> itself if it is a letter or a mark, else nothing; fills itself."""
+
+    def __missing__(self, point: int) -> str:
+        character = chr(point)
+        self[point] = character if unicodedata.category(character)[0] in "LM" else ""
+        return self[point]
+
+
+@cache
+def _table() -> _FoldTable:
+    return _FoldTable()
+
+
+def fold(text: str) -> str:
+    """What makes two sentences "the same": their letters, without case, spacing, punctuation and digits.
+
+    A text without letters stands for itself.
+    """
+    return text.casefold().translate(_table()) or text.strip()
+
+
+def hash64(text: str) -> int:
+    """A 64-bit hash that is the same everywhere and always."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+
+
+def sentence_key(text: str) -> int:
+    """Key of a sentence up to :func:`fold`."""
+    return hash64(fold(text))
+
+
+def pair_keys(pairs: Sequence[tuple[str, str]]) -> np.ndarray:
+    """Keys of pairs: source sentence, target sentence, and the exact pair. uint64 [pairs, 3]."""
+    rows = [(sentence_key(source), sentence_key(target), hash64(f"{source}\0{target}")) for source, target in pairs]
+    return np.array(rows, dtype=np.uint64).reshape(len(rows), 3)
+
+
+def uniform(keys: np.ndarray, seed: int, purpose: str) -> np.ndarray:
+    """Turns keys into numbers in [0, 1) that depend on nothing but key, seed and purpose. float64, same shape."""
+    salt = np.uint64(hash64(f"{purpose} {seed}"))
+    with np.errstate(over="ignore"):  # splitmix64: wrapping is what it is made of
+        x = keys.astype(np.uint64) + salt
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        x ^= x >> np.uint64(31)
+    return (x >> np.uint64(11)).astype(np.float64) / 2.0**53

@@ -1,0 +1,72 @@
+"""Unicode normalisation, the same for training text, held-out text and what a user types.
+
+The rules are compiled into ``spm.model``, so that every tool that encodes with it normalises alike: canonical
+composition (NFC), any kind of space or line break becomes a space, invisible control characters vanish. Unlike
+SentencePiece's NFKC default this keeps full-width punctuation, which Chinese and Japanese references contain.
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from functools import cache
+from pathlib import Path
+
+# Joiners (U+200C, U+200D) stay: Persian and Indic scripts spell with them.
+_INVISIBLE = "\u00ad\u200b\u200e\u200f\u2060\u2061\u2062\u2063\u2064\ufeff"
+_INVISIBLE += "".join(map(chr, (*range(0x202A, 0x202F), *range(0x2066, 0x206A))))
+# The planes in which characters are assigned: scripts and symbols, then tags.
+_ASSIGNED = (*range(0x33480), *range(0xE0000, 0xE0200))
+_SPACES = "\t\n\x0b\x0c\r\x1c\x1d\x1e\x1f\x85"
+
+
+@cache
+def character_table() -> dict[int, str]:
+    """``str.translate`` table: odd spaces to a space, invisible characters to nothing."""
+    table: dict[int, str] = {}
+    for point in _ASSIGNED:
+        category = unicodedata.category(chr(point))
+        if category in ("Zs", "Zl", "Zp") and point != 0x20:
+            table[point] = " "
+        elif category == "Cc":
+            table[point] = ""
+    table.update({ord(c): "" for c in _INVISIBLE})
+    table.update({ord(c): " " for c in _SPACES})
+    return table
+
+
+def normalise(text: str) -> str:
+    """NFC, plain single spaces, no control characters, nothing at either end."""
+    return " ".join(unicodedata.normalize("NFC", text.translate(character_table())).split())
+
+
+def write_rules(path: Path) -> None:
+    """Writes the same normalisation as a SentencePiece rule file (hexadecimal code points, tab separated)."""
+    rules: dict[tuple[int, ...], tuple[int, ...]] = {
+        (point,): tuple(map(ord, new)) for point, new in character_table().items() if point
+    }
+    for point in _ASSIGNED:
+        rules.update(_composition(chr(point)))
+    with path.open("w", encoding="ascii") as stream:
+        for old, new in sorted(rules.items()):
+            stream.write(f"{_hexadecimal(old)}\t{_hexadecimal(new)}\n")
+
+
+def _composition(character: str) -> dict[tuple[int, ...], tuple[int, ...]]:
+    """Rules that compose this character, or replace it where NFC has another form of it. Hangul syllables are left out:
+    text has them composed already, and they are eleven thousand."""
+    point = ord(character)
+    if 0xAC00 <= point <= 0xD7A3 or unicodedata.category(character) == "Cs":
+        return {}
+    composed = unicodedata.normalize("NFC", character)
+    if composed != character:
+        return {(point,): tuple(map(ord, composed))}
+    parts = unicodedata.normalize("NFD", character)
+    partial = unicodedata.decomposition(character)
+    if len(parts) < 2 or partial.startswith("<"):
+        return {}
+    step = tuple(int(p, 16) for p in partial.split())
+    return {tuple(map(ord, parts)): (point,), step: (point,)}
+
+
+def _hexadecimal(points: tuple[int, ...]) -> str:
+    return " ".join(f"{p:X}" for p in points)

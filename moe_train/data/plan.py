@@ -1,0 +1,169 @@
+"""What a preparation is going to do: texts, directions, settings, and whether a finished folder has it all already."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moe_train.config import to_mapping
+from moe_train.config.corpus import PrepareConfig
+from moe_train.data.corpora import ParallelText, read_corpus
+from moe_train.data.folder import DataFolder
+from moe_train.data.lines import sha256
+from moe_train.data.manifest import FILE, Manifest
+from moe_train.data.pairs import Pair
+from moe_train.data.progress import Progress
+from moe_train.errors import DataError, did_you_mean
+
+_ELSEWHERE = {"out", "overwrite", "workers"}
+_PLACES = {"path", "train_path", "cache"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The outcome of looking at config and corpus, before anything is written.
+
+    Attributes:
+        texts: in the order of their names.
+        settings: what decides the bytes of the folder, apart from the texts themselves.
+        sources: checksums of the texts' files.
+    """
+
+    texts: tuple[ParallelText, ...]
+    directions: tuple[str, ...]
+    languages: tuple[str, ...]
+    settings: Mapping[str, Any]
+    sources: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def given(self) -> list[ParallelText]:
+        """Held-out files of the user."""
+        return [text for text in self.texts if text.split in ("valid", "test")]
+
+    @property
+    def trained(self) -> list[ParallelText]:
+        """Training text, and text that is still to be split."""
+        return [text for text in self.texts if text.split in ("train", None)]
+
+    @property
+    def missing(self) -> dict[Pair, list[str]]:
+        """Held-out splits to cut, for each pair whose text has no split."""
+        there = {(text.split, pair) for text in self.given for pair in (text.pair, text.pair.reversed)}
+        unsplit = [text.pair for text in self.texts if text.split is None]
+        return {pair: [s for s in ("valid", "test") if (s, pair) not in there] for pair in unsplit}
+
+
+def make_plan(config: PrepareConfig, progress: Progress) -> Plan:
+    """Reads the corpus's table of contents.
+
+    Raises:
+        ConfigError, DataError: whatever is wrong with corpus, languages or directions.
+    """
+    texts = read_corpus(config.corpus, progress)
+    directions = _directions(config.directions, {text.pair for text in texts})
+    texts = [t for t in texts if t.pair.name in directions or t.pair.reversed.name in directions]
+    languages = sorted({language for text in texts for language in text.pair})
+    if config.vocabulary.reuse:
+        languages = _languages_of_reused(config.vocabulary.reuse, languages)
+    elif not any(text.split in ("train", None) for text in texts):
+        raise DataError(
+            "there is no training text to learn a vocabulary from",
+            f"corpus={config.corpus.name}",
+            "add training text (flores200: corpus.train_path=…) or take a data folder's vocabulary: vocabulary.reuse=…",
+        )
+    return Plan(tuple(texts), tuple(directions), tuple(languages), _settings(config), _sources(texts))
+
+
+def _directions(wanted: Sequence[str], pairs: set[Pair]) -> list[str]:
+    possible = sorted({p.name for pair in pairs for p in (pair, pair.reversed)})
+    languages = {language for pair in pairs for language in pair}
+    for direction in wanted:
+        for language in Pair.parse(direction):
+            if language not in languages:
+                raise DataError(
+                    f"the direction '{direction}' names the language '{language}', which the corpus has not",
+                    "directions",
+                    did_you_mean(language, languages),
+                )
+        if direction not in possible:
+            raise DataError(
+                f"the corpus has no text for '{direction}'", "directions", did_you_mean(direction, possible)
+            )
+    return sorted(set(wanted)) or possible
+
+
+def _languages_of_reused(reuse: str, languages: Sequence[str]) -> list[str]:
+    known = DataFolder.open(reuse).languages
+    for language in languages:
+        if language not in known:
+            raise DataError(
+                f"the vocabulary of {reuse} has no language '{language}'",
+                "vocabulary.reuse",
+                f"restrict corpus.languages to {', '.join(known)}",
+            )
+    return list(known)
+
+
+def _settings(config: PrepareConfig) -> dict[str, Any]:
+    settings = {key: value for key, value in to_mapping(config).items() if key not in _ELSEWHERE}
+    settings["corpus"] = {key: value for key, value in settings["corpus"].items() if key not in _PLACES}
+    if config.vocabulary.reuse:
+        settings["vocabulary"]["reuse"] = DataFolder.open(config.vocabulary.reuse).manifest.files["spm.model"]["sha256"]
+    return settings
+
+
+def _sources(texts: Sequence[ParallelText]) -> dict[str, dict[str, Any]]:
+    files = sorted({path for text in texts for path in text.inputs}, key=lambda path: (path.name, str(path)))
+    sources: dict[str, dict[str, Any]] = {}
+    for path in files:
+        name = path.name
+        while name in sources:  # files of the same name in different folders
+            name += "+"
+        sources[name] = {"sha256": sha256(path), "bytes": path.stat().st_size}
+    return sources
+
+
+def finished(out: Path, plan: Plan, overwrite: bool) -> bool:
+    """Whether ``out`` already holds what the plan would make.
+
+    Raises:
+        DataError: it holds something else, and ``overwrite`` does not allow to replace it.
+    """
+    if not out.exists():
+        return False
+    if not (out / FILE).is_file():
+        if out.is_dir() and not any(out.iterdir()):
+            return False
+        raise DataError("the place is taken by something that is no data folder", str(out), "choose another out=…")
+    try:
+        folder = DataFolder.open(out)
+    except DataError:
+        if overwrite:
+            return False
+        raise
+    changed = _differences(folder.manifest, plan)
+    if changed and not overwrite:
+        raise DataError(
+            f"a data folder made otherwise is here already (differs in {', '.join(changed)})",
+            str(out),
+            "choose another out=…, or replace it with overwrite=true",
+        )
+    return not changed
+
+
+def _differences(manifest: Manifest, plan: Plan) -> list[str]:
+    old, new = dict(_flat(manifest.settings)), dict(_flat(plan.settings))
+    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    return changed + (["the corpus's files"] if dict(manifest.sources) != dict(plan.sources) else [])
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    flat: list[tuple[str, Any]] = []
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            flat += _flat(value, f"{prefix}{key}.")
+        else:
+            flat.append((f"{prefix}{key}", value))
+    return flat

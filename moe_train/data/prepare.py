@@ -1,0 +1,162 @@
+"""``moe-prepare``: from a corpus to a data folder.
+
+The folder is made beside its place, as ``OUT.partial``, and renamed when it is complete: a crash leaves nothing behind
+that looks finished, and an older folder stays until the new one stands.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import moe_train
+from moe_train.config.corpus import PrepareConfig, TierConfig
+from moe_train.data.cleaned import CleanedText, clean_text
+from moe_train.data.folder import DataFolder
+from moe_train.data.manifest import Manifest, describe_files
+from moe_train.data.overlap import HeldOut, held_out_keys, measure
+from moe_train.data.pairs import Pair
+from moe_train.data.plan import Plan, finished, make_plan
+from moe_train.data.progress import Progress
+from moe_train.data.sampling import sample_sentences
+from moe_train.data.selection import Selection, select
+from moe_train.data.tokenizer import Tokenizer
+from moe_train.data.vocabulary import dictionary_size, train_sentencepiece
+from moe_train.data.workers import Workers, available_cores
+from moe_train.data.writer import FolderWriter
+from moe_train.errors import DataError
+from moe_train.fairseq_compat import apply
+
+
+def prepare(config: PrepareConfig, progress: Progress | None = None) -> DataFolder:
+    """Makes the data folder ``config.out``, or finds it made already.
+
+    Args:
+        progress: where stages are shown; None: nowhere.
+
+    Raises:
+        ConfigError, DataError: what is wrong with config, corpus or place. Whatever stood in ``out`` before still does.
+        MissingDependency: fairseq is not installed.
+    """
+    apply()
+    progress = progress or Progress()
+    out = Path(config.out).expanduser()
+    plan = make_plan(config, progress)
+    if finished(out, plan, config.overwrite):
+        progress.say(f"{out} is finished already, from the same text with the same settings: it is kept as it is")
+        return DataFolder.open(out)
+    partial = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        _Preparation(config, plan, partial, progress).run()
+        _replace(partial, out)
+    except OSError as error:
+        where = str(error.filename or out)
+        raise DataError(
+            f"cannot write the data folder ({error.strerror})", where, "free space or choose another out=…"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return DataFolder.open(out)
+
+
+def _replace(partial: Path, out: Path) -> None:
+    old = out.with_name(f"{out.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        os.replace(out, old)
+    os.replace(partial, out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+class _Preparation:
+    """One run of the pipeline into an empty folder."""
+
+    def __init__(self, config: PrepareConfig, plan: Plan, folder: Path, progress: Progress) -> None:
+        self.config, self.plan, self.folder, self.progress = config, plan, folder, progress
+        self.threads = config.workers or available_cores()
+        self.reuse = Path(config.vocabulary.reuse).expanduser() if config.vocabulary.reuse else None
+
+    def run(self) -> None:
+        """Every stage in order; leaves a complete folder."""
+        work = self.folder / ".work"
+        work.mkdir()
+        given = [HeldOut.read(text) for text in self.plan.given]
+        keys = held_out_keys(given)
+        selections = select(self._clean(work), keys, self.plan.missing, self.config.corpus, self.config.seed)
+        overlap = measure(given, selections, keys)
+        tokenizer = self._tokenizer(selections)
+        counts = self._write(selections, given, tokenizer)
+        shutil.rmtree(work)
+        self._write_manifest(selections, counts, overlap, dictionary_size(tokenizer, self.plan.languages))
+
+    def _clean(self, work: Path) -> list[CleanedText]:
+        rules = self.config.corpus.cleaning
+        with Workers(self.threads) as workers, self.progress.stage("cleaning") as advance:
+            return [clean_text(text, rules, work, workers, advance) for text in self.plan.trained]
+
+    def _tokenizer(self, selections: Sequence[Selection]) -> Tokenizer:
+        path, settings = self.folder / "spm.model", self.config.vocabulary
+        if self.reuse:
+            shutil.copyfile(self.reuse / "spm.model", path)
+            return Tokenizer(path)
+        with self.progress.stage("learning the vocabulary", total=1) as advance:
+            train_sentencepiece(sample_sentences(selections, settings, self.config.seed), settings, path)
+            advance(1)
+        return Tokenizer(path)
+
+    def _write(
+        self, selections: Sequence[Selection], given: Sequence[HeldOut], tokenizer: Tokenizer
+    ) -> dict[str, dict[str, int]]:
+        with self.progress.stage("binarising") as advance:
+            writer = FolderWriter(self.folder, tokenizer, self.plan.languages, self.threads, advance)
+            for selection in selections:
+                text, pair = selection.text, selection.text.pair
+                writer.add_training(pair, *(text.lines(language, selection.train) for language in pair))
+                for split, rows in selection.held_out.items():
+                    writer.add_held_out(split, pair, *(list(text.lines(language, rows)) for language in pair))
+            for held in given:
+                sides = ([pair[side] for pair in held.lines] for side in (0, 1))
+                writer.add_held_out(str(held.text.split), held.text.pair, *sides)
+        writer.write_dictionaries(like=self.reuse / "dict.txt" if self.reuse else None)
+        return writer.counts
+
+    def _write_manifest(
+        self,
+        selections: Sequence[Selection],
+        counts: Mapping[str, Mapping[str, int]],
+        overlap: Mapping[str, Any],
+        entries: int,
+    ) -> None:
+        Manifest(
+            corpus=self.config.corpus.name,
+            languages=self.plan.languages,
+            directions=self.plan.directions,
+            counts=counts,
+            vocabulary=entries,
+            settings=self.plan.settings,
+            tiers=tiers(counts["train"], self.config.tiers),
+            cleaning={selection.text.text.name: dict(selection.text.counts) for selection in selections},
+            overlap=overlap,
+            sources=self.plan.sources,
+            versions={"moe_train": moe_train.__version__, "sentencepiece": version("sentencepiece")},
+            files=describe_files(self.folder),
+        ).write(self.folder)
+
+
+def tiers(training: Mapping[str, int], config: TierConfig) -> dict[str, str]:
+    """Resource tier of each language by its training pairs."""
+    sizes: dict[str, int] = {}
+    for name, size in training.items():
+        for language in Pair.parse(name):
+            sizes[language] = sizes.get(language, 0) + size
+    bounds = {"high": config.high, "medium": config.medium, "low": 0}
+    found = {
+        language: next(tier for tier, bound in bounds.items() if size >= bound) for language, size in sizes.items()
+    }
+    return {**found, **config.languages}

@@ -1,0 +1,40 @@
+"""Progress of preparation on the screen: one line per stage, with Rich; silent where nobody looks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+
+Advance = Callable[[int], None]
+
+
+class Progress:
+    """Stages with a bar each.
+
+    Args:
+        console: where to draw; None: nowhere.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(quiet=True)
+
+    def say(self, text: str) -> None:
+        """Prints a line."""
+        self.console.print(text, highlight=False)
+
+    @contextmanager
+    def stage(self, name: str, total: int | None = None) -> Iterator[Advance]:
+        """Shows a bar while the block runs; the value is called with the amount done since last time."""
+        columns = (TextColumn("{task.description:<28}"), BarColumn(24), MofNCompleteColumn())
+        with Bars(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.console) as bars:
+            task = bars.add_task(name, total=total)
+
+            def advance(amount: int) -> None:
+                bars.advance(task, amount)
+
+            yield advance
+            bars.update(task, total=bars.tasks[0].completed)

@@ -1,0 +1,135 @@
+"""Learning the joint SentencePiece model, and the fairseq dictionary that goes with it."""
+
+from __future__ import annotations
+
+import io
+import re
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import sentencepiece
+
+from moe_train.config.corpus import VocabularyConfig
+from moe_train.data.normalisation import write_rules
+from moe_train.data.pairs import MASK, tag
+from moe_train.data.tokenizer import Tokenizer
+from moe_train.errors import DataError
+from moe_train.fairseq_compat import apply
+
+if TYPE_CHECKING:
+    from fairseq.data import Dictionary
+
+# The number of threads decides the order of floating-point sums: fixed, so that every machine learns the same.
+_THREADS = 8
+_SMALLEST = 300
+
+
+def train_sentencepiece(sentences: Iterable[str], config: VocabularyConfig, path: Path) -> None:
+    """Learns the pieces from sentences and writes the model.
+
+    Raises:
+        DataError: the vocabulary is larger than the text allows, or too small for its characters.
+    """
+    if config.size < _SMALLEST:
+        raise DataError(
+            f"a vocabulary of {config.size} pieces cannot hold the 256 bytes and the characters",
+            "vocabulary.size",
+            f"set vocabulary.size to {_SMALLEST} or more",
+        )
+    model = io.BytesIO()
+    with tempfile.TemporaryDirectory() as folder:
+        rules = Path(folder) / "rules.tsv"
+        write_rules(rules)
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=_not_too_long(sentences),
+                model_writer=model,
+                vocab_size=config.size,
+                model_type=config.model_type,
+                character_coverage=config.character_coverage,
+                byte_fallback=True,
+                split_digits=config.split_digits,
+                normalization_rule_tsv=str(rules),
+                max_sentence_length=_LONGEST,
+                unk_id=0,
+                bos_id=-1,
+                eos_id=-1,
+                pad_id=-1,
+                num_threads=_THREADS,
+                train_extremely_large_corpus=config.sample_sentences > 10_000_000,
+                minloglevel=2,
+            )
+        except RuntimeError as error:
+            raise _explain(error, config) from error
+    path.write_bytes(model.getvalue())
+
+
+_LONGEST = 8192  # bytes; SentencePiece drops longer sentences with a warning, here they are cut at a character
+
+
+def _not_too_long(sentences: Iterable[str]) -> Iterator[str]:
+    for sentence in sentences:
+        yield sentence if len(sentence) <= _LONGEST // 4 else sentence[: _LONGEST // 4]
+
+
+def _explain(error: RuntimeError, config: VocabularyConfig) -> DataError:
+    text = str(error)
+    if found := re.search(r"value <= (\d+)", text):
+        return DataError(
+            f"a vocabulary of {config.size} pieces is larger than the text allows: it yields at most {found[1]}",
+            "vocabulary.size",
+            f"set vocabulary.size={found[1]} or less, or give more text",
+        )
+    if found := re.search(r"required_chars\D*\d+ vs (\d+)", text):
+        return DataError(
+            f"a vocabulary of {config.size} pieces is too small for the text's characters: they need {found[1]}",
+            "vocabulary.size",
+            f"set vocabulary.size above {found[1]}, or lower vocabulary.character_coverage",
+        )
+    return DataError(
+        f"SentencePiece could not learn {config.size} pieces ({text.strip()})",
+        "vocabulary.size",
+        "set a smaller vocabulary.size, or give more text",
+    )
+
+
+def dictionary_size(tokenizer: Tokenizer, languages: Sequence[str]) -> int:
+    """Entries of the dictionary: fairseq's three further special symbols, the pieces, a tag per language, the mask."""
+    return 3 + len(tokenizer) + len(languages) + 1
+
+
+def write_dictionary(path: Path, tokenizer: Tokenizer, languages: Sequence[str], counts: Sequence[int]) -> None:
+    """Writes ``dict.txt``: pieces in SentencePiece's order with their counts, then a tag per language, then the mask.
+
+    Args:
+        counts: how often each piece occurs in the training text; entry i is piece i, <unk> included.
+
+    Raises:
+        DataError: a piece looks like a tag or a special symbol.
+    """
+    entries = [
+        *zip(tokenizer.pieces, counts[1:], strict=True),
+        *((tag(language), 0) for language in languages),
+        (MASK, 0),
+    ]
+    symbols = [symbol for symbol, _ in entries] + ["<s>", "<pad>", "</s>", "<unk>"]
+    if len(set(symbols)) != len(symbols):
+        raise DataError(
+            "the vocabulary holds a symbol twice", str(path), "strip language tags and <mask> from the text"
+        )
+    with path.open("w", encoding="utf-8", newline="\n") as stream:
+        stream.writelines(f"{symbol} {count}\n" for symbol, count in entries)
+
+
+def load_dictionary(path: Path) -> Dictionary:
+    """Reads a ``dict.txt`` with fairseq.
+
+    Raises:
+        MissingDependency: fairseq is not installed.
+    """
+    apply()
+    from fairseq.data import Dictionary
+
+    return Dictionary.load(str(path))

@@ -1,0 +1,68 @@
+"""Writes texts into a data folder: binarised files, raw held-out text, dictionaries."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from moe_train.data.binarise import binarise
+from moe_train.data.lines import write_lines
+from moe_train.data.pairs import SPLITS, Pair
+from moe_train.data.progress import Advance
+from moe_train.data.tokenizer import Tokenizer
+from moe_train.data.vocabulary import dictionary_size, write_dictionary
+
+
+class FolderWriter:
+    """Adds texts to a folder and remembers what it has added.
+
+    Args:
+        folder: the data folder in the making.
+        languages: those of the dictionary's tags, in order.
+        threads: native threads that encode.
+        advance: told the number of sentences written since last time.
+    """
+
+    def __init__(
+        self, folder: Path, tokenizer: Tokenizer, languages: Sequence[str], threads: int, advance: Advance
+    ) -> None:
+        self.folder, self.tokenizer, self.languages = folder, tokenizer, tuple(languages)
+        self.threads, self.advance = threads, advance
+        self.counts: dict[str, dict[str, int]] = {split: {} for split in SPLITS}
+        self.frequencies = np.zeros(len(tokenizer), dtype=np.int64)
+        (folder / "raw").mkdir(exist_ok=True)
+
+    def add_training(self, pair: Pair, source: Iterable[str], target: Iterable[str]) -> None:
+        """Binarises training text and counts its pieces."""
+        for language, lines in zip(pair, (source, target), strict=True):
+            self.frequencies += self._binarise("train", pair, language, lines)
+
+    def add_held_out(self, split: str, pair: Pair, source: list[str], target: list[str]) -> None:
+        """Binarises held-out text and keeps it as it is, line for line."""
+        for language, lines in zip(pair, (source, target), strict=True):
+            write_lines(self.folder / "raw" / f"{split}.{pair.name}.{language}", lines)
+            self._binarise(split, pair, language, lines)
+
+    def _binarise(self, split: str, pair: Pair, language: str, lines: Iterable[str]) -> np.ndarray:
+        prefix = self.folder / f"{split}.{pair.name}.{language}"
+        entries = dictionary_size(self.tokenizer, self.languages)
+        sentences, pieces = binarise(lines, prefix, self.tokenizer, entries, self.threads, self.advance)
+        self.counts[split][pair.name] = sentences
+        return pieces
+
+    def write_dictionaries(self, like: Path | None = None) -> None:
+        """Writes ``dict.txt`` and a copy per language.
+
+        Args:
+            like: an existing ``dict.txt`` to take instead, where the vocabulary is reused.
+        """
+        path = self.folder / "dict.txt"
+        if like is None:
+            write_dictionary(path, self.tokenizer, self.languages, self.frequencies.tolist())
+        else:
+            shutil.copyfile(like, path)
+        for language in self.languages:
+            shutil.copyfile(path, self.folder / f"dict.{language}.txt")
