@@ -6,7 +6,7 @@
 #   scripts/setup.sh --offline DIR   from the wheels in DIR (scripts/wheelhouse.sh collects them), without a network
 #   scripts/setup.sh --system-torch  use the torch that $PYTHON already has, such as a cluster's own build
 #
-# PYTHON names the interpreter (3.11 or 3.12); otherwise the newest of them on PATH is taken, 3.11 first.
+# PYTHON names the interpreter (3.11 or 3.12); otherwise one on PATH is taken, 3.11 first.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -20,6 +20,7 @@ readonly FULL_EXTRAS=fairseq,report,deepspeed,slurm,sweep,dev
 extras=$FULL_EXTRAS
 wheelhouse=
 system_torch=false
+python=
 
 say() { printf 'setup: %s\n' "$*"; }
 fail() { printf 'setup: %s\n' "$*" >&2; exit 1; }
@@ -49,25 +50,53 @@ forget_environment() {
         PIP_UPGRADE PIP_EDITABLE PIP_DRY_RUN PIP_IGNORE_INSTALLED PIP_FORCE_REINSTALL
 }
 
+may_use_apt() { [[ $EUID -eq 0 ]] && command -v apt-get >/dev/null; }
+
+apt_install() {
+    say "installing $* with apt-get"
+    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >/dev/null
+}
+
 usable_python() {
     "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null
 }
 
-find_python() {
+first_usable_python() {
     local candidate
-    if [[ -n ${PYTHON:-} ]]; then
-        usable_python "$PYTHON" || fail "PYTHON=$PYTHON is not Python 3.11 or 3.12."
-        printf '%s' "$PYTHON"
-        return
-    fi
     for candidate in python3.11 python3.12 python3; do
         if usable_python "$candidate"; then
-            printf '%s' "$candidate"
+            python=$candidate
             return
         fi
     done
-    fail "needs Python 3.11 or 3.12: on Debian or Ubuntu 'apt-get install python3 python3-venv python3-dev'," \
-        "or name one: PYTHON=/path/to/python3.11 scripts/setup.sh."
+    return 1
+}
+
+find_python() {
+    if [[ -n ${PYTHON:-} ]]; then
+        usable_python "$PYTHON" || fail "PYTHON=$PYTHON is not Python 3.11 or 3.12."
+        python=$PYTHON
+    elif ! first_usable_python; then
+        { may_use_apt && apt_install python3 && first_usable_python; } ||
+            fail "needs Python 3.11 or 3.12; name one: PYTHON=/path/to/python3.11 scripts/setup.sh."
+    fi
+}
+
+# fairseq and antlr come without wheels: they are compiled against Python's headers. Debian packs these, and what makes
+# virtual environments, apart from Python.
+need_system_packages() {
+    local version missing=()
+    version=$("$python" -c 'import sys; print("python%d.%d" % sys.version_info[:2])')
+    "$python" -c 'import ensurepip, venv' 2>/dev/null || missing+=("$version-venv")
+    if [[ -z $wheelhouse ]]; then
+        "$python" -c 'import os, sys, sysconfig
+sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' || missing+=("$version-dev")
+        command -v "${CXX:-g++}" >/dev/null || missing+=(g++)
+    fi
+    if ((${#missing[@]} == 0)); then return; fi
+    if [[ -z ${CXX:-} ]] && may_use_apt && apt_install "${missing[@]}"; then return; fi
+    fail "${missing[*]} missing: fairseq's build needs a C++ compiler (${CXX:-g++}) and Python's headers." \
+        "On Debian or Ubuntu: 'sudo apt-get install ${missing[*]}'."
 }
 
 # What was installed from; the settings of ruff, mypy and pytest do not count.
@@ -90,30 +119,34 @@ is_ready() {
     [[ $known == "$(fingerprint "$extras")" || $known == "$(fingerprint "$FULL_EXTRAS")" ]]
 }
 
-# fairseq has no wheel for Python 3.11: pip compiles it.
-need_compiler() {
-    command -v "${CXX:-g++}" >/dev/null && return
-    if [[ $EUID -eq 0 ]] && command -v apt-get >/dev/null; then
-        say "installing g++, which fairseq's build needs"
-        apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq g++ >/dev/null && return
-    fi
-    fail "fairseq's build needs a C++ compiler: 'sudo apt-get install g++', or 'sudo dnf install gcc-c++'."
+make_venv() {
+    local flags=()
+    if $system_torch; then flags+=(--system-site-packages); fi
+    say "making $VENV with $("$python" --version)"
+    "$python" -m venv --clear "${flags[@]}" "$VENV"
 }
 
-make_venv() {
-    local python=$1 flags=(--clear)
-    $system_torch && flags+=(--system-site-packages)
-    say "making $VENV with $("$python" --version)"
-    "$python" -m venv "${flags[@]}" "$VENV" ||
-        fail "could not make $VENV; on Debian or Ubuntu 'apt-get install python3-venv' provides what is missing."
+# The pins, with torch's replaced by the one that is already there under --system-torch.
+write_constraints() {
+    local version
+    cp constraints.txt "$VENV/constraints.txt"
+    if $system_torch; then
+        version=$("$VENV/bin/python" -c 'from importlib.metadata import version; print(version("torch"))' 2>/dev/null) ||
+            fail "--system-torch: $python has no torch."
+        sed -i "s/^torch==.*/torch==$version/" "$VENV/constraints.txt"
+    fi
 }
 
 install() {
-    local pip=("$VENV/bin/python" -m pip --disable-pip-version-check)
-    local options=(--quiet --progress-bar off)
-    # pip hands PIP_CONSTRAINT to isolated builds too: fairseq's asks for torch in an open range, several GB of CUDA.
-    export PIP_CONSTRAINT=$PWD/constraints.txt PIP_BUILD_CONSTRAINT=$PWD/constraints.txt
-    [[ -n $wheelhouse ]] && options+=(--no-index --find-links "$wheelhouse")
+    local pip=("$VENV/bin/python" -m pip --disable-pip-version-check) options=()
+    [[ -t 1 ]] || options+=(--quiet)
+    # pip hands PIP_CONSTRAINT to isolated builds too, where an open range of torch could bring several GB of another.
+    export PIP_CONSTRAINT=$PWD/$VENV/constraints.txt PIP_BUILD_CONSTRAINT=$PWD/$VENV/constraints.txt
+    if [[ -n $wheelhouse ]]; then
+        unset PIP_INDEX_URL PIP_EXTRA_INDEX_URL PIP_FIND_LINKS
+        export PIP_CONFIG_FILE=/dev/null
+        options+=(--no-index --find-links "$wheelhouse")
+    fi
     if ! $system_torch; then
         say "installing $TORCH"
         "${pip[@]}" install "${options[@]}" "$TORCH"
@@ -121,7 +154,7 @@ install() {
     say "installing moe_train[$extras]"
     "${pip[@]}" install "${options[@]}" --editable ".[$extras]"
     # Last and without its pins, which ask for the Hydra of 2020 (`pip check` complains about that for ever).
-    say "building and installing $FAIRSEQ (about a minute)"
+    say "installing $FAIRSEQ"
     "${pip[@]}" install "${options[@]}" --no-deps "$FAIRSEQ"
 }
 
@@ -132,13 +165,14 @@ main() {
         say "$VENV is up to date"
         return
     fi
-    local python started=$SECONDS
-    python=$(find_python)
-    [[ -n $wheelhouse ]] || need_compiler
-    [[ -x $VENV/bin/python ]] || make_venv "$python"
+    local started=$SECONDS
+    find_python
+    need_system_packages
+    if ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then make_venv; fi
     rm -f "$STAMP"
+    write_constraints
     install
-    fingerprint "$extras" >"$STAMP"
+    fingerprint "$extras" >"$STAMP.new" && mv "$STAMP.new" "$STAMP"
     say "ready in $((SECONDS - started)) s; 'source $VENV/bin/activate' puts moe-train and its companions on PATH"
 }
 

@@ -1,0 +1,69 @@
+"""What all tests share: a quiet environment, hypothesis settings, and where the optional data lies."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+from moe_train.data.folder import DataFolder
+
+ROOT = Path(__file__).resolve().parents[1]
+
+hypothesis.settings.register_profile("moe_train", deadline=None, max_examples=50, derandomize=True, print_blob=True)
+hypothesis.settings.register_profile("search", deadline=None, max_examples=1000, print_blob=True)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "moe_train"))
+
+
+def _absent(marker: str) -> str | None:
+    """Why tests with ``marker`` cannot run here."""
+    if marker == "gpu":
+        import torch
+
+        return None if torch.cuda.is_available() else "needs an accelerator"
+    if marker == "slurm":
+        return None if shutil.which("slurmctld") else "needs Slurm (apt-get install slurm-wlm munge)"
+    if marker == "network":
+        return None if os.geteuid() == 0 and shutil.which("ip") else "needs root and the command ip (iproute2)"
+    return None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for marker in ("gpu", "slurm", "network"):
+        marked = [item for item in items if item.get_closest_marker(marker)]
+        if marked and (reason := _absent(marker)):
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def _outside_any_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A torchrun or Slurm step around the tests must not make them ranks of it."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def root() -> Path:
+    """The checkout."""
+    return ROOT
+
+
+@pytest.fixture
+def shared() -> Path:
+    """Optional data beside the checkout; tests that need it are skipped where it is absent."""
+    folder = ROOT.parent / "shared"
+    if not folder.is_dir():
+        pytest.skip(f"needs the data folder {folder}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> DataFolder:
+    """A prepared data folder, not to be written to: en-de, en-fr, en-ja both ways, 200 training pairs each."""
+    from tests.data.tiny_corpus import prepare_tiny
+
+    return prepare_tiny(tmp_path_factory.mktemp("tiny"))
