@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moe_train.routing import dense, switch, top_k
+from moe_train.routing import dense, expert_choice, hash, random, switch, thor, top_k
 from moe_train.routing.base import Router, RouterInputs, RoutingConfig
 from moe_train.routing.context import Alone, Ranks, RoutingContext
 from moe_train.routing.registry import build_router, decoder_config, register, routing_config, strategies, strategy
@@ -22,10 +22,14 @@ __all__ = [
     "build_router",
     "decoder_config",
     "dense",
+    "expert_choice",
+    "hash",
+    "random",
     "register",
     "routing_config",
     "strategies",
     "strategy",
     "switch",
+    "thor",
     "top_k",
 ]

@@ -15,6 +15,7 @@ from moe_train.routing.context import RoutingContext
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64
 _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
+_ALL = (1 << 64) - 1
 
 
 def _shift(value: Tensor, bits: int) -> Tensor:
@@ -28,6 +29,22 @@ def hash64(value: Tensor) -> Tensor:
     value = (value ^ _shift(value, 30)) * _MIX_1
     value = (value ^ _shift(value, 27)) * _MIX_2
     return value ^ _shift(value, 31)
+
+
+def hash_numbers(*parts: int) -> int:
+    """What :func:`combine` makes of these numbers in turn, from 0, in plain Python: no kernel is launched."""
+    state = 0
+    for part in parts:
+        state = _hash_number(state ^ _hash_number(part))
+    return state - (1 << 64) if state >> 63 else state
+
+
+def _hash_number(value: int) -> int:
+    """:func:`hash64` of one number, unsigned."""
+    value = (value + _GOLDEN) & _ALL
+    value = ((value ^ (value >> 30)) * _MIX_1) & _ALL
+    value = ((value ^ (value >> 27)) * _MIX_2) & _ALL
+    return value ^ (value >> 31)
 
 
 def combine(state: Tensor, part: Tensor | int) -> Tensor:
@@ -46,20 +63,19 @@ def counted(context: RoutingContext, stream: int, *, per: str = "token") -> Tens
 
     Args:
         stream: a number that tells apart the draws of one router (jitter, second expert ...).
-        per: ``token`` (own draw each), ``sentence`` (shared by a sentence's tokens) or ``batch`` (shared by all).
+        per: ``token`` (own draw each), ``sentence`` (shared by a sentence's tokens), ``position`` (shared by the tokens
+            at one position of all sentences) or ``batch`` (shared by all).
 
     Raises:
         ValueError: another ``per``.
     """
-    if per not in ("token", "sentence", "batch"):
-        raise ValueError(f"draws are per token, sentence or batch, not per {per!r}")
-    state = torch.zeros_like(context.pass_index)
-    for part in (context.seed, context.update, context.layer, stream):
-        state = combine(state, part)
+    if per not in ("token", "sentence", "position", "batch"):
+        raise ValueError(f"draws are per token, sentence, position or batch, not per {per!r}")
+    state = torch.full_like(context.pass_index, hash_numbers(context.seed, context.update, context.layer, stream))
     state = combine(state, context.pass_index)
-    if per != "batch":
+    if per in ("token", "sentence"):
         state = combine(state, context.sentence_uid)
-    if per == "token":
+    if per in ("token", "position"):
         state = combine(state, context.position)
     return state
 

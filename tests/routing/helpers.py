@@ -49,7 +49,7 @@ def on_ranks(size: int, function: Callable[[ThreadRanks], R]) -> list[R]:
     def work(rank: int) -> None:
         try:
             results[rank] = function(ThreadRanks(rank, size, table, barrier))
-        except BaseException as error:  # noqa: BLE001 - handed to the caller
+        except BaseException as error:
             errors.append(error)
             barrier.abort()
 

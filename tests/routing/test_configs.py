@@ -30,7 +30,8 @@ def test_a_file_says_what_the_code_defaults_to(path: Path) -> None:
         return
     defaults = routing_config({"name": path.stem})
     for key in keys:
-        assert getattr(config, key) == getattr(defaults, key), key
+        if key != "decoder":  # in code what is not causal is refused; the files name a way out
+            assert getattr(config, key) == getattr(defaults, key), key
 
 
 @pytest.mark.parametrize("path", [f for f in FILES if f.stem != "dense"], ids=lambda p: p.stem)
@@ -59,5 +60,5 @@ def test_the_decoder_inherits_what_both_strategies_have() -> None:
     mapped = routing_config({"name": "switch", "decoder": {"name": "top_k", "top_k": 4}})
     assert dataclasses.asdict(decoder_config(mapped))["top_k"] == 4
     assert decoder_config(routing_config({"name": "switch"})).name == "switch"
-    with pytest.raises(ConfigError, match="routing.decoder.topk"):
+    with pytest.raises(ConfigError, match=r"routing\.decoder\.topk"):
         decoder_config(routing_config({"name": "switch", "decoder": {"name": "top_k", "topk": 4}}))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from moe_train.routing import RoutingContext
+from moe_train.routing import RoutingContext, strategy
 from tests.routing.helpers import (
     DIM,
     batch_context,
@@ -39,11 +39,26 @@ CASES: dict[str, dict[str, Any]] = {
     "top_k_sampling": {"name": "top_k", "second_expert": "sampling", "normalise": "before_drop", "top_k": 3},
     "top_k_random": {"name": "top_k", "second_expert": "random", "capacity_factor": 0.7, "capacity_group": "global"},
     "top_k_sigmoid": {"name": "top_k", "scores": "sigmoid", "balancing_bias_rate": 0.001, "z_weight": 0.01},
+    "hash": {"name": "hash"},
+    "hash_random": {"name": "hash", "table": "random"},
+    "random": {"name": "random"},
+    "random_sentence": {"name": "random", "draw": "sentence"},
+    "thor": {"name": "thor", "inference": "token"},
+    "thor_token": {"name": "thor", "draw": "token", "pair": "independent"},
+    "thor_ensemble": {"name": "thor", "draw": "sentence", "inference": "ensemble"},
+    "expert_choice": {"name": "expert_choice"},
+    "expert_choice_batch": {
+        "name": "expert_choice",
+        "scope": "batch",
+        "capacity_group": "global",
+        "capacity_factor": 1.0,
+    },
 }
 INPUTS = {"vocabulary": 50, "token_frequency": torch.arange(50, 0, -1), "seed": 3}
 LENGTHS = [3, 1, 4, 2, 5]
 
 every = pytest.mark.parametrize("case", CASES)
+CAUSAL = [case for case, keys in CASES.items() if strategy(keys["name"]).router.causal]
 
 
 def build(case: str) -> Any:
@@ -135,7 +150,19 @@ def test_the_number_of_ranks_changes_nothing(case: str, size: int, training: boo
         torch.testing.assert_close(total, getattr(routing.statistics, name), check_dtype=False)
 
 
-@every
+@pytest.mark.parametrize("case", [c for c in CASES if c != "expert_choice_batch"])
+def test_a_sentence_does_not_depend_on_its_batch_mates(case: str) -> None:
+    router = build(case)
+    context, x = batch_context(LENGTHS), tokens(15)
+    whole = pairs_by_token(router(x, context), 15)
+    for sentences in ([2], [0, 3], [1, 2, 4]):
+        rows = torch.isin(context.sentence, torch.tensor(sentences)).nonzero().squeeze(1)
+        assert pairs_by_token(router(x[rows], context.select(rows)), len(rows)) == [
+            pytest.approx(whole[r], rel=1e-12) for r in rows.tolist()
+        ]
+
+
+@pytest.mark.parametrize("case", CAUSAL)
 def test_evaluation_sees_one_token_at_a_time_as_it_sees_them_all(case: str) -> None:
     """Step-by-step decoding, other batch mates, other orders: the same pairs for the same token."""
     router = build(case)

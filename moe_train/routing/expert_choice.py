@@ -1,0 +1,114 @@
+"""``routing=expert_choice``: experts choose tokens (Zhou et al., NeurIPS 2022, arXiv 2202.09368).
+
+``S = softmax(X W)`` over experts; each expert takes the C tokens with the highest ``S[:, e]``, ``C = c · T / E``, and
+``y_t = Σ over the experts that took t of S[t, e] f_e(x_t)``. Loads are equal by construction, so no auxiliary loss; a
+token may be taken by no expert or by all. A token's experts depend on later tokens, so decoders refuse it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from moe_train.config import check
+from moe_train.routing.base import Router, RouterInputs, RoutingConfig
+from moe_train.routing.context import RoutingContext
+from moe_train.routing.gate import LinearGate, linear_init
+from moe_train.routing.registry import register
+from moe_train.routing.types import Routing, assignment_from_choices, count_statistics
+from moe_train.routing.world import gather_rows, world_order
+
+
+@dataclass(frozen=True)
+class ExpertChoiceConfig(RoutingConfig):
+    """Keys of expert choice.
+
+    Attributes:
+        capacity_factor: c, experts per token on average.
+        scope: the tokens that an expert chooses from: those of a ``sentence`` or of the ``batch`` (the paper's, where a
+            sentence's output depends on its batch mates).
+        capacity_group: what a batch is: a ``rank``'s tokens or the ``global`` micro-batch.
+    """
+
+    name: str = "expert_choice"
+    capacity_factor: float = 2.0
+    scope: Literal["sentence", "batch"] = "sentence"
+    capacity_group: Literal["rank", "global"] = "rank"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check.positive("routing.capacity_factor", self.capacity_factor)
+
+
+@register("expert_choice", ExpertChoiceConfig)
+class ExpertChoiceRouter(Router):
+    """Each expert takes its C best tokens."""
+
+    causal: ClassVar[bool] = False
+
+    def __init__(self, config: ExpertChoiceConfig, inputs: RouterInputs) -> None:
+        super().__init__(config, inputs)
+        self.config: ExpertChoiceConfig = config
+        self.gate = LinearGate(inputs.dim, config.num_experts, linear_init)
+
+    def forward(self, x: Tensor, context: RoutingContext) -> Routing:
+        """Routes x [T, d]. ``choices`` has E columns, best first, -1 where no more experts took the token."""
+        scores = torch.softmax(self.gate(x), dim=-1)
+        taken = self.taken(scores.detach(), context)
+        _, experts = torch.where(taken, scores.detach(), -1.0).sort(dim=-1, descending=True, stable=True)
+        kept = taken.gather(1, experts)
+        choices = torch.where(kept, experts, -1)
+        return Routing(
+            assignment=assignment_from_choices(experts, scores.gather(1, experts), kept),
+            choices=choices,
+            kept=kept,
+            losses={},
+            statistics=count_statistics(choices, None, self.num_experts, scores),
+        )
+
+    def taken(self, scores: Tensor, context: RoutingContext) -> Tensor:
+        """[T, E] bool: which expert took which token."""
+        factor = self.config.capacity_factor
+        if self.config.scope == "sentence":
+            return take(scores, context.sentence, context.num_sentences, factor)
+        if self.config.capacity_group == "rank":
+            return take(scores, torch.zeros_like(context.sentence), 1, factor)
+        world = world_order(context)
+        everyone, _ = gather_rows(scores, context.ranks)
+        ordered = take(everyone[world.order], torch.zeros_like(world.order), 1, factor)
+        taken = torch.empty_like(ordered)
+        taken[world.order] = ordered
+        return taken[world.own]
+
+    @classmethod
+    def experts_per_token(cls, config: RoutingConfig) -> float:
+        """c, up to the rounding of C and short sentences."""
+        assert isinstance(config, ExpertChoiceConfig)
+        return min(config.capacity_factor, float(config.num_experts))
+
+
+def take(scores: Tensor, group: Tensor, num_groups: int, factor: float) -> Tensor:
+    """Each expert's best tokens within each group of tokens.
+
+    Args:
+        scores: [T, E].
+        group: [T] int64, non-decreasing, in 0 .. num_groups - 1.
+        factor: an expert takes ``factor · T_g / E`` tokens of a group of T_g, rounded, at least 1 and at most T_g.
+
+    Returns:
+        [T, E] bool. Of equal scores the earlier token is taken.
+    """
+    tokens, num_experts = scores.shape
+    sizes = torch.zeros(num_groups, dtype=torch.int64, device=group.device).scatter_add(
+        0, group, torch.ones_like(group)
+    )
+    starts = sizes.cumsum(0) - sizes
+    capacity = torch.floor(factor * sizes.to(torch.float64) / num_experts + 0.5).clamp(min=1)
+    order = scores.argsort(dim=0, descending=True, stable=True)
+    order = order.gather(0, group[order].argsort(dim=0, stable=True))
+    place = torch.arange(tokens, device=group.device).unsqueeze(1) - starts[group[order]]
+    taken = torch.zeros_like(scores, dtype=torch.bool)
+    return taken.scatter(0, order, place < capacity[group[order]])
