@@ -1,0 +1,1 @@
+"""What experts do: load, collapse, fluctuation, capacity; what layers cost; the report."""
