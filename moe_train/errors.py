@@ -45,6 +45,10 @@ class LaunchError(UserError):
     """Processes, ports, ranks or layouts that cannot be had."""
 
 
+class TrainingError(UserError):
+    """A run that cannot go on: gradients that stay infinite, a disk that is full."""
+
+
 class MissingDependency(UserError):
     """A library that this command needs and that is not installed."""
 

@@ -1,0 +1,102 @@
+"""What a run says of itself: run.json, and the summary before the first update."""
+
+from __future__ import annotations
+
+import platform
+import socket
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import nn
+
+import moe_train
+from moe_train.config import RunConfig
+from moe_train.training.run_folder import RunFolder
+from moe_train.training.state import RunState
+from moe_train.training.world import World
+
+_PACKAGES = ("torch", "fairseq", "deepspeed", "hydra-core", "sacrebleu", "sentencepiece", "safetensors", "numpy")
+
+
+def describe_run(folder: RunFolder, config: RunConfig, module: nn.Module, world: World, update: int) -> None:
+    """Writes run.json; earlier sessions stay listed under ``sessions``."""
+    session = {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "from_update": update,
+        "command": sys.argv,
+        "host": socket.gethostname(),
+        "world": {
+            "processes": world.size,
+            "expert_parallel": config.layout.expert_parallel,
+            "device": str(world.device),
+        },
+        "threads": torch.get_num_threads(),
+        "commit": commit(),
+        "versions": versions(),
+    }
+    earlier = folder.info.get("sessions", [])
+    folder.describe(
+        status="running", update=update, **session, sessions=[*earlier, session], **sizes(module), seed=config.seed
+    )
+
+
+def sizes(module: nn.Module) -> dict[str, Any]:
+    """``parameters``: how many in all."""
+    return {"parameters": {"total": sum(p.numel() for p in module.parameters())}}
+
+
+def versions() -> dict[str, str]:
+    """Python, our own version, and those of the packages that decide numbers; absent ones are left out."""
+    found = {"python": platform.python_version(), "moe_train": moe_train.__version__}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str | None:
+    """The checkout's commit, ``-dirty`` where files were changed; None outside a checkout."""
+    root = Path(moe_train.__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip()
+
+
+def summary(folder: RunFolder, config: RunConfig, state: RunState) -> Table:
+    """What is about to happen, as a table."""
+    info = folder.info
+    world, training = info["world"], config.training
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    parameters = info.get("parameters", {})
+    rows = {
+        "run folder": str(folder.path),
+        "data": f"{config.data} ({', '.join(config.task.directions) or 'all directions'})",
+        "routing": str(config.routing.get("name")),
+        "parameters": f"{parameters.get('total', 0):,}" + _active(parameters),
+        "processes": f"{world['processes']} on {world['device']}, {info['threads']} threads each",
+        "updates": f"{training.max_updates:,} of {training.tokens_per_update:,} target tokens, {training.precision}",
+        "goes on from": f"update {state.update}" if state.update else "",
+    }
+    for name, value in rows.items():
+        if value:
+            table.add_row(name, value)
+    return table
+
+
+def _active(parameters: dict[str, int]) -> str:
+    return f" ({parameters['active']:,} active per token)" if "active" in parameters else ""

@@ -1,0 +1,236 @@
+"""The checkpoints of a run: whole or not there, verified when read, and free of the layout that wrote them.
+
+    checkpoints/
+      step_40/          *.safetensors, state.json, manifest.json (sha256 of the others)
+      step_60/
+      averaged/         the mean of the last ones, model only
+      last -> step_60   best -> step_40
+
+A checkpoint is written as ``step_N.partial`` and renamed when all of it is on the disk.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from moe_train.errors import CheckpointError, UserError
+from moe_train.training import integrity
+from moe_train.training.names import MODEL, model_tensors, whole_names
+from moe_train.training.tensor_files import load_tensors, save_tensors, shapes
+from moe_train.training.world import World
+
+STATE = "state.json"
+T = TypeVar("T")
+
+
+class CheckpointStore:
+    """The folder ``checkpoints`` of a run. In a world every rank calls :meth:`save`, :meth:`verify`, :meth:`prune`."""
+
+    def __init__(self, folder: Path | str, world: World | None = None) -> None:
+        self.folder = Path(folder)
+        self.world = world or World()
+
+    # -- finding ---------------------------------------------------------------------------------------------------
+
+    def updates(self) -> list[int]:
+        """Updates of which a finished checkpoint exists, increasing."""
+        names = (path.name for path in self.folder.glob("step_*") if path.is_dir() and not path.is_symlink())
+        return sorted(int(name[5:]) for name in names if name[5:].isdigit())
+
+    def path(self, update: int) -> Path:
+        """Where the checkpoint of an update is or would be."""
+        return self.folder / f"step_{update}"
+
+    def latest(self) -> Path | None:
+        """The newest finished checkpoint, verified or not."""
+        updates = self.updates()
+        return self.path(updates[-1]) if updates else None
+
+    def best(self) -> Path | None:
+        """What ``best`` points to."""
+        return self._linked("best")
+
+    def resolve(self, which: str | int) -> Path:
+        """The verified folder of ``best``, ``last``, ``averaged``, ``step_40`` or ``40``.
+
+        Raises:
+            CheckpointError: there is none, or it is damaged (an undamaged one before it is offered).
+        """
+        path = self._find(str(which))
+        if path is None or not path.is_dir():
+            known = [p.name for p in (*map(self.path, self.updates()), self.folder / "averaged") if p.is_dir()]
+            remedy = f"there are: {', '.join(known)}" if known else "the run has written none yet"
+            raise CheckpointError(f"there is no checkpoint '{which}'", str(self.folder), remedy)
+        self.verify(path)
+        return path
+
+    def _find(self, which: str) -> Path | None:
+        if which == "last":
+            return self.latest()
+        if which == "best":
+            return self.best() or self.latest()
+        return self.folder / (f"step_{which}" if which.isdigit() else which)
+
+    def _linked(self, name: str) -> Path | None:
+        link = self.folder / name
+        return link.resolve() if link.is_symlink() and link.exists() else None
+
+    # -- reading ---------------------------------------------------------------------------------------------------
+
+    def verify(self, path: Path) -> None:
+        """Compares every file with its checksum, ranks sharing the work.
+
+        Raises:
+            CheckpointError: on every rank; names the file, and the newest checkpoint before it that is whole.
+        """
+        try:
+            names = sorted(integrity.read_manifest(path))
+            everywhere(self.world, lambda: integrity.check_files(path, names[self.world.rank :: self.world.size]))
+        except CheckpointError as error:
+            raise CheckpointError(error.what, error.where, self._way_out(path)) from None
+
+    def _way_out(self, damaged: Path) -> str:
+        for update in reversed(self.updates()):
+            earlier = self.path(update)
+            if damaged.name == earlier.name or (damaged.name[5:].isdigit() and update > int(damaged.name[5:])):
+                continue
+            try:
+                integrity.check_files(earlier)
+            except CheckpointError:
+                continue
+            return f"{earlier.name} is whole: remove {damaged} to go on from it"
+        return "no other checkpoint of this run is whole: train again, with another run folder or resume=never"
+
+    # -- writing ---------------------------------------------------------------------------------------------------
+
+    def save(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any], name: str) -> Path:
+        """Writes a checkpoint and returns its folder. Every rank calls it with the tensors that it holds.
+
+        Args:
+            tensors: by checkpoint name (:mod:`moe_train.training.names`).
+            state: plain values for ``state.json``.
+            name: ``step_N`` or ``averaged``.
+
+        Raises:
+            CheckpointError: on every rank, where it could not be written; what was there before is untouched.
+        """
+        final, partial = self.folder / name, self.folder / f"{name}.partial"
+        try:
+            self._on_main(lambda: _fresh(partial))
+            everywhere(self.world, lambda: save_tensors(partial, tensors), collective=True)
+            self._on_main(lambda: integrity.write_synced(partial / STATE, json.dumps(dict(state), indent=1) + "\n"))
+            self._seal(partial)
+            self._on_main(lambda: _rename(partial, final))
+        except OSError as error:
+            self._on_main(lambda: shutil.rmtree(partial, ignore_errors=True))
+            raise self._failed(final, error) from error
+        return final
+
+    def _seal(self, partial: Path) -> None:
+        names = self.world.broadcast(sorted(p.name for p in partial.iterdir()) if self.world.main else [])
+        mine = names[self.world.rank :: self.world.size]
+        digests = everywhere(self.world, lambda: {name: integrity.digest(partial / name) for name in mine})
+        merged = {name: entry for part in self.world.gather(digests) for name, entry in part.items()}
+        self._on_main(lambda: integrity.write_manifest(partial, merged))
+
+    def _on_main(self, action: Callable[[], None]) -> None:
+        everywhere(self.world, action if self.world.main else lambda: None)
+
+    def _failed(self, final: Path, error: OSError) -> CheckpointError:
+        latest = self.latest()
+        rest = f"{latest.name} is whole: the run goes on from it" if latest else "no earlier checkpoint exists"
+        return CheckpointError(
+            f"the checkpoint could not be written ({error.strerror or error})",
+            str(final),
+            f"make room on the disk and start the same command again; {rest}",
+        )
+
+    def point(self, name: str, update: int) -> None:
+        """Makes ``best`` or ``last`` point to an update's checkpoint, in one step. Rank 0 does it."""
+        if self.world.main:
+            partial = self.folder / f".{name}.partial"
+            partial.unlink(missing_ok=True)
+            partial.symlink_to(self.path(update).name)
+            os.replace(partial, self.folder / name)
+
+    def prune(self, keep: int) -> None:
+        """Removes all but the ``keep`` newest checkpoints and the best one. Rank 0 does it."""
+        if not self.world.main:
+            return
+        best = self.best()
+        for update in self.updates()[:-keep]:
+            if best is None or self.path(update).name != best.name:
+                _remove(self.path(update))
+        for rest in self.folder.glob("*.partial"):
+            shutil.rmtree(rest, ignore_errors=True)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """``state.json`` of a checkpoint."""
+    try:
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"the checkpoint's state cannot be read ({error})", str(path / STATE)) from error
+    return dict(state)
+
+
+def load_model(path: Path, model: nn.Module) -> None:
+    """Loads the weights of a checkpoint (verified by its finder) into a model on any number of ranks, in place.
+
+    Raises:
+        CheckpointError: the model has other parameters.
+    """
+    tensors = model_tensors(model)
+    surplus = {n for n in whole_names(shapes(path)) if n.startswith(MODEL)} - whole_names(tensors)
+    if surplus:
+        names = ", ".join(sorted(n.removeprefix(MODEL) for n in surplus)[:3])
+        what = f"the checkpoint has {len(surplus)} parameters that the model has not ({names} …)"
+        raise CheckpointError(what, str(path), "it is of another model")
+    load_tensors(path, tensors)
+
+
+def everywhere(world: World, action: Callable[[], T], collective: bool = False) -> T:
+    """Runs ``action`` on every rank; where it fails on one, all raise that error, so that none is left waiting.
+
+    Args:
+        collective: the action tells the ranks of its failures itself.
+    """
+    if collective or world.size == 1:
+        return action()
+    result, failure = None, None
+    try:
+        result = action()
+    except (OSError, UserError) as error:
+        failure = error
+    first = next((f for f in world.gather(failure) if f is not None), None)
+    if first is not None:
+        raise first
+    return result  # type: ignore[return-value]
+
+
+def _fresh(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _rename(partial: Path, final: Path) -> None:
+    integrity.sync_folder(partial)
+    if final.exists():  # a run that was cut back writes an update again
+        _remove(final)
+    os.replace(partial, final)
+    integrity.sync_folder(final.parent)
+
+
+def _remove(folder: Path) -> None:
+    """Out of sight first: a half-removed folder must not look like a checkpoint."""
+    doomed = folder.with_name(f"{folder.name}.removed.partial")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(folder, doomed)
+    shutil.rmtree(doomed)

@@ -1,0 +1,8 @@
+"""Engines: who reduces gradients over ranks and steps the optimizer. Importing this package registers them."""
+
+from __future__ import annotations
+
+from moe_train.training.engines import ddp
+from moe_train.training.engines.base import Engine, EngineInputs, StepOutcome, build_engine, register_engine
+
+__all__ = ["Engine", "EngineInputs", "StepOutcome", "build_engine", "ddp", "register_engine"]

@@ -1,0 +1,127 @@
+"""What the loop asks of an engine, and engines by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from moe_train.config import EngineConfig, TrainingConfig
+from moe_train.errors import ConfigError, did_you_mean
+from moe_train.training.world import World
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What became of an update.
+
+    Attributes:
+        grad_norm: 2-norm of the whole world's gradient before clipping; not finite where the step was skipped.
+        applied: whether the parameters were changed; the same on all ranks.
+        clean: whether this rank's own gradient was finite before it was reduced.
+    """
+
+    grad_norm: float
+    applied: bool
+    clean: bool
+
+
+class Engine(Protocol):
+    """Owns the optimizer, the precision and the gradients' way between ranks.
+
+    Attributes:
+        module: the bare model, under whose parameter names state is kept.
+        model: what forward passes go through (a wrapper, perhaps).
+    """
+
+    module: nn.Module
+    model: nn.Module
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context of forward passes."""
+
+    def accumulate(self, last: bool) -> AbstractContextManager[Any]:
+        """The context of a micro-batch; gradients are reduced in the ``last`` one of an update only."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradients of this rank's share of the loss; the sum over ranks is what the update descends."""
+
+    def step(self, lr: float) -> StepOutcome:
+        """Clips, steps where all ranks' gradients are finite, and clears the gradients."""
+
+    def optimizer_tensors(self) -> Mapping[str, Mapping[str, Tensor]]:
+        """Parameter name → the optimizer's tensors for it."""
+
+    def load_optimizer_tensors(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """The inverse of :meth:`optimizer_tensors`."""
+
+    def state(self) -> dict[str, Any]:
+        """What else must be kept, as plain numbers."""
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """The inverse of :meth:`state`."""
+
+
+@dataclass(frozen=True)
+class EngineInputs:
+    """What an engine is built from."""
+
+    module: nn.Module
+    config: EngineConfig
+    training: TrainingConfig
+    world: World
+
+
+B = TypeVar("B", bound=Callable[[EngineInputs], Engine])
+_ENGINES: dict[str, Callable[[EngineInputs], Engine]] = {}
+
+
+def register_engine(name: str) -> Callable[[B], B]:
+    """Makes ``engine.name=name`` build the decorated class.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+
+    def decorate(builder: B) -> B:
+        if name in _ENGINES:
+            raise ValueError(f"the engine {name!r} is registered twice")
+        _ENGINES[name] = builder
+        return builder
+
+    return decorate
+
+
+def build_engine(inputs: EngineInputs) -> Engine:
+    """The engine that the config names.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    name = inputs.config.name
+    if name not in _ENGINES:
+        raise ConfigError(f"there is no engine '{name}'", remedy=did_you_mean(name, _ENGINES))
+    return _ENGINES[name](inputs)
+
+
+def named_optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
+    """Parameter name → the optimizer's tensors for it; parameters that were never stepped are left out."""
+    return {
+        name: {key: value for key, value in optimizer.state[p].items() if isinstance(value, Tensor)}
+        for name, p in module.named_parameters()
+        if p in optimizer.state
+    }
+
+
+def load_named_optimizer_tensors(
+    module: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Mapping[str, Tensor]]
+) -> None:
+    """The inverse of :func:`named_optimizer_tensors`; types and devices are the optimizer's own affair."""
+    names = {id(p): name for name, p in module.named_parameters()}
+    ordered = [p for group in optimizer.param_groups for p in group["params"]]
+    state = {i: dict(tensors[names[id(p)]]) for i, p in enumerate(ordered) if names[id(p)] in tensors}
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

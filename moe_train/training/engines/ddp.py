@@ -1,0 +1,115 @@
+"""Data parallelism by torch's DistributedDataParallel: every rank holds everything, gradients are averaged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
+
+from moe_train.training.engines.base import (
+    EngineInputs,
+    StepOutcome,
+    load_named_optimizer_tensors,
+    named_optimizer_tensors,
+    register_engine,
+)
+from moe_train.training.gradients import clip, gradients, total_norm
+from moe_train.training.optimizer import build_optimizer
+from moe_train.training.precision import Precision
+
+
+class LocalPeaks:
+    """Largest absolute gradient of each bucket before it is reduced: afterwards nobody knows whose NaN it was."""
+
+    def __init__(self) -> None:
+        self._peaks: list[Tensor] = []
+
+    def reduce(self, group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        """DDP's communication hook: looks, then averages as DDP would."""
+        self._peaks.append(torch.linalg.vector_norm(bucket.buffer(), float("inf")))
+        return allreduce_hook(group, bucket)
+
+    def all_finite(self) -> bool:
+        """Whether all buckets since the last call were finite."""
+        peaks, self._peaks = self._peaks, []
+        return not peaks or bool(torch.isfinite(torch.stack(peaks)).all())
+
+
+@register_engine("ddp")
+class DdpEngine:
+    """See :class:`moe_train.training.engines.base.Engine`. With one process there is no wrapper.
+
+    DDP averages over ranks while the loss is a sum of shares, so :meth:`backward` multiplies by their number.
+    """
+
+    def __init__(self, inputs: EngineInputs) -> None:
+        self.module = inputs.module
+        self._world = inputs.world
+        self._clip_norm = inputs.training.clip_norm
+        self._precision = Precision(inputs.training.precision, inputs.world.device)
+        self._optimizer = build_optimizer(inputs.module, inputs.training.optimizer)
+        self._peaks = LocalPeaks()
+        self._wrapper = self._wrap(inputs) if inputs.world.size > 1 else None
+        self.model: nn.Module = self._wrapper or self.module
+
+    def _wrap(self, inputs: EngineInputs) -> DistributedDataParallel:
+        device = inputs.world.device
+        wrapper = DistributedDataParallel(
+            self.module,
+            device_ids=[device.index] if device.type == "cuda" else None,
+            bucket_cap_mb=inputs.config.bucket_mb,
+            broadcast_buffers=False,  # routers' buffers are computed from world sums, alike on every rank
+            gradient_as_bucket_view=True,
+        )
+        wrapper.register_comm_hook(dist.group.WORLD, self._peaks.reduce)
+        return wrapper
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context of forward passes."""
+        return self._precision.autocast()
+
+    def accumulate(self, last: bool) -> AbstractContextManager[Any]:
+        """DDP reduces in the last micro-batch only."""
+        return nullcontext() if last or self._wrapper is None else self._wrapper.no_sync()
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradients of this rank's share."""
+        self._precision.scale(loss * self._world.size).backward()
+
+    def step(self, lr: float) -> StepOutcome:
+        """One optimizer step, or none where any rank's gradient is not finite."""
+        parameters = list(self.module.parameters())
+        self._precision.unscale(self._optimizer)
+        norm = total_norm(gradients(parameters))
+        finite = bool(torch.isfinite(norm))
+        clean = self._peaks.all_finite() if self._wrapper is not None else finite
+        if finite:
+            clip(parameters, self._clip_norm, norm)
+            for group in self._optimizer.param_groups:
+                group["lr"] = lr
+            self._optimizer.step()
+        self._precision.after_step(finite)
+        self._optimizer.zero_grad(set_to_none=True)
+        return StepOutcome(float(norm), finite, clean)
+
+    def optimizer_tensors(self) -> Mapping[str, Mapping[str, Tensor]]:
+        """Parameter name → Adam's moments and the like."""
+        return named_optimizer_tensors(self.module, self._optimizer)
+
+    def load_optimizer_tensors(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Puts back what :meth:`optimizer_tensors` gave."""
+        load_named_optimizer_tensors(self.module, self._optimizer, tensors)
+
+    def state(self) -> dict[str, Any]:
+        """The loss scale."""
+        return {"precision": self._precision.state()}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Puts back what :meth:`state` gave."""
+        self._precision.load_state(state.get("precision", {}))

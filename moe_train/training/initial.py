@@ -1,0 +1,56 @@
+"""Weights to start from, instead of drawn ones: another run's, sparse or dense (``training.init_from``)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from moe_train.errors import CheckpointError
+from moe_train.training.checkpoints import CheckpointStore, load_model
+from moe_train.training.names import EXPERT, MODEL, model_tensors, whole_names
+from moe_train.training.tensor_files import load_tensors, shapes
+from moe_train.training.world import World
+
+
+def initialise_from(model: nn.Module, source: str, world: World | None = None) -> Path:
+    """Loads weights of a finished or running run into a fresh model and returns the checkpoint's folder.
+
+    A dense checkpoint is upcycled into a sparse model: every expert starts as a copy of the feed-forward it replaces.
+
+    Args:
+        source: a run folder (its best checkpoint is taken) or a checkpoint folder.
+
+    Raises:
+        CheckpointError: nothing there, damaged, or of another shape.
+    """
+    path = find(source, world)
+    if whole_names(shapes(path)) >= whole_names(model_tensors(model)) or not _has_experts(model):
+        load_model(path, model)
+    else:
+        from moe_train.models.upcycle import upcycle
+
+        upcycle(model_weights(path), model)
+    return path
+
+
+def find(source: str, world: World | None = None) -> Path:
+    """The verified checkpoint folder that a path means."""
+    path = Path(source)
+    if (path / "checkpoints").is_dir():
+        return CheckpointStore(path / "checkpoints", world).resolve("best")
+    if not path.is_dir():
+        raise CheckpointError("there is no such run or checkpoint", source, "correct training.init_from=…")
+    return CheckpointStore(path.resolve().parent, world).resolve(path.resolve().name)
+
+
+def model_weights(path: Path) -> dict[str, Tensor]:
+    """Parameter name → tensor, of a checkpoint without experts (those would come taken apart, one per id)."""
+    weights = {name: torch.empty(shape) for name, shape in shapes(path).items() if name.startswith(MODEL)}
+    load_tensors(path, weights)
+    return {name.removeprefix(MODEL): tensor for name, tensor in weights.items()}
+
+
+def _has_experts(model: nn.Module) -> bool:
+    return any(EXPERT in name for name in model_tensors(model))

@@ -1,0 +1,92 @@
+"""A folder of files with a manifest of their checksums: how a checkpoint proves that it is whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from moe_train.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+
+
+def digest(path: Path) -> dict[str, Any]:
+    """``{"sha256": …, "bytes": …}`` of a file."""
+    with path.open("rb") as stream:
+        return {"sha256": hashlib.file_digest(stream, "sha256").hexdigest(), "bytes": path.stat().st_size}
+
+
+def write_synced(path: Path, text: str) -> None:
+    """Writes a text file and waits until it is on the disk."""
+    with path.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a text file so that readers see the old one or the new one, never a part."""
+    partial = path.with_name(f".{path.name}.partial")
+    write_synced(partial, text)
+    os.replace(partial, path)
+
+
+def sync_folder(folder: Path) -> None:
+    """Waits until a folder's entries (created or renamed files) are on the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_manifest(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+    """Writes the manifest; ``files``: relative path → :func:`digest`."""
+    content = {"format": 1, "files": dict(sorted(files.items()))}
+    write_synced(folder / MANIFEST, json.dumps(content, indent=1) + "\n")
+
+
+def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    """Relative path → expected digest.
+
+    Raises:
+        CheckpointError: there is no manifest, or it cannot be read.
+    """
+    path = folder / MANIFEST
+    try:
+        files = json.loads(path.read_text(encoding="utf-8"))["files"]
+        if not isinstance(files, dict) or any(Path(name).is_absolute() or ".." in Path(name).parts for name in files):
+            raise ValueError("no list of files")
+        return files
+    except FileNotFoundError:
+        raise CheckpointError("the checkpoint's manifest is missing", str(path)) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"the checkpoint's manifest cannot be read ({error})", str(path)) from error
+
+
+def check_files(folder: Path, names: Iterable[str] | None = None) -> None:
+    """Compares files with the manifest.
+
+    Args:
+        names: these files only (ranks share the work); None: all.
+
+    Raises:
+        CheckpointError: names the first file that is missing, truncated or altered.
+    """
+    expected = read_manifest(folder)
+    for name in expected if names is None else names:
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError("a file of the checkpoint is missing", str(path))
+        size = path.stat().st_size
+        if size != expected[name]["bytes"]:
+            raise CheckpointError(
+                f"a file of the checkpoint is truncated or altered: {size} bytes instead of {expected[name]['bytes']}",
+                str(path),
+            )
+        if digest(path)["sha256"] != expected[name]["sha256"]:
+            raise CheckpointError("a file of the checkpoint is altered: its checksum is not the manifest's", str(path))

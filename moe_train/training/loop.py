@@ -1,0 +1,229 @@
+"""The loop: updates, log lines, validations, checkpoints, and the reasons to leave."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from torch import nn
+
+from moe_train.config import RunConfig
+from moe_train.errors import TrainingError
+from moe_train.training import best, guard
+from moe_train.training.about import describe_run, summary
+from moe_train.training.checkpoints import CheckpointStore
+from moe_train.training.engines import EngineInputs, build_engine
+from moe_train.training.hooks import tell
+from moe_train.training.initial import initialise_from
+from moe_train.training.journal import Interval
+from moe_train.training.keeper import Keeper
+from moe_train.training.progress import Display, validation_text
+from moe_train.training.records import Records
+from moe_train.training.run_folder import RunFolder, config_digest
+from moe_train.training.samples import SampleLoader
+from moe_train.training.schedules import learning_rate
+from moe_train.training.signals import StopSignals
+from moe_train.training.state import RunState
+from moe_train.training.steps import Stepper, UpdateReport
+from moe_train.training.validation import Validator, average_bleu
+from moe_train.training.world import World
+
+if TYPE_CHECKING:
+    from moe_train.tasks.base import TrainingTask
+
+ValidateBleu = Callable[[nn.Module], Mapping[str, float]]
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run (or this session of it) ended: ``finished``, ``stopped_early`` or ``interrupted`` by a signal."""
+
+    status: str
+    update: int
+    best: float | None
+    best_update: int
+
+
+def train(
+    config: RunConfig,
+    task: TrainingTask,
+    folder: RunFolder,
+    *,
+    world: World | None = None,
+    validate_bleu: ValidateBleu | None = None,
+    console: Console | None = None,
+) -> Outcome:
+    """Trains, or goes on training, in ``folder``. Every rank calls it.
+
+    Args:
+        config: checked before (:meth:`RunFolder.check`, :mod:`moe_train.training.preflight`).
+        task: batches, model and criterion.
+        world: None: the default process group, on the CPU.
+        validate_bleu: scores per direction; every rank calls it at the same updates.
+        console: rank 0's screen; None: silence.
+
+    Raises:
+        TrainingError: too many updates without a finite gradient, or a full disk.
+        CheckpointError: a checkpoint that cannot be written, or that is damaged where the run should go on from it.
+    """
+    world = world or World.current()
+    loop = _assemble(config, task, folder, world, validate_bleu, console)
+    try:
+        return loop.run()
+    except OSError as error:
+        if error.errno in _FULL:
+            raise TrainingError(
+                f"the disk is full ({error.strerror})", str(folder.path), "make room and start the same command again"
+            ) from error
+        raise
+    finally:
+        loop.close()
+
+
+def _assemble(
+    config: RunConfig,
+    task: TrainingTask,
+    folder: RunFolder,
+    world: World,
+    validate_bleu: ValidateBleu | None,
+    console: Console | None,
+) -> Loop:
+    module = _model(config, task, world)
+    ranks = world.with_own_group()
+    tell(module, "set_ranks", ranks)
+    store = CheckpointStore(folder.checkpoints, world)
+    if config.training.init_from is not None and world.broadcast(store.latest()) is None:
+        initialise_from(module, config.training.init_from, world)
+    engine = build_engine(EngineInputs(module, config.engine, config.training, world))
+    criterion = task.build_criterion().to(world.device)
+    about = {"config_digest": config_digest(config), "world": world.size}
+    keeper = Keeper(store, engine, config.training.checkpoint, about)
+    state = keeper.restore() or RunState()
+    if world.main:
+        describe_run(folder, config, module, world, state.update)
+    screen = console if world.main else None
+    if screen is not None:
+        screen.print(summary(folder, config, state))
+    return Loop(
+        config=config,
+        state=state,
+        folder=folder,
+        world=world,
+        stepper=Stepper(engine, criterion, world, config.seed),
+        samples=SampleLoader(task, world),
+        validator=Validator(task, criterion, engine, world, ranks),
+        keeper=keeper,
+        records=Records(folder, world.main, state.update),
+        display=Display(config.training.max_updates, state.update, screen),
+        interval=Interval.from_json(state.interval, world.device),
+        validate_bleu=validate_bleu,
+    )
+
+
+def _model(config: RunConfig, task: TrainingTask, world: World) -> nn.Module:
+    module = task.build_model().to(world.device)
+    tell(module, "set_recompute", config.training.recompute)
+    return module.train()
+
+
+@dataclass
+class Loop:
+    """The parts of a run, put together. One object per session; :meth:`run` is called once."""
+
+    config: RunConfig
+    state: RunState
+    folder: RunFolder
+    world: World
+    stepper: Stepper
+    samples: SampleLoader
+    validator: Validator
+    keeper: Keeper
+    records: Records
+    display: Display
+    interval: Interval
+    validate_bleu: ValidateBleu | None = None
+
+    def run(self) -> Outcome:
+        """Until the last update, patience, or a signal."""
+        status = "finished"
+        with StopSignals() as signals, self.display:
+            while self.state.update < self.config.training.max_updates:
+                report = self._update(stop=signals.received is not None)
+                validated = self._validation_due()
+                improved = self._validate() if validated else False
+                if validated and best.patience_spent(self.state, self.config.training.validation):
+                    status = "stopped_early"
+                    break
+                if report.stop:
+                    status = "interrupted"
+                    break
+                if improved or self.keeper.due(self.state.update):
+                    self._save()
+            self._leave(status)
+        return Outcome(status, self.state.update, self.state.best, self.state.best_update)
+
+    def close(self) -> None:
+        """Ends background threads."""
+        self.samples.close()
+        self.records.close()
+
+    def _update(self, stop: bool) -> UpdateReport:
+        training, done = self.config.training, self.state.update
+        plan, samples = self.samples.get(done, last=done + 1 >= training.max_updates)
+        lr = learning_rate(training.schedule, training.optimizer.lr, training.max_updates, done + 1)
+        report = self.stepper.run(done, samples, lr, stop)
+        self.state.update, self.state.epoch = done + 1, plan.epoch
+        applied = report.outcome.applied
+        self.interval.add(report.sums, report.outcome.grad_norm if applied else None, report.seconds)
+        guard.note(self.state, applied, report.culprits, training.nonfinite_limit)
+        if self.state.update % training.log_every == 0 or self.state.update == training.max_updates:
+            self._log(lr)
+        self.display.advance(self.state.update)
+        return report
+
+    def _log(self, lr: float) -> None:
+        line = {"update": self.state.update, "epoch": self.state.epoch, **self.interval.line(), "lr": lr}
+        line["skipped"] = self.state.skipped
+        self.interval = Interval()
+        self.records.trained(line)
+        self.display.trained(line)
+
+    def _validation_due(self) -> bool:
+        every, last = self.config.training.validation.every_updates, self.config.training.max_updates
+        return self.state.update % every == 0 or self.state.update == last
+
+    def _validate(self) -> bool:
+        line: dict[str, Any] = {"update": self.state.update, "epoch": self.state.epoch, **self.validator.run()}
+        if self.validate_bleu is not None and self.config.training.validation.bleu:
+            scores = dict(self.validate_bleu(self.stepper.engine.module))
+            line |= {"bleu": average_bleu(scores), "bleu_by_direction": scores}
+        improved = best.judge(self.state, line, self.config.training.validation)
+        self.records.validated(line)
+        self.display.say(validation_text(line, improved))
+        return improved
+
+    def _save(self) -> None:
+        self.state.interval = self.interval.to_json()
+        self.keeper.save(self.state)
+
+    def _leave(self, status: str) -> None:
+        self._save()
+        if status != "interrupted":
+            self.keeper.average(self.state.update)
+        if self.world.main:
+            self.folder.describe(
+                status=status, update=self.state.update, best=self.state.best, best_update=self.state.best_update
+            )
+        self.display.say(_FAREWELL[status].format(update=self.state.update, folder=self.folder.path))
+        self.world.barrier()
+
+
+_FAREWELL = {
+    "finished": "finished at update {update}: {folder}",
+    "stopped_early": "stopped early at update {update}, no validation has been better for a while: {folder}",
+    "interrupted": "asked to stop: saved update {update}; the same command with hydra.run.dir={folder} goes on",
+}

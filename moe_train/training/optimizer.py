@@ -1,0 +1,60 @@
+"""The optimizer and its parameter groups."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from moe_train.config import OptimizerConfig
+
+Groups = list[dict[str, object]]
+_BUILDERS: dict[str, Callable[[Groups, OptimizerConfig], torch.optim.Optimizer]] = {}
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """The optimizer over all trainable parameters of ``model``, biases and norms without weight decay."""
+    return _BUILDERS[config.name](parameter_groups(model, config.weight_decay), config)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> Groups:
+    """Two groups: matrices, which decay, and vectors (biases, norms, scales), which do not. Empty ones are left out."""
+    decayed: list[nn.Parameter] = []
+    spared: list[nn.Parameter] = []
+    for parameter in _unique(model):
+        (decayed if _is_matrix(parameter) else spared).append(parameter)
+    groups: Groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def _unique(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def _is_matrix(parameter: nn.Parameter) -> bool:
+    """Expert parameters are stacked, so their first dimension does not count: [E, h] is a stack of biases."""
+    return parameter.dim() - bool(getattr(parameter, "expert", False)) >= 2
+
+
+def _fused(groups: Groups) -> bool:
+    """torch's fused kernels know floating CPU and CUDA parameters; they are the fastest on both."""
+    tensors = [p for group in groups for p in group["params"]]  # type: ignore[attr-defined]
+    return all(t.device.type in ("cpu", "cuda") and t.is_floating_point() for t in tensors)
+
+
+def _adam(groups: Groups, config: OptimizerConfig) -> torch.optim.Optimizer:
+    first, second = config.betas
+    return torch.optim.Adam(groups, lr=config.lr, betas=(first, second), eps=config.eps, fused=_fused(groups))
+
+
+def _adamw(groups: Groups, config: OptimizerConfig) -> torch.optim.Optimizer:
+    first, second = config.betas
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(first, second), eps=config.eps, fused=_fused(groups))
+
+
+def _sgd(groups: Groups, config: OptimizerConfig) -> torch.optim.Optimizer:
+    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
+
+
+_BUILDERS.update(adam=_adam, adamw=_adamw, sgd=_sgd)

@@ -1,0 +1,100 @@
+"""What the user sees while a run goes on: a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+LOG = logging.getLogger("moe_train")
+
+
+class Display:
+    """Shows progress on rank 0 and says the same to the log file on every rank. ``console`` None: no screen."""
+
+    def __init__(self, total: int, done: int, console: Console | None) -> None:
+        self._console = console
+        self._total, self._first = total, done
+        self._started = time.monotonic()
+        self._bar: Progress | None = None
+        if console is not None and console.is_terminal:
+            self._bar = Progress(
+                TextColumn("update"),
+                MofNCompleteColumn(),
+                BarColumn(),
+                TextColumn("{task.fields[figures]}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=console,
+            )
+            self._task = self._bar.add_task("update", total=total, completed=done, figures="")
+
+    def __enter__(self) -> Display:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def advance(self, update: int) -> None:
+        """After every update."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=update)
+
+    def trained(self, line: Mapping[str, Any]) -> None:
+        """After a line of train.jsonl."""
+        text = training_text(line)
+        if self._bar is not None:
+            self._bar.update(self._task, figures=text)
+            LOG.info("update %s: %s", line["update"], text)
+        else:
+            self.say(f"update {line['update']}/{self._total}: {text}, {self._left(line['update'])} left")
+
+    def say(self, text: str) -> None:
+        """A line for the screen and the log."""
+        LOG.info("%s", text)
+        if self._console is not None:
+            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def _left(self, update: int) -> str:
+        done = update - self._first
+        seconds = int((time.monotonic() - self._started) / max(done, 1) * (self._total - update))
+        hours, rest = divmod(seconds, 3600)
+        return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
+
+
+def training_text(line: Mapping[str, Any]) -> str:
+    """The figures of a training line, short."""
+    parts = [f"loss {line['loss']:.3f}"]
+    if line.get("ppl") is not None:
+        parts.append(f"ppl {line['ppl']:.2f}")
+    parts.append(f"lr {line['lr']:.2e}")
+    parts.append(f"{line['words_per_second']:,.0f} words/s")
+    if line.get("load_max_over_mean"):
+        parts.append(f"load max/mean {max(line['load_max_over_mean'].values()):.2f}")
+        if line["dead_experts"]:
+            parts.append(f"{line['dead_experts']} dead experts")
+        if line["dropped"]:
+            parts.append(f"dropped {line['dropped_fraction']:.1%}")
+    if line.get("skipped"):
+        parts.append(f"{line['skipped']} skipped")
+    return ", ".join(parts)
+
+
+def validation_text(line: Mapping[str, Any], best: bool) -> str:
+    """The figures of a validation line, short."""
+    bleu = f", BLEU {line['bleu']:.2f}" if "bleu" in line else ""
+    return (
+        f"validation at update {line['update']}: loss {line['loss']:.4f}, nll {line['nll_loss']:.4f}, "
+        f"ppl {line['ppl']:.2f}{bleu}{' (best so far)' if best else ''}"
+    )

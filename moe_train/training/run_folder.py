@@ -1,0 +1,227 @@
+"""The folder of a run: its config, its logs, its checkpoints, and who may write into it."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moe_train.config import RunConfig, build, to_mapping
+from moe_train.errors import CheckpointError, ConfigError
+from moe_train.training.integrity import replace_text
+
+CONFIG, INFO, TRAIN, VALID = "config.json", "run.json", "train.jsonl", "valid.jsonl"
+FINISHED = ("finished", "stopped_early")
+# Keys that may differ between the sessions of one run: they change where it runs, how long, and what it keeps.
+FREE = ("launch", "layout", "engine", "resume", "search", "data")
+FREE_TRAINING = ("max_updates", "threads", "checkpoint")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths and small files of a run folder. Only rank 0 writes, apart from checkpoints and the ranks' own logs."""
+
+    path: Path
+
+    @classmethod
+    def open(cls, path: Path | str) -> RunFolder:
+        """The folder of an existing run.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        folder = cls(Path(path))
+        if not (folder.path / CONFIG).is_file():
+            raise ConfigError(
+                f"this is no run folder: {CONFIG} is missing", str(path), "name the folder of a moe-train run"
+            )
+        return folder
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints lie."""
+        return self.path / "checkpoints"
+
+    @property
+    def logs(self) -> Path:
+        """Where each rank's log lies."""
+        return self.path / "logs"
+
+    @property
+    def train_log(self) -> Path:
+        """JSON lines, one per log interval."""
+        return self.path / TRAIN
+
+    @property
+    def valid_log(self) -> Path:
+        """JSON lines, one per validation."""
+        return self.path / VALID
+
+    @property
+    def exists(self) -> bool:
+        """Whether a run was begun here."""
+        return (self.path / CONFIG).is_file()
+
+    @property
+    def config(self) -> RunConfig:
+        """The run's config as it was last started."""
+        return build(RunConfig, self._config_file()["config"])
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """``run.json``; empty where there is none yet."""
+        path = self.path / INFO
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run came to its end."""
+        return self.info.get("status") in FINISHED
+
+    def _config_file(self) -> dict[str, Any]:
+        try:
+            content = json.loads((self.path / CONFIG).read_text(encoding="utf-8"))
+            return {"config": content["config"], "data_fingerprint": content.get("data_fingerprint", "")}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"the run's config cannot be read ({error})", str(self.path / CONFIG)) from error
+
+    # -- beginning -------------------------------------------------------------------------------------------------
+
+    def check(self, config: RunConfig, data_fingerprint: str = "") -> None:
+        """Whether this config may begin or go on here, by the key ``resume``.
+
+        ``auto``: begins in a new folder, goes on in an unfinished one or where ``training.max_updates`` was raised;
+        ``never``: only begins; ``must``: only goes on (and has nothing to do where the run is finished).
+
+        Raises:
+            ConfigError: a finished run; a run with another config (the keys are named) or other data.
+            CheckpointError: ``resume=must`` and there is nothing to go on from.
+        """
+        if not self.exists:
+            if config.resume == "must":
+                raise CheckpointError(
+                    "resume=must, but no run was begun here", str(self.path), "correct hydra.run.dir=…"
+                )
+            return
+        if config.resume == "never":
+            raise ConfigError(
+                "resume=never, but the folder holds a run", str(self.path), "choose another hydra.run.dir=…"
+            )
+        self._check_same(config, data_fingerprint)
+        if self.finished and config.resume != "must" and not self.extended_by(config):
+            raise ConfigError(
+                f"the run in this folder is finished ({self.info.get('update')} updates)",
+                str(self.path),
+                "raise training.max_updates to train on, or choose another hydra.run.dir=…",
+            )
+
+    def extended_by(self, config: RunConfig) -> bool:
+        """Whether ``config`` wants more updates than the run has done."""
+        return config.training.max_updates > int(self.info.get("update", 0))
+
+    def _check_same(self, config: RunConfig, data_fingerprint: str) -> None:
+        before = self._config_file()
+        different = differing_keys(before["config"], to_mapping(config))
+        if different:
+            raise ConfigError(
+                f"the folder holds a run with another config: {'; '.join(different)}",
+                str(self.path),
+                "set these keys as they were, or choose another hydra.run.dir=…",
+            )
+        if before["data_fingerprint"] != data_fingerprint:
+            raise ConfigError(
+                "the folder holds a run on other data: the data folder's manifest has changed since",
+                str(self.path),
+                "give the data folder that the run began with, or choose another hydra.run.dir=…",
+            )
+
+    def begin(self, config: RunConfig, data_fingerprint: str = "") -> None:
+        """Makes the folder and writes the config."""
+        for folder in (self.path, self.checkpoints, self.logs):
+            folder.mkdir(parents=True, exist_ok=True)
+        content = {"format": 1, "config": to_mapping(config), "data_fingerprint": data_fingerprint}
+        replace_text(self.path / CONFIG, json.dumps(content, indent=1) + "\n")
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """While entered, no other process on this host can claim the folder (the kernel lets go when we die).
+
+        Raises:
+            ConfigError: another process trains here.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("w") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(
+                    "another process is training in this folder",
+                    str(self.path),
+                    "wait for it, or choose another hydra.run.dir=…",
+                ) from None
+            except OSError:  # file systems without locks
+                pass
+            yield
+
+    def describe(self, **values: Any) -> None:
+        """Adds to run.json."""
+        replace_text(self.path / INFO, json.dumps({**self.info, **values}, indent=1) + "\n")
+
+    # -- logs ------------------------------------------------------------------------------------------------------
+
+    def append(self, path: Path, line: Mapping[str, Any]) -> None:
+        """Appends a JSON line."""
+        with path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(dict(line)) + "\n")
+
+    def cut(self, update: int) -> None:
+        """Removes log lines beyond ``update``, and a last one that was not written to its end."""
+        for path in (self.train_log, self.valid_log):
+            if path.exists():
+                kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _update_of(line) <= update]
+                replace_text(path, "".join(f"{line}\n" for line in kept))
+
+
+def differing_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """``key=then (now other)`` for every key that must not change within a run."""
+    old, new = dict(_flat(before)), dict(_flat(now))
+    return [
+        f"{key}={_show(old.get(key))} then, {_show(new.get(key))} now"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not _is_free(key)
+    ]
+
+
+def config_digest(config: RunConfig) -> str:
+    """Equal for all sessions of a run."""
+    fixed = {key: value for key, value in _flat(to_mapping(config)) if not _is_free(key)}
+    return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
+
+
+def _is_free(key: str) -> bool:
+    first, *rest = key.split(".")
+    return first in FREE or (first == "training" and rest[0] in FREE_TRAINING)
+
+
+def _flat(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in mapping.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value
+
+
+def _show(value: Any) -> str:
+    return json.dumps(value, default=str)
+
+
+def _update_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["update"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")

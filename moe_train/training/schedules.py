@@ -1,0 +1,72 @@
+"""Learning rates: a linear warm-up, then a named decay."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from moe_train.config import ScheduleConfig
+from moe_train.errors import ConfigError, did_you_mean
+
+# share of the peak rate, from (updates after the warm-up, updates of the decay, config)
+Decay = Callable[[int, int, ScheduleConfig], float]
+_DECAYS: dict[str, Decay] = {}
+
+
+def register_decay(name: str) -> Callable[[Decay], Decay]:
+    """Makes ``training.schedule.name=name`` use the decorated function."""
+
+    def decorate(decay: Decay) -> Decay:
+        if name in _DECAYS:
+            raise ValueError(f"the schedule {name!r} is registered twice")
+        _DECAYS[name] = decay
+        return decay
+
+    return decorate
+
+
+def learning_rate(config: ScheduleConfig, peak: float, max_updates: int, update: int) -> float:
+    """The rate of an update.
+
+    Args:
+        peak: ``training.optimizer.lr``, reached at the end of the warm-up.
+        max_updates: where decays that end, end.
+        update: counted from 1.
+    """
+    if update <= config.warmup_updates:
+        return config.warmup_init_lr + (peak - config.warmup_init_lr) * update / config.warmup_updates
+    if config.name not in _DECAYS:
+        raise ConfigError(f"there is no schedule '{config.name}'", remedy=did_you_mean(config.name, _DECAYS))
+    span = max(1, max_updates - config.warmup_updates)
+    share = _DECAYS[config.name](min(update - config.warmup_updates, span), span, config)
+    if config.name in ("inverse_sqrt", "constant"):
+        return peak * share
+    return config.end_lr + (peak - config.end_lr) * share
+
+
+@register_decay("constant")
+def _constant(after: int, span: int, config: ScheduleConfig) -> float:
+    return 1.0
+
+
+@register_decay("inverse_sqrt")
+def _inverse_sqrt(after: int, span: int, config: ScheduleConfig) -> float:
+    """Vaswani et al. 2017, eq. 3, scaled so that the peak stands at the end of the warm-up."""
+    warmup = max(1, config.warmup_updates)
+    return math.sqrt(warmup / (after + config.warmup_updates))
+
+
+@register_decay("linear")
+def _linear(after: int, span: int, config: ScheduleConfig) -> float:
+    return 1.0 - after / span
+
+
+@register_decay("polynomial")
+def _polynomial(after: int, span: int, config: ScheduleConfig) -> float:
+    return (1.0 - after / span) ** config.power
+
+
+@register_decay("cosine")
+def _cosine(after: int, span: int, config: ScheduleConfig) -> float:
+    """Loshchilov & Hutter 2017, without restarts."""
+    return 0.5 * (1.0 + math.cos(math.pi * after / span))

@@ -1,0 +1,44 @@
+"""What a run knows of itself besides tensors; kept in every checkpoint's ``state.json``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass
+class RunState:
+    """The one mutable record of the loop.
+
+    Attributes:
+        update: optimizer updates done (skipped ones count: their batch is spent).
+        epoch: of the last update, from 1.
+        best: the best value of the validation metric so far, None before the first validation.
+        best_update: when that was.
+        without_gain: validations since.
+        skipped: updates skipped because a gradient was not finite, in all.
+        skipped_in_row: the same, since the last good one.
+        interval: sums since the last line of train.jsonl (see :meth:`moe_train.training.journal.Interval.to_json`).
+        engine: what the engine keeps besides tensors.
+    """
+
+    update: int = 0
+    epoch: int = 1
+    best: float | None = None
+    best_update: int = 0
+    without_gain: int = 0
+    skipped: int = 0
+    skipped_in_row: int = 0
+    interval: dict[str, Any] = field(default_factory=dict)
+    engine: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> RunState:
+        """The inverse of :meth:`to_json`; what a checkpoint adds besides is ignored."""
+        names = cls.__dataclass_fields__
+        return cls(**{name: content[name] for name in names if name in content})

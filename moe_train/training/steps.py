@@ -1,0 +1,99 @@
+"""One optimizer update: micro-batches forward and backward, one reduction of what they report, one step."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from moe_train.training.engines import Engine, StepOutcome
+from moe_train.training.hooks import tell
+from moe_train.training.samples import move
+from moe_train.training.statistics import Sums, total
+from moe_train.training.world import World
+
+if TYPE_CHECKING:
+    from moe_train.tasks.base import Sample
+
+
+@dataclass(frozen=True)
+class UpdateReport:
+    """What the whole world knows after an update; the same on every rank.
+
+    Attributes:
+        sums: the criterion's sums over micro-batches and ranks.
+        outcome: of the engine's step.
+        culprits: ranks whose own gradient was not finite.
+        stop: whether any rank was asked to stop.
+        seconds: this rank's time.
+    """
+
+    sums: Sums
+    outcome: StepOutcome
+    culprits: tuple[int, ...]
+    stop: bool
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Stepper:
+    """Computes updates. The model's random numbers are seeded anew for every micro-batch."""
+
+    engine: Engine
+    criterion: nn.Module
+    world: World
+    seed: int
+
+    def run(self, update: int, samples: list[Sample], lr: float, stop: bool) -> UpdateReport:
+        """The update that follows ``update`` finished ones.
+
+        Args:
+            samples: this rank's rows of each micro-batch.
+            stop: whether this rank was asked to stop.
+        """
+        started = time.monotonic()
+        tell(self.engine.module, "set_num_updates", update)
+        tokens = self._world_tokens(samples)
+        parts = []
+        for number, sample in enumerate(samples):
+            seed_generators(self.seed, update, number, self.world.rank)
+            with self.engine.accumulate(last=number == len(samples) - 1):
+                parts.append(self._micro_batch(sample, tokens[number], sum(tokens)))
+        outcome = self.engine.step(lr)
+        sums, clean, stops = self._share(total(parts), outcome.clean, stop)
+        culprits = tuple(rank for rank, good in enumerate(clean) if not good)
+        if outcome.applied:
+            tell(self.engine.module, "after_update", sums.routing())
+        return UpdateReport(sums, outcome, culprits, stops, time.monotonic() - started)
+
+    def _world_tokens(self, samples: list[Sample]) -> list[float]:
+        """Target tokens of each micro-batch over all ranks."""
+        own = [float(sample["ntokens"]) for sample in samples]
+        told: list[float] = self.world.sum(torch.tensor(own, dtype=torch.float64, device=self.world.device)).tolist()
+        return told
+
+    def _micro_batch(self, sample: Sample, tokens: float, whole: float) -> Sums:
+        sample = move(sample, self.world.device)
+        sample["world_ntokens"] = torch.tensor(tokens, device=self.world.device)
+        with self.engine.autocast():
+            loss, _, logging = self.criterion(self.engine.model, sample)
+        self.engine.backward(loss / max(whole, 1.0))
+        return Sums.of(logging, self.world.device)
+
+    def _share(self, sums: Sums, clean: bool, stop: bool) -> tuple[Sums, list[bool], bool]:
+        """World sums, who was clean, whether anyone must stop: in one reduction."""
+        flags = torch.zeros(self.world.size + 1, dtype=torch.float64, device=self.world.device)
+        flags[self.world.rank] = float(not clean)
+        flags[-1] = float(stop)
+        shared: Tensor = self.world.sum(torch.cat([flags, sums.values]))
+        told = shared[: len(flags)].tolist()
+        return sums.with_values(shared[len(flags) :]), [not dirty for dirty in told[:-1]], told[-1] > 0
+
+
+def seed_generators(*parts: int) -> None:
+    """Seeds torch's generators (dropout) from numbers that say where we are, so that no state must be kept."""
+    torch.manual_seed(int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0]))

@@ -1,0 +1,76 @@
+"""Named tensors to and from a folder, by torch.distributed.checkpoint with its safetensors storage.
+
+No pickle is read or written: DCP's own format keeps its index as a pickle, its safetensors storage keeps JSON headers.
+Every rank gives what it holds; what several ranks hold alike is written once, shared out over them.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+
+from moe_train.errors import CheckpointError
+
+
+def save_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes the world's tensors into ``folder`` and waits until they are on the disk. Every rank calls it.
+
+    Raises:
+        OSError: on every rank, the first that a rank met (a full disk, say).
+    """
+    writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    with _plain_errors(), _quiet():
+        dcp.save(contiguous, storage_writer=writer)
+
+
+def load_tensors(folder: Path, into: Mapping[str, Tensor]) -> None:
+    """Reads tensors in place. Every rank calls it, each with the names that it wants.
+
+    Raises:
+        CheckpointError: a name is missing, or has another shape.
+    """
+    known = shapes(folder)
+    for name, tensor in into.items():
+        if name not in known:
+            raise CheckpointError(f"the checkpoint has no tensor '{name}'", str(folder), "it is of another model")
+        if known[name] != tensor.shape:
+            what = f"the tensor '{name}' is {list(known[name])} in the checkpoint and {list(tensor.shape)} in the model"
+            raise CheckpointError(what, str(folder), "it is of another model")
+    with _plain_errors(), _quiet():
+        dcp.load(dict(into), storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
+
+
+def shapes(folder: Path) -> dict[str, torch.Size]:
+    """Names and shapes of all tensors of the folder, read from the files' headers."""
+    metadata = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    return {name: entry.size for name, entry in metadata.items() if hasattr(entry, "size")}
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """DCP wraps errors in a BaseException that lists ranks; callers want the error itself."""
+    try:
+        yield
+    except CheckpointException as error:
+        causes = [cause for cause, _ in error.failures.values()]
+        disk = next((cause for cause in causes if isinstance(cause, OSError)), None)
+        if disk is not None:
+            raise OSError(disk.errno, disk.strerror) from error
+        raise RuntimeError(f"the checkpoint failed on ranks {sorted(error.failures)}: {causes[0]}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """One process saves without torch.distributed, which DCP warns of each time."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
+        yield

@@ -1,0 +1,96 @@
+"""Validation: the same numbers, to the last bit, for any number of ranks.
+
+A batch is computed whole by one rank (as one process would, routing statistics included), every rank takes every n-th
+batch, and the batches' sums are added in the order of the batches.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from moe_train.routing.context import Alone, Ranks
+from moe_train.training.engines import Engine
+from moe_train.training.hooks import tell
+from moe_train.training.journal import per_token
+from moe_train.training.samples import move
+from moe_train.training.world import World
+
+if TYPE_CHECKING:
+    from moe_train.tasks.base import TrainingTask
+
+Job = tuple[str, Any]
+
+
+@dataclass(frozen=True)
+class Validator:
+    """Computes validation losses. ``ranks``: what the model's routers reduce over in training, set again afterwards."""
+
+    task: TrainingTask
+    criterion: nn.Module
+    engine: Engine
+    world: World
+    ranks: Ranks
+
+    def run(self) -> dict[str, Any]:
+        """Means per target token over all sets, and ``directions``: the same for each set by name."""
+        jobs = [(name, batch) for name, batches in self.task.validation_sets().items() for batch in batches]
+        module = self.engine.module
+        was_training = module.training
+        module.eval()
+        self.criterion.eval()
+        tell(module, "set_ranks", Alone())
+        try:
+            with torch.no_grad():
+                names, table = self._table(jobs)
+        finally:
+            module.train(was_training)
+            self.criterion.train(was_training)
+            tell(module, "set_ranks", self.ranks)
+        return _summary(jobs, names, self.world.sum(table).tolist())
+
+    def _table(self, jobs: list[Job]) -> tuple[list[str], torch.Tensor]:
+        """[jobs, names] fp64: this rank's batches, zero elsewhere (so that the sum over ranks rounds nothing)."""
+        rows: dict[int, dict[str, float]] = {}
+        # Every rank computes something in every round: experts on other ranks must be asked by all together.
+        for first in range(0, len(jobs), self.world.size):
+            number = first + self.world.rank
+            name, batch = jobs[number] if number < len(jobs) else (jobs[0][0], np.empty(0, np.int64))
+            values = self._batch(name, batch)
+            rows[number] = values
+        names = sorted(rows[min(rows)]) if rows else []
+        table = torch.zeros(len(jobs), len(names), dtype=torch.float64, device=self.world.device)
+        for number, values in rows.items():
+            if number < len(jobs):
+                table[number] = torch.tensor([values[name] for name in names], dtype=torch.float64)
+        return names, table
+
+    def _batch(self, name: str, batch: Any) -> dict[str, float]:
+        sample = move(self.task.validation_sample(name, batch), self.world.device)
+        with self.engine.autocast():
+            _, _, logging = self.criterion(self.engine.module, sample)
+        return {key: float(value) for key, value in logging.items() if key != "routing"}
+
+
+def _summary(jobs: list[Job], names: list[str], table: list[list[float]]) -> dict[str, Any]:
+    by_set: dict[str, list[list[float]]] = {}
+    for (name, _), row in zip(jobs, table, strict=True):
+        by_set.setdefault(name, []).append(row)
+    directions = {name: _mean(names, rows) for name, rows in by_set.items()}
+    return {**_mean(names, table), "directions": directions}
+
+
+def _mean(names: list[str], rows: list[list[float]]) -> dict[str, Any]:
+    sums = {name: math.fsum(column) for name, column in zip(names, zip(*rows, strict=True), strict=False)}
+    return per_token(sums)
+
+
+def average_bleu(scores: Mapping[str, float]) -> float:
+    """The mean over directions."""
+    return math.fsum(scores.values()) / len(scores) if scores else 0.0
