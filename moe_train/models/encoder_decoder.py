@@ -211,7 +211,8 @@ class TransformerModel(FairseqEncoderDecoderModel):  # type: ignore[misc]
                 this method and not :meth:`forward_features`, so that DDP and other wrappers see a forward pass.
 
         Returns:
-            logits [B, T, V], or [P, V], or features of as many rows, and ``{"routing": records, encoder first, "attn": [None]}``.
+            logits [B, T, V], or [P, V], or features of as many rows; and ``{"routing": records, encoder first,
+            "attn": [None]}``.
         """
         features, extra = self.forward_features(
             src_tokens, src_lengths, prev_output_tokens, sentence_uid, src_lang, tgt_lang, pass_index
