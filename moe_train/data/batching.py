@@ -1,12 +1,12 @@
 """Micro-batches that belong to the world: (seed, update) alone fix them, however many ranks share them out.
 
-An *item* is a sentence in a direction. Items are numbered direction after direction. An epoch takes from every direction
-its share, sorts by length so that micro-batches carry little padding, cuts under a budget of tokens, and shuffles the
-micro-batches. Decisions that callers may rely on:
+An *item* is a sentence in a direction. Items are numbered direction after direction. An epoch takes from every
+direction its share, sorts by length so that micro-batches carry little padding, cuts under a budget of tokens, and
+shuffles the micro-batches. Decisions that callers may rely on:
 
 - At temperature 1 every item comes exactly once an epoch. At another temperature direction d gives
-  ``N · n_d^(1/T) / Σ n^(1/T)`` items (Arivazhagan et al. 2019), read from an endless sequence of permutations of the direction, so
-  that none of its items comes twice before all have come.
+  ``N · n_d^(1/T) / Σ n^(1/T)`` items (Arivazhagan et al. 2019), read from an endless sequence of permutations of the
+  direction, so that none of its items comes twice before all have come.
 - An update never mixes epochs. The micro-batches of an epoch are dealt evenly to its updates, so some updates hold
   fewer than ``accumulation``; the counts are the same for every rank.
 - Every epoch has the same number of updates, so any update is reached by planning one epoch, never by replay.
@@ -118,7 +118,7 @@ class WorldBatches:
         }
         if not any(len(pool) for pool in self._pools):
             raise DataError(
-                f"no training sentence is left: all {len(kept)} are longer than {settings.longest} tokens or there are none",
+                f"no training sentence is left: of {len(kept)}, all are longer than {settings.longest} tokens",
                 remedy="raise training.max_sentence_tokens or training.tokens_per_update, or prepare more data",
             )
         self._shares = _shares([len(pool) for pool in self._pools], settings.temperature)

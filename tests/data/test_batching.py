@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -182,7 +183,7 @@ def test_sentences_longer_than_a_micro_batch_are_left_out_and_counted_by_directi
 
 
 def test_nothing_left_to_train_on_is_said_with_a_remedy() -> None:
-    with pytest.raises(DataError, match="no training sentence is left.*max_sentence_tokens"):
+    with pytest.raises(DataError, match=r"no training sentence is left.*max_sentence_tokens"):
         WorldBatches(np.array([9]), np.array([9]), [1], BatchSettings(tokens_per_update=100, max_sentence_tokens=8))
 
 
@@ -196,7 +197,7 @@ def test_update_100000_of_a_small_set_needs_two_plans_not_a_replay() -> None:
     planned: Counter[int] = Counter()
     make = world._make_plan
 
-    def counted(epoch: int):  # type: ignore[no-untyped-def]
+    def counted(epoch: int) -> Any:
         planned[epoch] += 1
         return make(epoch)
 

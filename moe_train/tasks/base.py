@@ -1,0 +1,36 @@
+"""What the training loop asks of a task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from torch import nn
+
+from moe_train.data.batching import Indices, WorldBatches
+
+# A batch in fairseq's form: "id" [B], "nsentences", "ntokens", "target" [B, T] and "net_input", which holds
+# "src_tokens" [B, S], "src_lengths" [B], "prev_output_tokens" [B, T], "sentence_uid", "src_lang" and "tgt_lang" [B].
+Sample = dict[str, Any]
+
+
+class TrainingTask(Protocol):
+    """A task as the loop sees it: batches of the world, samples of a rank, a model and a criterion."""
+
+    def build_model(self, layout: Any = None) -> nn.Module:
+        """The model as configured; ``layout`` says which experts this rank holds (None: all)."""
+
+    def build_criterion(self) -> nn.Module:
+        """``criterion(model, sample) -> (loss, sample_size, logging)`` with sums over the rank's target tokens."""
+
+    def train_batches(self) -> WorldBatches:
+        """The world's micro-batches of every update."""
+
+    def train_sample(self, indices: Indices) -> Sample:
+        """A rank's rows of a micro-batch; no rows give tensors of shape [0, 1]."""
+
+    def validation_sets(self) -> Mapping[str, Sequence[Indices]]:
+        """Validation micro-batches by name (a direction, for translation)."""
+
+    def validation_sample(self, name: str, indices: Indices) -> Sample:
+        """A rank's rows of a validation micro-batch."""

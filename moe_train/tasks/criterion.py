@@ -1,0 +1,194 @@
+"""Label-smoothed cross-entropy with the routing losses, and with the consistency of two passes (THOR).
+
+Everything is a sum over this rank's target tokens; whoever steps the optimizer divides by the tokens of the update.
+
+    loss = Σ_tokens CE + Σ_names weight · (mean over layers of the router's share) · world_ntokens
+
+A router's share is such that the sum over ranks is the loss of the world's micro-batch, so over an update the routing
+loss comes out as the mean over micro-batches, weighted by their target tokens: the same for any number of ranks, and
+each micro-batch counts once.
+
+With two passes (THOR, Zuo et al. 2022; R-Drop with one expert) the batch goes through the model twice in one forward:
+
+    Σ_tokens CE_1 + CE_2 + α · CR,    CR = ½ Σ_v (p_1 - p_2)(log p_1 - log p_2)
+
+with gradients through both sides. As in THOR's code both cross-entropies are divided by the tokens of *one* pass, so
+the loss is about twice that of one pass; ``nll_loss`` is the mean of the passes and stays comparable. Evaluation takes
+one pass, without routing losses in the loss, so that strategies can be compared by it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_train.fairseq_compat import apply
+from moe_train.layers import RoutingRecord
+from moe_train.layers.losses import fused_label_smoothed_nll, label_smoothed_nll
+from moe_train.routing.types import AuxiliaryLoss
+from moe_train.tasks.base import Sample
+
+apply()
+from fairseq import metrics  # noqa: E402
+from fairseq.criterions import FairseqCriterion, register_criterion  # noqa: E402
+from fairseq.dataclass import FairseqDataclass  # noqa: E402
+
+_COUNTS = ("ntokens", "nsentences", "sample_size")
+_NAMED = (*_COUNTS, "loss", "nll_loss", "routing")
+
+
+@dataclass(unsafe_hash=True)
+class MoECriterionFlags(FairseqDataclass):  # type: ignore[misc]
+    """Flags of fairseq's command line; passes and consistency come from the routing that the model is built with."""
+
+    label_smoothing: float = field(default=0.1, metadata={"help": "share of the target spread over the other words"})
+
+
+@register_criterion("moe_label_smoothed_cross_entropy", dataclass=MoECriterionFlags)
+class MoELabelSmoothedCrossEntropy(FairseqCriterion):  # type: ignore[misc]
+    """The criterion of translation with experts.
+
+    Args:
+        task: gives the padding index.
+        label_smoothing: ε of the smoothed target, 1 - ε for the right word and ε / (V - 1) for each other.
+        passes: forward passes over a training batch (1 or 2).
+        consistency_weight: α; needs two passes.
+    """
+
+    def __init__(
+        self, task: Any, label_smoothing: float = 0.1, passes: int = 1, consistency_weight: float = 0.0
+    ) -> None:
+        super().__init__(task)
+        self.padding_idx: int = task.target_dictionary.pad()
+        self.label_smoothing, self.passes, self.consistency_weight = label_smoothing, passes, consistency_weight
+
+    @classmethod
+    def build_criterion(cls, cfg: Any, task: Any) -> MoELabelSmoothedCrossEntropy:
+        """Builds it for fairseq's command line, after the task has built the model."""
+        return cls(task, cfg.label_smoothing, task.routing.passes, task.routing.consistency_weight)
+
+    def forward(self, model: nn.Module, sample: Sample, reduce: bool = True) -> tuple[Tensor, int, dict[str, Any]]:
+        """The loss of a sample.
+
+        Args:
+            model: takes ``net_input`` and ``features_only``; possibly wrapped (DDP).
+            sample: as :mod:`moe_train.tasks.base` says; ``world_ntokens`` where several ranks share the micro-batch.
+
+        Returns:
+            The summed loss; the tokens to divide by; and sums for the log: ``loss``, ``nll_loss``, ``ntokens``,
+            ``nsentences``, each routing loss times the target tokens, and where the training loop is ours ``routing``,
+            the statistics of each sparse layer.
+        """
+        passes = self.passes if model.training else 1
+        features, extra = model(**repeated(sample["net_input"], passes), features_only=True)
+        features, target = real_rows(features, sample["target"].repeat(passes, 1), self.padding_idx)
+        parts = self._cross_entropy(unwrapped(model), features, target, passes)
+        losses = mean_over_layers(extra["routing"])
+        tokens = sample["world_ntokens" if "world_ntokens" in sample else "ntokens"]
+        loss = parts.pop("loss")
+        if model.training:
+            loss = loss + sum(mean.objective for mean in losses.values()) * tokens
+        logging: dict[str, Any] = {
+            "loss": loss.detach(),
+            "ntokens": sample["ntokens"],
+            "nsentences": sample["nsentences"],
+            "sample_size": sample["ntokens"],
+            **parts,
+            **{name: mean.value.detach() * tokens for name, mean in losses.items()},
+        }
+        if "world_ntokens" in sample:
+            logging["routing"] = {record.layer: record.statistics for record in extra["routing"]}
+        return loss, sample["ntokens"], logging
+
+    def _cross_entropy(self, model: nn.Module, features: Tensor, target: Tensor, passes: int) -> dict[str, Tensor]:
+        """``loss`` with its graph, and the detached sums ``nll_loss`` and, with two passes, ``consistency_loss``."""
+        if passes == 1 or not self.consistency_weight:
+            loss, nll = fused_label_smoothed_nll(features, model.output_weight, target, self.label_smoothing)  # type: ignore[arg-type]
+            return {"loss": loss, "nll_loss": nll.detach() / passes}
+        logits = model.output_layer(features)  # type: ignore[operator]
+        loss, nll = label_smoothed_nll(logits, target, self.label_smoothing)
+        consistency = symmetric_divergence(*logits.chunk(2))
+        loss = loss + self.consistency_weight * consistency
+        return {"loss": loss, "nll_loss": nll.detach() / passes, "consistency_loss": consistency.detach()}
+
+    @classmethod
+    def reduce_metrics(cls, logging_outputs: list[dict[str, Any]]) -> None:
+        """For fairseq's command lines: ``loss`` and ``nll_loss`` per token to base 2 as in its own criterions."""
+        totals: dict[str, float] = defaultdict(float)
+        for output in logging_outputs:
+            for name, value in output.items():
+                if name != "routing":
+                    totals[name] += float(value)
+        tokens = max(totals["ntokens"], 1.0)
+        for name in ("loss", "nll_loss"):
+            metrics.log_scalar(name, totals[name] / tokens / math.log(2), tokens, round=3)
+        metrics.log_derived("ppl", lambda meters: round(2.0 ** min(meters["nll_loss"].avg, 100.0), 2))
+        for name in totals.keys() - set(_NAMED):
+            metrics.log_scalar(name, totals[name] / tokens, tokens, round=4)
+
+    @staticmethod
+    def logging_outputs_can_be_summed() -> bool:
+        """True: plain sums all (statistics of layers are logged only for our own loop)."""
+        return True
+
+
+@dataclass(frozen=True)
+class LayerMean:
+    """A routing loss averaged over the layers that have it: plain, and times its weight."""
+
+    value: Tensor
+    objective: Tensor
+
+
+def mean_over_layers(records: Iterable[RoutingRecord]) -> dict[str, LayerMean]:
+    """The routing losses of a forward pass by name."""
+    by_name: dict[str, list[AuxiliaryLoss]] = defaultdict(list)
+    for record in records:
+        for name, loss in record.losses.items():
+            by_name[name].append(loss)
+    return {name: _mean(by_name[name]) for name in sorted(by_name)}
+
+
+def _mean(losses: Sequence[AuxiliaryLoss]) -> LayerMean:
+    values = torch.stack([loss.value for loss in losses])
+    weights = values.new_tensor([loss.weight for loss in losses])
+    return LayerMean(values.mean(), (values * weights).mean())
+
+
+def symmetric_divergence(logits_1: Tensor, logits_2: Tensor) -> Tensor:
+    """½ [KL(p1‖p2) + KL(p2‖p1)] summed over rows, of logits [N, V] each; in fp32 or wider, differentiable by both."""
+    kind = torch.promote_types(logits_1.dtype, torch.float32)
+    log_1, log_2 = (torch.log_softmax(logits, dim=-1, dtype=kind) for logits in (logits_1, logits_2))
+    return 0.5 * ((log_1.exp() - log_2.exp()) * (log_1 - log_2)).sum()
+
+
+def repeated(net_input: Mapping[str, Tensor], passes: int) -> dict[str, Tensor]:
+    """The batch behind itself ``passes`` times, ``pass_index`` [passes · B] telling the copies apart."""
+    if passes == 1:
+        return dict(net_input)
+    rows = net_input["src_tokens"].shape[0]
+    copies = {name: torch.cat([value] * passes) for name, value in net_input.items()}
+    index = torch.arange(passes, device=net_input["src_tokens"].device)
+    return {**copies, "pass_index": index.repeat_interleave(rows)}
+
+
+def real_rows(features: Tensor, target: Tensor, pad: int) -> tuple[Tensor, Tensor]:
+    """features [B, T, d] and target [B, T] → the rows of real tokens, [N, d] and [N]."""
+    flat, target = features.reshape(-1, features.shape[-1]), target.reshape(-1)
+    rows = target.ne(pad).nonzero().squeeze(1)
+    if rows.numel() == target.numel():
+        return flat, target
+    return flat.index_select(0, rows), target.index_select(0, rows)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DDP and its like."""
+    while isinstance(getattr(model, "module", None), nn.Module):
+        model = model.module  # type: ignore[assignment]
+    return model
