@@ -33,7 +33,7 @@ class CleaningConfig:
     placeholders: bool = True
     untranslated: bool = True
     script: bool = True
-    script_share: float = 0.5
+    script_share: float = 0.4
     letter_share: float = 0.4
     min_words: int = 1
     max_words: int = 250
@@ -106,6 +106,8 @@ class CorpusConfig:
         train_path: ``flores200``: a folder of training text in the layout of ``text``.
         cache: ``l10n``: where wheels are kept (empty: the user's cache folder).
         wheels: ``l10n``: the catalogues' wheels.
+        min_message_words: ``l10n``: shorter English messages are left out.
+        codes: language -> its name inside the corpus, where that differs (``zh: zh_Hans``, ``de: deu_Latn``).
         max_pairs: at most this many training pairs of each language pair, chosen by hash (0: all).
         decontaminate: remove training pairs of which either side occurs in the held-out files.
     """
@@ -117,6 +119,8 @@ class CorpusConfig:
     train_path: str | None = None
     cache: str | None = None
     wheels: tuple[WheelConfig, ...] = ()
+    min_message_words: int = 1
+    codes: Mapping[str, str] = field(default_factory=dict)
     max_pairs: int = 0
     decontaminate: bool = False
     cleaning: CleaningConfig = field(default_factory=CleaningConfig)
@@ -143,7 +147,7 @@ class VocabularyConfig:
     model_type: Literal["unigram", "bpe"] = "unigram"
     character_coverage: float = 0.9995
     sample_sentences: int = 1_000_000
-    temperature: float = 5.0
+    temperature: float = 3.0
     split_digits: bool = True
     reuse: str | None = None
 

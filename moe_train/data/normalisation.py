@@ -36,6 +36,8 @@ def character_table() -> dict[int, str]:
 
 def normalise(text: str) -> str:
     """NFC, plain single spaces, no control characters, nothing at either end."""
+    if text.isascii() and text.isprintable():
+        return " ".join(text.split())
     return " ".join(unicodedata.normalize("NFC", text.translate(character_table())).split())
 
 

@@ -2,38 +2,38 @@
 
 from __future__ import annotations
 
-import re
 import unicodedata
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
 from moe_train.config.corpus import CleaningConfig
 from moe_train.data.cleaning import scripts
+from moe_train.data.cleaning.placeholders import placeholders, without_placeholders
 from moe_train.data.keys import fold
-
-_PLACEHOLDER = re.compile(
-    r"%\((?P<named>[\w.]+)\)[-#0+]*\d*(?:\.\d+)?[diouxXeEfFgGcrsa]"
-    r"|%(?:\d+\$)?[-#0+]*\d*(?:\.\d+)?(?:hh|ll|[hlLqjzt])?(?P<printf>[diouxXeEfFgGcrsa@])(?![^\W\d_])"
-    r"|%(?P<numbered>\d)(?!\d|\s*%|[.,]\d)"
-    r"|\$\{(?P<shell>[\w.]+)\}"
-    r"|\{\{?\s*(?P<brace>[\w.\[\]!:]*)\s*\}\}?"
-)
 
 
 @dataclass(frozen=True)
 class Side:
-    """One side of a pair: its text, its script codes, and the codes that its language may have (empty: any)."""
+    """One side of a pair.
+
+    Attributes:
+        text: the whole of it.
+        words: the text without its placeholders.
+        codes: script codes of the words' letters.
+        expected: the codes that the language may have (empty: any).
+    """
 
     text: str
+    words: str
     codes: str
     expected: str
 
     @classmethod
     def of(cls, text: str, expected: str) -> Side:
         """Counts the letters of a text."""
-        return cls(text, scripts.script_codes(text), expected)
+        words = without_placeholders(text)
+        return cls(text, words, scripts.script_codes(words), expected)
 
 
 def _unicode(source: Side, target: Side, config: CleaningConfig) -> bool:
@@ -65,7 +65,8 @@ def _ratio(source: Side, target: Side, config: CleaningConfig) -> bool:
 
 def _letters(source: Side, target: Side, config: CleaningConfig) -> bool:
     return all(
-        len(side.codes) >= config.letter_share * (len(side.text) - side.text.count(" ")) for side in (source, target)
+        len(side.codes) >= max(1.0, config.letter_share * (len(side.words) - side.words.count(" ")))
+        for side in (source, target)
     )
 
 
@@ -75,13 +76,6 @@ def _untranslated(source: Side, target: Side, config: CleaningConfig) -> bool:
 
 def _placeholders(source: Side, target: Side, config: CleaningConfig) -> bool:
     return placeholders(source.text) == placeholders(target.text)
-
-
-def placeholders(text: str) -> Counter[str]:
-    """The placeholders of a message: ``%(name)s``, ``%1$s`` or ``%s``, ``{name}``, ``${name}``, ``%1``."""
-    if "%" not in text and "{" not in text:
-        return Counter()
-    return Counter(f"{match.lastgroup}:{match[match.lastgroup or 0]}" for match in _PLACEHOLDER.finditer(text))
 
 
 def _script(source: Side, target: Side, config: CleaningConfig) -> bool:

@@ -7,11 +7,11 @@ import re
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
+# Formatting only: a text that mentions <meta> or <input> would lose its sense without them.
 _HTML_TAGS = frozenset(
-    """a abbr address article aside b big blockquote body br button caption center cite code dd del details dfn div dl
-    dt em embed fieldset figure font footer form h1 h2 h3 h4 h5 h6 head header hr html i iframe img input ins kbd
-    label legend li link main mark meta nav ol option p pre q s samp script section select small source span strike strong
-    style sub summary sup svg table tbody td textarea tfoot th thead time title tr tt u ul var video wbr""".split()  # noqa: SIM905
+    """a abbr acronym b bdi bdo big blockquote br center cite code dd del dfn div dl dt em font h1 h2 h3 h4 h5 h6 hr i
+    ins kbd li mark ol p pre q s samp small span strike strong sub sup table tbody td tfoot th thead tr tt u ul
+    var wbr""".split()  # noqa: SIM905
 )
 _BLOCK_TAGS = frozenset(
     "br p li div tr td th dt dd ul ol hr h1 h2 h3 h4 h5 h6 table section article".split()  # noqa: SIM905
@@ -21,9 +21,10 @@ _ENTITY = re.compile(r"&(?:#\d{1,7}|#x[0-9A-Fa-f]{1,6}|[A-Za-z][A-Za-z0-9]{1,31}
 
 # Chinese, Japanese and Korean menus append the key: ファイル(&F), 文件(_F)
 _APPENDED_KEY = re.compile(r"\s*[(（][&_][A-Za-z0-9][)）]")
-_KEY = {"&": re.compile(r"(?<![&\w])&(?=[^\W\d_])"), "_": re.compile(r"(?<![_\w])_(?=[^\W\d_])")}
+_KEY = {"&": re.compile(r"(?<![&\w])&(?=[^\W\d_])"), "_": re.compile(r"(?:^|(?<=[\s\"'(\[]))_(?=[^\W\d_])")}
 _KEY_INSIDE = {"&": re.compile(r"(?<=[^\W\d_])&(?=[^\W\d_])"), "_": re.compile(r"(?<=[^\W\d_])_(?=[^\W\d_])")}
 _MENU_WORDS = 3
+_LOOKS_TECHNICAL = re.compile(r"=|//|%\(|\{")
 
 
 def strip_markup(text: str) -> str:
@@ -50,18 +51,24 @@ def strip_accelerators(text: str) -> str:
         return text
     text = _APPENDED_KEY.sub("", text)
     for mark in "&_":
-        if text.count(mark) == 1 and "=" not in text and "//" not in text:
-            text = _KEY[mark].sub("", text)
-            if mark in text and len(text.split()) <= _MENU_WORDS and text[0].isupper():
-                text = _strip_inside(text, mark)
+        if text.count(mark) == 1 and not _LOOKS_TECHNICAL.search(text):
+            text = _strip_mark(text, mark)
     return text
 
 
-def _strip_inside(text: str, mark: str) -> str:
-    match = _KEY_INSIDE[mark].search(text)
-    if match is None or not text[match.end()].islower():  # R&D, Drag&Drop
+def _strip_mark(text: str, mark: str) -> str:
+    match = _KEY[mark].search(text)
+    inside = _KEY_INSIDE[mark].search(text)
+    menu = len(text.split()) <= _MENU_WORDS and text[0].isupper()
+    if match is None and inside is not None and menu and text[inside.end()].islower():  # not R&D, Drag&Drop
+        match = inside
+    if match is None or not _is_cased(text[match.end()]):  # uncased scripts append their keys
         return text
     return text[: match.start()] + text[match.end() :]
+
+
+def _is_cased(letter: str) -> bool:
+    return letter.lower() != letter.upper()
 
 
 MENDERS: Mapping[str, Callable[[str], str]] = MappingProxyType(

@@ -1,0 +1,94 @@
+"""``corpus=iwslt14``: TED talks of the IWSLT 2014 campaign, from the archives ``XX-en.tgz`` that the user has unpacked.
+
+As usual in the literature, all ``IWSLT14.TED*.xml`` sets of a pair (dev2010, tst2010 and so on) together are the test
+set, and a 23rd of the training text is the validation set. Here a hash chooses it, so that no validation sentence is
+trained on in another language: the languages share their English.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from moe_train.config.corpus import CorpusConfig
+from moe_train.data.corpora.base import ParallelText, corpus_folder, listing, register
+from moe_train.data.lines import read_lines, read_parallel
+from moe_train.data.pairs import Pair
+from moe_train.data.progress import Progress
+from moe_train.errors import DataError
+
+LAYOUT = "unpack the archives XX-en.tgz there: XX-en/train.tags.XX-en.XX and XX-en/IWSLT14.TED.tst2010.XX-en.XX.xml"
+_TRAIN = re.compile(r"train\.tags\.(?P<pair>\w+-\w+)\.\w+")
+_SEGMENT = re.compile(r"<seg\b[^>]*>(?P<text>.*?)</seg>")
+_KEPT_TAGS = re.compile(r"</?(?:title|description)>")
+
+
+@register("iwslt14")
+def read_iwslt14(config: CorpusConfig, progress: Progress) -> list[ParallelText]:
+    """Training text and test sets of every pair below ``corpus.path``.
+
+    Raises:
+        DataError: no file of the layout, or one without its other side.
+    """
+    folder = corpus_folder(config)
+    names = {match["pair"]: path.parent for path in sorted(folder.rglob("train.tags.*")) if (match := _named(path))}
+    if not names:
+        there = listing(path.name for path in folder.iterdir())
+        raise DataError(f"no IWSLT 2014 text here (found: {there or 'nothing'})", str(folder), LAYOUT)
+    texts = []
+    for name, place in sorted(names.items()):
+        pair = Pair.parse(name)
+        texts.append(_training(pair, place))
+        if sets := sorted(place.glob(f"IWSLT14.TED*.{name}.{pair.source}.xml")):
+            texts.append(_test(pair, sets))
+    return texts
+
+
+def _named(path: Path) -> re.Match[str] | None:
+    return _TRAIN.fullmatch(path.name)
+
+
+def _training(pair: Pair, folder: Path) -> ParallelText:
+    files = tuple(_existing(folder / f"train.tags.{pair.name}.{language}") for language in pair)
+
+    def read() -> Iterator[tuple[str, str]]:
+        for source, target in read_parallel(*files):
+            source, target = _KEPT_TAGS.sub("", source).strip(), _KEPT_TAGS.sub("", target).strip()
+            if not source.startswith("<") and not target.startswith("<"):  # <url>, <keywords>, <speaker> …
+                yield source, target
+
+    return ParallelText(pair, None, read, files)
+
+
+def _test(pair: Pair, sources: list[Path]) -> ParallelText:
+    ending = f".{pair.source}.xml"
+    targets = [_existing(path.with_name(path.name.removesuffix(ending) + f".{pair.target}.xml")) for path in sources]
+
+    def read() -> Iterator[tuple[str, str]]:
+        for source, target in zip(sources, targets, strict=True):
+            yield from _segments(source, target)
+
+    return ParallelText(pair, "test", read, (*sources, *targets))
+
+
+def _segments(source: Path, target: Path) -> Iterator[tuple[str, str]]:
+    sides = [
+        [html.unescape(m["text"]).strip() for line in read_lines(p) for m in _SEGMENT.finditer(line)]
+        for p in (source, target)
+    ]
+    if len(sides[0]) != len(sides[1]):
+        raise DataError(
+            f"parallel sets differ in length: {source.name} has {len(sides[0])} segments, "
+            f"{target.name} has {len(sides[1])}",
+            str(source.parent),
+            "unpack the archive again",
+        )
+    return zip(*sides, strict=True)
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise DataError("the other side of a parallel text is missing", str(path), LAYOUT)
+    return path

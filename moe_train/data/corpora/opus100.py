@@ -1,0 +1,43 @@
+"""``corpus=opus100``: OPUS-100 (Zhang et al. 2020), English-centric text in 100 languages, from the unpacked release.
+
+Its development sets are ``valid``; the zero-shot test sets between other languages are read too.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from moe_train.config.corpus import CorpusConfig
+from moe_train.data.corpora.base import ParallelText, corpus_folder, files_text, listing, register
+from moe_train.data.pairs import Pair
+from moe_train.data.progress import Progress
+from moe_train.errors import DataError
+
+LAYOUT = "unpack the release there: supervised/de-en/opus.de-en-train.de, …-dev.de, …-test.de; zeroshot/ar-de/…"
+_NAME = re.compile(r"opus\.(?P<pair>\w+-\w+)-(?P<split>train|dev|test)\.(?P<language>\w+)")
+_SPLITS = {"train": "train", "dev": "valid", "test": "test"}
+
+
+@register("opus100")
+def read_opus100(config: CorpusConfig, progress: Progress) -> list[ParallelText]:
+    """Every text below ``corpus.path``, whichever folder of the release that is.
+
+    Raises:
+        DataError: no file of the layout, or one without its other side.
+    """
+    folder = corpus_folder(config)
+    found: dict[tuple[str, str], dict[str, Path]] = {}
+    for path in sorted(folder.rglob("opus.*")):
+        if match := _NAME.fullmatch(path.name):
+            found.setdefault((match["pair"], match["split"]), {})[match["language"]] = path
+    if not found:
+        there = listing(path.name for path in folder.iterdir())
+        raise DataError(f"no OPUS-100 text here (found: {there or 'nothing'})", str(folder), LAYOUT)
+    texts = []
+    for (name, split), sides in found.items():
+        pair = Pair.parse(name)
+        if set(sides) != set(pair):
+            raise DataError("the other side of a parallel text is missing", str(next(iter(sides.values()))), LAYOUT)
+        texts.append(files_text(pair, _SPLITS[split], sides[pair.source], sides[pair.target]))
+    return texts
