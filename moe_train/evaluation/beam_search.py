@@ -19,6 +19,7 @@ from moe_train.config import SearchConfig
 from moe_train.errors import CheckpointError
 from moe_train.evaluation.candidates import Candidates, best_candidates, log_probabilities
 from moe_train.evaluation.hypotheses import Finished, Hypotheses
+from moe_train.routing.context import Ranks
 
 MIN_LENGTH = 1  # tokens before the end symbol
 
@@ -89,10 +90,15 @@ class BeamSearch:
         model: see :class:`SearchableModel`; used in eval mode and given back as it was.
         dictionary: the target dictionary.
         config: beam, length penalty, longest length (``max_length_ratio`` · source tokens + ``max_length_offset``).
+        company: the ranks that hold the model's experts among them. All then search at the same time, and one that is
+            done (or has no sentences) goes on with no rows until all are, since experts must be asked by all together.
+            None: the model is here as a whole.
     """
 
-    def __init__(self, model: SearchableModel, dictionary: SpecialSymbols, config: SearchConfig) -> None:
-        self.model, self.config = model, config
+    def __init__(
+        self, model: SearchableModel, dictionary: SpecialSymbols, config: SearchConfig, company: Ranks | None = None
+    ) -> None:
+        self.model, self.config, self.company = model, config, company
         self.pad, self.eos = dictionary.pad(), dictionary.eos()
         self.beam = min(config.beam, len(dictionary) - 1)
 
@@ -120,25 +126,36 @@ class BeamSearch:
         limit = self._limits(net_input["src_tokens"], prefix.shape[1])
         longest = int(limit.max()) if sentences else 0
         finished = Finished(sentences, self.beam, max(longest, 1), self.pad, device)
-        if sentences == 0:
+        if sentences == 0 and self.company is None:
             return finished.sorted()
         state = self.model.start_decoding(self.model.encoder(**net_input), self.beam, longest + prefix.shape[1])
         inputs = self._force(prefix, state)
         beams = self._start(sentences, limit, longest, device)
-        for step in range(longest + 1):
-            log_probs = log_probabilities(self.model.decode_step(inputs, state))
-            candidates = self._candidates(log_probs, beams, step)
-            going_on = self._finish(candidates, beams, finished, step)
-            if going_on is not None:
-                if going_on.numel() == 0:
-                    break
-                self._keep_sentences(beams, going_on)
-                candidates = candidates.select(going_on)
-            rows = self._advance(candidates, beams, step, going_on)
-            if self.beam > 1 or going_on is not None:
-                state.reorder(rows)
-            inputs = beams.tokens[:, :, step].reshape(-1)
+        step = 0
+        while self._anyone(beams):
+            logits = self.model.decode_step(inputs, state)
+            if beams.sentence.numel():
+                inputs = self._step(logits, beams, finished, state, step)
+            step += 1
         return finished.sorted()
+
+    def _anyone(self, beams: _Beams) -> bool:
+        """Whether any rank has sentences that are not done."""
+        if self.company is None:
+            return beams.sentence.numel() > 0
+        return bool(self.company.max(torch.tensor(beams.sentence.numel(), device=beams.sentence.device)) > 0)
+
+    def _step(self, logits: Tensor, beams: _Beams, finished: Finished, state: DecoderState, step: int) -> Tensor:
+        """Extends, finishes and reorders the beams; returns the tokens [N'] to feed next."""
+        candidates = self._candidates(log_probabilities(logits), beams, step)
+        going_on = self._finish(candidates, beams, finished, step)
+        if going_on is not None:
+            self._keep_sentences(beams, going_on)
+            candidates = candidates.select(going_on)
+        rows = self._advance(candidates, beams, step, going_on)
+        if (self.beam > 1 or going_on is not None) and (rows.numel() or self.company is not None):
+            state.reorder(rows)
+        return beams.tokens[:, :, step].reshape(-1)
 
     def _limits(self, src_tokens: Tensor, prefix: int) -> Tensor:
         """[B] longest hypothesis of each sentence, end symbol not counted."""

@@ -1,0 +1,90 @@
+"""What moe-evaluate, moe-translate and moe-report read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from moe_train.config import check
+from moe_train.config.run import LaunchConfig, SearchConfig
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Translate a held-out split and score it.
+
+    Attributes:
+        run: the folder of a trained run.
+        split: ``test`` or ``valid``.
+        checkpoint: ``best``, ``last``, ``averaged`` or an update's number.
+        data: the data folder, where it has moved since training (null: as the run has it).
+        directions: only these, e.g. ``[en-de]`` (empty: all that were trained and have sentences in the split).
+        max_sentences: only the first so many of each direction (0: all).
+        seed: of the baseline that shuffles outputs between sentences.
+    """
+
+    run: str
+    split: Literal["test", "valid"] = "test"
+    checkpoint: str | int = "best"
+    data: str | None = None
+    directions: tuple[str, ...] = ()
+    max_sentences: int = 0
+    seed: int = 1
+    search: SearchConfig = field(default_factory=SearchConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+
+    def __post_init__(self) -> None:
+        check.not_negative("max_sentences", self.max_sentences)
+
+
+@dataclass(frozen=True)
+class TranslateConfig:
+    """Translate standard input, line by line.
+
+    Attributes:
+        run, checkpoint, data: as in :class:`EvaluateConfig`.
+        source, target: language codes, such as ``en`` and ``de``.
+        buffer: lines that are gathered, sorted by length and translated together, where they come fast enough.
+        threads: CPU threads (0: all cores).
+    """
+
+    run: str
+    source: str
+    target: str
+    checkpoint: str | int = "best"
+    data: str | None = None
+    buffer: int = 512
+    threads: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    search: SearchConfig = field(default_factory=SearchConfig)
+
+    def __post_init__(self) -> None:
+        check.positive("buffer", self.buffer)
+        check.not_negative("threads", self.threads)
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Compare runs.
+
+    Attributes:
+        runs: run folders, or folders of runs such as a multirun's.
+        baseline: the run that others are tested against, by folder name or path (null: the first that has scores).
+        out: where ``leaderboard.csv`` and ``leaderboard.md`` go (null: beside the runs).
+        split: whose scores.
+        samples: of the paired bootstrap (0: no significance test).
+        significance: p values below this are marked.
+        html: write ``report.html`` into every run folder.
+    """
+
+    runs: tuple[str, ...]
+    baseline: str | None = None
+    out: str | None = None
+    split: Literal["test", "valid"] = "test"
+    samples: int = 1000
+    significance: float = 0.05
+    html: bool = True
+
+    def __post_init__(self) -> None:
+        check.not_negative("samples", self.samples)
+        check.positive("significance", self.significance)

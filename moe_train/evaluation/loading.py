@@ -1,0 +1,103 @@
+"""A trained run, loaded for use: config, data, task and the weights of one checkpoint, on any number of devices."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe_train.config import RunConfig
+from moe_train.data.folder import DataFolder
+from moe_train.errors import DataError, LaunchError
+from moe_train.tasks import build_task
+from moe_train.training.checkpoints import CheckpointStore, load_model
+from moe_train.training.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class OpenedRun:
+    """A run without its weights: enough to prepare work that other processes do.
+
+    Attributes:
+        folder: the run folder.
+        config: as the run was trained, with the data folder's present place.
+        checkpoint: the verified checkpoint's folder.
+    """
+
+    folder: RunFolder
+    config: RunConfig
+    data: DataFolder
+    task: Any
+    checkpoint: Path
+
+    def load(self, device: torch.device | str = "cpu") -> LoadedRun:
+        """Builds the model with every expert on ``device`` and loads the checkpoint's weights.
+
+        Raises:
+            CheckpointError: the weights are another model's.
+        """
+        model = self.task.build_model(None)
+        load_model(self.checkpoint, model)
+        model.to(device).eval()
+        return LoadedRun(**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}, model=model)
+
+
+@dataclass(frozen=True)
+class LoadedRun(OpenedRun):
+    """A run with its model, in eval mode."""
+
+    model: Any
+
+
+def open_run(path: Path | str, checkpoint: str | int | Path = "best", data: Path | str | None = None) -> OpenedRun:
+    """Opens a run without loading its weights.
+
+    Args:
+        path: the run folder.
+        checkpoint: ``best``, ``last``, ``averaged``, or an update's number; or the folder of a checkpoint that has been
+            verified before, by the process that hands out the work.
+        data: the data folder, where it has moved.
+
+    Raises:
+        ConfigError: no run folder.
+        CheckpointError: no such checkpoint, or a damaged one.
+        DataError: the data folder is missing or damaged.
+    """
+    folder = RunFolder.open(path)
+    config = folder.config
+    if data is not None:
+        config = dataclasses.replace(config, data=str(data))
+    elif not Path(config.data).is_dir():
+        raise DataError(
+            "the data folder that the run was trained on is not there", config.data, "say where it is now: data=FOLDER"
+        )
+    opened = DataFolder.open(config.data)
+    found = checkpoint if isinstance(checkpoint, Path) else CheckpointStore(folder.checkpoints).resolve(checkpoint)
+    return OpenedRun(folder, config, opened, build_task(config, opened), found)
+
+
+def load_run(
+    path: Path | str,
+    checkpoint: str | int = "best",
+    data: Path | str | None = None,
+    device: torch.device | str = "cpu",
+) -> LoadedRun:
+    """Opens a run and loads its weights; arguments and errors as :func:`open_run` and :meth:`OpenedRun.load`."""
+    return open_run(path, checkpoint, data).load(device)
+
+
+def choose_device(wanted: str, index: int = 0) -> torch.device:
+    """The device of the ``index``-th process of this host: a GPU of its own where there is one and it is wanted.
+
+    Raises:
+        LaunchError: ``cuda`` is wanted and there is none.
+    """
+    available = torch.cuda.is_available()
+    if wanted == "cuda" and not available:
+        raise LaunchError("no GPU can be used", remedy="set the device to cpu or auto")
+    if wanted == "cpu" or not available:
+        return torch.device("cpu")
+    return torch.device("cuda", index % torch.cuda.device_count())
