@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from moe_train.routing import dense, expert_choice, hash, random, switch, thor, top_k
+from moe_train.routing import dense, expert_choice, hash, random, sam, switch, thor, top_k, xmoe
 from moe_train.routing.base import Router, RouterInputs, RoutingConfig
 from moe_train.routing.context import Alone, Ranks, RoutingContext
-from moe_train.routing.registry import build_router, decoder_config, register, routing_config, strategies, strategy
+from moe_train.routing.registry import (
+    build_router,
+    decoder_config,
+    register,
+    resolve,
+    routing_config,
+    strategies,
+    strategy,
+)
 from moe_train.routing.types import Assignment, AuxiliaryLoss, Routing, RoutingStatistics
 
 __all__ = [
@@ -26,10 +34,13 @@ __all__ = [
     "hash",
     "random",
     "register",
+    "resolve",
     "routing_config",
+    "sam",
     "strategies",
     "strategy",
     "switch",
     "thor",
     "top_k",
+    "xmoe",
 ]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from moe_train.config import check
@@ -27,8 +28,16 @@ class RoutingConfig:
         expert_sublayers: residual feed-forward sub-layers that make up one expert (X-MoE and BASE: 3).
         passes: forward passes over the batch in training, done as one over the repeated batch (THOR: 2).
         consistency_weight: α of the symmetric divergence between the passes (THOR; R-Drop with one expert).
+        frozen: routers and experts of the sparse layers keep their values (X-MoE §3.3, for fine-tuning); auxiliary
+            losses stay on, and then train the layers below.
         decoder: what the decoder uses instead, as a strategy's name or a mapping of its keys; None: the same.
+
+    Class attributes:
+        layout_keys: keys that may say ``rank`` or ``node`` until :func:`moe_train.routing.registry.resolve` makes them
+            the number of these at the first launch.
     """
+
+    layout_keys: ClassVar[tuple[str, ...]] = ()
 
     name: str = ""
     num_experts: int = 8
@@ -36,6 +45,7 @@ class RoutingConfig:
     expert_sublayers: int = 1
     passes: int = 1
     consistency_weight: float = 0.0
+    frozen: bool = False
     decoder: str | Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
@@ -91,6 +101,17 @@ class Router(nn.Module):
 
     def after_update(self, statistics: RoutingStatistics) -> None:
         """Called once per optimizer update with statistics summed over the world; for what learns from loads."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
+        """Moves like any module, but stays in fp32 where the model around it goes to a 16-bit type."""
+
+        def in_full_precision(value: Tensor) -> Tensor:
+            moved = fn(value)
+            half = moved.dtype in (torch.float16, torch.bfloat16)
+            return value.to(moved.device) if half else moved
+
+        super()._apply(in_full_precision, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     @classmethod
     def experts_per_token(cls, config: RoutingConfig) -> float:

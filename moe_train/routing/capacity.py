@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from moe_train.routing.context import RoutingContext
 from moe_train.routing.world import gather_rows, world_order
+
+Group = Literal["rank", "global"]
 
 
 def places_in_queue(queue: Tensor, num_experts: int) -> Tensor:
@@ -45,9 +49,19 @@ def serve(choices: Tensor, order: Tensor, capacity: Tensor | float, num_experts:
     return kept
 
 
-def expert_capacity(factor: float, pairs: Tensor | int, num_experts: int) -> Tensor:
+def group_tokens(choices: Tensor, context: RoutingContext, group: Group) -> Tensor:
+    """0-dim fp64: the tokens that share a capacity."""
+    tokens = torch.tensor(choices.shape[0], dtype=torch.float64, device=choices.device)
+    return context.ranks.sum(tokens) if shared_by_ranks(context, group) else tokens
+
+
+def shared_by_ranks(context: RoutingContext, group: Group) -> bool:
+    """Whether the ranks queue together. At evaluation a batch belongs to one rank."""
+    return group == "global" and context.training
+
+
+def expert_capacity(factor: float, pairs: Tensor, num_experts: int) -> Tensor:
     """0-dim: ``ceil(factor · pairs / E)``, where ``pairs`` is k·T; at least 1."""
-    pairs = torch.as_tensor(pairs, dtype=torch.float64)
     return torch.ceil(factor * pairs / num_experts).clamp(min=1)
 
 
@@ -60,30 +74,27 @@ def service_order(priority: Tensor | None, order: Tensor) -> Tensor:
 
 def drop(
     choices: Tensor,
-    factor: float,
+    capacity: Tensor,
     num_experts: int,
     context: RoutingContext,
     *,
-    group: str = "rank",
+    group: Group = "rank",
     priority: Tensor | None = None,
 ) -> Tensor:
     """The choices that fit, [T, k] bool.
 
     Args:
         choices: [T, k] expert ids, -1 for no choice.
-        factor: capacity factor: an expert takes ``ceil(factor · k · T / E)`` pairs.
-        group: ``rank`` (each rank's tokens share a capacity of their own) or ``global`` (the whole micro-batch does,
-            with the same outcome on any number of ranks).
+        capacity: 0-dim, pairs that an expert takes.
+        group: ``rank`` (each rank's tokens queue on their own) or ``global`` (the whole micro-batch does, with the same
+            outcome on any number of ranks).
         priority: [T], higher is served first; None: in the order of the batch.
     """
-    k = choices.shape[1]
-    if group == "rank":
-        capacity = expert_capacity(factor, choices.numel(), num_experts)
+    if not shared_by_ranks(context, group):
         order = torch.arange(choices.shape[0], device=choices.device)
-        return serve(choices, service_order(priority, order), capacity.to(choices.device), num_experts)
+        return serve(choices, service_order(priority, order), capacity, num_experts)
     world = world_order(context)
     everyone, _ = gather_rows(choices, context.ranks)
     scores = None if priority is None else gather_rows(priority.unsqueeze(1), context.ranks)[0].squeeze(1)
-    capacity = expert_capacity(factor, everyone.shape[0] * k, num_experts)
-    kept = serve(everyone, service_order(scores, world.order), capacity.to(choices.device), num_experts)
+    kept = serve(everyone, service_order(scores, world.order), capacity, num_experts)
     return kept[world.own]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moe_train.config import check
 from moe_train.routing.base import Router, RouterInputs, RoutingConfig
+from moe_train.routing.capacity import Group, shared_by_ranks
 from moe_train.routing.context import RoutingContext
 from moe_train.routing.gate import LinearGate, linear_init
 from moe_train.routing.registry import register
@@ -36,7 +37,7 @@ class ExpertChoiceConfig(RoutingConfig):
     name: str = "expert_choice"
     capacity_factor: float = 2.0
     scope: Literal["sentence", "batch"] = "sentence"
-    capacity_group: Literal["rank", "global"] = "rank"
+    capacity_group: Group = "rank"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,7 +75,7 @@ class ExpertChoiceRouter(Router):
         factor = self.config.capacity_factor
         if self.config.scope == "sentence":
             return take(scores, context.sentence, context.num_sentences, factor)
-        if self.config.capacity_group == "rank":
+        if not shared_by_ranks(context, self.config.capacity_group):
             return take(scores, torch.zeros_like(context.sentence), 1, factor)
         world = world_order(context)
         everyone, _ = gather_rows(scores, context.ranks)

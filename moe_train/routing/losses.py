@@ -18,7 +18,7 @@ from moe_train.routing.types import count_per_expert
 @dataclass(frozen=True)
 class WorldLoad:
     """Attributes:
-    fraction: [E] fp64, share of the world's tokens whose choice it is (0 where there is no token).
+    fraction: [E] fp64, choices of it per token of the world (0 where there is no token).
     tokens: 0-dim fp64, the world's tokens, at least 1 so that one may divide by it.
     """
 
@@ -26,10 +26,14 @@ class WorldLoad:
     tokens: Tensor
 
 
-def world_load(first_choices: Tensor, num_experts: int, ranks: Ranks) -> WorldLoad:
-    """Reduces over the ranks who was chosen, before drops. ``first_choices`` [T]; -1 is a token without a choice."""
-    counts = count_per_expert(first_choices.detach(), num_experts)
-    own = torch.tensor([first_choices.shape[0]], device=counts.device)
+def world_load(choices: Tensor, num_experts: int, ranks: Ranks) -> WorldLoad:
+    """Reduces over the ranks who was chosen, before drops.
+
+    Args:
+        choices: [T] or [T, k]; -1 is no choice, of a token that counts all the same.
+    """
+    counts = count_per_expert(choices.detach(), num_experts)
+    own = torch.tensor([choices.shape[0]], device=counts.device)
     total = ranks.sum(torch.cat((counts, own))).to(torch.float64)
     tokens = total[-1].clamp(min=1)
     return WorldLoad(total[:-1] / tokens, tokens)

@@ -71,6 +71,20 @@ def routing_config(keys: Mapping[str, Any]) -> RoutingConfig:
     return build(strategy(str(name)).config, keys, "routing")
 
 
+def resolve(keys: Mapping[str, Any], *, ranks: int, nodes: int) -> dict[str, Any]:
+    """The ``routing`` group with every ``rank`` or ``node`` that stands for their number replaced by it.
+
+    Called once, at the first launch: from then on the number belongs to the model and is kept in its checkpoints.
+
+    Args:
+        ranks: ranks that the experts are spread over.
+        nodes: nodes that these ranks stand on.
+    """
+    numbers = {"rank": ranks, "node": nodes}
+    places = strategy(str(keys.get("name", ""))).config.layout_keys
+    return {k: numbers.get(v, v) if k in places and isinstance(v, str) else v for k, v in keys.items()}
+
+
 def decoder_config(config: RoutingConfig) -> RoutingConfig:
     """What the decoder routes with: ``routing.decoder`` where it is set, else the same; refused where it is not causal.
 

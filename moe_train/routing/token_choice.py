@@ -11,7 +11,7 @@ from torch import Tensor
 from moe_train.config import check
 from moe_train.errors import ConfigError
 from moe_train.routing.base import Router, RoutingConfig
-from moe_train.routing.capacity import drop
+from moe_train.routing.capacity import Group, drop, expert_capacity, group_tokens
 from moe_train.routing.context import RoutingContext
 from moe_train.routing.losses import balance_loss, world_load, z_loss
 from moe_train.routing.perturb import mask_outputs
@@ -40,7 +40,7 @@ class TokenChoiceConfig(RoutingConfig):
     jitter: float = 0.0
     capacity_factor: float | None = None
     evaluation_capacity_factor: float | None = None
-    capacity_group: Literal["rank", "global"] = "rank"
+    capacity_group: Group = "rank"
     batch_prioritised: bool = False
     expert_output_masking: float = 0.0
 
@@ -118,7 +118,13 @@ class TokenChoiceRouter(Router):
         if factor is None:
             return choices >= 0 if self.may_choose_less(context) else None
         priority = weights[:, 0].detach() if config.batch_prioritised else None
-        return drop(choices, factor, self.num_experts, context, group=config.capacity_group, priority=priority)
+        capacity = self.capacity(factor, choices, context)
+        return drop(choices, capacity, self.num_experts, context, group=config.capacity_group, priority=priority)
+
+    def capacity(self, factor: float, choices: Tensor, context: RoutingContext) -> Tensor:
+        """0-dim: pairs that an expert takes, ``ceil(factor · k · T / E)``."""
+        tokens = group_tokens(choices, context, self.config.capacity_group)
+        return expert_capacity(factor, tokens * choices.shape[1], self.num_experts)
 
     def may_choose_less(self, context: RoutingContext) -> bool:
         """Whether choices can be -1."""

@@ -101,7 +101,7 @@ class TopKRouter(TokenChoiceRouter):
 
     def after_update(self, statistics: RoutingStatistics) -> None:
         """Moves the balancing bias by one step towards equal loads (Wang et al., 2024, arXiv 2408.15664, Alg. 1)."""
-        if self.balancing_bias is not None:
+        if self.balancing_bias is not None and not self.config.frozen:
             requested = statistics.requested.to(torch.float64)
             step = self.config.balancing_bias_rate * torch.sign(requested.mean() - requested)
             self.balancing_bias += step.to(self.balancing_bias)

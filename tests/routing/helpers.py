@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -134,6 +135,12 @@ def objective(router: Router, experts: nn.ParameterList, x: Tensor, context: Rou
     for auxiliary in routing.losses.values():
         loss = loss + 3.0 * auxiliary.value
     return loss, routing
+
+
+def assert_same_pairs(found: Routing, expected: Routing, count: int) -> None:
+    """The same experts for each token, with the same weights to rounding."""
+    for one, other in zip(pairs_by_token(found, count), pairs_by_token(expected, count), strict=True):
+        assert one == pytest.approx(other, rel=1e-12)
 
 
 def pairs_by_token(routing: Routing, count: int) -> list[dict[int, float]]:
