@@ -37,7 +37,7 @@ def _open_zstandard(path: Path) -> IO[bytes]:
         import zstandard
     except ImportError as error:
         raise MissingDependency(
-            "reading .zst needs the zstandard library", str(path), "pip install zstandard, or unpack the file"
+            "reading .zst needs the zstandard library", str(path), "run `pip install zstandard`, or unpack the file"
         ) from error
     return cast("IO[bytes]", zstandard.open(path, "rb"))
 
@@ -64,7 +64,9 @@ def read_lines(path: Path) -> Iterator[str]:
             str(path),
             "convert the file, e.g. `iconv -f latin1 -t utf-8`",
         ) from error
-    except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
+    except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # those of bz2 and gzip have no number
+            raise
         raise DataError(
             f"the compressed file is damaged after line {number} ({error})", str(path), "fetch it again"
         ) from error

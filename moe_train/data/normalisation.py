@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import unicodedata
 from functools import cache
-from pathlib import Path
 
 # Joiners (U+200C, U+200D) stay: Persian and Indic scripts spell with them.
 _INVISIBLE = "\u00ad\u200b\u200e\u200f\u2060\u2061\u2062\u2063\u2064\ufeff"
@@ -41,16 +40,15 @@ def normalise(text: str) -> str:
     return " ".join(unicodedata.normalize("NFC", text.translate(character_table())).split())
 
 
-def write_rules(path: Path) -> None:
-    """Writes the same normalisation as a SentencePiece rule file (hexadecimal code points, tab separated)."""
-    rules: dict[tuple[int, ...], tuple[int, ...]] = {
+@cache
+def rules() -> str:
+    """The same normalisation as a SentencePiece rule file (hexadecimal code points, tab separated)."""
+    table: dict[tuple[int, ...], tuple[int, ...]] = {
         (point,): tuple(map(ord, new)) for point, new in character_table().items() if point
     }
     for point in _ASSIGNED:
-        rules.update(_composition(chr(point)))
-    with path.open("w", encoding="ascii") as stream:
-        for old, new in sorted(rules.items()):
-            stream.write(f"{_hexadecimal(old)}\t{_hexadecimal(new)}\n")
+        table.update(_composition(chr(point)))
+    return "".join(f"{_hexadecimal(old)}\t{_hexadecimal(new)}\n" for old, new in sorted(table.items()))
 
 
 def _composition(character: str) -> dict[tuple[int, ...], tuple[int, ...]]:

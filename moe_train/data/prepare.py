@@ -140,13 +140,18 @@ class _Preparation:
             counts=counts,
             vocabulary=entries,
             settings=self.plan.settings,
-            tiers=tiers(counts["train"], self.config.tiers),
+            tiers=self._tiers(counts["train"]),
             cleaning={selection.text.text.name: dict(selection.text.counts) for selection in selections},
             overlap=overlap,
             sources=self.plan.sources,
             versions={"moe_train": moe_train.__version__, "sentencepiece": version("sentencepiece")},
             files=describe_files(self.folder),
         ).write(self.folder)
+
+    def _tiers(self, training: Mapping[str, int]) -> dict[str, str]:
+        if self.reuse and not training:
+            return DataFolder.open(self.reuse).tiers
+        return tiers(training, self.config.tiers)
 
 
 def tiers(training: Mapping[str, int], config: TierConfig) -> dict[str, str]:

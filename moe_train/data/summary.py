@@ -40,8 +40,8 @@ def _table(folder: DataFolder) -> Table:
 
 def _dropped(folder: DataFolder) -> list[str]:
     total: Counter[str] = Counter()
-    for rules in folder.manifest.cleaning.values():
-        total.update(rules)
+    for counts in folder.manifest.cleaning.values():
+        total.update(counts)
     dropped = {rule.removeprefix("dropped_"): n for rule, n in total.items() if rule.startswith("dropped_") and n}
     if not dropped:
         return []

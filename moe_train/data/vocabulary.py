@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import sentencepiece
 
 from moe_train.config.corpus import VocabularyConfig
-from moe_train.data.normalisation import write_rules
+from moe_train.data.normalisation import rules
 from moe_train.data.pairs import MASK, tag
 from moe_train.data.tokenizer import Tokenizer
 from moe_train.errors import DataError
@@ -40,8 +40,8 @@ def train_sentencepiece(sentences: Iterable[str], config: VocabularyConfig, path
         )
     model = io.BytesIO()
     with tempfile.TemporaryDirectory() as folder:
-        rules = Path(folder) / "rules.tsv"
-        write_rules(rules)
+        rule_file = Path(folder) / "rules.tsv"
+        rule_file.write_text(rules(), encoding="ascii")
         try:
             sentencepiece.SentencePieceTrainer.train(
                 sentence_iterator=_not_too_long(sentences),
@@ -51,7 +51,7 @@ def train_sentencepiece(sentences: Iterable[str], config: VocabularyConfig, path
                 character_coverage=config.character_coverage,
                 byte_fallback=True,
                 split_digits=config.split_digits,
-                normalization_rule_tsv=str(rules),
+                normalization_rule_tsv=str(rule_file),
                 max_sentence_length=_LONGEST,
                 unk_id=0,
                 bos_id=-1,
@@ -63,7 +63,16 @@ def train_sentencepiece(sentences: Iterable[str], config: VocabularyConfig, path
             )
         except RuntimeError as error:
             raise _explain(error, config) from error
-    path.write_bytes(model.getvalue())
+    path.write_bytes(_without_paths(model.getvalue()))
+
+
+def _without_paths(model: bytes) -> bytes:
+    """The model without the name of the temporary rule file; the rules themselves are compiled into it."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    content = sentencepiece_model_pb2.ModelProto.FromString(model)
+    content.normalizer_spec.ClearField("normalization_rule_tsv")
+    return content.SerializeToString(deterministic=True)  # type: ignore[no-any-return]
 
 
 _LONGEST = 8192  # bytes; SentencePiece drops longer sentences with a warning, here they are cut at a character
