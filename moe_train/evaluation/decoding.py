@@ -13,6 +13,7 @@ import torch
 from moe_train.config import SearchConfig
 from moe_train.data.folder import DataFolder
 from moe_train.evaluation.beam_search import BeamSearch, SearchableModel
+from moe_train.routing.context import Ranks
 
 _FRAME = 2  # a tag and the end symbol, at most
 _LINE_ENDS = {ord(c): " " for c in "\r\n"}
@@ -129,13 +130,19 @@ class Translator:
         model: moved by its owner; only used here.
         search: beam search's settings.
         device: where batches go.
+        company: ranks that hold some of the model's experts and search at the same time; see :class:`BeamSearch`.
     """
 
     def __init__(
-        self, task: InferenceTask, model: SearchableModel, search: SearchConfig, device: torch.device | str = "cpu"
+        self,
+        task: InferenceTask,
+        model: SearchableModel,
+        search: SearchConfig,
+        device: torch.device | str = "cpu",
+        company: Ranks | None = None,
     ) -> None:
         self.task, self.config, self.device = task, search, torch.device(device)
-        self._search = BeamSearch(model, task.target_dictionary, search)
+        self._search = BeamSearch(model, task.target_dictionary, search, company)
 
     def run(self, job: Job) -> Outcome:
         """Translates one batch."""

@@ -1,0 +1,94 @@
+"""BLEU on the validation split while training: every rank translates its share, all get the same scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from moe_train.config import SearchConfig
+from moe_train.data.folder import DataFolder
+from moe_train.evaluation.decoding import Encoded, InferenceTask, Job, Outcome, Translator, encode
+from moe_train.evaluation.scoring import Scorer
+from moe_train.routing.context import Alone
+from moe_train.training.world import World
+
+
+def make_bleu_validator(
+    task: InferenceTask,
+    data: DataFolder,
+    search: SearchConfig,
+    *,
+    max_sentences: int = 0,
+    split: str = "valid",
+    expert_parallel: int = 1,
+) -> Callable[[nn.Module], dict[str, float]]:
+    """Prepares validation by BLEU. Call it on every rank, and the result on every rank at the same update.
+
+    Args:
+        task: its ``directions`` that the split has are scored.
+        max_sentences: the first so many of each direction (0: all).
+        expert_parallel: above 1 the ranks hold each other's experts and search in step.
+
+    Returns:
+        ``model → {direction: BLEU}``, the same for any number of ranks; the model is left as it was.
+    """
+    directions = [name for name in getattr(task, "directions", ()) if name in data.directions_of(split)]
+    held = {name: _hold(task, data, split, name, search, max_sentences) for name in directions}
+    jobs = [job for encoded, _ in held.values() for job in encoded.jobs]
+
+    def validate(model: nn.Module) -> dict[str, float]:
+        device = next(model.parameters()).device
+        world = World.current(device)
+        company = world if expert_parallel > 1 and world.size > 1 else None
+        with _evaluating(model):
+            translator = Translator(task, model, search, device, company)  # type: ignore[arg-type]
+            outcomes = _share(translator, jobs, world, together=company is not None)
+        return world.broadcast(_scores(held, outcomes) if world.main else {})
+
+    return validate
+
+
+def _hold(
+    task: InferenceTask, data: DataFolder, split: str, direction: str, search: SearchConfig, limit: int
+) -> tuple[Encoded, list[str]]:
+    source, target = direction.split("-")
+    sources, references = data.raw(split, direction)
+    if limit:
+        sources, references = sources[:limit], references[:limit]
+    return encode(task, sources, source, target, search.batch_tokens), references
+
+
+def _share(translator: Translator, jobs: list[Job], world: World, together: bool) -> list[Outcome]:
+    """Every n-th job is this rank's; all outcomes on every rank, in the order of the jobs."""
+    mine = jobs[world.rank :: world.size]
+    rounds = -(-len(jobs) // world.size) if together else len(mine)
+    idle = [Job(jobs[0].source, jobs[0].target, (), ())] * (rounds - len(mine)) if jobs else []
+    outcomes = [translator.run(job) for job in (*mine, *idle)][: len(mine)]
+    shares = world.gather(outcomes)
+    return [shares[i % world.size][i // world.size] for i in range(len(jobs))]
+
+
+def _scores(held: dict[str, tuple[Encoded, list[str]]], outcomes: list[Outcome]) -> dict[str, float]:
+    rest = iter(outcomes)
+    scores = {}
+    for direction, (encoded, references) in held.items():
+        lines = encoded.assemble([next(rest) for _ in encoded.jobs])
+        scores[direction] = Scorer(direction.split("-")[1]).score([t.text for t in lines], references).bleu
+    return scores
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """Routers see one rank's tokens only meanwhile, as in an evaluation by one process."""
+    settings = getattr(model, "settings", None)
+    if settings is None:
+        yield
+        return
+    ranks, settings.ranks = settings.ranks, Alone()
+    try:
+        yield
+    finally:
+        settings.ranks = ranks
