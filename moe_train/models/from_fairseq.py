@@ -27,7 +27,7 @@ def convert_state_dict(stock: Mapping[str, Tensor]) -> dict[str, Tensor]:
     takes it away again, and so are the parameters that fairseq registers and never trains.
 
     Args:
-        stock: ``TransformerModel.state_dict()``, or ``checkpoint["model"]``; sinusoidal positions, tied or untied output.
+        stock: ``TransformerModel.state_dict()`` or ``checkpoint["model"]``, with sinusoidal positions.
 
     Raises:
         CheckpointError: it is not a Transformer, or one with learned positions, which we have not.
