@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -41,6 +42,12 @@ class LocalPeaks:
         return not peaks or bool(torch.isfinite(torch.stack(peaks)).all())
 
 
+def _keep_buffers() -> dict[str, Any]:
+    """No broadcast of buffers before each forward: routers compute theirs from world sums, alike on every rank."""
+    known = inspect.signature(DistributedDataParallel).parameters
+    return {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+
+
 @register_engine("ddp")
 class DdpEngine:
     """See :class:`moe_train.training.engines.base.Engine`. With one process there is no wrapper.
@@ -64,10 +71,12 @@ class DdpEngine:
             self.module,
             device_ids=[device.index] if device.type == "cuda" else None,
             bucket_cap_mb=inputs.config.bucket_mb,
-            broadcast_buffers=False,  # routers' buffers are computed from world sums, alike on every rank
             gradient_as_bucket_view=True,
+            **_keep_buffers(),
         )
-        wrapper.register_comm_hook(dist.group.WORLD, self._peaks.reduce)
+        # DDP compares the hook's annotations with types, ours are strings: a lambda has none.
+        hook = lambda group, bucket: self._peaks.reduce(group, bucket)  # noqa: E731, PLW0108
+        wrapper.register_comm_hook(dist.group.WORLD, hook)
         return wrapper
 
     def autocast(self) -> AbstractContextManager[Any]:

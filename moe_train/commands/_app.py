@@ -1,0 +1,116 @@
+"""What all configured commands share: a Hydra app whose mistakes come back as one message with a remedy.
+
+Exit codes: 0; 1 a defect of ours or a failed process, with its traceback; 2 a mistake that the user can mend; 75 asked
+to stop by a signal, everything saved: the same command goes on.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import hydra
+from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from rich.console import Console
+
+from moe_train.commands._overrides import check_overrides
+from moe_train.config.paths import configs_directory
+from moe_train.errors import ConfigError, UserError
+from moe_train.launch.environment import launched_rank
+from moe_train.launch.failures import WorkerError
+
+Callback = Callable[[dict[str, Any]], Any]
+INTERRUPTED = 75  # sysexits.h: EX_TEMPFAIL
+
+
+def run_app(config_name: str, callback: Callback) -> None:
+    """Runs ``callback`` on the composed config, as a Hydra 1.3 app (``-m``, ``--cfg job``, ``hydra.*`` and so on work).
+
+    Under torchrun only rank 0 is a Hydra app, with a run folder; the other ranks compose the same config and no more.
+
+    Args:
+        config_name: a file of ``configs/``, without its suffix.
+        callback: gets the composed config as nested dicts and lists; what it returns is the job's result, which a
+            sweeper may minimise.
+    """
+    forget_foreign_schemas()
+    arguments = get_args_parser().parse_args(sys.argv[1:])
+    try:
+        check_overrides(arguments.config_name or config_name, arguments.overrides, arguments.config_dir)
+        if launched_rank():
+            _follow(arguments, config_name, callback)
+            return
+    except (UserError, WorkerError) as error:
+        _leave(error)
+    job = hydra.main(version_base="1.3", config_path=str(configs_directory()), config_name=config_name)(_job(callback))
+    job()
+
+
+def plain(config: DictConfig) -> dict[str, Any]:
+    """The composed config as nested dicts and lists.
+
+    Raises:
+        ConfigError: a mandatory key without a value, or an interpolation that leads nowhere.
+    """
+    try:
+        content = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        key = str(error.full_key or error.key)
+        raise ConfigError(f"the key '{key}' has no value", remedy=f"set {key}=…") from None
+    except OmegaConfBaseException as error:
+        raise ConfigError(str(error).splitlines()[0], str(error.full_key or "")) from None
+    assert isinstance(content, dict)
+    return {str(key): value for key, value in content.items()}
+
+
+def _job(callback: Callback) -> Callable[[DictConfig], Any]:
+    def moe_train_job(config: DictConfig) -> Any:
+        try:
+            return callback(plain(config))
+        except (UserError, WorkerError) as error:
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                raise  # Hydra tells which job of the sweep it was
+            return _leave(error)
+        finally:
+            forget_foreign_schemas()
+
+    return moe_train_job
+
+
+def forget_foreign_schemas() -> None:
+    """Leaves Hydra's own entries in its process-wide store of schemas.
+
+    Importing fairseq puts dozens there, ``task/translation`` among them, and Hydra would hold our files of the same
+    name against them. Our configs are checked by :func:`moe_train.config.build` instead.
+    """
+    repository = ConfigStore.instance().repo
+    for name in [name for name in repository if name not in ("hydra", "_dummy_empty_config_.yaml")]:
+        del repository[name]
+
+
+def _follow(arguments: Any, config_name: str, callback: Callback) -> None:
+    if arguments.cfg or arguments.help or arguments.info is not None:
+        return
+    if arguments.multirun:
+        raise ConfigError("a sweep cannot run under torchrun", remedy="leave out torchrun and set launch.processes=N")
+    search = [f"hydra.searchpath=[file://{arguments.config_dir}]"] if arguments.config_dir else []
+    with initialize_config_dir(str(configs_directory()), version_base="1.3"):
+        config = compose(arguments.config_name or config_name, overrides=[*arguments.overrides, *search])
+    callback(plain(config))
+
+
+def _leave(error: Exception) -> NoReturn:
+    rank = launched_rank()
+    prefix = f"[rank {rank}] " if rank else ""
+    console = Console(stderr=True, soft_wrap=True)
+    label = "Error:" if isinstance(error, UserError) else "Failed:"
+    console.print(f"{prefix}[bold red]{label}[/]", end=" ", highlight=False)
+    console.print(str(error), highlight=False, markup=False)
+    raise SystemExit(2 if isinstance(error, UserError) else 1)

@@ -1,0 +1,130 @@
+"""Overrides of the command line, checked before Hydra sees them: its own messages assume that one knows its insides."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+
+from moe_train.config.paths import configs_directory
+from moe_train.errors import ConfigError, did_you_mean
+
+
+def check_overrides(config_name: str, overrides: Sequence[str], config_dir: str | None = None) -> None:
+    """Refuses keys, groups and options that do not exist.
+
+    Args:
+        overrides: the words of the command line, such as ``routing=switch`` or ``training.max_updates=100``.
+        config_dir: a folder of the user's own configs (``--config-dir``).
+
+    Raises:
+        ConfigError: names the word, and near spellings.
+    """
+    parsed = _parse(overrides)
+    search = [f"hydra.searchpath=[file://{config_dir}]"] if config_dir else []
+    with initialize_config_dir(str(configs_directory()), version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        compose(config_name, overrides=search)
+        groups = dict(_groups(loader))
+        chosen = [_check_group(override, groups) for override in parsed if override.key_or_group in groups]
+        config = compose(config_name, overrides=[*search, *(word for word in chosen if word)])
+    keys = sorted(_keys(OmegaConf.to_container(config, resolve=False)))  # type: ignore[arg-type]
+    for override in parsed:
+        if override.key_or_group not in groups:
+            _check_key(override, keys, groups)
+
+
+def _parse(overrides: Sequence[str]) -> list[Override]:
+    parser = OverridesParser.create()
+    parsed = []
+    for word in overrides:
+        try:
+            parsed.append(parser.parse_override(word))
+        except HydraException as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(
+                f"cannot read '{word}' ({reason})",
+                "command line",
+                "write key=value, and quote what has special characters",
+            ) from None
+    return [override for override in parsed if not _is_hydras(override.key_or_group)]
+
+
+def _is_hydras(key: str) -> bool:
+    return key == "hydra" or key.startswith(("hydra.", "hydra/"))
+
+
+def _groups(loader: ConfigLoader, parent: str = "") -> Iterator[tuple[str, list[str]]]:
+    """Group -> its options, for all of ours."""
+    for name in loader.list_groups(parent):
+        path = f"{parent}/{name}" if parent else name
+        if not _is_hydras(path):
+            yield path, loader.get_group_options(path, ObjectType.CONFIG)
+            yield from _groups(loader, path)
+
+
+def _check_group(override: Override, groups: Mapping[str, list[str]]) -> str | None:
+    """Refuses unknown options; gives the override that chooses the first one, to compose with."""
+    group, options = override.key_or_group, groups[override.key_or_group]
+    if override.is_delete():
+        return None
+    values = [str(value) for value in _values(override) if value is not None]
+    for value in values:
+        if value not in options:
+            raise ConfigError(f"there is no {group} '{value}'", remedy=did_you_mean(value, options))
+    return f"{'+' if override.is_add() else ''}{group}={values[0]}" if values else None
+
+
+def _values(override: Override) -> Iterable[Any]:
+    if override.is_sweep_override():
+        return override.sweep_iterator() if override.is_discrete_sweep() else ()
+    value = override.value()
+    return value if isinstance(value, list) else [value]
+
+
+def _check_key(override: Override, keys: Sequence[str], groups: Mapping[str, list[str]]) -> None:
+    key = override.key_or_group.split("@", 1)[0]
+    if (
+        override.is_add()
+        or override.is_force_add()
+        or key in keys
+        or any(known.startswith(f"{key}.") for known in keys)
+    ):
+        return
+    if any(key.startswith(f"{known}.") for known in keys):
+        parent = next(known for known in keys if key.startswith(f"{known}."))
+        raise ConfigError(f"unknown key '{key}'", remedy=f"'{parent}' is a value, not a group: set {parent}=…")
+    raise ConfigError(f"unknown key '{key}'", remedy=_near(key, keys, groups))
+
+
+def _near(key: str, keys: Sequence[str], groups: Mapping[str, list[str]]) -> str:
+    """Near spellings of the whole key, then keys whose last part is near, then what stands beside it."""
+    known = [*keys, *groups]
+    last = {known_key: known_key.rsplit(".", 1)[-1] for known_key in known}
+    near = difflib.get_close_matches(key, known, n=3, cutoff=0.75)
+    if not near:
+        words = difflib.get_close_matches(key.rsplit(".", 1)[-1], sorted(set(last.values())), n=3, cutoff=0.75)
+        near = [known_key for known_key in known if last[known_key] in words][:3]
+    if near:
+        return f"did you mean {' or '.join(repr(name) for name in near)}?"
+    parent = key.rpartition(".")[0]
+    beside = [name for name in keys if parent and name.rpartition(".")[0] == parent]
+    beside = beside or sorted({name.split(".", 1)[0] for name in known})
+    return f"known{f' in {parent}' if parent and '.' in beside[0] else ''}: {', '.join(beside)}"
+
+
+def _keys(content: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted names of all values and groups."""
+    if isinstance(content, (dict, DictConfig)):
+        for name, value in content.items():
+            yield f"{prefix}{name}"
+            yield from _keys(value, f"{prefix}{name}.")

@@ -1,0 +1,1 @@
+"""How processes come to life, find each other, and end."""

@@ -1,0 +1,30 @@
+"""What a launcher has told this process through its environment. Needs no torch, so commands can look at once."""
+
+from __future__ import annotations
+
+import os
+
+
+def under_launcher() -> bool:
+    """Whether torchrun or its like has started this process as one of several."""
+    return "RANK" in os.environ
+
+
+def launched_rank() -> int:
+    """This process's rank; 0 where no launcher gave one."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def launched_world() -> int | None:
+    """How many processes the launcher has started; None without a launcher."""
+    return int(os.environ["WORLD_SIZE"]) if under_launcher() else None
+
+
+def local_rank() -> int:
+    """This process's number on its host."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def local_world() -> int:
+    """Processes on this host."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -1,0 +1,108 @@
+"""A process joins its world: device, threads, process group, log file. The same for every launcher."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from moe_train.config import LaunchConfig
+from moe_train.errors import LaunchError
+from moe_train.launch.environment import launched_world, local_rank, local_world, under_launcher
+from moe_train.training.world import World
+
+_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+def world_size(config: LaunchConfig) -> int:
+    """How many processes will train: the launcher's number, or ``launch.processes``."""
+    return launched_world() or config.processes
+
+
+def check_devices(config: LaunchConfig) -> None:
+    """Refuses devices that are not there.
+
+    Raises:
+        LaunchError: ``launch.device=cuda`` without enough GPUs on this host.
+    """
+    if config.device != "cuda":
+        return
+    wanted = local_world() if under_launcher() else config.processes
+    if torch.cuda.device_count() < wanted:
+        raise LaunchError(
+            f"launch.device=cuda wants {wanted} GPUs, this host has {torch.cuda.device_count()}",
+            remedy="lower launch.processes, or set launch.device=cpu",
+        )
+
+
+@contextmanager
+def joined_world(config: LaunchConfig, threads: int = 0) -> Iterator[World]:
+    """Joins the process group that the environment describes (one process where it describes none), and leaves it.
+
+    Args:
+        threads: CPU threads of this process; 0: this host's cores shared out over its processes.
+
+    Raises:
+        LaunchError: the others cannot be found.
+    """
+    device = _device(config)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_world()))
+    try:
+        if under_launcher():
+            _join(config, device)
+        yield World.current(device)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        torch.set_num_threads(before)
+
+
+def _device(config: LaunchConfig) -> torch.device:
+    if config.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if config.device == "auto" and torch.cuda.device_count() < local_world():
+        return torch.device("cpu")
+    torch.cuda.set_device(local_rank())
+    return torch.device("cuda", local_rank())
+
+
+def _join(config: LaunchConfig, device: torch.device) -> None:
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(minutes=config.timeout_minutes)
+    try:
+        dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None)
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise LaunchError(
+            f"the other processes cannot be found ({str(error).splitlines()[0]})",
+            address,
+            "check that rank 0 runs, that the port is free and that no firewall stands between the hosts",
+        ) from error
+
+
+@contextmanager
+def logging_to(folder: Path, rank: int) -> Iterator[Path]:
+    """While entered, our log messages and Python's warnings go to ``folder/rank_N.log``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"rank_{rank}.log"
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter(_FORMAT))
+    logger = logging.getLogger("moe_train")
+    level, propagate = logger.level, logger.propagate
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    logger.addHandler(handler)
+    try:
+        yield path
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate
+        handler.close()

@@ -1,0 +1,58 @@
+"""One process of :func:`moe_train.launch.local.launch`: ``python -m moe_train.launch.worker JOB PARENT``.
+
+Reads what to call from ``JOB/job.json``, writes ``JOB/result_N.json`` or ``JOB/failure_N.json``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from moe_train.errors import UserError
+from moe_train.launch.failures import write_failure
+
+_PR_SET_PDEATHSIG = 1
+
+
+def main() -> None:
+    """Exit code 0, 2 for a UserError, 1 for anything else."""
+    job, parent, rank = Path(sys.argv[1]), int(sys.argv[2]), int(os.environ["RANK"])
+    die_with(parent)
+    try:
+        content = json.loads(job.joinpath("job.json").read_text(encoding="utf-8"))
+        result = resolve(content["target"])(**content["arguments"])
+        job.joinpath(f"result_{rank}.json").write_text(json.dumps(result), encoding="utf-8")
+    except BaseException as error:
+        write_failure(job / f"failure_{rank}.json", rank, error)
+        if rank and not isinstance(error, UserError):
+            traceback.print_exc()  # into this rank's log; rank 0's is shown by the parent if it came first
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(2 if isinstance(error, UserError) else 1)  # a process group may hang in its destructor
+
+
+def resolve(target: str) -> Callable[..., Any]:
+    """The function of ``package.module:function``."""
+    module, function = target.split(":")
+    found: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    return found
+
+
+def die_with(parent: int) -> None:
+    """A parent that is killed outright cannot end us; Linux does it then."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:
+            sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
