@@ -25,7 +25,8 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         place = f"{self.where}: " if self.where else ""
-        advice = f" {self.remedy[0].upper()}{self.remedy[1:].rstrip('.')}." if self.remedy else ""
+        stop = "" if self.remedy.endswith("?") else "."
+        advice = f" {self.remedy[0].upper()}{self.remedy[1:].rstrip('.')}{stop}" if self.remedy else ""
         return f"{place}{self.what.rstrip('.')}.{advice}"
 
 

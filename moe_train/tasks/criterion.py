@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,21 +33,14 @@ from moe_train.layers import RoutingRecord
 from moe_train.layers.losses import fused_label_smoothed_nll, label_smoothed_nll
 from moe_train.routing.types import AuxiliaryLoss
 from moe_train.tasks.base import Sample
+from moe_train.tasks.flags import MoECriterionFlags
 
 apply()
 from fairseq import metrics  # noqa: E402
 from fairseq.criterions import FairseqCriterion, register_criterion  # noqa: E402
-from fairseq.dataclass import FairseqDataclass  # noqa: E402
 
 _COUNTS = ("ntokens", "nsentences", "sample_size")
 _NAMED = (*_COUNTS, "loss", "nll_loss", "routing")
-
-
-@dataclass(unsafe_hash=True)
-class MoECriterionFlags(FairseqDataclass):  # type: ignore[misc]
-    """Flags of fairseq's command line; passes and consistency come from the routing that the model is built with."""
-
-    label_smoothing: float = field(default=0.1, metadata={"help": "share of the target spread over the other words"})
 
 
 @register_criterion("moe_label_smoothed_cross_entropy", dataclass=MoECriterionFlags)

@@ -7,7 +7,6 @@ an epoch.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,30 +19,16 @@ from moe_train.data.tokenizer import Tokenizer
 from moe_train.errors import ConfigError
 from moe_train.fairseq_compat import apply
 from moe_train.tasks.base import Sample
+from moe_train.tasks.flags import MoETranslationFlags
 from moe_train.tasks.parallel_text import Indices, ParallelText
 from moe_train.tasks.translation import TranslationTask
 
 apply()
 from fairseq.data import FairseqDataset  # noqa: E402
-from fairseq.dataclass import FairseqDataclass  # noqa: E402
 from fairseq.tasks import FairseqTask, register_task  # noqa: E402
-from omegaconf import II  # noqa: E402
 
 # Only an order is wanted of in_length_order here: the budget merely sets how wide its bands are.
 _BAND_BUDGET = 4096
-
-
-@dataclass(unsafe_hash=True)
-class MoETranslationFlags(FairseqDataclass):  # type: ignore[misc]
-    """Flags of the task."""
-
-    data: str = field(default="", metadata={"help": "folder made by moe-prepare"})
-    source_lang: str | None = field(default=None, metadata={"help": "one direction only: its source language"})
-    target_lang: str | None = field(default=None, metadata={"help": "one direction only: its target language"})
-    directions: str = field(default="", metadata={"help": "several directions, e.g. en-de,de-en (default: all)"})
-    source_tag: str = field(default="target", metadata={"help": "tag in front of the source: source, target or none"})
-    target_tag: str = field(default="none", metadata={"help": "the decoder's first token: source, target or none"})
-    seed: int = II("common.seed")
 
 
 @register_task("moe_translation", dataclass=MoETranslationFlags)

@@ -1,0 +1,64 @@
+"""``moe-fairseq``: fairseq's own command lines, patched, with our task, criterion and models registered.
+
+moe-fairseq train DATA --task moe_translation --arch moe_transformer --moe-config 'model=tiny routing=switch' \\
+    --criterion moe_label_smoothed_cross_entropy --optimizer adam --lr 5e-4 --max-tokens 4096 --save-dir checkpoints
+moe-fairseq generate DATA --task moe_translation --path checkpoints/checkpoint_last.pt --source-lang en --target-lang de
+"""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import sys
+from collections.abc import Sequence
+
+from moe_train.errors import UserError, did_you_mean
+from moe_train.fairseq_compat import apply
+
+COMMANDS = ("train", "generate", "interactive", "validate", "score", "preprocess")
+
+
+def register() -> None:
+    """Makes ``moe_translation``, ``moe_transformer`` and ``moe_label_smoothed_cross_entropy`` known to fairseq.
+
+    Raises:
+        MissingDependency: fairseq is not installed.
+    """
+    apply()
+    for module in ("moe_train.models.fairseq_arch", "moe_train.tasks.fairseq_task"):
+        importlib.import_module(module)
+
+
+if multiprocessing.current_process().name != "MainProcess":
+    # A rank that fairseq has spawned imports this module first and unpickles fairseq's functions next.
+    register()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs ``moe-fairseq COMMAND …`` and returns the exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        print(f"{__doc__}\ncommands: {', '.join(COMMANDS)} (each with --help)")
+        return 0
+    try:
+        _run(words[0], words[1:])
+    except UserError as error:
+        print(f"moe-fairseq: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _run(command: str, words: Sequence[str]) -> None:
+    if command not in COMMANDS:
+        raise UserError(f"fairseq has no command '{command}' here", remedy=did_you_mean(command, COMMANDS))
+    register()
+    # fairseq reads sys.argv in several places.
+    before, sys.argv = sys.argv, [f"moe-fairseq {command}", *words]
+    try:
+        importlib.import_module(f"fairseq_cli.{command}").cli_main()
+    finally:
+        sys.argv = before
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,67 @@
+"""Our models on fairseq's command line: ``--arch moe_transformer --moe-config 'model=tiny routing=switch'``.
+
+No ``from __future__ import annotations`` here: fairseq builds its parsers from annotations that are types, not strings.
+"""
+
+import shlex
+from dataclasses import dataclass, field
+from typing import Any
+
+from moe_train.config import ModelConfig, build
+from moe_train.config.paths import configs_directory
+from moe_train.errors import ConfigError
+from moe_train.fairseq_compat import apply
+
+apply()
+from fairseq.dataclass import FairseqDataclass  # noqa: E402
+from fairseq.models import BaseFairseqModel, register_model  # noqa: E402
+from hydra import compose, initialize_config_dir  # noqa: E402
+from hydra.errors import HydraException  # noqa: E402
+from omegaconf import OmegaConf  # noqa: E402
+
+ARCH = "moe_transformer"
+_DEFAULTS = {"model": "tiny", "routing": "switch"}
+
+
+@dataclass
+class MoEModelFlags(FairseqDataclass):  # type: ignore[misc]
+    """The one flag: the groups and keys of ``moe-train`` in its own grammar."""
+
+    moe_config: str = field(
+        default="model=tiny routing=switch",
+        metadata={"help": "what moe-train would be told of model and routing, e.g. 'model=base routing=switch'"},
+    )
+
+
+@register_model(ARCH, dataclass=MoEModelFlags)
+class MoETransformerArch(BaseFairseqModel):  # type: ignore[misc]
+    """A name in fairseq's registry; what it builds is the model of :func:`moe_train.models.build_model`."""
+
+    @classmethod
+    def build_model(cls, cfg: Any, task: Any) -> Any:
+        """Has the task build the model, since it knows seed and data."""
+        model, routing = composed(cfg.moe_config)
+        return task.build_configured(model, routing)
+
+
+def composed(overrides: str) -> tuple[ModelConfig, dict[str, Any]]:
+    """The groups ``model`` and ``routing``, composed from the shipped configs in the grammar of ``moe-train``.
+
+    Raises:
+        ConfigError: an override of another group, an unknown name, or a value that cannot be.
+    """
+    words = shlex.split(overrides)
+    for word in words:
+        if word.lstrip("+~").partition("=")[0].partition(".")[0] not in _DEFAULTS:
+            raise ConfigError(
+                f"--moe-config takes model and routing only, not '{word}'", remedy="use fairseq's own flags"
+            )
+    chosen = dict(_DEFAULTS) | {k: v for k, _, v in (word.partition("=") for word in words) if k in _DEFAULTS}
+    keys = [word for word in words if word.partition("=")[0] not in _DEFAULTS]
+    try:
+        with initialize_config_dir(str(configs_directory()), version_base="1.3"):
+            config = compose(overrides=[*(f"+{group}={name}" for group, name in chosen.items()), *keys])
+    except HydraException as error:
+        raise ConfigError(f"--moe-config '{overrides}' cannot be composed: {error}", remedy="see configs/") from error
+    plain: Any = OmegaConf.to_container(config, resolve=True)
+    return build(ModelConfig, plain["model"], "model"), plain["routing"]
