@@ -1,0 +1,106 @@
+"""Runs the toy task as moe-train runs a real one; the target of launched processes in tests."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_train.config import RunConfig, build, to_mapping
+from moe_train.data.batching import Indices
+from moe_train.launch.joining import joined_world
+from moe_train.launch.local import launch
+from moe_train.training import Outcome, RunFolder, train
+from moe_train.training.checkpoints import CheckpointStore
+from moe_train.training.journal import TIMES
+from moe_train.training.tensor_files import load_tensors, shapes
+from tests.training.toy import ToyTask
+
+TARGET = "tests.training.toy_run:run"
+
+
+class Trouble(ToyTask):
+    """The toy task with one thing that goes wrong when a rank loads the samples of an update.
+
+    ``plan``: {"rank", "update", "what"}: ``kill`` (SIGKILL to itself), ``term`` (SIGTERM to itself), ``raise``, or
+    ``infinite`` (from that update on its loss is infinite).
+    """
+
+    def __init__(self, config: RunConfig, rank: int, plan: Mapping[str, Any], dropout: float) -> None:
+        super().__init__(config, dropout)
+        self.plan = plan if plan and plan["rank"] == rank else {}
+        self.loaded = 0
+
+    def train_sample(self, indices: Indices) -> dict[str, Any]:
+        sample = super().train_sample(indices)
+        self.loaded += 1
+        if self.plan and self.loaded > self.plan["update"] * self.config.training.accumulation:
+            self._go_wrong(sample)
+        return sample
+
+    def _go_wrong(self, sample: dict[str, Any]) -> None:
+        what = self.plan["what"]
+        if what == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if what == "term":
+            self.plan = {}
+            os.kill(os.getpid(), signal.SIGTERM)
+        if what == "raise":
+            raise ZeroDivisionError("planted")
+        if what == "infinite":
+            sample["factor"] = float("inf")
+
+
+def run(
+    mapping: Mapping[str, Any], folder: str, trouble: Mapping[str, Any] | None = None, dropout: float = 0.1
+) -> dict[str, Any]:
+    """Trains in ``folder``, which is ready."""
+    config = build(RunConfig, mapping)
+    with joined_world(config.launch, config.training.threads) as world:
+        task = Trouble(config, world.rank, trouble or {}, dropout)
+        return dataclasses.asdict(train(config, task, RunFolder(Path(folder)), world=world))
+
+
+def start(config: RunConfig, path: Path, processes: int = 1, **switches: Any) -> Outcome:
+    """Begins or resumes a toy run."""
+    folder = RunFolder(path)
+    folder.check(config)
+    folder.begin(config)
+    arguments = {"mapping": to_mapping(config), "folder": str(path), **switches}
+    if processes == 1:
+        return Outcome(**run(**arguments))
+    launched = dataclasses.replace(config.launch, processes=processes, timeout_minutes=1.0)
+    return Outcome(**launch(TARGET, arguments, launched, folder.logs)[0])
+
+
+def final_tensors(path: Path, which: str = "last") -> dict[str, Tensor]:
+    """Everything in a run's checkpoint."""
+    step = CheckpointStore(path / "checkpoints").resolve(which)
+    tensors = {name: torch.empty(shape) for name, shape in shapes(step).items()}
+    load_tensors(step, tensors)
+    return tensors
+
+
+def lines(path: Path, name: str = "train.jsonl") -> list[dict[str, Any]]:
+    """A log's lines without their times."""
+    read = [json.loads(line) for line in (path / name).read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in read]
+
+
+def assert_same_bits(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
+    """Same names, same bits."""
+    assert one.keys() == other.keys() and one
+    different = [name for name in one if not torch.equal(one[name], other[name])]
+    assert not different
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of a model's state."""
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
