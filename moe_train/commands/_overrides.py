@@ -100,8 +100,8 @@ def _check_key(override: Override, keys: Sequence[str], groups: Mapping[str, lis
         or any(known.startswith(f"{key}.") for known in keys)
     ):
         return
-    if any(key.startswith(f"{known}.") for known in keys):
-        parent = next(known for known in keys if key.startswith(f"{known}."))
+    values = [known for known in keys if not any(other.startswith(f"{known}.") for other in keys)]
+    if parent := next((known for known in values if key.startswith(f"{known}.")), ""):
         raise ConfigError(f"unknown key '{key}'", remedy=f"'{parent}' is a value, not a group: set {parent}=…")
     raise ConfigError(f"unknown key '{key}'", remedy=_near(key, keys, groups))
 
