@@ -24,7 +24,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Prints a line."""
-        self.console.print(text, highlight=False)
+        self.console.print(text, highlight=False, soft_wrap=True)
 
     @contextmanager
     def stage(self, name: str, total: int | None = None) -> Iterator[Advance]:

@@ -42,7 +42,7 @@ _BY_NAME = {
 _OTHER = "?"
 _CODES = {script: chr(ord("A") + i) for i, script in enumerate(dict.fromkeys(_BY_NAME.values()))}
 _DENSE = {_CODES[s]: weight for s, weight in {"Hani": 2.0, "Kana": 1.5, "Hang": 1.0}.items()}
-_UNSPACED = [_CODES[s] for s in ("Hani", "Kana", "Thai", "Laoo", "Khmr", "Mymr", "Tibt")]
+_UNSPACED = frozenset(_CODES[s] for s in ("Hani", "Kana", "Thai", "Laoo", "Khmr", "Mymr", "Tibt"))
 
 _LANGUAGES = {
     "Latn": "af ast az br bs ca ceb cs cy da de en eo es et eu fi fil fo fr fy ga gd gl ha hr hsb ht hu ia id ig is it "
@@ -114,7 +114,7 @@ def codes_of_language(language: str) -> str:
 
 def weighted_length(text: str, codes: str) -> float:
     """Characters, those of denser scripts counted higher, so that translations have about the same length."""
-    return len(text) + sum(codes.count(code) * weight for code, weight in _DENSE.items())
+    return len(text) + sum(codes.count(code) * _DENSE[code] for code in _DENSE.keys() & set(codes))
 
 
 def weighted_letters(codes: str, of: str) -> float:
@@ -124,5 +124,5 @@ def weighted_letters(codes: str, of: str) -> float:
 
 def count_words(text: str, codes: str) -> float:
     """Words at spaces; where a script has no spaces, two letters count as one word."""
-    unspaced = sum(codes.count(code) for code in _UNSPACED)
+    unspaced = sum(codes.count(code) for code in _UNSPACED.intersection(codes))
     return len(text.split()) + unspaced / 2 if unspaced > len(codes) / 2 else len(text.split())
