@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from moe_train.experts.feed_forward import run_experts
+from moe_train.experts.mixing import GatherRows, MixRows
 from moe_train.experts.parameters import StackedFeedForward, initialise
 from moe_train.experts.plan import plan_rows
+from moe_train.experts.products import row_alignment
 from moe_train.experts.spec import ExpertSpec
+from moe_train.experts.stack import run_experts
 from moe_train.routing.types import Assignment
 
 
@@ -53,11 +55,10 @@ class ExpertPool(nn.Module):
         return y.to(x.dtype)
 
     def _mix(self, x: Tensor, token: Tensor, expert: Tensor, weight: Tensor) -> Tensor:
-        plan = plan_rows(token, expert, len(self.expert_ids))
-        out = run_experts(x[plan.token], plan, self._stacks, self.training)
-        accumulate = torch.promote_types(x.dtype, torch.float32)
-        weighted = out.to(accumulate) * weight[plan.order].unsqueeze(-1).to(accumulate)
-        return torch.zeros(x.shape, dtype=accumulate, device=x.device).index_add(0, plan.token, weighted)
+        plan = plan_rows(token, expert, x.shape[0], len(self.expert_ids), row_alignment(x))
+        rows = GatherRows.apply(x, plan)  # type: ignore[no-untyped-call]
+        out = run_experts(rows, plan, self._stacks, self.training)
+        return MixRows.apply(out, weight, plan)  # type: ignore[no-any-return, no-untyped-call]
 
     @property
     def _stacks(self) -> list[StackedFeedForward]:

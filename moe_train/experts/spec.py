@@ -27,8 +27,8 @@ class ExpertSpec:
         activation: between the two products.
         bias: whether the products have biases.
         dropout: probability, after the activation (fairseq's ``activation_dropout``).
-        init: ``kaiming`` draws as ``nn.Linear`` does (fairseq's feed-forward, NLLB, SMoE, THOR), ``xavier`` uniform with zero
-            biases; every expert on its own.
+        init: ``kaiming`` draws as ``nn.Linear`` does (fairseq's feed-forward, NLLB, SMoE, THOR), ``xavier`` uniform
+            with zero biases; every expert on its own.
         zero_output: starts W2 at zero (BASE), so that an expert begins as the identity.
     """
 
