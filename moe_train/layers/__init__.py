@@ -8,8 +8,10 @@ from moe_train.layers.context import BatchContext, BatchInfo, RoutingSettings, b
 from moe_train.layers.feed_forward import FeedForward
 from moe_train.layers.moe_layer import MoELayer
 from moe_train.layers.registry import BlockInputs, build_block, kinds, register_kind
+from moe_train.layers.soft import SoftLayer
 from moe_train.layers.sparse import SparseLayer
 from moe_train.layers.stack import DecoderStack, EncoderStack
+from moe_train.layers.stratified import StratifiedLayer, requested_capacity
 from moe_train.layers.transformer import DecoderLayer, EncoderLayer, LayerShape
 
 __all__ = [
@@ -29,9 +31,12 @@ __all__ = [
     "RoutingRecord",
     "RoutingSettings",
     "SelfAttention",
+    "SoftLayer",
     "SparseLayer",
+    "StratifiedLayer",
     "batch_context",
     "build_block",
     "kinds",
     "register_kind",
+    "requested_capacity",
 ]

@@ -87,5 +87,6 @@ def kinds() -> Mapping[str, BlockBuilder]:
 
 
 def build_block(config: RoutingConfig, inputs: BlockInputs) -> Block:
-    """The block that the strategy asks for."""
-    return _KINDS[strategy(config.name).router.layer_kind](config, inputs)
+    """The block that the strategy asks for; without gradients of its own where ``routing.frozen`` says so."""
+    block = _KINDS[strategy(config.name).router.layer_kind](config, inputs)
+    return block.requires_grad_(not config.frozen)

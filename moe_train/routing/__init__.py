@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from moe_train.routing import dense, expert_choice, hash, random, sam, switch, thor, top_k, xmoe
+from moe_train.routing import dense, expert_choice, hash, random, sam, smoe, soft_moe, switch, thor, top_k, xmoe
 from moe_train.routing.base import Router, RouterInputs, RoutingConfig
 from moe_train.routing.context import Alone, Ranks, RoutingContext
 from moe_train.routing.registry import (
@@ -37,6 +37,8 @@ __all__ = [
     "resolve",
     "routing_config",
     "sam",
+    "smoe",
+    "soft_moe",
     "strategies",
     "strategy",
     "switch",

@@ -61,6 +61,16 @@ CASES: dict[str, dict[str, Any]] = {
         "batch_prioritised": True,
         "alignment_gradient": "both",
     },
+    "smoe": {"name": "smoe", "strata": [2, 4]},
+    "smoe_official": {
+        "name": "smoe",
+        "strata": [2, 2, 2],
+        "second_expert": "sampling",
+        "normalise": "after_drop",
+        "capacity_factor": 0.6,
+        "capacity_group": "global",
+    },
+    "smoe_random": {"name": "smoe", "second_expert": "random", "expert_output_masking": 0.1, "jitter": 0.1},
     "expert_choice": {"name": "expert_choice"},
     "expert_choice_batch": {
         "name": "expert_choice",

@@ -1,0 +1,76 @@
+"""Soft MoE's layer: tokens mixed into slots, slots through the experts, their outputs mixed back into tokens.
+
+Puigcerver et al., ICLR 2024, arXiv 2308.00951, §2.1; the mixes are in :mod:`moe_train.routing.soft_moe`. Slots are
+rows of the same pool as any other strategy's tokens: ``token = arange, expert = slot // p, weight = 1``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moe_train.experts import ExpertPool
+from moe_train.experts.parameters import StackedFeedForward, initialise
+from moe_train.layers.block import Block, RoutingRecord
+from moe_train.layers.context import BatchContext
+from moe_train.layers.registry import BlockInputs, register_kind
+from moe_train.routing.base import RoutingConfig
+from moe_train.routing.gate import full_precision
+from moe_train.routing.registry import build_router
+from moe_train.routing.soft_moe import SoftMixes, SoftMoEConfig, SoftMoERouter
+from moe_train.routing.types import RoutingStatistics
+
+
+class SoftLayer(Block):
+    """Dispatch, experts, combine, sentence by sentence. No residual, and no norm of its own."""
+
+    def __init__(self, router: SoftMoERouter, pool: ExpertPool, layer: int = 0) -> None:
+        super().__init__()
+        self.router = router
+        self.pool = pool
+        self.layer = layer
+        self.owns_norm = pool.spec.norm
+
+    def forward(self, x: Tensor, context: BatchContext) -> tuple[Tensor, RoutingRecord | None]:
+        """x [B, S, d] → (y [B, S, d], its record); padding gets 0."""
+        mixes = self.router.mixes(x, context.padding)
+        with full_precision(x):
+            slots = mixes.dispatch.transpose(1, 2) @ present(x, context.padding).to(mixes.dispatch.dtype)
+        rows = slots.flatten(0, 1).to(x.dtype)
+        routing = self.router(rows)
+        outputs = self.pool(rows, routing.assignment).view(slots.shape)
+        with full_precision(x):
+            y = mixes.combine @ outputs.to(mixes.combine.dtype)
+        statistics = count_mixes(mixes, routing.statistics.load, context)
+        return y.to(x.dtype), RoutingRecord(self.layer, {}, statistics)
+
+
+def present(x: Tensor, padding: Tensor | None) -> Tensor:
+    """x [B, S, d] with zeros at padding: a weight of 0 does not undo an infinity."""
+    return x if padding is None else x.masked_fill(padding.unsqueeze(2), 0.0)
+
+
+def count_mixes(mixes: SoftMixes, load: Tensor, context: BatchContext) -> RoutingStatistics:
+    """Statistics; the entropy is that of the combine weights over slots.
+
+    ``extra``: ``slots`` filled, ``dispatch_max`` (the largest weight of each slot) and ``combine_max`` (the largest of
+    each token), summed; divided by slots and tokens they tell whether mixes have collapsed to one.
+    """
+    with torch.no_grad():
+        combine, dispatch = mixes.combine, mixes.dispatch
+        tokens = torch.tensor(context.routing.sentence.shape[0], device=load.device)
+        longest = dispatch.amax(1) if dispatch.shape[1] else dispatch.sum(1)  # amax of nothing is an error
+        extra = {"dispatch_max": longest.sum(), "combine_max": combine.amax(2).sum(), "slots": load.sum()}
+        return RoutingStatistics(load, load, tokens, torch.special.entr(combine).sum(), extra)
+
+
+@register_kind("soft")
+def build_soft(config: RoutingConfig, inputs: BlockInputs) -> SoftLayer:
+    """Router and pool of one soft block."""
+    router = build_router(config, inputs.for_router())
+    assert isinstance(router, SoftMoERouter) and isinstance(config, SoftMoEConfig)
+    pool = ExpertPool(inputs.expert_spec(config), config.num_experts, inputs.layout)
+    if config.identical_experts:
+        stacks = [stack for stack in pool.sublayers if isinstance(stack, StackedFeedForward)]
+        initialise(stacks, [0] * len(pool.expert_ids))
+    return SoftLayer(router, pool, inputs.layer)
