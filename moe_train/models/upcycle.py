@@ -1,0 +1,96 @@
+"""A dense model's weights as the start of a sparse one (Komatsuzaki et al., 2023, "Sparse Upcycling")."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from moe_train.errors import CheckpointError
+from moe_train.experts import ExpertPool
+from moe_train.models.accounting import RoutedBlock, sparse_blocks
+
+_PARTS = ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
+
+
+@torch.no_grad()
+def upcycle(dense: Mapping[str, Tensor], sparse: nn.Module) -> nn.Module:
+    """Fills ``sparse`` from the state of a dense model of the same shape.
+
+    Every expert starts as a copy of the dense feed-forward that it replaces; whatever else the two models share is
+    copied; routers, norms that only the sparse model has, and inserted blocks keep their fresh weights. Where a token's
+    weights sum to one, the function is unchanged; with Switch's weight, which is below one, it is not.
+
+    Args:
+        dense: ``state_dict()`` of a model built with ``routing=dense`` (or converted from fairseq).
+        sparse: built with the same model config; changed in place, and returned.
+
+    Raises:
+        CheckpointError: a tensor is missing or has another shape, or an expert is not one feed-forward of that width.
+    """
+    remaining = dict(dense)
+    blocks = sparse_blocks(sparse)
+    for name, block in blocks.items():
+        if not _inserted(name):
+            _fill_experts(block.pool, remaining, name)
+            if block.owns_residual:
+                _fill_norms(block, remaining, name)
+    for key, tensor in sparse.state_dict().items():
+        if _inserted(key) or any(key.startswith(f"{name}.") for name in blocks):
+            continue
+        # Tied tensors stand in a state under each of their names.
+        tensor.copy_(_same_shape(_take(remaining, key), tensor, key))
+    if remaining:
+        raise CheckpointError(
+            f"the sparse model has no place for {', '.join(sorted(remaining)[:3])}",
+            remedy="build both with the same model config",
+        )
+    return sparse
+
+
+def _inserted(name: str) -> bool:
+    return ".inserted." in f"{name}."
+
+
+def _fill_experts(pool: ExpertPool, dense: dict[str, Tensor], name: str) -> None:
+    if len(pool.sublayers) != 1:
+        raise CheckpointError(
+            f"{name}: an expert of {len(pool.sublayers)} sub-layers cannot start as one feed-forward",
+            remedy="set routing.expert_sublayers=1, or insert the block with model.sparse_layers=insert_after:N",
+        )
+    stack = pool.sublayers[0]
+    for part in _PARTS:
+        parameter = getattr(stack, part)
+        source = _take(dense, f"{name}.{part.replace('_', '.')}")
+        if parameter is not None:
+            # Pools multiply x @ W, nn.Linear x @ W.T.
+            copy = source.t() if source.dim() == 2 else source
+            parameter.copy_(_same_shape(copy, parameter[0], f"{name}.{part}").expand_as(parameter))
+
+
+def _fill_norms(block: RoutedBlock, dense: dict[str, Tensor], name: str) -> None:
+    """Strata that own their norms all start with the norm of the feed-forward they replace."""
+    layer = name.removesuffix(".block")
+    for part in ("weight", "bias"):
+        source = _take(dense, f"{layer}.residual.norm.{part}")
+        for norm in cast(nn.Module, block).norms:  # type: ignore[union-attr]
+            getattr(norm, part).copy_(source)
+
+
+def _take(dense: dict[str, Tensor], key: str) -> Tensor:
+    if key not in dense:
+        raise CheckpointError(
+            f"the dense checkpoint has no {key}", remedy="give one made with routing=dense and the same model config"
+        )
+    return dense.pop(key)
+
+
+def _same_shape(source: Tensor, target: Tensor, key: str) -> Tensor:
+    if source.shape != target.shape:
+        raise CheckpointError(
+            f"{key} is {list(source.shape)} in the dense checkpoint and {list(target.shape)} in the model",
+            remedy="build both with the same model config, and experts as wide as model.ffn_dim",
+        )
+    return source
