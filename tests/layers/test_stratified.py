@@ -228,7 +228,7 @@ def test_gradients_against_finite_differences(norm: str) -> None:
         y, record = layer(x, context)
         return torch.cat((y.reshape(-1), record.losses["balance_loss"].value.reshape(1)))
 
-    assert torch.autograd.gradcheck(function, (x, *layer.parameters()), eps=1e-7, atol=1e-5)
+    assert torch.autograd.gradcheck(function, (x, *layer.parameters()), eps=1e-7, atol=1e-5, fast_mode=True)
 
 
 @pytest.mark.parametrize("norm", ["paper", "official"])

@@ -28,7 +28,7 @@ def test_a_gate_sees_its_own_and_later_strata_only(sizes: list[int], seed: int) 
         onward = router.next_stratum(routing.choices)
         assert (onward > i).all() and (onward <= len(sizes)).all()
         bounds = torch.tensor(sizes).cumsum(0)
-        assert torch.equal(onward, torch.bucketize(routing.choices[:, 0], bounds, right=True) + 1)
+        assert torch.equal(onward, torch.bucketize(routing.choices[:, 0].contiguous(), bounds, right=True) + 1)
     assert sum(p.numel() for p in router.parameters()) == DIM * sum(sum(sizes[i:]) for i in range(len(sizes)))
 
 
