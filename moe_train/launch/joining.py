@@ -58,9 +58,10 @@ def joined_world(config: LaunchConfig, threads: int = 0) -> Iterator[World]:
         if under_launcher():
             _join(config, device)
         yield World.current(device)
-    finally:
+        # Not after an error: leaving would break the others' connections, and their complaints would come first.
         if dist.is_initialized():
             dist.destroy_process_group()
+    finally:
         torch.set_num_threads(before)
 
 

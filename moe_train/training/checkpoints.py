@@ -105,8 +105,8 @@ class CheckpointStore:
                 integrity.check_files(earlier)
             except CheckpointError:
                 continue
-            return f"{earlier.name} is whole: remove {damaged} to go on from it"
-        return "no other checkpoint of this run is whole: train again, with another run folder or resume=never"
+            return f"the one before it, {earlier.name}, is whole: remove {damaged} to go on from there"
+        return "no other checkpoint of this run is whole: train again in another run folder"
 
     # -- writing ---------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from moe_train.training.statistics import Sums
 
 COUNTS = ("ntokens", "nsentences", "sample_size")
 # Fields that tell of the clock: all others are the same in a run that was interrupted and resumed.
-TIMES = ("seconds", "words_per_second")
+TIMES = ("words_per_second",)
 
 
 class Interval:
@@ -72,7 +72,7 @@ def describe_routing(layers: Mapping[int, RoutingStatistics]) -> dict[str, Any]:
     load, peak, entropy, dead, dropped, requested = {}, {}, {}, 0, 0.0, 0.0
     for layer, statistics in layers.items():
         carried = float(statistics.load.sum())
-        load[str(layer)] = (statistics.load / max(carried, 1.0)).tolist()
+        load[str(layer)] = (statistics.load.double() / max(carried, 1.0)).tolist()
         peak[str(layer)] = float(statistics.load.max()) * len(statistics.load) / max(carried, 1.0)
         entropy[str(layer)] = float(statistics.entropy / statistics.tokens.clamp(min=1))
         dead += int((statistics.load == 0).sum())

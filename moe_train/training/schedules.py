@@ -11,6 +11,7 @@ from moe_train.errors import ConfigError, did_you_mean
 # share of the peak rate, from (updates after the warm-up, updates of the decay, config)
 Decay = Callable[[int, int, ScheduleConfig], float]
 _DECAYS: dict[str, Decay] = {}
+_ENDING = ("linear", "polynomial", "cosine")  # those that reach end_lr at max_updates
 
 
 def register_decay(name: str) -> Callable[[Decay], Decay]:
@@ -37,11 +38,9 @@ def learning_rate(config: ScheduleConfig, peak: float, max_updates: int, update:
         return config.warmup_init_lr + (peak - config.warmup_init_lr) * update / config.warmup_updates
     if config.name not in _DECAYS:
         raise ConfigError(f"there is no schedule '{config.name}'", remedy=did_you_mean(config.name, _DECAYS))
-    span = max(1, max_updates - config.warmup_updates)
-    share = _DECAYS[config.name](min(update - config.warmup_updates, span), span, config)
-    if config.name in ("inverse_sqrt", "constant"):
-        return peak * share
-    return config.end_lr + (peak - config.end_lr) * share
+    after, span = update - config.warmup_updates, max(1, max_updates - config.warmup_updates)
+    floor = config.end_lr if config.name in _ENDING else 0.0
+    return floor + (peak - floor) * _DECAYS[config.name](after, span, config)
 
 
 @register_decay("constant")
@@ -58,15 +57,15 @@ def _inverse_sqrt(after: int, span: int, config: ScheduleConfig) -> float:
 
 @register_decay("linear")
 def _linear(after: int, span: int, config: ScheduleConfig) -> float:
-    return 1.0 - after / span
+    return 1.0 - min(1.0, after / span)
 
 
 @register_decay("polynomial")
 def _polynomial(after: int, span: int, config: ScheduleConfig) -> float:
-    return (1.0 - after / span) ** config.power
+    return (1.0 - min(1.0, after / span)) ** config.power
 
 
 @register_decay("cosine")
 def _cosine(after: int, span: int, config: ScheduleConfig) -> float:
     """Loshchilov & Hutter 2017, without restarts."""
-    return 0.5 * (1.0 + math.cos(math.pi * after / span))
+    return 0.5 * (1.0 + math.cos(math.pi * min(1.0, after / span)))

@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from moe_train.config import LaunchConfig
+from moe_train.errors import LaunchError
+from moe_train.launch.joining import check_devices, joined_world, logging_to, world_size
+
+
+def test_alone() -> None:
+    before = torch.get_num_threads()
+    with joined_world(LaunchConfig(device="cpu"), threads=1) as world:
+        assert (world.rank, world.size, world.main, str(world.device)) == (0, 1, True, "cpu")
+        assert torch.get_num_threads() == 1
+        value = torch.ones(2)
+        assert world.sum(value) is value and world.gather(3) == [3] and world.broadcast("x") == "x"
+        world.barrier()
+    assert torch.get_num_threads() == before
+
+
+def test_who_counts_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert world_size(LaunchConfig(processes=3)) == 3
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert world_size(LaunchConfig(processes=3)) == 8
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpus_that_are_not_there() -> None:
+    check_devices(LaunchConfig(device="auto"))
+    with pytest.raises(LaunchError, match=r"wants 2 GPUs, this host has 0.*launch\.device=cpu"):
+        check_devices(LaunchConfig(device="cuda", processes=2))
+
+
+def test_each_rank_has_a_log(tmp_path: Path) -> None:
+    logger = logging.getLogger("moe_train")
+    with logging_to(tmp_path, 3) as path:
+        logger.info("seen")
+    logger.info("not seen")
+    assert path.name == "rank_3.log" and "INFO moe_train: seen" in path.read_text()
+    assert "not seen" not in path.read_text() and not logger.handlers
+
+
+def test_nobody_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    config = LaunchConfig(device="cpu", timeout_minutes=0.03)
+    with pytest.raises(LaunchError, match=r"127\.0\.0\.1:1: the other processes cannot be found"), joined_world(config):
+        pass

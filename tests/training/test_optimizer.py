@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from moe_train.config import OptimizerConfig
+from moe_train.training.optimizer import build_optimizer, parameter_groups
+from tests.training.toy import ToyModel
+
+
+def test_biases_and_norms_do_not_decay_not_even_in_stacks() -> None:
+    model = ToyModel(0.0)
+    model.stacked_bias = nn.Parameter(torch.zeros(4, 16))
+    model.stacked_bias.expert = True  # type: ignore[attr-defined]
+    names = {id(p): name for name, p in model.named_parameters()}
+    decayed, spared = parameter_groups(model, 0.3)
+    assert decayed["weight_decay"] == 0.3 and spared["weight_decay"] == 0.0
+    assert {names[id(p)] for p in decayed["params"]} == {"embed.weight", "experts", "output.weight"}  # type: ignore[attr-defined]
+    assert {names[id(p)] for p in spared["params"]} == {"stacked_bias", "norm.weight", "norm.bias", "output.bias"}  # type: ignore[attr-defined]
+
+
+def test_frozen_and_tied_parameters() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
+    model[1].weight = model[0].weight
+    model[2].requires_grad_(False)
+    counted = [p for group in parameter_groups(model, 0.1) for p in group["params"]]  # type: ignore[attr-defined]
+    assert len(counted) == 3
+
+
+@pytest.mark.parametrize(
+    ("keys", "kind"),
+    [
+        ({"name": "adam", "betas": (0.8, 0.9), "eps": 1e-5}, torch.optim.Adam),
+        ({"name": "adamw", "betas": (0.9, 0.98), "weight_decay": 0.1}, torch.optim.AdamW),
+        ({"name": "sgd", "momentum": 0.9}, torch.optim.SGD),
+    ],
+)
+def test_a_step_is_the_optimizers_own(keys: dict[str, Any], kind: type[torch.optim.Optimizer]) -> None:
+    torch.manual_seed(0)
+    model, other = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
+    other.load_state_dict(model.state_dict())
+    config = OptimizerConfig(lr=0.1, **keys)
+    plain = {key: value for key, value in keys.items() if key != "name"}
+    ours, reference = build_optimizer(model, config), kind(other.parameters(), lr=0.1, **plain)  # type: ignore[call-arg]
+    for _ in range(3):
+        for network, optimizer in ((model, ours), (other, reference)):
+            optimizer.zero_grad()
+            network(torch.ones(2, 3)).square().sum().backward()
+            optimizer.step()
+    torch.testing.assert_close(model.weight, other.weight)
+    assert type(ours) is kind
