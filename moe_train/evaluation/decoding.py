@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from moe_train.config import SearchConfig
+from moe_train.config import RunConfig, SearchConfig
 from moe_train.data.folder import DataFolder
 from moe_train.evaluation.beam_search import BeamSearch, SearchableModel
 from moe_train.routing.context import Ranks
@@ -22,7 +22,9 @@ _LINE_ENDS = {ord(c): " " for c in "\r\n"}
 class InferenceTask(Protocol):
     """The part of a translation task that translating needs."""
 
+    config: RunConfig
     folder: DataFolder
+    directions: tuple[str, ...]
 
     @property
     def target_dictionary(self) -> Any:

@@ -23,26 +23,29 @@ def make_bleu_validator(
     *,
     max_sentences: int = 0,
     split: str = "valid",
-    expert_parallel: int = 1,
+    expert_parallel: int | None = None,
 ) -> Callable[[nn.Module], dict[str, float]]:
     """Prepares validation by BLEU. Call it on every rank, and the result on every rank at the same update.
 
     Args:
         task: its ``directions`` that the split has are scored.
         max_sentences: the first so many of each direction (0: all).
-        expert_parallel: above 1 the ranks hold each other's experts and search in step.
+        expert_parallel: above 1 the ranks hold each other's experts and search in step (None: as the config says).
 
     Returns:
         ``model → {direction: BLEU}``, the same for any number of ranks; the model is left as it was.
     """
-    directions = [name for name in getattr(task, "directions", ()) if name in data.directions_of(split)]
+    if expert_parallel is None:
+        expert_parallel = task.config.layout.expert_parallel
+    together = expert_parallel > 1
+    directions = [name for name in task.directions if name in data.directions_of(split)]
     held = {name: _hold(task, data, split, name, search, max_sentences) for name in directions}
     jobs = [job for encoded, _ in held.values() for job in encoded.jobs]
 
     def validate(model: nn.Module) -> dict[str, float]:
         device = next(model.parameters()).device
         world = World.current(device)
-        company = world if expert_parallel > 1 and world.size > 1 else None
+        company = world if together and world.size > 1 else None
         with _evaluating(model):
             translator = Translator(task, model, search, device, company)  # type: ignore[arg-type]
             outcomes = _share(translator, jobs, world, together=company is not None)

@@ -1,0 +1,90 @@
+"""Lines in, translations out: gathered into buffers where they come fast, answered at once where they do not."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import IO
+
+from moe_train.errors import DataError, did_you_mean
+
+_PAUSE = 0.05  # seconds without a new line after which a buffer is translated as it is
+
+
+def check_languages(source: str, target: str, known: Sequence[str]) -> None:
+    """Refuses languages that the model has no tag for.
+
+    Raises:
+        DataError: names the known ones.
+    """
+    for key, code in (("source", source), ("target", target)):
+        if code not in known:
+            near = did_you_mean(code, known)
+            remedy = near if near.startswith("known") else f"{near} Known: {', '.join(known)}"
+            raise DataError(f"the model has no language '{code}'", key, remedy)
+    if source == target:
+        raise DataError(f"source and target are both '{source}'", remedy="choose two languages")
+
+
+def buffers(stream: IO[bytes], size: int) -> Iterator[list[str]]:
+    """Lists of 1 to ``size`` lines; a short one where no further line came within a moment.
+
+    Lines end at a line feed and nowhere else, so that the output has as many.
+
+    Raises:
+        DataError: a line is not UTF-8.
+    """
+    lines: queue.Queue[bytes | None] = queue.Queue(maxsize=2 * size)
+    threading.Thread(target=_read, args=(stream, lines), daemon=True).start()
+    number, ended = 0, False
+    while not ended:
+        buffer: list[str] = []
+        while len(buffer) < size:
+            try:
+                line = lines.get(timeout=_PAUSE if buffer else None)
+            except queue.Empty:
+                break
+            if line is None:
+                ended = True
+                break
+            number += 1
+            buffer.append(_decode(line, number))
+        if buffer:
+            yield buffer
+
+
+def _read(stream: IO[bytes], lines: queue.Queue[bytes | None]) -> None:
+    try:
+        for line in stream:
+            lines.put(line)
+    finally:
+        lines.put(None)
+
+
+def _decode(line: bytes, number: int) -> str:
+    try:
+        return line.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"line {number} of the input is not UTF-8", remedy="convert it, e.g. `iconv -f latin1 -t utf-8`"
+        ) from error
+
+
+def prompt(translate: Callable[[str], str], source: str, target: str) -> int:
+    """Reads lines at a terminal and answers each; ends at the end of input. Returns the number of lines.
+
+    Editing and history are readline's, where Python has it.
+    """
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (importing it is what gives `input` its line editing)
+    count = 0
+    while True:
+        try:
+            line = input(f"{source}> ")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return count
+        count += 1
+        print(f"{target}> {translate(line)}" if line.strip() else "", flush=True)

@@ -1,0 +1,62 @@
+"""``moe-evaluate`` as a command: table on the screen, files in the run folder, mistakes as one message."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moe_train.commands.evaluate import main
+from moe_train.data.folder import DataFolder
+from tests.evaluation.runs import make_run
+
+COMMAND = [sys.executable, "-m", "moe_train.commands.evaluate", "search.max_length_ratio=0.5", "search.beam=2"]
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory, tiny_data: DataFolder) -> Path:
+    return make_run(tmp_path_factory.mktemp("run"), tiny_data)
+
+
+def evaluate(*words: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*COMMAND, *words], capture_output=True, text=True, timeout=280, check=False, cwd=folder)
+
+
+def test_the_table_and_the_files(run_folder: Path, tmp_path: Path) -> None:
+    done = evaluate(f"run={run_folder}", "directions=[en-de,ja-en]", "max_sentences=10", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for word in ("en-de", "ja-en", "average (2)", "chrF++", "shuffled", "copy", "tok:13a"):
+        assert word in done.stdout
+    assert "20/20 sentences" in done.stderr
+    content = json.loads((run_folder / "test.json").read_text())
+    assert set(content["directions"]) == {"en-de", "ja-en"}
+    assert content["settings"]["search"]["beam"] == 2
+    assert (run_folder / "hypotheses" / "test.en-de.de").read_text().count("\n") == 10
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("run={run}", "directions=[en-xx]"), "has no direction 'en-xx'"),
+        (("run={run}", "checkpoint=77"), "there is no checkpoint '77'"),
+        (("run={run}/checkpoints",), "this is no run folder"),
+        (("run={run}", "sprit=valid"), "unknown key 'sprit'"),
+        ((), "the key 'run' has no value"),
+    ],
+)
+def test_mistakes_are_one_message(
+    run_folder: Path,
+    words: tuple[str, ...],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["moe-evaluate", *(word.format(run=run_folder) for word in words)])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 2
+    assert message in capsys.readouterr().err

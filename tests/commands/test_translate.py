@@ -1,0 +1,73 @@
+"""``moe-translate`` as its users meet it: in a pipe, at a terminal, with mistakes."""
+
+from __future__ import annotations
+
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moe_train.commands.translate import main
+from moe_train.data.folder import DataFolder
+from tests.evaluation.runs import make_run
+
+COMMAND = [sys.executable, "-m", "moe_train.commands.translate"]
+SEARCH = ["search.beam=2", "search.max_length_ratio=0.5"]
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory, tiny_data: DataFolder) -> Path:
+    return make_run(tmp_path_factory.mktemp("run"), tiny_data, directions=("de-en", "en-de"))
+
+
+def translate(*words: str, typed: bytes = b"", folder: Path | None = None) -> subprocess.CompletedProcess[bytes]:
+    command = [*COMMAND, *SEARCH, *words]
+    return subprocess.run(command, input=typed, capture_output=True, timeout=280, cwd=folder, check=False)
+
+
+def test_a_pipe_gives_a_line_for_a_line(run_folder: Path, tmp_path: Path) -> None:
+    typed = b"Der Arzt mag frisches Brot heute.\n\nDas Kind kauft das neue Buch am Abend.\n \nDer Arzt"
+    done = translate(f"run={run_folder}", "source=de", "target=en", typed=typed, folder=tmp_path)
+    assert done.returncode == 0, done.stderr.decode()
+    lines = done.stdout.decode().split("\n")
+    assert len(lines) == 6 and lines[-1] == ""
+    assert [bool(line) for line in lines[:5]] == [True, False, True, False, True]
+    assert b"translated 3 sentences" in done.stderr
+    assert list(tmp_path.iterdir()) == [], "Hydra's folders do not belong into the user's"
+
+
+def test_mistakes_are_one_message(
+    run_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["moe-translate", f"run={run_folder}", "source=de", "target=ru"])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 2
+    written = capsys.readouterr()
+    assert "no language 'ru'. Known: de, en, fr, ja" in written.err and not written.out
+
+
+def test_a_prompt_at_a_terminal(run_folder: Path) -> None:
+    """A direction that was not trained, too: said, and translated all the same."""
+    parent, child = pty.openpty()
+    command = [*COMMAND, *SEARCH, f"run={run_folder}", "source=de", "target=fr"]
+    process = subprocess.Popen(command, stdin=child, stdout=child, stderr=child, close_fds=True)
+    os.close(child)
+    seen = _read_until(parent, b"de> ")
+    assert b"zero-shot" in seen and b"Ctrl-D" in seen
+    os.write(parent, b"Das Kind mag frisches Brot heute.\n")
+    answer = _read_until(parent, b"de> ")
+    assert b"fr> " in answer
+    os.write(parent, b"\x04")
+    assert process.wait(60) == 0
+    os.close(parent)
+
+
+def _read_until(terminal: int, end: bytes) -> bytes:
+    seen = b""
+    while end not in seen:
+        seen += os.read(terminal, 4096)
+    return seen

@@ -1,0 +1,185 @@
+"""Evaluation end to end on a real run folder: files, scores, baselines, averages, processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import multiprocessing
+from pathlib import Path
+
+import pytest
+import sacrebleu
+from rich.console import Console
+
+from moe_train.config import LaunchConfig, SearchConfig
+from moe_train.config.evaluation import EvaluateConfig
+from moe_train.data.folder import DataFolder
+from moe_train.errors import CheckpointError, DataError, LaunchError
+from moe_train.evaluation.averages import groups, tier_of
+from moe_train.evaluation.decoding import encode
+from moe_train.evaluation.evaluate import displaced, evaluate
+from moe_train.evaluation.loading import open_run
+from moe_train.evaluation.outputs import OutputFiles
+from moe_train.evaluation.results import read_results
+from moe_train.evaluation.sharding import decode
+from moe_train.evaluation.table import show
+from tests.evaluation.runs import make_run
+
+SEARCH = SearchConfig(beam=2, max_length_ratio=0.5, max_length_offset=5, batch_tokens=160)
+DIRECTIONS = ["de-en", "en-de", "en-fr", "en-ja", "fr-en", "ja-en"]
+
+
+def config(run: Path, **changes: object) -> EvaluateConfig:
+    return dataclasses.replace(EvaluateConfig(str(run), search=SEARCH), **changes)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory: pytest.TempPathFactory, tiny_data: DataFolder) -> Path:
+    run = make_run(tmp_path_factory.mktemp("run"), tiny_data)
+    evaluate(config(run))
+    return run
+
+
+def test_json_has_what_others_rely_on(evaluated: Path) -> None:
+    content = json.loads((evaluated / "test.json").read_text())
+    assert list(content["directions"]) == DIRECTIONS
+    for name in ("bleu", "chrf"):
+        values = [entry[name] for entry in content["directions"].values()]
+        assert content["average"][name] == pytest.approx(sum(values) / 6, abs=1e-3)
+        for baseline in ("copy", "shuffled"):
+            values = [entry[baseline][name] for entry in content["directions"].values()]
+            assert content["baselines"][baseline][name] == pytest.approx(sum(values) / 6, abs=1e-3)
+    assert "tok:13a" in content["signatures"]["bleu"]["13a"] and "nw:2" in content["signatures"]["chrf"]
+    assert content["averages"]["from English"]["directions"] == 3
+    assert content["averages"]["into English"]["directions"] == 3
+    assert content["settings"]["checkpoint"] == "step_5"
+    assert content["decoding"]["sentences"] == 120 and content["decoding"]["words_per_second"] > 0
+
+
+def test_scores_are_those_of_the_files(evaluated: Path, tiny_data: DataFolder) -> None:
+    results = read_results(evaluated / "test.json")
+    assert results is not None
+    for direction in ("en-de", "fr-en"):
+        files = OutputFiles(evaluated, "test", direction)
+        hypotheses, references = files.read()
+        sources, expected = tiny_data.raw("test", direction)
+        assert references == expected and files.sources.read_text().splitlines() == sources
+        assert len(hypotheses) == len(files.scores.read_text().splitlines()) == 20
+        found = results.directions[direction]
+        assert found.scores.bleu == pytest.approx(sacrebleu.corpus_bleu(hypotheses, [references]).score, abs=1e-3)
+        copied = sacrebleu.corpus_chrf(sources, [references], word_order=2).score
+        assert found.baselines["copy"].chrf == pytest.approx(copied, abs=1e-3)
+        shuffled = displaced(hypotheses, f"1/{direction}")
+        assert found.baselines["shuffled"].bleu == pytest.approx(
+            sacrebleu.corpus_bleu(shuffled, [references]).score, abs=1e-3
+        )
+
+
+def test_another_number_of_processes_gives_the_same(evaluated: Path) -> None:
+    names = ["test.en-de.de", "test.ja-en.en.scores"]
+    before = [(evaluated / "hypotheses" / name).read_bytes() for name in names]
+    scores = json.loads((evaluated / "test.json").read_text())["directions"]
+    evaluate(config(evaluated, launch=LaunchConfig(processes=2, device="cpu")))
+    assert [(evaluated / "hypotheses" / name).read_bytes() for name in names] == before
+    after = json.loads((evaluated / "test.json").read_text())
+    assert after["directions"] == scores and after["decoding"]["processes"] == 2
+
+
+def test_directions_are_added_to_equal_settings_and_replace_others(tmp_path: Path, tiny_data: DataFolder) -> None:
+    run = make_run(tmp_path, tiny_data)
+    assert list(evaluate(config(run, directions=("en-de",))).directions) == ["en-de"]
+    added = evaluate(config(run, directions=("en-ja", "en-ja")))
+    assert list(added.directions) == ["en-de", "en-ja"]
+    assert set(added.signatures["bleu"]) == {"13a", "char"} or "ja-mecab" in added.signatures["bleu"]
+    assert read_results(run / "test.json") == added
+    other = evaluate(config(run, directions=("fr-en",), checkpoint="last"))
+    assert list(other.directions) == ["fr-en"]
+    assert (run / "hypotheses" / "test.en-de.de").is_file()
+
+
+def test_validation_split_and_few_sentences(tmp_path: Path, tiny_data: DataFolder) -> None:
+    run = make_run(tmp_path, tiny_data, "dense", directions=("en-de", "en-fr"))
+    results = evaluate(config(run, split="valid", max_sentences=7))
+    assert list(results.directions) == ["en-de", "en-fr"]
+    assert {r.sentences for r in results.directions.values()} == {7}
+    assert (run / "valid.json").is_file() and not (run / "test.json").exists()
+    zero_shot = evaluate(config(run, split="valid", max_sentences=7, directions=("ja-en",)))
+    assert any("zero-shot" in note for note in zero_shot.notes)
+
+
+def test_unknown_direction(tmp_path: Path, tiny_data: DataFolder) -> None:
+    run = make_run(tmp_path, tiny_data, "dense")
+    with pytest.raises(DataError, match=r"no direction 'en-dd'.*'en-de'"):
+        evaluate(config(run, directions=("en-dd",)))
+
+
+def test_under_a_launcher(tmp_path: Path, tiny_data: DataFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path, tiny_data, "dense")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(LaunchError, match=r"launch\.processes"):
+        evaluate(config(run, max_sentences=2))
+
+
+def test_what_a_process_finds_wrong_is_reported_as_it_is(tmp_path: Path, tiny_data: DataFolder) -> None:
+    run = open_run(make_run(tmp_path, tiny_data))  # verified here, and spoilt before the processes read it
+    jobs = encode(run.task, ["Das Kind."] * 40, "de", "en", 30).jobs
+    for weights in run.checkpoint.glob("*.safetensors"):
+        weights.unlink()
+    with pytest.raises(CheckpointError, match="step_5"):
+        decode(run, jobs, SEARCH, LaunchConfig(processes=2, device="cpu"))
+
+
+def test_killed_processes_are_noticed(tmp_path: Path, tiny_data: DataFolder) -> None:
+    run = open_run(make_run(tmp_path, tiny_data))
+    jobs = encode(run.task, ["Das Kind kauft das Buch."] * 400, "de", "en", 30).jobs
+
+    def kill(_: int) -> None:
+        for process in multiprocessing.active_children():
+            process.kill()
+
+    with pytest.raises(LaunchError, match="exit code -9"):
+        decode(run, jobs, SEARCH, LaunchConfig(processes=2, device="cpu"), kill)
+
+
+def test_shuffling_leaves_no_line_in_its_place() -> None:
+    lines = [str(i) for i in range(50)]
+    shuffled = displaced(lines, "seed")
+    assert sorted(shuffled, key=int) == lines
+    assert all(a != b for a, b in zip(lines, shuffled, strict=True))
+    assert displaced(lines, "seed") == shuffled != displaced(lines, "other")
+    assert displaced(["one"], "seed") == ["one"] and displaced([], "seed") == []
+
+
+def test_tiers_and_groups() -> None:
+    tiers = {"de": "high", "sw": "low", "fi": "medium", "en": "high"}
+    assert tier_of("en-sw", tiers) == "low" and tier_of("de-en", tiers) == "high"
+    assert tier_of("de-sw", tiers) == "low" and tier_of("de-fi", tiers) == "medium" and tier_of("en-xx", tiers) == ""
+    found = groups(["en-sw", "de-en", "de-sw", "en_GB-fi"], tiers)
+    assert found == {
+        "all": ["en-sw", "de-en", "de-sw", "en_GB-fi"],
+        "from English": ["en-sw", "en_GB-fi"],
+        "into English": ["de-en"],
+        "between others": ["de-sw"],
+        "high resource": ["de-en"],
+        "medium resource": ["en_GB-fi"],
+        "low resource": ["en-sw", "de-sw"],
+    }
+
+
+def test_table_fits_a_narrow_screen(evaluated: Path) -> None:
+    results = read_results(evaluated / "test.json")
+    assert results is not None
+    console = Console(width=80, record=True, file=(evaluated / "screen.txt").open("w"))
+    show(results, console)
+    text = console.export_text()
+    for word in ("en-ja", "average (6)", "from English (3)", "shuffled", "copy", "nrefs:1", "words/s"):
+        assert word in text
+    assert "…" not in text
+
+
+def test_a_damaged_result_file(evaluated: Path, tmp_path: Path) -> None:
+    path = tmp_path / "test.json"
+    assert read_results(path) is None
+    path.write_text((evaluated / "test.json").read_text()[:300])
+    with pytest.raises(DataError, match="Run moe-evaluate again"):
+        read_results(path)

@@ -1,0 +1,62 @@
+"""Buffers of lines from fast and slow streams, and language checks."""
+
+from __future__ import annotations
+
+import io
+import os
+import threading
+
+import pytest
+
+from moe_train.errors import DataError
+from moe_train.evaluation.stream import buffers, check_languages
+
+
+def test_lines_end_at_line_feeds_only() -> None:
+    text = "one\ntwo\u2028still two\n\n  \r\nfive\x0cstill five\nlast without end"
+    found = [line for buffer in buffers(io.BytesIO(text.encode()), 3) for line in buffer]
+    assert found == ["one", "two\u2028still two", "", "  ", "five\x0cstill five", "last without end"]
+
+
+def test_a_fast_stream_fills_its_buffers() -> None:
+    lines = b"".join(b"%d\n" % i for i in range(1000))
+    found = list(buffers(io.BytesIO(lines), 128))
+    assert [len(b) for b in found] == [128] * 7 + [104]
+    assert [line for b in found for line in b] == [str(i) for i in range(1000)]
+
+
+def test_a_slow_stream_is_answered_before_it_ends() -> None:
+    read, write = os.pipe()
+    answered = threading.Event()
+
+    def speak() -> None:
+        with os.fdopen(write, "wb", buffering=0) as stream:
+            stream.write(b"first\n")
+            answered.wait(20)
+            stream.write(b"second\n")
+
+    threading.Thread(target=speak, daemon=True).start()
+    with os.fdopen(read, "rb") as stream:
+        found = buffers(stream, 100)
+        assert next(found) == ["first"]
+        answered.set()
+        assert list(found) == [["second"]]
+
+
+def test_empty_input() -> None:
+    assert list(buffers(io.BytesIO(b""), 4)) == []
+
+
+def test_bytes_that_are_not_utf8_are_named_by_line() -> None:
+    with pytest.raises(DataError, match=r"line 2 of the input is not UTF-8.*iconv"):
+        list(buffers(io.BytesIO("gut\nschön\n".encode("latin1")), 4))
+
+
+def test_languages() -> None:
+    check_languages("en", "de", ["de", "en"])
+    with pytest.raises(DataError, match=r"target: the model has no language 'xx'. Known: de, en"):
+        check_languages("en", "xx", ["de", "en"])
+    with pytest.raises(DataError, match=r"source: .*'pt_PT'.*'pt_BR'.*Known: de, en, pt_BR"):
+        check_languages("pt_PT", "en", ["de", "en", "pt_BR"])
+    with pytest.raises(DataError, match="both 'de'"):
+        check_languages("de", "de", ["de", "en"])
