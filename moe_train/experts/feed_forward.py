@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe_train.experts.plan import RowPlan
-from moe_train.experts.products import product
+from moe_train.experts.products import affine, affine_into, outer_into
 from moe_train.experts.spec import Activation
 
 
@@ -36,10 +36,10 @@ class Inner:
     def forward(self, x: Tensor, w: Tensor, b: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
         """dropout(act(x w + b)), and what backward needs."""
         if self.activation == "relu":
-            hidden = product(x, w, b, "relu")
+            hidden = affine(x, w, b, relu=True)
             hidden = F.dropout(hidden, self.dropout, True, inplace=True) if self.dropout else hidden
             return hidden, (hidden,)
-        before = product(x, w, b)
+        before = affine(x, w, b)
         if not self.dropout:
             return F.gelu(before), (before,)
         scale = torch.empty_like(before).bernoulli_(1 - self.dropout).div_(1 - self.dropout)
@@ -80,7 +80,7 @@ class LoopedFeedForward(torch.autograd.Function):
         for e, (x, y) in _by_expert(plan, rows, out):
             hidden, keep = inner.forward(x, w1[e], None if b1 is None else b1[e])
             kept.extend(keep)
-            y.copy_(product(hidden, w2[e], None if b2 is None else b2[e]))
+            affine_into(y, hidden, w2[e], None if b2 is None else b2[e])
         ctx.plan, ctx.inner, ctx.biased = plan, inner, b1 is not None
         ctx.save_for_backward(rows, w1, w2, *kept)
         return out
@@ -99,12 +99,12 @@ class LoopedFeedForward(torch.autograd.Function):
             taken += step
             if weights is not None:
                 weights.second(e, ctx.inner.recall(keep), g)
-            g = ctx.inner.backward(product(g, w2[e].t()), keep)
+            g = ctx.inner.backward(affine(g, w2[e].t(), None), keep)
             if weights is not None:
                 weights.first(e, x, g)
             if grad_rows is not None:
                 start = plan.starts[e]
-                grad_rows[start : start + x.shape[0]] = product(g, w1[e].t())
+                affine_into(grad_rows[start : start + x.shape[0]], g, w1[e].t())
         gradients = weights.all if weights is not None else (None,) * 4
         return grad_rows, *gradients, None, None
 
@@ -123,12 +123,12 @@ class _WeightGradients:
         self.ones = w1.new_ones(max(plan.rows, default=0))
 
     def first(self, e: int, x: Tensor, grad: Tensor) -> None:
-        self.w1[e] = product(x.t(), grad)
+        outer_into(self.w1[e], x, grad)
         if self.b1 is not None:
             torch.mv(grad.t(), self.ones[: grad.shape[0]], out=self.b1[e])
 
     def second(self, e: int, hidden: Tensor, grad: Tensor) -> None:
-        self.w2[e] = product(hidden.t(), grad)
+        outer_into(self.w2[e], hidden, grad)
         if self.b2 is not None:
             torch.mv(grad.t(), self.ones[: grad.shape[0]], out=self.b2[e])
 
