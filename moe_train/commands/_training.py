@@ -20,6 +20,7 @@ from moe_train.data.folder import DataFolder
 from moe_train.launch.environment import launched_rank, under_launcher
 from moe_train.launch.joining import check_devices, joined_world, logging_to, world_size
 from moe_train.launch.local import launch
+from moe_train.models.accounting import account
 from moe_train.tasks import build_task
 from moe_train.training import Outcome, RunFolder, World, train
 from moe_train.training.checkpoints import everywhere
@@ -115,7 +116,15 @@ def _train(config: RunConfig, data: DataFolder, folder: RunFolder, world: World)
         sentences = config.training.validation.max_sentences
         validate_bleu = make_bleu_validator(task, data, config.search, max_sentences=sentences)
     with logging_to(folder.logs, world.rank):
-        return train(config, task, folder, world=world, validate_bleu=validate_bleu, console=Console())
+        return train(
+            config,
+            task,
+            folder,
+            world=world,
+            validate_bleu=validate_bleu,
+            account=lambda module: account(module).to_mapping(),
+            console=Console(),
+        )
 
 
 def _in_sweep() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,12 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_train import fairseq_compat
-from moe_train.layers.block import Records
+from moe_train.layers.block import Block, Records
 from moe_train.layers.context import BatchContext, BatchInfo, RoutingSettings, batch_context
 from moe_train.layers.stack import DecoderStack, EncoderStack
 from moe_train.models.decoding import DecoderState, repeat_rows, select_rows
 from moe_train.models.embedding import TokenEmbedding, Vocabulary
+from moe_train.routing.base import Router
 from moe_train.routing.context import Ranks
+from moe_train.routing.types import RoutingStatistics
 
 fairseq_compat.apply()
 
@@ -267,6 +270,17 @@ class TransformerModel(FairseqEncoderDecoderModel):  # type: ignore[misc]
     def set_ranks(self, ranks: Ranks) -> None:
         """Who shares the micro-batch."""
         self.settings.ranks = ranks
+
+    def after_update(self, statistics: Mapping[int, RoutingStatistics]) -> None:
+        """Hands each sparse block's counts of an optimizer update, summed over the world, to its router.
+
+        Args:
+            statistics: by the block's number; what learns from loads (a balancing bias) moves.
+        """
+        for block in self.modules():
+            router, layer = getattr(block, "router", None), getattr(block, "layer", None)
+            if isinstance(block, Block) and isinstance(router, Router) and layer in statistics:
+                router.after_update(statistics[layer])
 
     def set_recompute(self, recompute: bool) -> None:
         """Whether each layer's activations are computed again in the backward pass instead of kept."""

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,19 @@ from moe_train.training.run_folder import RunFolder
 from moe_train.training.state import RunState
 from moe_train.training.world import World
 
+Account = Callable[[nn.Module], Mapping[str, Any]]
 _PACKAGES = ("torch", "fairseq", "deepspeed", "hydra-core", "sacrebleu", "sentencepiece", "safetensors", "numpy")
 
 
-def describe_run(folder: RunFolder, config: RunConfig, module: nn.Module, world: World, update: int) -> None:
-    """Writes run.json; earlier sessions stay listed under ``sessions``."""
+def describe_run(
+    folder: RunFolder, config: RunConfig, module: nn.Module, world: World, update: int, account: Account | None = None
+) -> None:
+    """Writes run.json; earlier sessions stay listed under ``sessions``.
+
+    Args:
+        update: where this session begins.
+        account: closed forms of the model's size and cost (:mod:`moe_train.models.accounting`).
+    """
     session = {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "from_update": update,
@@ -40,15 +49,22 @@ def describe_run(folder: RunFolder, config: RunConfig, module: nn.Module, world:
         "commit": commit(),
         "versions": versions(),
     }
-    earlier = folder.info.get("sessions", [])
-    folder.describe(
-        status="running", update=update, **session, sessions=[*earlier, session], **sizes(module), seed=config.seed
-    )
+    sessions = [*folder.info.get("sessions", []), session]
+    size = sizes(module, account)
+    folder.describe(status="running", update=update, **session, sessions=sessions, **size, seed=config.seed)
 
 
-def sizes(module: nn.Module) -> dict[str, Any]:
-    """``parameters``: how many in all."""
-    return {"parameters": {"total": sum(p.numel() for p in module.parameters())}}
+def sizes(module: nn.Module, account: Account | None) -> dict[str, Any]:
+    """``parameters`` (total, and active per token where there is an account of it) and ``flops_per_token``."""
+    if account is None:
+        return {"parameters": {"total": sum(p.numel() for p in module.parameters())}}
+    counted = account(module)
+    names = {"total": "parameters_total", "active": "parameters_active", "experts": "parameters_experts"}
+    return {
+        "parameters": {short: counted[name] for short, name in names.items()},
+        "flops_per_token": counted["flops_per_token"],
+        "accounting": counted,
+    }
 
 
 def versions() -> dict[str, str]:
@@ -89,6 +105,7 @@ def summary(folder: RunFolder, config: RunConfig, state: RunState) -> Table:
         "routing": str(config.routing.get("name")),
         "parameters": f"{parameters.get('total', 0):,}" + _active(parameters),
         "processes": f"{world['processes']} on {world['device']}, {info['threads']} threads each",
+        "FLOPs per token": f"{info['flops_per_token']:.3g} forward" if "flops_per_token" in info else "",
         "updates": f"{training.max_updates:,} of {training.tokens_per_update:,} target tokens, {training.precision}",
         "goes on from": f"update {state.update}" if state.update else "",
     }

@@ -7,15 +7,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch.distributed as dist
 from rich.console import Console
 from torch import nn
 
 from moe_train.config import RunConfig
 from moe_train.errors import TrainingError
+from moe_train.parallel.ranks import ProcessRanks
+from moe_train.routing.context import Alone, Ranks
 from moe_train.training import best, guard
-from moe_train.training.about import describe_run, summary
+from moe_train.training.about import Account, describe_run, summary
 from moe_train.training.checkpoints import CheckpointStore
-from moe_train.training.engines import EngineInputs, build_engine
+from moe_train.training.engines import Engine, EngineInputs, build_engine
 from moe_train.training.hooks import tell
 from moe_train.training.initial import initialise_from
 from moe_train.training.journal import Interval
@@ -55,6 +58,7 @@ def train(
     *,
     world: World | None = None,
     validate_bleu: ValidateBleu | None = None,
+    account: Account | None = None,
     console: Console | None = None,
 ) -> Outcome:
     """Trains, or goes on training, in ``folder``. Every rank calls it.
@@ -64,6 +68,7 @@ def train(
         task: batches, model and criterion.
         world: None: the default process group, on the CPU.
         validate_bleu: scores per direction; every rank calls it at the same updates.
+        account: what run.json says of the model's size and cost.
         console: rank 0's screen; None: silence.
 
     Raises:
@@ -71,7 +76,8 @@ def train(
         CheckpointError: a checkpoint that cannot be written, or that is damaged where the run should go on from it.
     """
     world = world or World.current()
-    loop = _assemble(config, task, folder, world, validate_bleu, console)
+    parts = _Parts(config, task, folder, world, validate_bleu, account, console if world.main else None)
+    loop = _assemble(parts)
     try:
         return loop.run()
     except OSError as error:
@@ -84,30 +90,31 @@ def train(
         loop.close()
 
 
-def _assemble(
-    config: RunConfig,
-    task: TrainingTask,
-    folder: RunFolder,
-    world: World,
-    validate_bleu: ValidateBleu | None,
-    console: Console | None,
-) -> Loop:
-    module = _model(config, task, world)
-    ranks = world.with_own_group()
-    tell(module, "set_ranks", ranks)
-    store = CheckpointStore(folder.checkpoints, world)
-    if config.training.init_from is not None and world.broadcast(store.latest()) is None:
-        initialise_from(module, config.training.init_from, world)
-    engine = build_engine(EngineInputs(module, config.engine, config.training, world))
+@dataclass(frozen=True)
+class _Parts:
+    """The arguments of :func:`train`."""
+
+    config: RunConfig
+    task: TrainingTask
+    folder: RunFolder
+    world: World
+    validate_bleu: ValidateBleu | None
+    account: Account | None
+    screen: Console | None
+
+
+def _assemble(given: _Parts) -> Loop:
+    config, task, folder, world = given.config, given.task, given.folder, given.world
+    ranks: Ranks = ProcessRanks(dist.new_group()) if world.size > 1 else Alone()
+    engine = _engine(config, task, folder, world, ranks)
     criterion = task.build_criterion().to(world.device)
     about = {"config_digest": config_digest(config), "world": world.size}
-    keeper = Keeper(store, engine, config.training.checkpoint, about)
+    keeper = Keeper(CheckpointStore(folder.checkpoints, world), engine, config.training.checkpoint, about)
     state = keeper.restore() or RunState()
     if world.main:
-        describe_run(folder, config, module, world, state.update)
-    screen = console if world.main else None
-    if screen is not None:
-        screen.print(summary(folder, config, state))
+        describe_run(folder, config, engine.module, world, state.update, given.account)
+    if given.screen is not None:
+        given.screen.print(summary(folder, config, state))
     return Loop(
         config=config,
         state=state,
@@ -118,16 +125,24 @@ def _assemble(
         validator=Validator(task, criterion, engine, world, ranks),
         keeper=keeper,
         records=Records(folder, world.main, state.update),
-        display=Display(config.training.max_updates, state.update, screen),
+        display=Display(config.training.max_updates, state.update, given.screen),
         interval=Interval.from_json(state.interval, world.device),
-        validate_bleu=validate_bleu,
+        validate_bleu=given.validate_bleu,
     )
 
 
-def _model(config: RunConfig, task: TrainingTask, world: World) -> nn.Module:
-    module = task.build_model().to(world.device)
+def _engine(config: RunConfig, task: TrainingTask, folder: RunFolder, world: World, ranks: Ranks) -> Engine:
+    """The model, told who shares its batches, inside its engine.
+
+    The ranks of the routers have a communicator of their own: their reductions never interleave with the engine's.
+    """
+    module = task.build_model().to(world.device).train()
     tell(module, "set_recompute", config.training.recompute)
-    return module.train()
+    tell(module, "set_ranks", ranks)
+    latest = world.broadcast(CheckpointStore(folder.checkpoints, world).latest())
+    if config.training.init_from is not None and latest is None:
+        initialise_from(module, config.training.init_from, world)
+    return build_engine(EngineInputs(module, config.engine, config.training, world))
 
 
 @dataclass

@@ -17,7 +17,8 @@ T = TypeVar("T")
 class World:
     """Who we are among the processes, and the few collectives that the loop needs.
 
-    It also satisfies :class:`moe_train.routing.context.Ranks`. ``group`` None is the default process group.
+    ``group`` None is the default process group. For reductions inside models there is
+    :class:`moe_train.parallel.ranks.ProcessRanks`.
 
     Attributes:
         rank: 0 .. size - 1; rank 0 writes files and speaks.
@@ -45,12 +46,6 @@ class World:
     def main(self) -> bool:
         """Whether this is rank 0."""
         return self.rank == 0
-
-    def with_own_group(self) -> World:
-        """The same ranks over a communicator of their own, so that its collectives never interleave with others."""
-        if self.size == 1:
-            return self
-        return World(self.rank, self.size, self.local_rank, self.local_size, self.device, dist.new_group())
 
     def sum(self, value: Tensor) -> Tensor:
         """The sum over ranks, on every rank; ``value`` is left as it is."""
