@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,8 @@ from fairseq.tasks import FairseqTask  # noqa: E402
 
 if TYPE_CHECKING:
     from fairseq.data import Dictionary
+
+_log = logging.getLogger(__name__)
 
 
 @register_task("translation")
@@ -122,7 +125,10 @@ class TranslationTask(FairseqTask):  # type: ignore[misc]
             seed=self.config.seed,
         )
         names = [d.name for d in text.directions]
-        return WorldBatches(text.source_lengths, text.target_lengths, text.sizes, settings, names)
+        batches = WorldBatches(text.source_lengths, text.target_lengths, text.sizes, settings, names)
+        if left_out := {name: count for name, count in batches.left_out.items() if count}:
+            _log.warning("train: sentences of more than %d tokens left out: %s", settings.longest, left_out)
+        return batches
 
     def train_sample(self, indices: Indices) -> Sample:
         """A rank's rows of a training micro-batch."""
@@ -156,13 +162,16 @@ class TranslationTask(FairseqTask):  # type: ignore[misc]
         """Micro-batches by direction, always the same, of the budget that training has.
 
         ``training.validation.max_sentences`` takes the first so many of each direction; sentences beyond the model's
-        ``max_positions`` are left out.
+        ``max_positions`` are left out, with a warning that counts them.
         """
         training = self.config.training
         budget = max(1, training.tokens_per_update // training.accumulation)
         sets: dict[str, Sequence[Indices]] = {}
         for name, text in self._validation.items():
             kept = np.maximum(text.source_lengths, text.target_lengths) <= self.config.model.max_positions
+            if not kept.all():
+                limit = self.config.model.max_positions
+                _log.warning("valid %s: %d sentences of more than %d tokens left out", name, (~kept).sum(), limit)
             items = np.flatnonzero(kept)[: training.validation.max_sentences or None]
             items = items[in_length_order(text.source_lengths[items], text.target_lengths[items], budget)]
             edges = cut(text.source_lengths[items], text.target_lengths[items], budget)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 
 import numpy as np
@@ -145,6 +146,17 @@ def test_validation_sets_hold_each_sentence_once_and_obey_the_limit(tiny_data: D
             assert target.numel() <= task.config.training.tokens_per_update
     few = make_task(tiny_data, validation=type(task.config.training.validation)(max_sentences=7)).validation_sets()
     assert all(sorted(np.concatenate(batches).tolist()) == list(range(7)) for batches in few.values())
+
+
+def test_validation_sentences_that_the_model_cannot_hold_are_counted(
+    tiny_data: DataFolder, caplog: pytest.LogCaptureFixture
+) -> None:
+    task = make_task(tiny_data)
+    text = task.split("valid")
+    longest = int(np.maximum(text.source_lengths, text.target_lengths).max())
+    task.with_config(model=dataclasses.replace(task.config.model, max_positions=longest - 1))
+    held = sum(len(batch) for batches in task.validation_sets().values() for batch in batches)
+    assert held < len(text) and "left out" in caplog.text
 
 
 def test_token_frequencies_count_text_tags_and_ends(tiny_data: DataFolder) -> None:
