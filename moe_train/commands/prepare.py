@@ -8,19 +8,18 @@ from typing import Any
 from rich.console import Console
 
 from moe_train.commands._app import run_app
-from moe_train.config import build
-from moe_train.config.corpus import PrepareConfig
-from moe_train.data.prepare import prepare
-from moe_train.data.progress import Progress
-from moe_train.data.summary import show
 
 
 def run(mapping: Mapping[str, Any]) -> None:
     """Prepares what the composed config describes and shows what came of it."""
-    config = build(PrepareConfig, mapping)
+    from moe_train.config import build
+    from moe_train.config.corpus import PrepareConfig
+    from moe_train.data.prepare import prepare
+    from moe_train.data.progress import Progress
+    from moe_train.data.summary import show
+
     console = Console()
-    folder = prepare(config, Progress(console))
-    show(folder, console)
+    show(prepare(build(PrepareConfig, mapping), Progress(console)), console)
 
 
 def main() -> None:

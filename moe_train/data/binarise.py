@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from moe_train.data.tokenizer import EOS, OFFSET, Tokenizer
 from moe_train.fairseq_compat import apply
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _BATCH = 20_000
 
@@ -33,7 +36,7 @@ def binarise(
     Returns:
         The number of sentences, and how often each SentencePiece piece occurred, shape [pieces].
     """
-    apply()
+    apply()  # not before: a user's mistake should not wait for torch and fairseq to be imported
     from fairseq.data.indexed_dataset import MMapIndexedDatasetBuilder, best_fitting_int_dtype
 
     builder = MMapIndexedDatasetBuilder(f"{prefix}.bin", best_fitting_int_dtype(vocabulary))
@@ -51,8 +54,10 @@ def binarise(
     return sentences, counts
 
 
-def _with_end(flat: np.ndarray, encoded: list[list[int]]) -> tuple[torch.Tensor, ...]:
+def _with_end(flat: np.ndarray, encoded: list[list[int]]) -> tuple[Tensor, ...]:
     """Cuts a batch's ids [pieces] into sentences and appends the end to each."""
+    import torch
+
     sizes = np.array([len(pieces) for pieces in encoded], dtype=np.int64)
     ends = np.cumsum(sizes)
     whole = torch.from_numpy(np.insert(flat, ends, EOS))

@@ -29,7 +29,7 @@ from moe_train.data.vocabulary import dictionary_size, train_sentencepiece
 from moe_train.data.workers import Workers, available_cores
 from moe_train.data.writer import FolderWriter
 from moe_train.errors import DataError
-from moe_train.fairseq_compat import apply
+from moe_train.fairseq_compat import require_fairseq
 
 
 def prepare(config: PrepareConfig, progress: Progress | None = None) -> DataFolder:
@@ -42,7 +42,7 @@ def prepare(config: PrepareConfig, progress: Progress | None = None) -> DataFold
         ConfigError, DataError: what is wrong with config, corpus or place. Whatever stood in ``out`` before still does.
         MissingDependency: fairseq is not installed.
     """
-    apply()
+    require_fairseq()
     progress = progress or Progress()
     out = Path(config.out).expanduser()
     plan = make_plan(config, progress)

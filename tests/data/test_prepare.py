@@ -23,11 +23,11 @@ from moe_train.errors import ConfigError, DataError
 from tests.data import tiny_corpus
 
 
-def settings(corpus: Path, out: Path, **changes: Any) -> PrepareConfig:
+def settings(folder: Path, out: Path, /, **changes: Any) -> PrepareConfig:
     """A small config; ``changes`` are dotted keys with __ for the dot."""
     mapping: dict[str, Any] = {
         "out": str(out),
-        "corpus": {"name": "text", "path": str(corpus), "cleaning": {}, "split": {}},
+        "corpus": {"name": "text", "path": str(folder), "cleaning": {}, "split": {}},
         "vocabulary": {"size": 375, "character_coverage": 1.0},
         "workers": 1,
     }

@@ -41,7 +41,7 @@ def read_iwslt14(config: CorpusConfig, progress: Progress) -> list[ParallelText]
     for name, place in sorted(names.items()):
         pair = Pair.parse(name)
         texts.append(_training(pair, place))
-        if sets := sorted(place.glob(f"IWSLT14.TED*.{name}.{pair.source}.xml")):
+        if sets := sorted({path.with_suffix("").with_suffix("") for path in place.glob(f"IWSLT14.TED*.{name}.*.xml")}):
             texts.append(_test(pair, sets))
     return texts
 
@@ -62,15 +62,14 @@ def _training(pair: Pair, folder: Path) -> ParallelText:
     return ParallelText(pair, None, read, files)
 
 
-def _test(pair: Pair, sources: list[Path]) -> ParallelText:
-    ending = f".{pair.source}.xml"
-    targets = [_existing(path.with_name(path.name.removesuffix(ending) + f".{pair.target}.xml")) for path in sources]
+def _test(pair: Pair, sets: list[Path]) -> ParallelText:
+    sides = [[_existing(path.with_name(f"{path.name}.{language}.xml")) for path in sets] for language in pair]
 
     def read() -> Iterator[tuple[str, str]]:
-        for source, target in zip(sources, targets, strict=True):
+        for source, target in zip(*sides, strict=True):
             yield from _segments(source, target)
 
-    return ParallelText(pair, "test", read, (*sources, *targets))
+    return ParallelText(pair, "test", read, (*sides[0], *sides[1]))
 
 
 def _segments(source: Path, target: Path) -> Iterator[tuple[str, str]]:
