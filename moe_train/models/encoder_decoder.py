@@ -278,7 +278,7 @@ class TransformerModel(FairseqEncoderDecoderModel):  # type: ignore[misc]
             statistics: by the block's number; what learns from loads (a balancing bias) moves.
         """
         for block in self.modules():
-            router, layer = getattr(block, "router", None), getattr(block, "layer", None)
+            router, layer = getattr(block, "router", None), int(getattr(block, "layer", -1))
             if isinstance(block, Block) and isinstance(router, Router) and layer in statistics:
                 router.after_update(statistics[layer])
 
