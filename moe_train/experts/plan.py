@@ -3,42 +3,33 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
+from moe_train.parallel.rows import TokenRows, sort_by_token
+
 
 @dataclass(frozen=True)
 class RowPlan:
-    """P pairs of T tokens on N rows: each expert's rows stand together, padded to a multiple of ``align``.
+    """P pairs of T tokens on N rows: each expert's rows stand together, padded to a multiple.
 
     A padding row repeats token 0 and belongs to no pair, so what is computed there reaches nobody. Within an expert,
     rows keep the pairs' order, so that the outcome never varies from run to run.
 
     Attributes:
-        row_token: [N] int64, token of each row.
-        row_pair: [N] int64, pair of each row; P for padding.
-        pair_row: [P] int64, row of each pair.
-        by_token: [P] int64, rows in token order.
-        token_start: [T] int64, where each token's rows start in ``by_token``.
+        tokens: whose the rows are.
         rows: rows of each local expert, padding included, on the host.
     """
 
-    row_token: Tensor
-    row_pair: Tensor
-    pair_row: Tensor
-    by_token: Tensor
-    token_start: Tensor
+    tokens: TokenRows
     rows: tuple[int, ...]
 
     @property
     def starts(self) -> tuple[int, ...]:
         """First row of each local expert."""
-        total, starts = 0, []
-        for count in self.rows:
-            starts.append(total)
-            total += count
-        return tuple(starts)
+        return (0, *accumulate(self.rows))[:-1]
 
 
 @torch.no_grad()
@@ -65,11 +56,5 @@ def plan_rows(token: Tensor, expert: Tensor, num_tokens: int, num_experts: int, 
     row_token[sorted_row] = token[order]
     pair_row = torch.empty_like(order)
     pair_row[order] = sorted_row
-    by_token = pair_row if _is_sorted(token) else pair_row[torch.argsort(token, stable=True)]
-    per_token = torch.bincount(token, minlength=num_tokens)
-    return RowPlan(row_token, row_pair, pair_row, by_token, per_token.cumsum(0) - per_token, rows)
-
-
-def _is_sorted(token: Tensor) -> bool:
-    """Whether a token-choice router made the pairs. Only asked where the answer costs no device sync."""
-    return token.device.type == "cpu" and bool((token[1:] >= token[:-1]).all())
+    tokens = TokenRows(row_token, row_pair, pair_row, *sort_by_token(pair_row, token, num_tokens))
+    return RowPlan(tokens, rows)

@@ -1,64 +1,79 @@
-"""The pool of experts: carries out an Assignment, y_t = Σ over pairs (t, e, w) of w · f_e(x_t)."""
+"""The pool of experts: carries out an Assignment, y_t = Σ over pairs (t, e, w) of w · f_e(x_t), near or far."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from moe_train.experts.mixing import GatherRows, MixRows
 from moe_train.experts.parameters import StackedFeedForward, initialise
 from moe_train.experts.plan import plan_rows
 from moe_train.experts.products import row_alignment
 from moe_train.experts.spec import ExpertSpec
 from moe_train.experts.stack import run_experts
+from moe_train.parallel.exchange import exchange
+from moe_train.parallel.layout import ExpertLayout
+from moe_train.parallel.rows import gather_rows, mix_rows
 from moe_train.routing.types import Assignment
 
 
 class ExpertPool(nn.Module):
-    """E experts, stacked. Each parameter carries ``parameter.expert = True``.
+    """E experts, of which this rank holds its share, stacked. Each parameter carries ``parameter.expert = True``.
 
     Args:
         spec: what one expert is.
         num_experts: E, over all ranks.
         layout: which rank owns which experts; None keeps them all here.
+
+    Raises:
+        ConfigError: the layout cannot divide E experts.
     """
 
-    def __init__(self, spec: ExpertSpec, num_experts: int, layout: None = None) -> None:
+    def __init__(self, spec: ExpertSpec, num_experts: int, layout: ExpertLayout | None = None) -> None:
         super().__init__()
         self.spec = spec
         self.num_experts = num_experts
-        self.sublayers = nn.ModuleList(StackedFeedForward(spec, num_experts) for _ in range(spec.sublayers))
+        self.layout = layout or ExpertLayout.alone()
+        self.expert_ids = self.layout.experts(num_experts)
+        self.sublayers = nn.ModuleList(StackedFeedForward(spec, len(self.expert_ids)) for _ in range(spec.sublayers))
         self.reset_parameters()
-
-    @property
-    def expert_ids(self) -> range:
-        """Global ids of the experts that this rank holds."""
-        return range(self.num_experts)
 
     def reset_parameters(self) -> None:
         """Draws all local experts anew; the same draws under any layout."""
         initialise(self._stacks, self.expert_ids)
 
     def forward(self, x: Tensor, assignment: Assignment) -> Tensor:
-        """Mixes the experts' outputs.
+        """Mixes the experts' outputs. Where experts are divided over ranks, all of these must call it together.
 
         Args:
-            x: [T, d].
+            x: [T, d], this rank's tokens (T may be 0).
             assignment: pairs over all E experts; tokens without a pair get 0.
 
         Returns:
             y [T, d] in x's type; sums in fp32 (fp64 for fp64). With T = 0 or no pairs every parameter still gets a
             (zero) gradient.
         """
-        compute = _compute_type(x)
-        y = self._mix(x.to(compute), assignment.token, assignment.expert, assignment.weight)
+        inputs = x.to(_compute_type(x))
+        y = self._carry_out(inputs, assignment.token, assignment.expert, assignment.weight)
         return y.to(x.dtype)
 
+    def _carry_out(self, x: Tensor, token: Tensor, expert: Tensor, weight: Tensor) -> Tensor:
+        layout, held = self.layout, len(self.expert_ids)
+        if not layout.exchanges:
+            return self._mix(x, token, expert, weight)
+        if not layout.plan.exchanges_by_node:
+            return exchange(x, token, expert, weight, held, self._mix, layout.expert_peers)
+
+        def on_node(x: Tensor, row: Tensor, expert: Tensor, weight: Tensor) -> Tensor:
+            return exchange(x, row, expert, weight, held, self._mix, layout.local_peers)
+
+        on_each_node = held * layout.plan.ranks_per_node
+        return exchange(x, token, expert, weight, on_each_node, on_node, layout.node_peers)
+
     def _mix(self, x: Tensor, token: Tensor, expert: Tensor, weight: Tensor) -> Tensor:
+        """The experts held here: x [R, d], pairs with local expert numbers → [R, d] in at least fp32."""
         plan = plan_rows(token, expert, x.shape[0], len(self.expert_ids), row_alignment(x))
-        rows = GatherRows.apply(x, plan)  # type: ignore[no-untyped-call]
-        out = run_experts(rows, plan, self._stacks, self.training)
-        return MixRows.apply(out, weight, plan)  # type: ignore[no-any-return, no-untyped-call]
+        out = run_experts(gather_rows(x, plan.tokens), plan, self._stacks, self.training)
+        return mix_rows(out, weight, plan.tokens)
 
     @property
     def _stacks(self) -> list[StackedFeedForward]:
@@ -66,7 +81,7 @@ class ExpertPool(nn.Module):
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""
-        return f"num_experts={self.num_experts}, {self.spec}"
+        return f"num_experts={self.num_experts}, held={self.expert_ids}, {self.spec}"
 
 
 def _compute_type(x: Tensor) -> torch.dtype:

@@ -1,0 +1,31 @@
+"""Reductions over the ranks that share a micro-batch, for routers that need the whole batch's statistics."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from torch import Tensor
+
+
+class ProcessRanks:
+    """Implements :class:`moe_train.routing.context.Ranks` with torch.distributed. Results carry no gradient.
+
+    Args:
+        group: the process group; None is the default group.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self.group = group
+        self.size: int = dist.get_world_size(group)
+        self.rank: int = dist.get_rank(group)
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum over ranks, a new tensor."""
+        result = value.detach().clone().contiguous()
+        dist.all_reduce(result, dist.ReduceOp.SUM, group=self.group)
+        return result
+
+    def max(self, value: Tensor) -> Tensor:
+        """The maximum over ranks, a new tensor."""
+        result = value.detach().clone().contiguous()
+        dist.all_reduce(result, dist.ReduceOp.MAX, group=self.group)
+        return result

@@ -1,0 +1,119 @@
+"""Tokens to rows and back: gather, and the weighted sum over a token's rows.
+
+Autograd functions because each one's gradient is the other's forward, and because torch's fused gather-and-sum
+(``embedding_bag``) is several times faster than gather, multiply and ``index_add`` apart. Each sum runs over a token's
+rows in a fixed order, so it never varies from run to run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+_CHUNK = 1024  # rows that are weighted at a time, so that fp32 copies stay in cache
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """Which of N rows belong to which of T tokens; rows may belong to none (padding) and tokens may have none.
+
+    Attributes:
+        row_token: [N] int64, token of each row (any token for padding).
+        row_pair: [N] int64, which of the P weights is the row's; P for padding.
+        pair_row: [P] int64, row of each weight.
+        by_token: [P] int64, rows in token order, without padding.
+        token_start: [T] int64, where each token's rows start in ``by_token``.
+    """
+
+    row_token: Tensor
+    row_pair: Tensor
+    pair_row: Tensor
+    by_token: Tensor
+    token_start: Tensor
+
+    @classmethod
+    def of_tokens(cls, row_token: Tensor, num_tokens: int) -> TokenRows:
+        """Rows without padding: row_token [N], every row its own weight."""
+        row = torch.arange(row_token.shape[0], device=row_token.device)
+        return cls(row_token, row, row, *sort_by_token(row, row_token, num_tokens))
+
+
+def sort_by_token(pair_row: Tensor, token: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+    """``by_token`` and ``token_start`` from the row [P] and the token [P] of each pair."""
+    sorted_already = token.device.type == "cpu" and bool((token[1:] >= token[:-1]).all())
+    by_token = pair_row if sorted_already else pair_row[torch.argsort(token, stable=True)]
+    per_token = torch.bincount(token, minlength=num_tokens)
+    return by_token, per_token.cumsum(0) - per_token
+
+
+def gather_rows(x: Tensor, rows: TokenRows) -> Tensor:
+    """x [T, d] → [N, d]."""
+    return _Gather.apply(x, rows)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def mix_rows(values: Tensor, weight: Tensor | None, rows: TokenRows) -> Tensor:
+    """y_t = Σ over rows of token t of weight · value.
+
+    Args:
+        values: [N, d].
+        weight: [P], differentiable; None: all 1.
+        rows: whose they are.
+
+    Returns:
+        [T, d] in at least fp32.
+    """
+    return _Mix.apply(values, weight, rows)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: TokenRows) -> Tensor:
+        ctx.rows = rows
+        return x.index_select(0, rows.row_token)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _sum(grad.contiguous(), None, ctx.rows), None
+
+
+class _Mix(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, weight: Tensor | None, rows: TokenRows) -> Tensor:
+        ctx.rows, ctx.dtype = rows, values.dtype
+        ctx.save_for_backward(*(() if weight is None else (values, weight)))
+        return _sum(values.to(torch.promote_types(values.dtype, torch.float32)), weight, rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        saved = ctx.saved_tensors
+        if saved:
+            values, weight = saved
+            return *_mix_gradients(grad, values, weight, ctx.rows), None
+        return grad.index_select(0, ctx.rows.row_token).to(ctx.dtype), None, None
+
+
+def _mix_gradients(grad: Tensor, values: Tensor, weight: Tensor, rows: TokenRows) -> tuple[Tensor, Tensor]:
+    """Of the values: weight · grad, 0 for padding. Of a weight: the product of its value and the gradient."""
+    row_weight = torch.cat([weight, weight.new_zeros(1)]).to(grad.dtype)[rows.row_pair].unsqueeze(1)
+    grad_values = torch.empty_like(values)
+    dots = grad.new_empty(values.shape[0])
+    for start in range(0, values.shape[0], _CHUNK):
+        part = slice(start, start + _CHUNK)
+        g = grad.index_select(0, rows.row_token[part])
+        torch.sum(values[part].to(g.dtype).mul(g), 1, out=dots[part])
+        grad_values[part] = g.mul_(row_weight[part])
+    return grad_values, dots[rows.pair_row].to(weight.dtype)
+
+
+def _sum(values: Tensor, weight: Tensor | None, rows: TokenRows) -> Tensor:
+    """[T, d]: the (weighted) sum of each token's rows of values [N, d]."""
+    if rows.by_token.numel() == 0:
+        return values.new_zeros(rows.token_start.shape[0], values.shape[1])
+    by = None if weight is None else weight[rows.row_pair[rows.by_token]].to(values.dtype)
+    return torch.embedding_bag(values, rows.by_token, rows.token_start, False, 0, False, by)[0]
