@@ -1,0 +1,368 @@
+#!/usr/bin/env python
+"""Our dense Transformer beside stock fairseq 0.12.2's, in one run on the CPU: loss, speeds of both, BLEU.
+
+    python scripts/compare_fairseq.py DATA_FOLDER --updates 400 --directions de-en en-de
+
+Both models have the same dimensions and see the same micro-batches in the same order, an update of one after an update
+of the other, so that other work on the machine slows both alike. Stock is fairseq's model, criterion, gradient clipping
+and Adam without its Trainer around them (which would only slow it down); ours is our model, criterion and optimizer, as
+``moe-train`` uses them. Then stock's weights go into our model, and fairseq's SequenceGenerator and our beam search
+translate the same batches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from moe_train.config import (
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    ScheduleConfig,
+    SearchConfig,
+    TaskConfig,
+    TrainingConfig,
+    ValidationConfig,
+)
+from moe_train.data.folder import DataFolder
+from moe_train.evaluation.beam_search import BeamSearch
+from moe_train.evaluation.decoding import Job, encode
+from moe_train.evaluation.scoring import Scorer
+from moe_train.fairseq_compat import apply
+from moe_train.models.from_fairseq import convert_state_dict
+from moe_train.tasks import build_task
+from moe_train.training.gradients import clip, gradients, total_norm
+from moe_train.training.optimizer import build_optimizer
+from moe_train.training.schedules import learning_rate
+from moe_train.training.steps import seed_generators
+
+apply()
+from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEntropyCriterion  # noqa: E402
+from fairseq.models.transformer import TransformerModel, base_architecture  # noqa: E402
+from fairseq.optim.adam import Adam  # noqa: E402
+from fairseq.sequence_generator import SequenceGenerator  # noqa: E402
+from fairseq.utils import clip_grad_norm_  # noqa: E402
+
+STOCK_KEYS = ("src_tokens", "src_lengths", "prev_output_tokens")
+WARM_UP = 5
+
+
+@dataclass
+class Side:
+    """One of the two: how it computes a loss and steps, and the time it took."""
+
+    name: str
+    model: nn.Module
+    step: Callable[[dict[str, Any], float], None]
+    nll: Callable[[dict[str, Any]], float]
+    seconds: list[float] = field(default_factory=list)
+    words: list[int] = field(default_factory=list)
+
+    def words_per_second(self) -> float:
+        """Target words over time, the first updates left out."""
+        return sum(self.words[WARM_UP:]) / sum(self.seconds[WARM_UP:])
+
+
+def main() -> None:
+    """Trains both, translates with both, prints the table."""
+    options = parse()
+    torch.set_num_threads(options.threads)
+    config = run_config(options)
+    task: Any = build_task(config, DataFolder.open(options.data))
+    console = Console()
+    stock, ours = stock_side(task, config), our_side(task, config)
+    train(task, config, stock, ours, console)
+    report = {"words_per_second": {s.name: s.words_per_second() for s in (stock, ours)}}
+    report["valid_nll"] = {side.name: validate(task, side) for side in (stock, ours)}
+    report["words_per_second"]["ours, bf16"] = bf16_speed(task, config, options.bf16_updates)
+    report |= search(task, config, stock.model, ours.model, options)
+    report["settings"] = {key: str(value) for key, value in vars(options).items()}
+    show(report, console)
+    if options.out:
+        options.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, help="a folder made by moe-prepare")
+    parser.add_argument("--directions", nargs="*", default=[], help="all of the folder unless given")
+    parser.add_argument("--updates", type=int, default=400)
+    parser.add_argument("--tokens", type=int, default=2500, help="target tokens of an update")
+    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--dim", type=int, default=192)
+    parser.add_argument("--ffn-dim", type=int, default=768)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--beam", type=int, default=4)
+    parser.add_argument("--split", default="test", help="what is translated")
+    parser.add_argument("--sentences", type=int, default=150, help="at most, of each direction")
+    parser.add_argument("--bf16-updates", type=int, default=20)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--out", type=Path, help="write the report as JSON")
+    return parser.parse_args()
+
+
+def run_config(options: argparse.Namespace) -> RunConfig:
+    """The configuration that both sides follow."""
+    return RunConfig(
+        data=str(options.data),
+        seed=options.seed,
+        model=ModelConfig(
+            encoder_layers=options.layers,
+            decoder_layers=options.layers,
+            embed_dim=options.dim,
+            ffn_dim=options.ffn_dim,
+            num_heads=options.heads,
+            attention_dropout=0.0,
+            sparse_layers="none",
+        ),
+        task=TaskConfig(directions=tuple(options.directions)),
+        training=TrainingConfig(
+            max_updates=options.updates,
+            tokens_per_update=options.tokens,
+            optimizer=OptimizerConfig(lr=options.lr),
+            schedule=ScheduleConfig(warmup_updates=max(options.updates // 5, 1)),
+            validation=ValidationConfig(max_sentences=options.sentences),
+        ),
+        search=SearchConfig(beam=options.beam),
+    )
+
+
+def stock_side(task: Any, config: RunConfig) -> Side:
+    """fairseq's model, criterion, clipping and optimizer."""
+    torch.manual_seed(config.seed)
+    model, training = stock_model(task, config.model), config.training
+    criterion = LabelSmoothedCrossEntropyCriterion(task, sentence_avg=False, label_smoothing=training.label_smoothing)
+    adam = training.optimizer
+    optimizer = Adam(model.parameters(), lr=adam.lr, betas=adam.betas, eps=adam.eps)
+
+    def step(sample: dict[str, Any], lr: float) -> None:
+        loss, size, _ = criterion(model, plain(sample))
+        optimizer.zero_grad()
+        (loss / size).backward()
+        clip_grad_norm_(list(model.parameters()), training.clip_norm)
+        set_lr(optimizer, lr)
+        optimizer.step()
+
+    def nll(sample: dict[str, Any]) -> float:
+        return float(criterion(model, plain(sample))[2]["nll_loss"])
+
+    return Side("stock fairseq", model, step, nll)
+
+
+def stock_model(task: Any, config: ModelConfig) -> nn.Module:
+    """fairseq's ``transformer`` of the same dimensions."""
+    sides = {
+        f"{side}_{key}": value
+        for side in ("encoder", "decoder")
+        for key, value in {
+            "layers": getattr(config, f"{side}_layers"),
+            "embed_dim": config.embed_dim,
+            "ffn_embed_dim": config.ffn_dim,
+            "attention_heads": config.num_heads,
+            "normalize_before": config.norm_order == "pre",
+        }.items()
+    }
+    flags = argparse.Namespace(
+        **sides,
+        share_all_embeddings=True,
+        dropout=config.dropout,
+        attention_dropout=config.attention_dropout,
+        activation_dropout=config.activation_dropout,
+        max_source_positions=config.max_positions,
+        max_target_positions=config.max_positions,
+    )
+    base_architecture(flags)
+    model: nn.Module = TransformerModel.build_model(flags, task)
+    return model
+
+
+def our_side(task: Any, config: RunConfig, bf16: bool = False) -> Side:
+    """Our model, criterion, clipping and optimizer, as the training loop uses them."""
+    model, criterion, training = task.build_model(), task.build_criterion(), config.training
+    optimizer = build_optimizer(model, training.optimizer)
+
+    def step(sample: dict[str, Any], lr: float) -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss, size, _ = criterion(model, sample)
+        optimizer.zero_grad(set_to_none=True)
+        (loss / size).backward()
+        clip(model.parameters(), training.clip_norm, total_norm(gradients(model.parameters())))
+        set_lr(optimizer, lr)
+        optimizer.step()
+
+    def nll(sample: dict[str, Any]) -> float:
+        return float(criterion(model, sample)[2]["nll_loss"])
+
+    return Side("ours, bf16" if bf16 else "ours", model, step, nll)
+
+
+def plain(sample: dict[str, Any]) -> dict[str, Any]:
+    """The sample as stock fairseq knows it."""
+    return {**sample, "net_input": {key: sample["net_input"][key] for key in STOCK_KEYS}}
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """The learning rate of the coming update."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def train(task: Any, config: RunConfig, stock: Side, ours: Side, console: Console) -> None:
+    """The same updates for both, turn by turn."""
+    training, batches = config.training, task.train_batches()
+    for update in range(training.max_updates):
+        rate = learning_rate(training.schedule, training.optimizer.lr, training.max_updates, update + 1)
+        samples = [task.train_sample(indices) for indices in batches.update(update).micro_batches]
+        for side in (stock, ours) if update % 2 else (ours, stock):
+            timed_update(side, samples, rate, config.seed, update)
+        if (update + 1) % 50 == 0:
+            speeds = ", ".join(f"{side.name} {side.words_per_second():.0f} words/s" for side in (stock, ours))
+            console.print(f"update {update + 1}: {speeds}", highlight=False)
+
+
+def timed_update(side: Side, samples: list[dict[str, Any]], rate: float, seed: int, update: int) -> None:
+    """One update of one side."""
+    side.model.train()
+    seed_generators(seed, update)
+    start = time.perf_counter()
+    for sample in samples:
+        side.step(sample, rate)
+    side.seconds.append(time.perf_counter() - start)
+    side.words.append(sum(sample["ntokens"] for sample in samples))
+
+
+def bf16_speed(task: Any, config: RunConfig, updates: int) -> float:
+    """Words per second of our model under bf16 autocast."""
+    side, batches = our_side(task, config, bf16=True), task.train_batches()
+    for update in range(WARM_UP + updates):
+        samples = [task.train_sample(indices) for indices in batches.update(update).micro_batches]
+        timed_update(side, samples, config.training.optimizer.lr, config.seed, update)
+    return side.words_per_second()
+
+
+@torch.no_grad()
+def validate(task: Any, side: Side) -> float:
+    """Negative log-likelihood per target token over all validation sets, in nats."""
+    side.model.eval()
+    total, tokens = 0.0, 0
+    for name, batches in task.validation_sets().items():
+        for indices in batches:
+            sample = task.validation_sample(name, indices)
+            total += side.nll(sample)
+            tokens += sample["ntokens"]
+    return total / tokens
+
+
+def search(
+    task: Any, config: RunConfig, stock: nn.Module, ours: nn.Module, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Both searches over the same batches with stock's weights: mean BLEU over directions, and tokens per second."""
+    ours.load_state_dict(convert_state_dict(stock.state_dict()))
+    stock.eval(), ours.eval()
+    settings, words = config.search, task.target_dictionary
+    generator = SequenceGenerator(
+        [stock],
+        words,
+        beam_size=settings.beam,
+        max_len_a=settings.max_length_ratio,
+        max_len_b=settings.max_length_offset,
+    )
+    beam = BeamSearch(ours, words, settings)  # type: ignore[arg-type]
+
+    def theirs(net_input: dict[str, Any]) -> list[list[int]]:
+        first = int(net_input["prev_output_tokens"][0, 0])
+        sample = {"net_input": {key: net_input[key] for key in STOCK_KEYS[:2]}}
+        found = generator.generate([stock], sample, bos_token=first)
+        return [[t for t in sentence[0]["tokens"].tolist() if t != words.eos()] for sentence in found]
+
+    def own(net_input: dict[str, Any]) -> list[list[int]]:
+        return beam(net_input).best()
+
+    sides = {"stock fairseq": theirs, "ours": own}
+    bleu: dict[str, list[float]] = {name: [] for name in sides}
+    seconds, tokens = dict.fromkeys(sides, 0.0), dict.fromkeys(sides, 0)
+    same = total = 0
+    for direction in task.directions:
+        results = translate(task, direction, settings, sides, options, seconds, tokens)
+        references = task.folder.raw(options.split, direction)[1][: options.sentences]
+        for name, lines in results.items():
+            bleu[name].append(Scorer(direction.split("-")[1]).score(lines, references).bleu)
+        same += sum(a == b for a, b in zip(*results.values(), strict=True))
+        total += len(references)
+    return {
+        "bleu": {name: math.fsum(values) / len(values) for name, values in bleu.items()},
+        "tokens_per_second": {name: tokens[name] / seconds[name] for name in sides},
+        "same_translations": same / total,
+    }
+
+
+def translate(
+    task: Any,
+    direction: str,
+    settings: SearchConfig,
+    sides: dict[str, Callable[[dict[str, Any]], list[list[int]]]],
+    options: argparse.Namespace,
+    seconds: dict[str, float],
+    tokens: dict[str, int],
+) -> dict[str, list[str]]:
+    """The lines of one direction by both, batch by batch in turn; adds to ``seconds`` and ``tokens``."""
+    source, target = direction.split("-")
+    lines = task.folder.raw(options.split, direction)[0][: options.sentences]
+    encoded = encode(task, lines, source, target, settings.batch_tokens)
+    results = {name: [""] * len(lines) for name in sides}
+    tokenizer = task.folder.tokenizer()
+    for number, (job, places) in enumerate(zip(encoded.jobs, encoded.lines, strict=True)):
+        for name in sorted(sides, reverse=bool(number % 2)):
+            start = time.perf_counter()
+            with torch.no_grad():
+                found = sides[name](net_input_of(task, job))
+            seconds[name] += time.perf_counter() - start
+            tokens[name] += sum(len(ids) + 1 for ids in found)
+            for place, ids in zip(places, found, strict=True):
+                results[name][place] = tokenizer.decode(ids)
+    return results
+
+
+def net_input_of(task: Any, job: Job) -> dict[str, Any]:
+    """A fresh batch: searches may take theirs apart."""
+    sample = task.inference_sample(job.sentences, job.source, job.target, job.uids)
+    return dict(sample["net_input"])
+
+
+def show(report: dict[str, Any], console: Console) -> None:
+    """The comparison as a table, with the bounds that the project promises."""
+    table = Table("", "stock fairseq", "ours", "ratio", "promised")
+    rows = (
+        ("validation loss (nll, nats per token)", "valid_nll", "{:.4f}", "within 2 %"),
+        ("training, words/s (fp32)", "words_per_second", "{:,.0f}", "1.3 or more"),
+        ("BLEU, beam search, same weights", "bleu", "{:.2f}", "± 0.5 BLEU"),
+        ("beam search, tokens/s", "tokens_per_second", "{:,.0f}", "1.5 or more"),
+    )
+    for label, key, form, promise in rows:
+        theirs, own = report[key]["stock fairseq"], report[key]["ours"]
+        ratio = f"{own / theirs:.3f}" if theirs else "-"
+        table.add_row(label, form.format(theirs), form.format(own), ratio, promise)
+    console.print(table)
+    console.print(
+        f"training with bf16 (ours): {report['words_per_second']['ours, bf16']:,.0f} words/s", highlight=False
+    )
+    console.print(f"translations that agree word for word: {report['same_translations']:.1%}", highlight=False)
+
+
+if __name__ == "__main__":
+    main()
