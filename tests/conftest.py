@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
 import pytest
 
 from moe_train.data.folder import DataFolder
+from tests.distributed.world import Worlds
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -67,3 +69,11 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> DataFolder:
     from tests.data.tiny_corpus import prepare_tiny
 
     return prepare_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def worlds() -> Iterator[Worlds]:
+    """``worlds(4).run(function, …)`` calls a function on 4 gloo ranks; the processes live for the whole session."""
+    started = Worlds()
+    yield started
+    started.close()

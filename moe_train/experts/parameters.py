@@ -77,11 +77,6 @@ def initialise(stacks: Sequence[StackedFeedForward], expert_ids: Sequence[int]) 
             stack.reset(row, generator)
 
 
-def is_expert(parameter: Tensor) -> bool:
-    """Whether a parameter belongs to experts (and so is not the same on every rank)."""
-    return bool(getattr(parameter, "expert", False))
-
-
 def _expert_parameter(*shape: int) -> nn.Parameter:
     parameter = nn.Parameter(torch.empty(*shape))
     parameter.expert = True  # type: ignore[attr-defined]

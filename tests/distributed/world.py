@@ -1,0 +1,114 @@
+"""Runs one function on N gloo ranks: real processes that live through many calls, so that assertions share one launch."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from typing import Any
+
+TIMEOUT = 90.0
+
+
+class World:
+    """N processes in one gloo group.
+
+    ``world.run(function, *arguments)`` calls it on every rank and returns what each gave back, rank by rank. The function
+    must be importable (a module's own), arguments and results picklable. An exception on any rank is raised here with
+    its traceback, a rank that hangs fails the call after ``TIMEOUT`` seconds; either ends the world.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.alive = True
+        # A server that has imported torch once makes each rank cheap to start; a bare fork would inherit its threads.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "torch.distributed", "torch.distributed.device_mesh"])
+        port = _free_port()
+        self._pipes: list[Connection] = []
+        self._processes = []
+        for rank in range(size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, size, port, theirs, sys.path), daemon=True)
+            process.start()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """Calls ``function(*arguments)`` on all ranks at once."""
+        return self.run_each(function, [arguments] * self.size)
+
+    def run_each(self, function: Callable[..., Any], arguments: list[tuple[Any, ...]]) -> list[Any]:
+        """Calls ``function(*arguments[rank])`` on all ranks at once."""
+        for pipe, own in zip(self._pipes, arguments, strict=True):
+            pipe.send((function, own))
+        results, errors = [], []
+        for rank, pipe in enumerate(self._pipes):
+            if not pipe.poll(TIMEOUT):
+                self.close()
+                raise TimeoutError(f"rank {rank} of {self.size} gave no answer in {TIMEOUT:.0f} s; errors: {errors}")
+            done, value = pipe.recv()
+            results.append(value)
+            if not done:
+                errors.append(f"rank {rank}:\n{value}")
+        if errors:
+            self.close()
+            raise RuntimeError("\n".join(errors))
+        return results
+
+    def close(self) -> None:
+        """Ends the processes."""
+        self.alive = False
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join()
+
+
+class Worlds:
+    """Worlds by size, each started when it is first wanted and again where it has ended."""
+
+    def __init__(self) -> None:
+        self._worlds: dict[int, World] = {}
+
+    def __call__(self, size: int) -> World:
+        """A living world of that size."""
+        if size not in self._worlds or not self._worlds[size].alive:
+            self._worlds[size] = World(size)
+        return self._worlds[size]
+
+    def close(self) -> None:
+        """Ends them all."""
+        for world in self._worlds.values():
+            world.close()
+
+
+def _serve(rank: int, size: int, port: int, pipe: Connection, path: list[str]) -> None:
+    sys.path[:] = path
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=size, timeout=timedelta(seconds=TIMEOUT))
+    while True:  # until the tests' process closes its end
+        try:
+            function, arguments = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send((True, function(*arguments)))
+        except Exception:
+            pipe.send((False, traceback.format_exc()))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
