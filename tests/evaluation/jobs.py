@@ -1,0 +1,48 @@
+"""What launched processes do in tests of validation BLEU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from moe_train.config import LaunchConfig, RunConfig, SearchConfig
+from moe_train.data.folder import DataFolder
+from moe_train.evaluation.validator import make_bleu_validator
+from moe_train.launch.joining import joined_world
+from moe_train.routing.context import Alone
+from moe_train.tasks import build_task
+from tests.evaluation.runs import MODEL
+
+SEARCH = SearchConfig(beam=2, max_length_ratio=0.5, max_length_offset=5, batch_tokens=100)
+
+
+class _Watched(Alone):
+    """Ranks that must be given back."""
+
+
+def bleu(data: str, strategy: str, expert_parallel: int) -> dict[str, Any]:
+    """Validation BLEU twice, on a model in training mode; the experts spread over ``expert_parallel`` ranks."""
+    with joined_world(LaunchConfig(timeout_minutes=2.0), threads=1):
+        folder = DataFolder.open(data)
+        task = build_task(RunConfig(data, routing={"name": strategy, "num_experts": 4}, model=MODEL), folder)
+        model = task.build_model(_layout(expert_parallel))
+        with torch.no_grad():
+            model.decoder.output.weight.mul_(6.0)
+        model.train()
+        ranks = _Watched()
+        model.set_ranks(ranks)
+        validate = make_bleu_validator(task, folder, SEARCH, max_sentences=9, expert_parallel=expert_parallel)
+        first, second = validate(model), validate(model)
+        assert first == second and model.training and model.settings.ranks is ranks
+        held = next(p.shape[0] for p in model.parameters() if getattr(p, "expert", False))
+        return {"bleu": first, "experts": held}
+
+
+def _layout(expert_parallel: int) -> Any:
+    if expert_parallel == 1:
+        return None
+    from moe_train.parallel.layout import ExpertLayout
+    from moe_train.parallel.layout_plan import LayoutPlan
+
+    return ExpertLayout.build(LayoutPlan(2, expert_parallel, 4))
