@@ -1,9 +1,10 @@
 """Keys and values kept while a decoder writes, for many hypotheses (beams) per sentence.
 
-Reordering beams moves no keys. The hypotheses of a sentence share one table of slots, (position, beam) → key, and each
-attends to the slots of its own ancestors: what is reordered is a bit mask. All beams of a sentence are the queries of
-one attention product, over the sentence's slots as over the encoder's output, whose keys and values stand once per
-sentence.
+Reordering beams moves no keys. The hypotheses of a sentence share one table of slots, and each attends to the slots of
+its own ancestors: what is reordered is a bit mask. All beams of a sentence are the queries of one attention product,
+over the sentence's slots as over the encoder's output, whose keys and values stand once per sentence. Beams soon have
+most of their ancestors in common, so every few steps the slots that no hypothesis descends from any more are cleared
+away; what remains is hardly more than one hypothesis's own.
 """
 
 from __future__ import annotations
@@ -24,6 +25,10 @@ class DecoderCache:
         memory_mask: [B, 1, 1, K] bool, true = visible; None where all is.
         beam: hypotheses per sentence.
         max_length: positions to make room for at first (the cache grows where more are written).
+
+    Attributes:
+        length: positions written so far.
+        patience: steps between two clearings.
     """
 
     def __init__(self, memory: Sequence[KeysValues], memory_mask: Tensor | None, beam: int, max_length: int) -> None:
@@ -31,11 +36,15 @@ class DecoderCache:
         self.memory_mask = memory_mask
         self.beam = beam
         self.length = 0
+        self.patience = 8
         keys = self.memory[0][0]
         batch, heads, _, width = keys.shape
-        slots = max(max_length, 1) * beam
-        self._slots = keys.new_empty(len(self.memory), 2, batch, heads, slots, width)
-        self._visible = torch.zeros(batch, beam, slots, dtype=torch.bool, device=keys.device)
+        room = max(max_length, 1) * beam
+        # [layers, keys and values, B, slots, H, d/H]: the slots of a sentence beside each other, to be moved as rows.
+        self._slots = keys.new_empty(len(self.memory), 2, batch, room, heads, width)
+        self._visible = torch.zeros(batch, beam, room, dtype=torch.bool, device=keys.device)
+        self._used = 0
+        self._clear_at = self.patience * beam
 
     @property
     def batch(self) -> int:
@@ -47,31 +56,36 @@ class DecoderCache:
         """N = B · beam."""
         return self.batch * self.beam
 
+    @property
+    def used(self) -> int:
+        """Slots of a sentence in use."""
+        return self._used
+
     def by_sentence(self, x: Tensor) -> Tensor:
         """[N, 1, d] → [B, beam, d]."""
         return x.view(self.batch, self.beam, x.shape[-1])
 
     @property
-    def visible(self) -> Tensor:
-        """[B, 1, beam, used slots] bool: the slots of each hypothesis's ancestors and its own."""
-        return self._visible[:, None, :, : self.length * self.beam]
+    def visible(self) -> Tensor | None:
+        """[B, 1, beam, used] bool: the slots of each hypothesis's ancestors and its own; None where all are."""
+        return None if self.beam == 1 else self._visible[:, None, :, : self._used]
 
     def advance(self) -> None:
         """Opens the next position; call it once before the layers of a step."""
-        start = self.length * self.beam
-        if start == self._slots.shape[4]:
+        if self._used + self.beam > self._slots.shape[3]:
             self._grow()
         own = torch.arange(self.beam, device=self._visible.device)
-        self._visible[:, own, start + own] = True
+        self._visible[:, own, self._used + own] = True
+        self._used += self.beam
         self.length += 1
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> KeysValues:
-        """Writes k, v [B, H, beam, d/H] of the open position; returns all so far, [B, H, used slots, d/H] each."""
-        end = self.length * self.beam
+        """Writes k, v [B, H, beam, d/H] of the open position; returns all so far, [B, H, used, d/H] each."""
+        start, end = self._used - self.beam, self._used
         keys, values = self._slots[layer]
-        keys[:, :, end - self.beam : end] = k
-        values[:, :, end - self.beam : end] = v
-        return keys[:, :, :end], values[:, :, :end]
+        keys[:, start:end] = k.transpose(1, 2)
+        values[:, start:end] = v.transpose(1, 2)
+        return keys[:, :end].transpose(1, 2), values[:, :end].transpose(1, 2)
 
     def reorder(self, rows: Tensor) -> Tensor | None:
         """Row i continues what was row ``rows[i]``.
@@ -94,23 +108,38 @@ class DecoderCache:
         if moved:
             self._keep(kept)
         if self.beam > 1:
-            used = self.length * self.beam
-            ancestors = self._visible[:, :, :used]
-            index = (parents % self.beam).unsqueeze(-1).expand(-1, -1, used)
-            self._visible[:, :, :used] = ancestors.gather(1, index)
+            ancestors = self._visible[:, :, : self._used]
+            index = (parents % self.beam).unsqueeze(-1).expand(-1, -1, self._used)
+            self._visible[:, :, : self._used] = ancestors.gather(1, index)
+            if self._used >= self._clear_at and self.batch:
+                self._clear()
         return kept if moved else None
 
     def _keep(self, sentences: Tensor) -> None:
-        used = self.length * self.beam
         kept = self._slots.new_empty(*self._slots.shape[:2], sentences.shape[0], *self._slots.shape[3:])
-        kept[..., :used, :] = self._slots[..., :used, :].index_select(2, sentences)
+        kept[:, :, :, : self._used] = self._slots[:, :, :, : self._used].index_select(2, sentences)
         self._slots = kept
         self._visible = self._visible.index_select(0, sentences)
         self.memory = [(k.index_select(0, sentences), v.index_select(0, sentences)) for k, v in self.memory]
         if self.memory_mask is not None:
             self.memory_mask = self.memory_mask.index_select(0, sentences)
 
+    def _clear(self) -> None:
+        """Moves the slots that some hypothesis descends from to the front, and forgets the rest."""
+        visible = self._visible[:, :, : self._used]
+        live = visible.any(1)
+        count = int(live.sum(1).max())
+        order = live.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :count]
+        room = self._slots.shape[3]
+        flat = (order + room * torch.arange(self.batch, device=order.device).unsqueeze(1)).view(-1)
+        chosen = self._slots.flatten(2, 3).index_select(2, flat)
+        self._slots[:, :, :, :count] = chosen.unflatten(2, (self.batch, count))
+        seen = visible.gather(2, order.unsqueeze(1).expand(-1, self.beam, -1))
+        self._visible[:, :, :count] = seen
+        self._visible[:, :, count:] = False
+        self._used = count
+        self._clear_at = count + self.patience * self.beam
+
     def _grow(self) -> None:
-        slots = torch.empty_like(self._slots)
-        self._slots = torch.cat((self._slots, slots), dim=4)
+        self._slots = torch.cat((self._slots, torch.empty_like(self._slots)), dim=3)
         self._visible = torch.cat((self._visible, torch.zeros_like(self._visible)), dim=2)
