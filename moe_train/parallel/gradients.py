@@ -1,6 +1,6 @@
-"""Gradients over ranks: dense parameters over all of them, experts over their replicas, both as one process would have them.
+"""Gradients over ranks: dense parameters over all of them, experts over their replicas, both as one process would.
 
-The convention: each rank's loss is its share, so that the sum over ranks is the loss that one process would compute. Then
+The convention: each rank's loss is its share, so that the sum over ranks is the loss of one process. Then
 
 - the gradient of a dense parameter is the sum over all ranks,
 - that of an expert is the sum over its replicas alone: tokens of its own group have already reached it in backward.
@@ -80,7 +80,7 @@ def gradient_norm(parameters: Iterable[nn.Parameter], layout: ExpertLayout) -> T
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, layout: ExpertLayout) -> Tensor:
-    """Scales all gradients so that :func:`gradient_norm` is at most ``max_norm`` (0: leaves them); returns the norm before."""
+    """Scales all gradients so that their norm is at most ``max_norm`` (0: leaves them); returns the norm before."""
     known = list(parameters)
     norm = gradient_norm(known, layout)
     if max_norm > 0:
@@ -131,7 +131,8 @@ def _buckets(grads: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def _square(grad: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(grad, dtype=torch.promote_types(grad.dtype, torch.float32)).square()
+    norm: Tensor = torch.linalg.vector_norm(grad, dtype=torch.promote_types(grad.dtype, torch.float32))
+    return norm.square()
 
 
 def _device(layout: ExpertLayout) -> torch.device:

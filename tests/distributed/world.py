@@ -1,7 +1,8 @@
-"""Runs one function on N gloo ranks: real processes that live through many calls, so that assertions share one launch."""
+"""Runs one function on N gloo ranks: real processes that live through many calls, so that many tests share a launch."""
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import socket
@@ -18,9 +19,10 @@ TIMEOUT = 90.0
 class World:
     """N processes in one gloo group.
 
-    ``world.run(function, *arguments)`` calls it on every rank and returns what each gave back, rank by rank. The function
-    must be importable (a module's own), arguments and results picklable. An exception on any rank is raised here with
-    its traceback, a rank that hangs fails the call after ``TIMEOUT`` seconds; either ends the world.
+    ``world.run(function, *arguments)`` calls it on every rank and returns what each gave back, rank by rank. The
+    function must be importable (pytest's test files are not: keep it in a module beside them), arguments and results
+    picklable. An exception on any rank is raised here with its traceback, a rank that hangs fails the call after
+    ``TIMEOUT`` seconds; either ends the world.
     """
 
     def __init__(self, size: int) -> None:
@@ -45,6 +47,7 @@ class World:
 
     def run_each(self, function: Callable[..., Any], arguments: list[tuple[Any, ...]]) -> list[Any]:
         """Calls ``function(*arguments[rank])`` on all ranks at once."""
+        importlib.import_module(function.__module__)  # a rank could not say that it cannot import it
         for pipe, own in zip(self._pipes, arguments, strict=True):
             pipe.send((function, own))
         results, errors = [], []
