@@ -7,9 +7,9 @@
 #   docker run --rm -it --gpus all --ipc host -v "$PWD/data-bin:/moe_train/data-bin" -v "$PWD/outputs:/moe_train/outputs" \
 #       moe_train moe-train data=data-bin/l10n routing=switch
 #
-# The devel image carries the CUDA compiler, with which DeepSpeed builds its optimizers at first use. torch brings the
-# CUDA libraries that it was built with; the host only provides the driver.
-ARG BASE=nvidia/cuda:12.8.1-devel-ubuntu24.04
+# The devel image carries the compiler of the CUDA that torch 2.13.0 is built with, for what DeepSpeed builds at first use;
+# torch brings its own CUDA libraries, and the host only provides the driver.
+ARG BASE=nvidia/cuda:13.0.1-devel-ubuntu24.04
 # hadolint ignore=DL3006
 FROM ${BASE}
 
