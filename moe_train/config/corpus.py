@@ -146,7 +146,7 @@ class VocabularyConfig:
     size: int = 8000
     model_type: Literal["unigram", "bpe"] = "unigram"
     character_coverage: float = 0.9995
-    sample_sentences: int = 1_000_000
+    sample_sentences: int = 500_000
     temperature: float = 3.0
     split_digits: bool = True
     reuse: str | None = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -56,10 +57,11 @@ def prepare(config: PrepareConfig, progress: Progress | None = None) -> DataFold
         _Preparation(config, plan, partial, progress).run()
         _replace(partial, out)
     except OSError as error:
-        where = str(error.filename or out)
-        raise DataError(
-            f"cannot write the data folder ({error.strerror})", where, "free space or choose another out=…"
-        ) from error
+        what, where = f"reading or writing failed ({error.strerror})", str(error.filename or out)
+        raise DataError(what, where, "look after space and permissions, or choose another out=…") from error
+    except BrokenProcessPool as error:
+        what = "a worker process was killed, most likely for lack of memory"
+        raise DataError(what, remedy="run again with fewer workers=…") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return DataFolder.open(out)

@@ -293,6 +293,24 @@ def test_leftovers_of_a_killed_run_do_not_matter(corpus: Path, tmp_path: Path) -
     assert not (tmp_path / "out.partial").exists()
 
 
+def test_a_place_that_cannot_be_written(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"reading or writing failed \(Not a directory\)"):
+        prepare(settings(corpus, tmp_path / "file" / "out"))
+
+
+def _dies(block: Any) -> None:
+    os._exit(9)
+
+
+def test_a_killed_worker_is_said(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moe_train.data.cleaned.clean_block", _dies)
+    monkeypatch.setattr("moe_train.data.cleaned._BLOCK", 10)
+    with pytest.raises(DataError, match=r"a worker process was killed.*workers="):
+        prepare(settings(corpus, tmp_path / "out", workers=2))
+    assert sorted(os.listdir(tmp_path)) == ["corpus"]
+
+
 # --- mistakes ---------------------------------------------------------------------------------------------------------
 
 
