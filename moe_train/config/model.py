@@ -17,7 +17,7 @@ class ModelConfig:
     Attributes:
         name: what the registry calls the architecture.
         embed_dim: d, the width of the residual stream.
-        ffn_dim: hidden width of a dense feed-forward, and of an expert unless ``routing.expert_ffn_dim`` says otherwise.
+        ffn_dim: hidden width of a dense feed-forward, and of an expert unless ``routing.expert_ffn_dim`` differs.
         norm_order: ``pre`` (x + f(LN(x))) or ``post`` (LN(x + f(x))).
         sparse_layers: where experts stand in the encoder, and in the decoder unless ``decoder_sparse_layers`` is set;
             the grammar is in :mod:`moe_train.config.placement`.

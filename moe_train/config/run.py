@@ -95,7 +95,7 @@ class SearchConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything that ``moe-train`` reads. ``routing`` is kept as a mapping here: its dataclass belongs to the strategy."""
+    """Everything that ``moe-train`` reads. ``routing`` stays a mapping here: its dataclass belongs to the strategy."""
 
     data: str
     seed: int = 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -41,4 +43,4 @@ def test_what_cannot_be_is_refused(spec: str | tuple[int, ...]) -> None:
 def test_every_nth_layer_is_evenly_spread(layers: int, step: int) -> None:
     chosen = place(f"every:{step}", layers).replaced
     assert len(chosen) == layers // step
-    assert all(b - a == step for a, b in zip(chosen, chosen[1:], strict=False))
+    assert all(b - a == step for a, b in itertools.pairwise(chosen))
