@@ -62,7 +62,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class ValidationConfig:
-    """How often to validate, what chooses ``best``, when to stop early (after ``patience`` validations without gain)."""
+    """How often to validate, what chooses ``best``, when to stop (after ``patience`` validations without gain)."""
 
     every_updates: int = 500
     metric: Literal["loss", "bleu"] = "loss"
