@@ -64,6 +64,7 @@ def make_plan(config: PrepareConfig, progress: Progress) -> Plan:
     texts = read_corpus(config.corpus, progress)
     directions = _directions(config.directions, {text.pair for text in texts})
     texts = [t for t in texts if t.pair.name in directions or t.pair.reversed.name in directions]
+    _refuse_twins(texts)
     languages = sorted({language for text in texts for language in text.pair})
     if config.vocabulary.reuse:
         languages = _languages_of_reused(config.vocabulary.reuse, languages)
@@ -74,6 +75,18 @@ def make_plan(config: PrepareConfig, progress: Progress) -> Plan:
             "add training text (flores200: corpus.train_path=…) or take a data folder's vocabulary: vocabulary.reuse=…",
         )
     return Plan(tuple(texts), tuple(directions), tuple(languages), _settings(config), _sources(texts))
+
+
+def _refuse_twins(texts: Sequence[ParallelText]) -> None:
+    found: dict[tuple[str, Pair], ParallelText] = {}
+    for text in texts:
+        other = found.setdefault((text.split or "train", text.pair), text)
+        if other is not text:
+            raise DataError(
+                f"both '{other.name}' and '{text.name}' would be training text of {text.pair.name}",
+                str(text.inputs[0].parent) if text.inputs else "",
+                "keep one of them, or join them into one",
+            )
 
 
 def _directions(wanted: Sequence[str], pairs: set[Pair]) -> list[str]:

@@ -11,6 +11,9 @@ from moe_train.data.folder import DataFolder
 from moe_train.data.pairs import SPLITS
 
 
+_LINES = 8
+
+
 def show(folder: DataFolder, console: Console) -> None:
     """Prints pairs by split and tier, what cleaning dropped, and overlap of held-out files with training."""
     console.print(_table(folder))
@@ -59,4 +62,6 @@ def _overlap(folder: DataFolder) -> list[str]:
                     f"overlap: of the {counts['sentences']} pairs of {split} {pair}, training text contains "
                     f"{' and '.join(shared)} sentences (corpus.decontaminate=true removes them from training)"
                 )
+    if len(lines) > _LINES:
+        lines[_LINES:] = [f"overlap: {len(lines) - _LINES} more sets, see manifest.json"]
     return lines

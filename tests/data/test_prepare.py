@@ -401,6 +401,24 @@ def test_vocabulary_too_small(corpus: Path, tmp_path: Path, size: int, message: 
         prepare(settings(corpus, tmp_path / "out", vocabulary__size=size))
 
 
+def test_two_training_texts_of_one_pair(corpus: Path, tmp_path: Path) -> None:
+    for language in ("en", "de"):
+        shutil.copy(corpus / f"train.en-de.{language}", corpus / f"en-de.{language}")
+    with pytest.raises(DataError, match=r"both 'en-de' and 'train\.en-de' would be training text"):
+        prepare(settings(corpus, tmp_path / "out"))
+
+
+def test_a_given_test_set_beside_text_that_is_to_be_split(corpus: Path, tmp_path: Path) -> None:
+    for language in ("en", "de"):
+        (corpus / f"train.en-de.{language}").rename(corpus / f"en-de.{language}")
+        (corpus / f"valid.en-de.{language}").unlink()
+    split = {"valid": 0.2, "test": 0.2}
+    folder = prepare(settings(corpus, tmp_path / "out", corpus__split=split, directions=["en-de"]))
+    counts = folder.manifest.counts
+    assert counts["test"] == {"en-de": 10} and counts["valid"]["en-de"] + counts["train"]["en-de"] == 120
+    assert (folder.path / "raw" / "test.en-de.de").read_bytes() == (corpus / "test.en-de.de").read_bytes()
+
+
 def test_hyphen_inside_a_language_code(corpus: Path, tmp_path: Path) -> None:
     for language in ("en", "zh-CN"):
         shutil.copy(corpus / "train.en-fr.en", corpus / f"train.en-zh-CN.{language}")
