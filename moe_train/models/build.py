@@ -71,27 +71,19 @@ def build_model(
 def _build_transformer(
     config: ModelConfig, routing: RoutingConfig, source: Vocabulary, target: Vocabulary, shared: BlockInputs
 ) -> TransformerModel:
-    settings = RoutingSettings(seed=shared.seed)
+    settings, seed = RoutingSettings(seed=shared.seed), shared.seed
     shape = LayerShape(config.embed_dim, config.num_heads, config.norm_order, config.dropout, config.attention_dropout)
-    tables = _embeddings(config, source, target, shared.seed)
-    encoder_blocks, count = _blocks(
-        routing,
-        place(config.sparse_layers, config.encoder_layers),
-        config.encoder_layers,
-        dataclasses.replace(shared, vocabulary=len(source)),
-        _ENCODER,
-    )
-    decoder_place = place(config.for_decoder, config.decoder_layers, "model.decoder_sparse_layers")
-    sparse = decoder_place.replaced or decoder_place.inserted_after
-    decoder_blocks, _ = _blocks(
-        decoder_config(routing) if sparse else routing,
-        decoder_place,
-        config.decoder_layers,
-        dataclasses.replace(shared, vocabulary=len(target), layer=count),
-        _DECODER,
-    )
-    encoder = EncoderStack(shape, _layers(EncoderLayer, shape, encoder_blocks, shared.seed, _ENCODER))
-    decoder = DecoderStack(shape, _layers(DecoderLayer, shape, decoder_blocks, shared.seed, _DECODER))
+    tables = _embeddings(config, source, target, seed)
+    placement = place(config.sparse_layers, config.encoder_layers)
+    inputs = dataclasses.replace(shared, vocabulary=len(source))
+    encoder_blocks, count = _blocks(routing, placement, config.encoder_layers, inputs, _ENCODER)
+    placement = place(config.for_decoder, config.decoder_layers, "model.decoder_sparse_layers")
+    inputs = dataclasses.replace(shared, vocabulary=len(target), layer=count)
+    if placement.replaced or placement.inserted_after:
+        routing = decoder_config(routing)
+    decoder_blocks, _ = _blocks(routing, placement, config.decoder_layers, inputs, _DECODER)
+    encoder = EncoderStack(shape, _layers(EncoderLayer, shape, encoder_blocks, seed, _ENCODER))
+    decoder = DecoderStack(shape, _layers(DecoderLayer, shape, decoder_blocks, seed, _DECODER))
     embeds = [TokenEmbedding(table, config.max_positions, config.dropout) for table in tables[:2]]
     return TransformerModel(
         TransformerEncoder(source, embeds[0], encoder, settings),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -45,5 +46,5 @@ class TokenEmbedding(nn.Module):
 
     def forward(self, tokens: Tensor, start: int = 0, padding: Tensor | None = None) -> Tensor:
         """tokens [B, S] → [B, S, d]; ``padding`` only where it may stand on the left."""
-        x = self.scale * self.tokens(tokens) + self.positions(tokens.shape[1], start, padding)
+        x = torch.add(self.positions(tokens.shape[1], start, padding), self.tokens(tokens), alpha=self.scale)
         return F.dropout(x, self.dropout, self.training)
