@@ -10,7 +10,6 @@ from rich.table import Table
 from moe_train.data.folder import DataFolder
 from moe_train.data.pairs import SPLITS
 
-
 _LINES = 8
 
 
