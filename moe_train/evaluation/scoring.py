@@ -7,6 +7,7 @@ BLEU (Papineni et al., 2002) counts words, so where a script writes no spaces it
 from __future__ import annotations
 
 import importlib.util
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -142,6 +143,7 @@ class Scorer:
             ("baseline", list(baseline)),
             *((name, list(lines)) for name, lines in systems.items()),
         ]
+        logging.getLogger("sacrebleu").setLevel(logging.WARNING)  # it tells of every step
         test = PairedTest(named, {"BLEU": self._bleu, "chrF": self._chrf}, [list(references)], "bs", n_samples=samples)
         _, table = test()
         bleu, chrf = (table[name] for name in table if name != "System")

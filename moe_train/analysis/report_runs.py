@@ -1,0 +1,243 @@
+"""Run folders as a report sees them: what was trained, how far it came, what it scored, and why it failed if it did."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moe_train.errors import ConfigError, DataError
+from moe_train.evaluation.results import Results, read_results
+from moe_train.training.run_folder import CONFIG, FINISHED, RunFolder
+
+FAILURE = "failure.json"
+_HYDRA = ".hydra"
+_DEPTH = 3  # multirun/date/time/job
+_FRESH = 120.0  # seconds since the last log line within which a run is believed to be alive
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """One run.
+
+    Attributes:
+        name: short and unique among the runs of a report.
+        status: ``finished``, ``stopped_early``, ``interrupted``, ``running`` or ``failed``.
+        cause: why it failed; "" otherwise.
+        overrides: what its command line set, such as ``routing=switch``.
+        train, valid: the lines of ``train.jsonl`` and ``valid.jsonl``.
+        results: the scores, None where it was not evaluated.
+    """
+
+    name: str
+    path: Path
+    status: str
+    cause: str = ""
+    strategy: str = ""
+    overrides: tuple[str, ...] = ()
+    info: Mapping[str, Any] = field(default_factory=dict)
+    train: Sequence[Mapping[str, Any]] = ()
+    valid: Sequence[Mapping[str, Any]] = ()
+    results: Results | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether it came to a bad end."""
+        return self.status == "failed"
+
+    @property
+    def update(self) -> int:
+        """Updates done."""
+        logged = max((int(line["update"]) for line in self.train if "update" in line), default=0)
+        return max(int(self.info.get("update") or 0), logged)
+
+    @property
+    def parameters(self) -> int | None:
+        """Parameters in all."""
+        return self.info.get("parameters", {}).get("total")
+
+    @property
+    def active_parameters(self) -> int | None:
+        """Parameters that a token uses."""
+        return self.info.get("parameters", {}).get("active")
+
+    @property
+    def flops_per_token(self) -> float | None:
+        """Forward FLOPs of a token."""
+        return self.info.get("flops_per_token")
+
+    @property
+    def words_per_second(self) -> float | None:
+        """The median of the log lines: the first ones warm up."""
+        speeds = [float(line["words_per_second"]) for line in self.train if "words_per_second" in line]
+        return statistics.median(speeds) if speeds else None
+
+    @property
+    def loss(self) -> float | None:
+        """The lowest validation loss, nats per token; the same whatever ``best`` was chosen by."""
+        return min((float(line["nll_loss"]) for line in self.valid if "nll_loss" in line), default=None)
+
+
+def read_runs(paths: Sequence[Path | str], split: str = "test") -> list[RunReport]:
+    """Reads run folders, and all below folders of runs such as a multirun's.
+
+    Raises:
+        ConfigError: a path with no run, or none given.
+    """
+    found: list[Path] = []
+    for path in map(Path, paths):
+        below = find_runs(path)
+        if not below:
+            raise ConfigError("there is no run here", str(path), "name run folders, or a folder of runs (a multirun)")
+        found += [run for run in below if run not in found]
+    if not found:
+        raise ConfigError("no runs are given", "runs", "set runs=[FOLDER,FOLDER] or runs=[MULTIRUN_FOLDER]")
+    return [read_run(path, name, split) for path, name in zip(found, _names(found), strict=True)]
+
+
+def find_runs(path: Path, depth: int = _DEPTH) -> list[Path]:
+    """The run folders at or below ``path``, jobs of a sweep that failed before they began included."""
+    if (path / CONFIG).is_file() or (path / FAILURE).is_file() or (path / _HYDRA).is_dir():
+        return [path.resolve()]
+    if depth == 0 or not path.is_dir():
+        return []
+    children = sorted((p for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")), key=_natural)
+    return [run for child in children for run in find_runs(child, depth - 1)]
+
+
+def _natural(path: Path) -> tuple[int, int, str]:
+    """Job 10 after job 9."""
+    return (0, int(path.name), "") if path.name.isdigit() else (1, 0, path.name)
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """The last parts of the paths, as many as make them unique."""
+    for parts in range(1, max(len(path.parts) for path in paths) + 1):
+        names = ["/".join(path.parts[-parts:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in paths]
+
+
+def read_run(path: Path, name: str, split: str = "test") -> RunReport:
+    """Reads one run folder; what is missing or damaged in it is left out, not an error."""
+    info = _json(path / "run.json")
+    config = _json(path / CONFIG).get("config", {})
+    train, valid = (_lines(path / file) for file in ("train.jsonl", "valid.jsonl"))
+    status, cause = _status(path, info)
+    return RunReport(
+        name=name,
+        path=path,
+        status=status,
+        cause=cause,
+        strategy=str(config.get("routing", {}).get("name", "")) or _overridden_strategy(path),
+        overrides=_overrides(path),
+        info=info,
+        train=train,
+        valid=valid,
+        results=_results(path / f"{split}.json"),
+    )
+
+
+def _results(path: Path) -> Results | None:
+    try:
+        return read_results(path)
+    except DataError:
+        return None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """JSON lines; a line that is being written, or was cut, is left out."""
+    found = []
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError:
+        return []
+    for line in text.split("\n"):
+        try:
+            content = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(content, dict):
+            found.append(content)
+    return found
+
+
+def _overrides(path: Path) -> tuple[str, ...]:
+    """Hydra's record of the command line: a YAML list with one plain word a line."""
+    try:
+        text = (path / _HYDRA / "overrides.yaml").read_text(encoding="utf-8")
+    except OSError:
+        return ()
+    return tuple(line[2:].strip().strip("'\"") for line in text.splitlines() if line.startswith("- "))
+
+
+def _overridden_strategy(path: Path) -> str:
+    """Of a job that ended before it wrote its config."""
+    return next((word.partition("=")[2] for word in _overrides(path) if word.startswith("routing=")), "")
+
+
+# --- how it ended -----------------------------------------------------------------------------------------------------
+
+
+def _status(path: Path, info: Mapping[str, Any]) -> tuple[str, str]:
+    failure = _json(path / FAILURE)
+    if failure:
+        return "failed", _cause(failure)
+    status = str(info.get("status", ""))
+    if status in (*FINISHED, "interrupted"):
+        return status, ""
+    if _alive(path):
+        return "running", ""
+    return "failed", _last_words(path) or "it ended without a word: killed, or the host went down"
+
+
+def _cause(failure: Mapping[str, Any]) -> str:
+    where = f"{failure['where']}: " if failure.get("where") else ""
+    remedy = f" ({failure['remedy']})" if failure.get("remedy") else ""
+    return f"{where}{failure.get('what', 'unknown')}{remedy}"
+
+
+def _alive(path: Path) -> bool:
+    """Whether a process of this host holds the folder, or a log line is recent (another host's lock may not show)."""
+    log = RunFolder(path).train_log
+    if log.is_file() and time.time() - log.stat().st_mtime < _FRESH:
+        return True
+    lock = path / ".lock"
+    if not lock.is_file():
+        return False
+    try:
+        with lock.open() as stream:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _last_words(path: Path) -> str:
+    """The last line that looks like an error in the ranks' logs, or in those of a job that submitit ran."""
+    logs = [*sorted(path.glob("logs/*.log")), *sorted(path.parent.glob(f".submitit/*_{path.name}/*.err"))]
+    for log in logs:
+        try:
+            lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError:
+            continue
+        for line in reversed(lines):
+            if "Error" in line and not line.startswith(" "):
+                return line.strip()
+    return ""

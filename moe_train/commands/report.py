@@ -1,0 +1,29 @@
+"""``moe-report``: compares runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from moe_train.commands._app import run_app
+
+
+def run(mapping: Mapping[str, Any]) -> None:
+    """Prints and writes the leaderboard."""
+    # torch and fairseq take seconds to import: a misspelt key should not wait for them.
+    from rich.console import Console
+
+    from moe_train.analysis.report import make_report
+    from moe_train.config import build
+    from moe_train.config.evaluation import ReportConfig
+
+    make_report(build(ReportConfig, mapping), Console())
+
+
+def main() -> None:
+    """The console script."""
+    run_app("report", run)
+
+
+if __name__ == "__main__":
+    main()

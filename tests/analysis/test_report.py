@@ -1,0 +1,202 @@
+"""The report: which runs there are and how they ended, significance against a baseline, tables, files, pages."""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import io
+import os
+import re
+import time
+import xml.dom.minidom
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from moe_train.analysis.report import make_report
+from moe_train.analysis.report_compare import choose_baseline, compare
+from moe_train.analysis.report_page import run_page
+from moe_train.analysis.report_runs import find_runs, read_run, read_runs
+from moe_train.analysis.report_table import ranked
+from moe_train.config.evaluation import ReportConfig
+from moe_train.errors import ConfigError
+from tests.analysis.report_folders import DIRECTIONS, failure, overridden, references, scored, trained
+
+
+def aged(folder: Path) -> Path:
+    """As if its last log line were old."""
+    long_ago = time.time() - 3600
+    os.utime(folder / "train.jsonl", (long_ago, long_ago))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A multirun of five jobs: a baseline, a better one, an equal one, one that failed in training, one before it."""
+    root = tmp_path_factory.mktemp("multirun") / "2026-01-31" / "12-00-00"
+    for number, (strategy, quality) in enumerate([("dense", 0.6), ("switch", 0.75), ("top_k", 0.6)]):
+        run = overridden(trained(root / str(number), strategy, loss=2.0 - quality), f"routing={strategy}", "seed=3")
+        scored(run, quality, seed=number)
+    failed = aged(overridden(trained(root / "10", "thor"), "routing=thor"))
+    (failed / "run.json").write_text('{"status": "running", "update": 150}')
+    failure(failed, "it was killed by SIGKILL", remedy="perhaps out of memory")
+    failure(overridden(root / "9", "routing=sam"), "unknown key 'routing.grups'", where="command line")
+    return root
+
+
+def test_runs_are_found_in_the_order_of_their_jobs(sweep: Path) -> None:
+    names = ["0", "1", "2", "9", "10"]
+    assert [path.name for path in find_runs(sweep)] == names
+    assert [path.name for path in find_runs(sweep.parents[1])] == names
+    assert [run.name for run in read_runs([sweep / "1", sweep])] == ["1", "0", "2", "9", "10"]
+    assert find_runs(sweep / "0") == [(sweep / "0").resolve()]
+
+
+def test_names_are_as_long_as_they_must_be(tmp_path: Path) -> None:
+    for name in ("a/run", "b/run"):
+        trained(tmp_path / name)
+    assert [run.name for run in read_runs([tmp_path / "a", tmp_path / "b"])] == ["a/run", "b/run"]
+
+
+def test_no_runs(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no run here"):
+        read_runs([tmp_path])
+    with pytest.raises(ConfigError, match="no runs are given"):
+        read_runs([])
+
+
+def test_what_a_run_was(sweep: Path) -> None:
+    run = read_run(sweep / "1", "1")
+    assert (run.status, run.strategy, run.update) == ("finished", "switch", 300)
+    assert (run.parameters, run.active_parameters, run.flops_per_token) == (2_500_000, 1_000_000, 3.1e6)
+    assert run.words_per_second == 2000.0
+    assert run.loss == pytest.approx(1.25)
+    assert run.overrides == ("routing=switch", "seed=3")
+
+
+def test_failures_and_their_causes(sweep: Path, tmp_path: Path) -> None:
+    killed, never_begun = read_run(sweep / "10", "10"), read_run(sweep / "9", "9")
+    assert killed.failed and killed.cause == "it was killed by SIGKILL (perhaps out of memory)" and killed.update == 300
+    assert never_begun.failed and never_begun.cause == "command line: unknown key 'routing.grups'"
+    assert never_begun.strategy == "sam"
+    silent = aged(trained(tmp_path / "silent"))
+    (silent / "run.json").write_text('{"status": "running"}')
+    assert "without a word" in read_run(silent, "silent").cause
+    (silent / "logs").mkdir(exist_ok=True)
+    (silent / "logs" / "rank_1.log").write_text("fine\nTraceback\n  File …\nValueError: bad shape\nmore\n")
+    assert read_run(silent, "silent").cause == "ValueError: bad shape"
+
+
+def test_a_run_that_is_alive_has_not_failed(tmp_path: Path) -> None:
+    run = trained(tmp_path / "run")
+    (run / "run.json").write_text('{"status": "running"}')
+    assert read_run(run, "run").status == "running", "its last line is recent"
+    aged(run)
+    assert read_run(run, "run").status == "failed"
+    with (run / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert read_run(run, "run").status == "running"
+    assert read_run(run, "run").status == "failed"
+
+
+def test_damaged_files_are_left_out(tmp_path: Path) -> None:
+    run = scored(trained(tmp_path / "run"), 0.5, 1)
+    with (run / "train.jsonl").open("a") as log:
+        log.write('{"update": 400, "nll_lo')
+    (run / "test.json").write_text("{")
+    found = read_run(run, "run")
+    assert len(found.train) == 3 and found.results is None
+
+
+def test_the_baseline_is_chosen_by_name_folder_or_strategy(sweep: Path) -> None:
+    runs = read_runs([sweep])
+    for wanted in (None, "0", str(sweep / "0"), "12-00-00/0", "dense"):
+        chosen = choose_baseline(runs, wanted)
+        assert chosen is not None and chosen.name == "0"
+    with pytest.raises(ConfigError, match="has no scores"):
+        choose_baseline(runs, "thor")
+    with pytest.raises(ConfigError, match="no single run is named 'densee'"):
+        choose_baseline(runs, "densee")
+
+
+def test_significance_against_the_baseline(sweep: Path) -> None:
+    runs = read_runs([sweep])
+    found = compare(runs, choose_baseline(runs, "dense"), "test", samples=200, significance=0.01)
+    better, equal = found.count("1", DIRECTIONS), found.count("2", DIRECTIONS)
+    assert better is not None and (better.better, better.worse, better.directions) == (4, 0, 4)
+    assert equal is not None and equal.better + equal.worse <= 1
+    assert found.count("0", DIRECTIONS) is None and found.count("10", DIRECTIONS) is None
+    low = found.count("1", ["en-sw"])
+    assert low is not None and low.directions == 1
+    assert compare(runs, choose_baseline(runs, "dense"), "test", 0, 0.01).by_run == {}
+
+
+def test_other_references_are_not_compared(tmp_path: Path) -> None:
+    for name, seed in (("a", 1), ("b", 2)):
+        scored(trained(tmp_path / name), 0.6, seed)
+    changed = tmp_path / "b" / "hypotheses" / "test.en-de.de.reference"
+    changed.write_text("other\n" * len(references("en-de")))
+    (tmp_path / "b" / "hypotheses" / "test.de-en.en").unlink()
+    runs = read_runs([tmp_path])
+    found = compare(runs, runs[0], "test", 50, 0.05)
+    assert sorted(found.by_run["b"]) == ["en-sw", "sw-en"]
+    assert any("another text" in note for note in found.notes) and any("missing" in note for note in found.notes)
+
+
+def test_averages_over_different_directions_are_flagged(tmp_path: Path) -> None:
+    scored(trained(tmp_path / "a"), 0.6, 1)
+    scored(trained(tmp_path / "b"), 0.6, 2, directions=DIRECTIONS[:2])
+    runs = read_runs([tmp_path])
+    assert any("do not compare" in note for note in compare(runs, runs[0], "test", 0, 0.05).notes)
+
+
+def test_the_leaderboard(sweep: Path, tmp_path: Path) -> None:
+    screen = io.StringIO()
+    runs = make_report(
+        ReportConfig((str(sweep),), baseline="dense", out=str(tmp_path), samples=100), Console(file=screen, width=100)
+    )
+    text = screen.getvalue()
+    assert ranked(runs)[0].name == "1" and {run.name for run in ranked(runs)[-2:]} == {"9", "10"}
+    for word in ("switch", "2.50M", "3.10M", "average", "low resource", "+4 -0 /4", "baseline", "SIGKILL", "grups"):
+        assert word in text, word
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "leaderboard.csv").read_text())))
+    assert [row["run"] for row in rows] == [run.name for run in ranked(runs)]
+    best = rows[0]
+    assert best["all_better"] == "4" and best["status"] == "finished" and float(best["low_resource_chrf"]) > 50
+    assert float(best["words_per_second"]) == 2000 and best["active_parameters"] == "1000000"
+    assert next(row for row in rows if row["run"] == "10")["cause"].startswith("it was killed")
+    details = list(csv.DictReader(io.StringIO((tmp_path / "directions.csv").read_text())))
+    assert len(details) == 12
+    switch = [row for row in details if row["run"] == "1"]
+    assert all(float(row["bleu_difference"]) > 0 and float(row["bleu_p"]) < 0.05 for row in switch)
+    markdown = (tmp_path / "leaderboard.md").read_text()
+    table_rows = [line for line in markdown.splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in table_rows[:7]}) == 1 and "10 failed at update 300" in markdown
+    assert (sweep / "9" / "report.html").is_file()
+
+
+def test_the_page(sweep: Path) -> None:
+    page = run_page(read_run(sweep / "1", "1 <best>"))
+    assert "1 &lt;best&gt;" in page and "<best>" not in page
+    drawings = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
+    assert len(drawings) == 5, "losses, routing losses, speed, and two layers' loads"
+    for drawing in drawings:
+        xml.dom.minidom.parseString(drawing)
+    for word in ("en-sw", "low resource", "nrefs:1", "a note", "0123abcd", "sparse layer 1"):
+        assert word in page
+    assert page == run_page(read_run(sweep / "1", "1 <best>")), "the same run gives the same page"
+    assert "http://" not in re.sub(
+        r"http://www\.w3\.org\S*|http://purl\.org\S*|http://creativecommons\.org\S*", "", page
+    )
+
+
+def test_the_page_of_a_run_without_anything(sweep: Path) -> None:
+    page = run_page(read_run(sweep / "9", "9"))
+    assert "Failed: command line: unknown key" in page and "<svg" not in page
+
+
+def test_pages_can_be_left_out(tmp_path: Path) -> None:
+    run = trained(tmp_path / "run")
+    make_report(ReportConfig((str(run),), html=False), Console(quiet=True))
+    assert (run / "leaderboard.csv").is_file() and not (run / "report.html").exists()

@@ -1,0 +1,46 @@
+"""``moe-report`` as a command."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from moe_train.commands.report import main
+from tests.analysis.report_folders import scored, trained
+
+
+def test_a_folder_of_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, quality in (("a", 0.6), ("b", 0.8)):
+        scored(trained(tmp_path / "runs" / name), quality, seed=len(name), directions=("en-de", "de-en"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["moe-report", "runs=[runs]", "baseline=a", "samples=50"])
+    main()
+    written = capsys.readouterr().out
+    assert "against baseline (a)" in written and "+2 -0 /2" in written
+    assert (tmp_path / "runs" / "leaderboard.md").is_file() and (tmp_path / "runs" / "b" / "report.html").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["runs=[nowhere]"], "there is no run here"),
+        (["runs=[.]", "sampels=3"], "did you mean 'samples'"),
+        ([], "the key 'runs' has no value"),
+    ],
+)
+def test_mistakes_are_one_message(
+    words: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["moe-report", *words])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 2
+    assert message.lower() in capsys.readouterr().err.lower()
