@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from moe_train.experts import ExpertPool
 from moe_train.layers.block import Block, RoutingRecord
 from moe_train.layers.context import BatchContext
+from moe_train.layers.feed_forward import FeedForward
 from moe_train.layers.registry import BlockInputs, register_kind
 from moe_train.routing.base import Router, RoutingConfig
 from moe_train.routing.registry import build_router
@@ -19,13 +18,17 @@ class SparseLayer(Block):
     """Routes the real tokens and lets the pool carry out the assignment. No residual, and no norm of its own.
 
     The router always runs in fp32: under autocast its scores are computed outside it, and its parameters stay fp32
-    where the model is cast to a 16-bit type.
+    where the model is cast to a 16-bit type (:class:`~moe_train.routing.base.Router`).
+
+    Args:
+        shared: one more expert that every token passes, with weight 1 (DeepSeekMoE, Dai et al., 2024, §3.2).
     """
 
-    def __init__(self, router: Router, pool: ExpertPool, layer: int = 0) -> None:
+    def __init__(self, router: Router, pool: ExpertPool, layer: int = 0, shared: FeedForward | None = None) -> None:
         super().__init__()
         self.router = router
         self.pool = pool
+        self.shared = shared
         self.layer = layer
         self.owns_norm = pool.spec.norm
 
@@ -35,14 +38,9 @@ class SparseLayer(Block):
         with torch.autocast(x.device.type, enabled=False):
             routing = self.router(tokens, context.routing.at_layer(self.layer))
         y = self.pool(tokens, routing.assignment)
+        if self.shared is not None:
+            y = y + self.shared(tokens)[0]
         return context.unpack(y), RoutingRecord(self.layer, routing.losses, routing.statistics, (routing,))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLayer:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for parameter in self.router.parameters():
-            if parameter.dtype in (torch.float16, torch.bfloat16):
-                parameter.data = parameter.data.float()
-        return self
 
 
 @register_kind("sparse")
@@ -50,4 +48,8 @@ def build_sparse(config: RoutingConfig, inputs: BlockInputs) -> SparseLayer:
     """Router, then pool, of one sparse block."""
     router = build_router(config, inputs.for_router())
     pool = ExpertPool(inputs.expert_spec(config), config.num_experts, inputs.layout)
-    return SparseLayer(router, pool, inputs.layer)
+    shared = None
+    if getattr(config, "shared_expert", False):
+        spec = pool.spec
+        shared = FeedForward(spec.dim, spec.hidden, spec.activation, spec.dropout)
+    return SparseLayer(router, pool, inputs.layer, shared)

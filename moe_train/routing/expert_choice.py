@@ -102,14 +102,12 @@ def take(scores: Tensor, group: Tensor, num_groups: int, factor: float) -> Tenso
     Returns:
         [T, E] bool. Of equal scores the earlier token is taken.
     """
-    tokens, num_experts = scores.shape
-    sizes = torch.zeros(num_groups, dtype=torch.int64, device=group.device).scatter_add(
-        0, group, torch.ones_like(group)
-    )
-    starts = sizes.cumsum(0) - sizes
-    capacity = torch.floor(factor * sizes.to(torch.float64) / num_experts + 0.5).clamp(min=1)
-    order = scores.argsort(dim=0, descending=True, stable=True)
-    order = order.gather(0, group[order].argsort(dim=0, stable=True))
-    place = torch.arange(tokens, device=group.device).unsqueeze(1) - starts[group[order]]
-    taken = torch.zeros_like(scores, dtype=torch.bool)
-    return taken.scatter(0, order, place < capacity[group[order]])
+    sizes = group.new_zeros(num_groups).scatter_add(0, group, torch.ones_like(group))
+    column = torch.arange(scores.shape[0], device=group.device) - (sizes.cumsum(0) - sizes)[group]
+    longest = int(sizes.max()) if num_groups else 0
+    table = scores.new_full((num_groups, scores.shape[1], longest), float("-inf"))
+    table[group, :, column] = scores
+    order = table.argsort(dim=2, descending=True, stable=True)
+    place = torch.empty_like(order).scatter_(2, order, torch.arange(longest, device=group.device).expand_as(order))
+    capacity = torch.floor(factor * sizes.to(torch.float64) / scores.shape[1] + 0.5).clamp(min=1)
+    return place[group, :, column] < capacity[group].unsqueeze(1)

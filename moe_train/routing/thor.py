@@ -64,7 +64,7 @@ class ThorRouter(Router):
     def drawn(self, context: RoutingContext) -> Tensor:
         """The expert [T] of each token, uniform in every pass."""
         per = self.config.draw if context.training else self.config.inference
-        if self.config.pair == "independent" or self.num_experts == 1:
+        if not context.training or self.config.pair == "independent" or self.num_experts == 1:
             return counted_integer(context, EXPERT, self.num_experts, per=per)
         both = dataclasses.replace(context, pass_index=torch.zeros_like(context.pass_index))
         first = counted_integer(both, EXPERT, self.num_experts, per=per)

@@ -57,6 +57,11 @@ class TopKConfig(TokenChoiceConfig):
                 "with routing.top_k=1 normalised weights are always 1 and the gate learns nothing",
                 remedy="set routing.normalise=none",
             )
+        if self.shared_expert and self.expert_sublayers > 1:
+            raise ConfigError(
+                "routing.shared_expert stands beside experts of one sub-layer only",
+                remedy="set routing.expert_sublayers=1",
+            )
         if self.second_expert == "random" and self.top_k != 2:
             raise ConfigError(
                 f"routing.second_expert=random is defined for two experts, not {self.top_k}",
@@ -108,7 +113,7 @@ class TopKRouter(TokenChoiceRouter):
 
     @classmethod
     def experts_per_token(cls, config: RoutingConfig) -> float:
-        """k, and one more where an expert is shared."""
+        """k; a shared expert is a dense part of the layer and counts there."""
         assert isinstance(config, TopKConfig)
         return float(config.top_k)
 

@@ -105,7 +105,7 @@ def test_gradients_against_finite_differences(case: str, training: bool) -> None
         losses = [a.value for a in routing.losses.values()]
         return torch.cat([mix(x, routing.assignment, experts).reshape(-1), *[v.reshape(1) for v in losses]])
 
-    assert torch.autograd.gradcheck(function, (x, *parameters), eps=1e-7, atol=1e-5)
+    assert torch.autograd.gradcheck(function, (x, *parameters), eps=1e-7, atol=1e-5, fast_mode=True)
 
 
 @every
@@ -254,3 +254,12 @@ def test_contexts_have_one_row_per_token() -> None:
     context = RoutingContext.of_batch(2, 3)
     assert context.position.tolist() == [0, 1, 2, 0, 1, 2]
     assert tokens(6).shape == (6, DIM)
+
+
+@every
+def test_a_router_stays_in_full_precision_in_a_half_precision_model(case: str) -> None:
+    router = build(case).float()
+    before = {n: v.clone() for n, v in router.state_dict().items()}
+    torch.nn.Sequential(router).bfloat16()
+    for name, value in router.state_dict().items():
+        assert torch.equal(value, before[name]) and value.dtype == before[name].dtype

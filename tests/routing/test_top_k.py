@@ -131,6 +131,7 @@ def test_the_bias_levels_a_collapsed_router() -> None:
         ({"top_k": 0}, ["routing.top_k", "above 0"]),
         ({"top_k": 1}, ["learns nothing", "routing.normalise=none"]),
         ({"top_k": 3, "second_expert": "random"}, ["two experts"]),
+        ({"shared_expert": True, "expert_sublayers": 3}, ["routing.shared_expert", "expert_sublayers=1"]),
         ({"second_expert": "sampled"}, ["routing.second_expert", "'sampling'"]),
         ({"capacity_factor": -1.0}, ["routing.capacity_factor", "above 0"]),
         ({"balance_weight": -0.1}, ["routing.balance_weight"]),

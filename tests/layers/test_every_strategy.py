@@ -1,0 +1,106 @@
+"""Every strategy as a layer with the real pool: it learns, padding is inert, every parameter gets a gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from moe_train.layers import MoELayer
+from moe_train.routing import strategies
+
+DIM = 12
+KEYS: dict[str, dict[str, Any]] = {
+    "sam": {"num_groups": 2},
+    "top_k_shared": {"name": "top_k", "shared_expert": True},
+    "top_k_balanced": {"name": "top_k", "scores": "sigmoid", "balancing_bias_rate": 0.001},
+    "xmoe_sublayers": {"name": "xmoe", "expert_sublayers": 3},
+    "smoe_official": {"name": "smoe", "norm": "official", "second_expert": "sampling", "normalise": "after_drop"},
+}
+CASES = [*strategies(), *(name for name in KEYS if name not in strategies())]
+every = pytest.mark.parametrize("case", CASES)
+
+
+def make(case: str, **changes: Any) -> MoELayer:
+    return MoELayer(DIM, 16, {"name": case, "num_experts": 4, **KEYS.get(case, {}), **changes}).double()
+
+
+def inputs(batch: int, length: int) -> Tensor:
+    return torch.randn(batch, length, DIM, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def run(layer: MoELayer, x: Tensor, padding: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    y, record = layer(x, padding)
+    return (y if layer.owns_residual else x + y), (torch.zeros(()) if record is None else record.total_loss)
+
+
+@every
+def test_a_few_steps_bring_a_target_nearer(case: str) -> None:
+    layer, x = make(case), inputs(4, 6)
+    target = torch.tanh(x.flip(-1))
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.01)
+    losses = []
+    for update in range(30):
+        layer.settings.update = update
+        y, auxiliary = run(layer, x)
+        loss = nn.functional.mse_loss(y, target) + auxiliary
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in layer.parameters())
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+@every
+def test_padding_is_inert(case: str) -> None:
+    layer, x = make(case).eval(), inputs(3, 6)
+    padding = torch.zeros(3, 6, dtype=torch.bool)
+    padding[1, 4:] = padding[2, 1:] = True
+    y = run(layer, x, padding)[0]
+    garbage = run(layer, x.masked_fill(padding.unsqueeze(2), 1e20), padding)[0]
+    assert torch.equal(y[~padding], garbage[~padding])
+    shorter = run(layer, x[:, :4], padding[:, :4])[0]
+    torch.testing.assert_close(y[1:, :4][~padding[1:, :4]], shorter[1:][~padding[1:, :4]], rtol=1e-12, atol=1e-12)
+
+
+@every
+def test_recomputation_gives_the_same_gradients(case: str) -> None:
+    found = []
+    for recompute in (False, True):
+        layer, x = make(case), inputs(2, 5).requires_grad_()
+        y, auxiliary = checkpoint(run, layer, x, use_reentrant=False) if recompute else run(layer, x)
+        (y.square().sum() + auxiliary).backward()
+        found.append([x.grad, *[p.grad for p in layer.parameters()]])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@every
+def test_an_empty_batch_reaches_every_expert(case: str) -> None:
+    layer, x = make(case), inputs(0, 3)
+    y, auxiliary = run(layer, x)
+    assert y.shape == x.shape
+    (y.sum() + auxiliary).backward()
+    experts = [p for p in layer.parameters() if getattr(p, "expert", False)]
+    assert all(p.grad is not None and not p.grad.any() for p in experts)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c != "dense"])
+def test_frozen_blocks_do_not_learn_but_still_teach_what_is_below(case: str) -> None:
+    layer, x = make(case, frozen=True), inputs(2, 5).requires_grad_()
+    assert not any(p.requires_grad for p in layer.parameters())
+    y, auxiliary = run(layer, x)
+    (y.sum() + auxiliary).backward()
+    assert x.grad is not None and torch.isfinite(x.grad).all()
+
+
+def test_a_shared_expert_is_passed_by_every_token() -> None:
+    shared, x = make("top_k_shared"), inputs(2, 5)
+    alone = make("top_k")
+    alone.load_state_dict({n: v for n, v in shared.state_dict().items() if ".shared." not in n})
+    difference = shared(x)[0] - alone(x)[0]
+    torch.testing.assert_close(difference, shared.block.shared(x)[0])
+    assert sum(p.numel() for p in shared.block.shared.parameters()) == 2 * DIM * 16 + DIM + 16
