@@ -20,10 +20,12 @@ class RowPlan:
 
     Attributes:
         tokens: whose the rows are.
-        rows: rows of each local expert, padding included, on the host.
+        ends: [E] int32, one past the last row of each local expert; rows behind the last of them are padding too.
+        rows: rows of each local expert, padding included, on the host; empty where nobody there needs them.
     """
 
     tokens: TokenRows
+    ends: Tensor
     rows: tuple[int, ...]
 
     @property
@@ -31,10 +33,22 @@ class RowPlan:
         """First row of each local expert."""
         return (0, *accumulate(self.rows))[:-1]
 
+    def of_rows(self, parameter: Tensor) -> Tensor:
+        """[N, …] of a parameter [E, …]: for each row its expert's.
+
+        Rows behind the last expert get a zero of their own: what a grouped product leaves there, NaN perhaps, must not
+        reach the last expert's gradient.
+        """
+        row = torch.arange(self.tokens.row_token.shape[0], device=self.ends.device)
+        expert = torch.searchsorted(self.ends, row, right=True)
+        return torch.cat([parameter, parameter.new_zeros(1, *parameter.shape[1:])]).index_select(0, expert)
+
 
 @torch.no_grad()
-def plan_rows(token: Tensor, expert: Tensor, num_tokens: int, num_experts: int, align: int = 1) -> RowPlan:
-    """Sorts pairs by expert. One host sync, for the counts.
+def plan_rows(
+    token: Tensor, expert: Tensor, num_tokens: int, num_experts: int, align: int = 1, on_host: bool = True
+) -> RowPlan:
+    """Sorts pairs by expert.
 
     Args:
         token: [P] in 0 .. num_tokens - 1.
@@ -42,6 +56,7 @@ def plan_rows(token: Tensor, expert: Tensor, num_tokens: int, num_experts: int, 
         num_tokens: T.
         num_experts: local experts.
         align: an expert's rows are padded to a multiple of this.
+        on_host: bring the counts to the host, which is a sync; otherwise N is the largest that can be.
     """
     pairs = token.shape[0]
     order = torch.argsort(expert, stable=True)
@@ -49,12 +64,13 @@ def plan_rows(token: Tensor, expert: Tensor, num_tokens: int, num_experts: int, 
     padded = (counts + (align - 1)) // align * align
     shift = (padded.cumsum(0) - padded) - (counts.cumsum(0) - counts)
     sorted_row = torch.arange(pairs, device=token.device) + shift[expert[order]]
-    rows = tuple(padded.tolist())
-    row_pair = torch.full((sum(rows),), pairs, device=token.device)
+    rows = tuple(padded.tolist()) if on_host else ()
+    total = sum(rows) if on_host else pairs + num_experts * (align - 1)
+    row_pair = torch.full((total,), pairs, device=token.device)
     row_pair[sorted_row] = order
     row_token = torch.zeros_like(row_pair)
     row_token[sorted_row] = token[order]
     pair_row = torch.empty_like(order)
     pair_row[order] = sorted_row
     tokens = TokenRows(row_token, row_pair, pair_row, *sort_by_token(pair_row, token, num_tokens))
-    return RowPlan(tokens, rows)
+    return RowPlan(tokens, padded.cumsum(0).to(torch.int32), rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from moe_train.experts.grouped import prefers_grouped
 from moe_train.experts.parameters import StackedFeedForward, initialise
 from moe_train.experts.plan import plan_rows
 from moe_train.experts.products import row_alignment
@@ -71,7 +72,8 @@ class ExpertPool(nn.Module):
 
     def _mix(self, x: Tensor, token: Tensor, expert: Tensor, weight: Tensor) -> Tensor:
         """The experts held here: x [R, d], pairs with local expert numbers → [R, d] in at least fp32."""
-        plan = plan_rows(token, expert, x.shape[0], len(self.expert_ids), row_alignment(x))
+        on_host = not prefers_grouped(x)
+        plan = plan_rows(token, expert, x.shape[0], len(self.expert_ids), row_alignment(x), on_host)
         out = run_experts(gather_rows(x, plan.tokens), plan, self._stacks, self.training)
         return mix_rows(out, weight, plan.tokens)
 

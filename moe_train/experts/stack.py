@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_train.experts.feed_forward import Inner, LoopedFeedForward
+from moe_train.experts.grouped import grouped_feed_forward
 from moe_train.experts.parameters import StackedFeedForward
 from moe_train.experts.plan import RowPlan
 
@@ -24,21 +25,16 @@ def run_experts(rows: Tensor, plan: RowPlan, stacks: Sequence[StackedFeedForward
 
 
 def _feed_forward(rows: Tensor, plan: RowPlan, stack: StackedFeedForward, training: bool) -> Tensor:
-    weights = (
-        None if p is None else p.to(rows.dtype)
-        for p in (stack.fc1_weight, stack.fc1_bias, stack.fc2_weight, stack.fc2_bias)
-    )
+    w1, w2 = stack.fc1_weight.to(rows.dtype), stack.fc2_weight.to(rows.dtype)
+    b1, b2 = (None if b is None else b.to(rows.dtype) for b in (stack.fc1_bias, stack.fc2_bias))
     inner = Inner(stack.spec.activation, stack.spec.dropout if training else 0.0)
-    return LoopedFeedForward.apply(rows, *weights, plan, inner)  # type: ignore[no-any-return, no-untyped-call]
+    if not plan.rows:
+        return grouped_feed_forward(rows, w1, b1, w2, b2, plan, inner)
+    return LoopedFeedForward.apply(rows, w1, b1, w2, b2, plan, inner)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _norm(rows: Tensor, plan: RowPlan, stack: StackedFeedForward) -> Tensor:
     """LayerNorm with the weight and bias of each row's expert."""
     assert stack.norm_weight is not None and stack.norm_bias is not None
-    expert = torch.repeat_interleave(
-        torch.arange(len(plan.rows), device=rows.device),
-        torch.tensor(plan.rows, device=rows.device),
-        output_size=rows.shape[0],
-    )
-    weight, bias = (p.to(rows.dtype).index_select(0, expert) for p in (stack.norm_weight, stack.norm_bias))
+    weight, bias = (plan.of_rows(p.to(rows.dtype)) for p in (stack.norm_weight, stack.norm_bias))
     return torch.addcmul(bias, F.layer_norm(rows, rows.shape[-1:]), weight)

@@ -1,0 +1,41 @@
+"""The grouped products of GPUs, on the CPU's own grouped_mm: the same outputs and gradients as the loop."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from moe_train.experts import pool as pool_module
+from moe_train.experts.plan import plan_rows
+from tests.experts.reference import pool_of, random_assignment
+
+
+@pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this torch has no grouped_mm")
+@pytest.mark.parametrize("kind", [{}, {"activation": "gelu"}, {"bias": False}, {"sublayers": 2}], ids=str)
+@pytest.mark.parametrize("pairs", [0, 5, 40])
+def test_equals_the_loop(kind: dict, pairs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = pool_of(0, 4, torch.float32, dim=8, hidden=16, **kind)
+    x = torch.randn(12, 8, requires_grad=True)
+    assignment = random_assignment(12, 4, pairs, 1)
+    outcomes = []
+    for grouped in (False, True):
+        monkeypatch.setattr(pool_module, "prefers_grouped", lambda _, grouped=grouped: grouped)
+        y = pool(x, assignment)
+        torch.manual_seed(1)
+        gradients = torch.autograd.grad(y, [x, assignment.weight, *pool.parameters()], torch.randn_like(y))
+        outcomes.append((y, *gradients))
+    for loop, grouped_one in zip(*outcomes, strict=True):
+        torch.testing.assert_close(grouped_one, loop, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_without_a_host_sync_are_the_same_rows() -> None:
+    assignment = random_assignment(9, 5, 23, 4)
+    host, device = (plan_rows(assignment.token, assignment.expert, 9, 5, 4, on_host) for on_host in (True, False))
+    held = sum(host.rows)
+    assert device.rows == () and torch.equal(host.ends, device.ends)
+    assert torch.equal(host.tokens.pair_row, device.tokens.pair_row)
+    assert torch.equal(host.tokens.row_pair, device.tokens.row_pair[:held])
+    assert (device.tokens.row_pair[held:] == 23).all()
+    expert = host.of_rows(torch.arange(5).float().unsqueeze(1)).squeeze(1)
+    assert torch.equal(assignment.expert, expert[host.tokens.pair_row].long())
