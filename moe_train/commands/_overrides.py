@@ -108,7 +108,7 @@ def _check_key(override: Override, keys: Sequence[str], groups: Mapping[str, lis
 
 def _near(key: str, keys: Sequence[str], groups: Mapping[str, list[str]]) -> str:
     """Near spellings of the whole key, then keys whose last part is near, then what stands beside it."""
-    known = [*keys, *groups]
+    known = [name for name in dict.fromkeys([*keys, *groups]) if not key.startswith(f"{name}.")]
     last = {known_key: known_key.rsplit(".", 1)[-1] for known_key in known}
     near = difflib.get_close_matches(key, known, n=3, cutoff=0.75)
     if not near:
@@ -118,7 +118,7 @@ def _near(key: str, keys: Sequence[str], groups: Mapping[str, list[str]]) -> str
         return f"did you mean {' or '.join(repr(name) for name in near)}?"
     parent = key.rpartition(".")[0]
     beside = [name for name in keys if parent and name.rpartition(".")[0] == parent]
-    beside = beside or sorted({name.split(".", 1)[0] for name in known})
+    beside = beside or sorted({name.split(".", 1)[0] for name in keys})
     return f"known{f' in {parent}' if parent and '.' in beside[0] else ''}: {', '.join(beside)}"
 
 

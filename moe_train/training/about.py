@@ -18,6 +18,7 @@ from torch import nn
 
 import moe_train
 from moe_train.config import RunConfig
+from moe_train.data.batching import WorldBatches
 from moe_train.training.run_folder import RunFolder
 from moe_train.training.state import RunState
 from moe_train.training.world import World
@@ -91,7 +92,7 @@ def commit() -> str | None:
     return result.stdout.strip()
 
 
-def summary(folder: RunFolder, config: RunConfig, state: RunState) -> Table:
+def summary(folder: RunFolder, config: RunConfig, state: RunState, batches: WorldBatches) -> Table:
     """What is about to happen, as a table."""
     info = folder.info
     world, training = info["world"], config.training
@@ -106,13 +107,21 @@ def summary(folder: RunFolder, config: RunConfig, state: RunState) -> Table:
         "parameters": f"{parameters.get('total', 0):,}" + _active(parameters),
         "processes": f"{world['processes']} on {world['device']}, {info['threads']} threads each",
         "FLOPs per token": f"{info['flops_per_token']:.3g} forward" if "flops_per_token" in info else "",
-        "updates": f"{training.max_updates:,} of {training.tokens_per_update:,} target tokens, {training.precision}",
+        "updates": f"{training.max_updates:,} of {training.tokens_per_update:,} target tokens, {training.precision}, "
+        f"{batches.updates_per_epoch:,} an epoch",
+        "left out": _left_out(batches),
         "goes on from": f"update {state.update}" if state.update else "",
     }
     for name, value in rows.items():
         if value:
             table.add_row(name, value)
     return table
+
+
+def _left_out(batches: WorldBatches) -> str:
+    """Training sentences that are too long, where there are any."""
+    counts = ", ".join(f"{count:,} of {name}" for name, count in batches.left_out.items() if count)
+    return f"{counts} (longer than {batches.settings.longest} tokens)" if counts else ""
 
 
 def _active(parameters: dict[str, int]) -> str:

@@ -111,17 +111,18 @@ def _assemble(given: _Parts) -> Loop:
     about = {"config_digest": config_digest(config), "world": world.size}
     keeper = Keeper(CheckpointStore(folder.checkpoints, world), engine, config.training.checkpoint, about)
     state = keeper.restore() or RunState()
+    samples = SampleLoader(task, world)
     if world.main:
         describe_run(folder, config, engine.module, world, state.update, given.account)
     if given.screen is not None:
-        given.screen.print(summary(folder, config, state))
+        given.screen.print(summary(folder, config, state, samples.batches))
     return Loop(
         config=config,
         state=state,
         folder=folder,
         world=world,
         stepper=Stepper(engine, criterion, world, config.seed),
-        samples=SampleLoader(task, world),
+        samples=samples,
         validator=Validator(task, criterion, engine, world, ranks),
         keeper=keeper,
         records=Records(folder, world.main, state.update),

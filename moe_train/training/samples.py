@@ -22,7 +22,7 @@ class SampleLoader:
 
     def __init__(self, task: TrainingTask, world: World) -> None:
         self._task, self._world = task, world
-        self._batches = task.train_batches()
+        self.batches = task.train_batches()
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="samples")
         self._ahead: tuple[int, Future[Loaded]] | None = None
 
@@ -40,7 +40,7 @@ class SampleLoader:
         return self._pool.submit(self._load, update)
 
     def _load(self, update: int) -> Loaded:
-        plan = self._batches.update(update)
+        plan = self.batches.update(update)
         rows = (split_micro_batch(batch, self._world.rank, self._world.size) for batch in plan.micro_batches)
         return plan, [self._task.train_sample(indices) for indices in rows]
 

@@ -27,11 +27,10 @@ def check(path: Path, unbroken: Path) -> None:
         assert lines(path, name)
 
 
-@pytest.mark.parametrize("update", [3, 11])
-def test_two_processes_one_of_them_killed(update: int, tmp_path: Path, unbroken: Path) -> None:
+def test_two_processes_one_of_them_killed(tmp_path: Path, unbroken: Path) -> None:
     path = tmp_path / "run"
     with pytest.raises(WorkerError, match="rank 1 failed first: it was killed by SIGKILL"):
-        start(CONFIG, path, processes=2, trouble={"rank": 1, "update": update, "what": "kill"})
+        start(CONFIG, path, processes=2, trouble={"rank": 1, "update": 11, "what": "kill"})
     with (path / "train.jsonl").open("a") as log:
         log.write('{"update": 99}\n{"update": 1, "lo')  # what a kill may leave
     assert start(CONFIG, path, processes=2).status == "finished"

@@ -1,0 +1,98 @@
+"""Words on the command line that cannot be."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from moe_train.commands._app import forget_foreign_schemas, plain
+from moe_train.commands._overrides import check_overrides
+from moe_train.config import RunConfig, build
+from moe_train.config.paths import configs_directory
+from moe_train.errors import ConfigError
+from moe_train.routing import routing_config
+
+
+@pytest.fixture(autouse=True)
+def _hydra_alone() -> None:
+    forget_foreign_schemas()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["data=x"],
+        ["routing=top_k", "routing.top_k=2", "training.max_updates=3"],
+        ["routing=switch,top_k", "seed=1,2", "routing.num_experts=4"],
+        ["experiment=memorise", "training.optimizer.lr=1e-3"],
+        ["hydra.run.dir=/tmp/x", "hydra/launcher=submitit_slurm", "hydra.sweep.subdir=a"],
+        ["+routing.decoder.name=switch", "++training.clip_norm=0"],
+        ["task.directions=[en-de,de-en]", "data='a b'"],
+        ["training.optimizer.betas=[0.9,0.99]", "training.optimizer={lr:0.1}"],
+    ],
+)
+def test_what_exists_passes(words: list[str]) -> None:
+    check_overrides("train", words)
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("training.max_update=3", r"unknown key 'training\.max_update'.*'training\.max_updates'"),
+        ("max_updates=3", r"unknown key 'max_updates'.*'training\.max_updates'"),
+        ("trainig.seed=3", "unknown key 'trainig.seed'"),
+        ("routing=swich", "there is no routing 'swich'.*'switch'"),
+        ("routing=switch,thro", "there is no routing 'thro'.*'thor'"),
+        ("modle=tiny", "unknown key 'modle'.*'model'"),
+        ("model=gigantic", "there is no model 'gigantic'.*base"),
+        ("routing.capacity_facter=1", r"'routing\.capacity_factor'"),
+        ("seed.x=3", "'seed' is a value, not a group"),
+        ("training.zzz=1", r"unknown key 'training\.zzz'.*known in training: .*max_updates"),
+        ("seed", "cannot read 'seed'"),
+        ("data=[", r"cannot read 'data=\['"),
+        ("experiment=nothing", "there is no experiment 'nothing'.*memorise"),
+    ],
+)
+def test_what_does_not_exist_is_named_with_near_spellings(word: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"(?i){message}"):
+        check_overrides("train", [word])
+
+
+def composed(*words: str) -> dict[str, Any]:
+    with initialize_config_dir(str(configs_directory()), version_base="1.3"):
+        return plain(compose("train", overrides=["data=x", *words]))
+
+
+def leaves(content: Any, prefix: str = "") -> set[str]:
+    if not isinstance(content, dict):
+        return {prefix.rstrip(".")}
+    return set().union(*(leaves(value, f"{prefix}{name}.") for name, value in content.items()))
+
+
+def test_the_files_hold_every_key_and_the_dataclasses_defaults() -> None:
+    """What can be set can be seen: a key that no file shows could be set only with '+'."""
+    content = composed()
+    config = build(RunConfig, {key: value for key, value in content.items() if key != "experiment"})
+    shown = {key for key in leaves(content) if not key.startswith("routing.") and key != "experiment"}
+    known = leaves(OmegaConf.to_container(OmegaConf.create(dataclasses.asdict(config))))
+    assert shown == {key for key in known if not key.startswith("routing.")}
+    for group in ("training", "engine", "launch", "layout", "search", "task"):
+        assert getattr(config, group) == type(getattr(config, group))(), group
+
+
+def test_memorise_learns_by_heart() -> None:
+    config = build(RunConfig, {k: v for k, v in composed("experiment=memorise").items() if k != "experiment"})
+    assert (config.model.dropout, config.model.attention_dropout, config.model.activation_dropout) == (0.0, 0.0, 0.0)
+    assert config.training.label_smoothing == 0.0 and config.training.schedule.name == "constant"
+    assert routing_config(config.routing).name == "switch"
+
+
+def test_a_missing_value_is_asked_for() -> None:
+    with initialize_config_dir(str(configs_directory()), version_base="1.3"):
+        config = compose("train")
+    with pytest.raises(ConfigError, match="the key 'data' has no value"):
+        plain(config)

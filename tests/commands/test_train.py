@@ -1,0 +1,247 @@
+"""``moe-train`` as a command on a small corpus: real processes, the real task and model."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from moe_train.commands.train import main
+from moe_train.data.folder import DataFolder
+from moe_train.training.checkpoints import CheckpointStore
+from tests.training.toy_run import assert_same_bits, final_tensors, lines
+
+COMMAND = [sys.executable, "-m", "moe_train.commands.train"]
+SMALL = [
+    *("model.embed_dim=32", "model.ffn_dim=64", "model.num_heads=2", "routing.num_experts=4"),
+    *("training.max_updates=20", "training.tokens_per_update=600", "training.accumulation=2", "training.log_every=5"),
+    *("training.checkpoint.every_updates=4", "training.validation.every_updates=10", "training.optimizer.lr=0.01"),
+    *("training.schedule.warmup_updates=5", "training.validation.max_sentences=10", "training.threads=1"),
+]
+
+
+def words(data: DataFolder, folder: Path, *more: str) -> list[str]:
+    return [*COMMAND, f"data={data.path}", f"hydra.run.dir={folder}", *SMALL, *more]
+
+
+def run(command: list[str], cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250, check=False, cwd=cwd)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def here(arguments: list[str], cwd: Path) -> tuple[int, str]:
+    """The command in this process, which has imported everything already: the same road without seconds of imports.
+
+    Returns:
+        The exit code, and what was said on stderr.
+    """
+    said = io.StringIO()
+    with contextlib.chdir(cwd), contextlib.redirect_stderr(said), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["moe-train", *arguments])
+        try:
+            main()
+        except SystemExit as left:
+            return int(left.code or 0), said.getvalue()
+    return 0, said.getvalue()
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory, tiny_data: DataFolder) -> Path:
+    """A finished run of two processes."""
+    path = tmp_path_factory.mktemp("two")
+    done = run(words(tiny_data, path / "run", "launch.processes=2"), path)
+    assert "update 5/20: loss" in done.stdout and "finished at update 20" in done.stdout
+    assert re.search(r"processes +2 on cpu, 1 threads each", done.stdout)
+    return path / "run"
+
+
+def test_the_run_folder(two: Path) -> None:
+    trained, validated = lines(two), lines(two, "valid.jsonl")
+    assert [line["update"] for line in trained] == [5, 10, 15, 20]
+    assert trained[-1]["nll_loss"] < trained[0]["nll_loss"]
+    assert {"balance_loss", "grad_norm", "lr", "ppl", "load", "dropped", "epoch"} <= trained[0].keys()
+    assert all(sum(load) == pytest.approx(1.0) and len(load) == 4 for load in trained[0]["load"].values())
+    assert set(validated[0]["directions"]) == {"de-en", "en-de", "en-fr", "en-ja", "fr-en", "ja-en"}
+    assert validated[1]["loss"] < validated[0]["loss"]
+    info = json.loads((two / "run.json").read_text())
+    assert info["status"] == "finished" and info["world"]["processes"] == 2
+    assert 0 < info["parameters"]["active"] < info["parameters"]["total"] and info["flops_per_token"] > 0
+    assert "update 20" in (two / "logs" / "rank_1.log").read_text()
+    assert (two / ".hydra" / "overrides.yaml").is_file() and list((two / "tensorboard").iterdir())
+    assert CheckpointStore(two / "checkpoints").resolve("best").name == "step_20"
+
+
+def test_killed_and_resumed_ends_in_the_same_bits(two: Path, tiny_data: DataFolder, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    command = words(tiny_data, folder, "launch.processes=2")
+    running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=tmp_path)
+    wait_for(folder / "train.jsonl", running)
+    running.kill()
+    running.wait()
+    reached = len(lines(folder)) * 5
+    assert reached < 20
+    again = run(command, tmp_path)
+    assert "goes on from" in again.stdout or reached < 4
+    assert_same_bits(final_tensors(folder), final_tensors(two))
+    assert lines(folder) == lines(two) and lines(folder, "valid.jsonl") == lines(two, "valid.jsonl")
+
+
+def wait_for(log: Path, running: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 200
+    while not (log.exists() and log.read_text().count("\n")):
+        assert time.monotonic() < deadline and running.poll() is None
+        time.sleep(0.01)
+
+
+def test_sigterm_saves_and_says_how_to_go_on(tiny_data: DataFolder, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    command = words(tiny_data, folder, "launch.processes=2", "training.max_updates=5000")
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+    wait_for(folder / "train.jsonl", running)  # type: ignore[arg-type]
+    running.send_signal(signal.SIGTERM)
+    out, _ = running.communicate(timeout=100)
+    assert running.returncode == 75 and "asked to stop: saved update" in out
+    update = json.loads((folder / "run.json").read_text())["update"]
+    assert CheckpointStore(folder / "checkpoints").resolve("last").name == f"step_{update}"
+
+
+def test_under_torchrun_all_ranks_share_one_folder(two: Path, tiny_data: DataFolder, tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
+    command = [*torchrun, *words(tiny_data, tmp_path / "run")[2:]]
+    run([word for word in command if not word.startswith("hydra.run.dir")], tmp_path)
+    (folder,) = (tmp_path / "outputs").glob("*/*")
+    assert_same_bits(final_tensors(folder), final_tensors(two))
+    assert {path.name for path in (folder / "logs").iterdir()} == {"rank_0.log", "rank_1.log"}
+
+
+def test_a_sweep_in_one_process(tiny_data: DataFolder, tmp_path: Path) -> None:
+    sweep = [f"hydra.sweep.dir={tmp_path}/sweep", "routing=dense,switch", "training.max_updates=2"]
+    keys = [word for word in words(tiny_data, tmp_path)[3:] if not word.startswith(("hydra.run", "routing."))]
+    assert here(["-m", *keys, *sweep], tmp_path)[0] == 0
+    for number, name in enumerate(("dense", "switch")):
+        info = json.loads((tmp_path / "sweep" / str(number) / "run.json").read_text())
+        config = json.loads((tmp_path / "sweep" / str(number) / "config.json").read_text())["config"]
+        assert info["status"] == "finished" and config["routing"]["name"] == name
+
+
+def test_a_mistake_in_a_sweep_is_hydras_to_report(tiny_data: DataFolder, tmp_path: Path) -> None:
+    sweep = [f"hydra.sweep.dir={tmp_path}/sweep", "training.clip_norm=-1"]
+    done = run([*COMMAND, "-m", *words(tiny_data, tmp_path)[3:], *sweep], tmp_path, code=1)
+    assert "Error executing job with overrides" in done.stderr and "'training.clip_norm' must not be" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory, tiny_data: DataFolder) -> Path:
+    """A finished run of one process."""
+    path = tmp_path_factory.mktemp("one")
+    assert here(words(tiny_data, path / "run", "training.max_updates=8")[3:], path)[0] == 0
+    return path / "run"
+
+
+@pytest.mark.parametrize(
+    ("changes", "messages"),
+    [
+        (["training.max_updates=8"], ["is finished (8 updates)", "training.max_updates"]),
+        (["training.clip_norm=5"], ["another config", "training.clip_norm=1.0 then, 5.0 now"]),
+        (["resume=never"], ["resume=never, but the folder holds a run"]),
+    ],
+)
+def test_a_folder_that_cannot_be_gone_on_in(
+    changes: list[str], messages: list[str], one: Path, tiny_data: DataFolder, tmp_path: Path
+) -> None:
+    code, said = here(words(tiny_data, one, *changes)[3:], tmp_path)
+    assert code == 2 and all(message in said for message in messages), said
+
+
+def test_a_damaged_checkpoint_is_named(one: Path, tiny_data: DataFolder, tmp_path: Path) -> None:
+    shard = next((one / "checkpoints" / "step_8").glob("*.safetensors"))
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-8])
+    try:
+        code, said = here(words(tiny_data, one, "training.max_updates=9")[3:], tmp_path)
+    finally:
+        shard.write_bytes(whole)
+    assert code == 2 and str(shard) in said and "step_4, is whole" in said
+
+
+@pytest.mark.parametrize(
+    ("changes", "messages"),
+    [
+        (["data=/nowhere"], ["/nowhere: the data folder does not exist", "moe-prepare"]),
+        (["task.directions=[en-xx]"], ["no direction 'en-xx'"]),
+        (["training.clip_norm=-1"], ["'training.clip_norm' must not be negative"]),
+        (["training.max_updates=many"], ["'training.max_updates' must be a whole number, not 'many'"]),
+        (["routing=expert_choice", "routing.decoder=null"], ["expert_choice looks at later tokens", "routing.decoder"]),
+        (["model.embed_dim=33"], ["not divisible"]),
+        (["launch.processes=2", "layout.expert_parallel=3"], ["does not divide 2 processes"]),
+        (["training.checkpoint.asynchronous=true"], ["asynchronous"]),
+    ],
+)
+def test_mistakes_are_found_before_any_process_starts(
+    changes: list[str], messages: list[str], tiny_data: DataFolder, tmp_path: Path
+) -> None:
+    command = [word for word in words(tiny_data, tmp_path / "run")[3:] if word.split("=")[0] not in _keys(changes)]
+    if changes[0].startswith("routing="):
+        command = [word for word in command if not word.startswith("routing.")]
+    code, said = here([*command, *changes], tmp_path)
+    assert code == 2 and all(message in said for message in messages), said
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def _keys(words: list[str]) -> list[str]:
+    return [word.split("=")[0] for word in words]
+
+
+def test_a_taken_port(tiny_data: DataFolder, tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        command = words(tiny_data, tmp_path / "run", "launch.processes=2", f"launch.port={port}")
+        code, said = here(command[3:], tmp_path)
+    assert code == 2 and f"the port {port} is already taken" in said
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system with room for one checkpoint of the small model and not for two."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
+    mounted = subprocess.run(command, capture_output=True, text=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a small disk here: {mounted.stderr.strip()}")
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_disk_that_fills_while_a_checkpoint_is_written(
+    small_disk: Path, tiny_data: DataFolder, tmp_path: Path
+) -> None:
+    folder = small_disk / "run"
+    done = run(words(tiny_data, folder, "launch.processes=2"), tmp_path, code=2)
+    assert "No space left on device" in done.stderr and "step_4 is whole: the run goes on from it" in done.stderr
+    assert "Traceback" not in done.stderr
+    store = CheckpointStore(folder / "checkpoints")
+    assert store.updates() == [4] and store.resolve("last").name == "step_4"
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    assert here(words(tiny_data, folder)[3:], tmp_path)[0] == 0  # room was made: it goes on, in one process even
+    assert json.loads((folder / "run.json").read_text())["status"] == "finished"
+
+
+def test_nothing_is_left_in_the_environment() -> None:
+    assert "RANK" not in os.environ
