@@ -20,7 +20,9 @@ stage() {
 stage install scripts/setup.sh --minimal
 export PATH="$PWD/.venv/bin:$PATH"
 stage prepare moe-prepare corpus=l10n out="$data"
-stage train moe-train data="$data" experiment=quickstart launch.processes=2 hydra.run.dir="$run" "$@"
+resume=auto
+[[ -f $run/config.json ]] && resume=must # goes on, and has nothing to do where the run is finished
+stage train moe-train data="$data" experiment=quickstart launch.processes=2 resume=$resume hydra.run.dir="$run" "$@"
 stage evaluate moe-evaluate run="$run" split=test
 
 printf '\n== done in %d s; the run folder is %s\n' "$SECONDS" "$run"
