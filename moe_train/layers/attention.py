@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe_train.layers.linear import linear
+
 
 def _split(projected: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
     """[B, S, parts · d] → ``parts`` views [B, H, S, d / H]."""
@@ -49,8 +51,7 @@ class _Attention(nn.Module):
         """q [B, H, S, d/H], k and v [B, H, K, d/H] → [B, S, d]; ``mask`` [.., S, K], true: visible."""
         dropout = self.dropout if self.training else 0.0
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
-        merged: Tensor = self.out(_merge(attended))
-        return merged
+        return linear(_merge(attended), self.out.weight, self.out.bias)
 
 
 class SelfAttention(_Attention):
@@ -63,7 +64,7 @@ class SelfAttention(_Attention):
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
         """x [B, S, d] → query, key, value, each [B, H, S, d/H]."""
         bias = torch.cat((self.query_bias, torch.zeros_like(self.query_bias), self.value_bias))
-        return _split(F.linear(x, self.qkv_weight, bias), 3, self.heads)
+        return _split(linear(x, self.qkv_weight, bias), 3, self.heads)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
         """x [B, S, d] → [B, S, d]. ``causal``: position i sees 0 .. i only (then ``mask`` must be None)."""
@@ -81,12 +82,12 @@ class CrossAttention(_Attention):
 
     def project_query(self, x: Tensor) -> Tensor:
         """x [B, S, d] → [B, H, S, d/H]."""
-        return _split(F.linear(x, self.query_weight, self.query_bias), 1, self.heads)[0]
+        return _split(linear(x, self.query_weight, self.query_bias), 1, self.heads)[0]
 
     def project_memory(self, memory: Tensor) -> tuple[Tensor, ...]:
         """memory [B, K, d] → key, value, each [B, H, K, d/H]."""
         bias = torch.cat((torch.zeros_like(self.value_bias), self.value_bias))
-        return _split(F.linear(memory, self.key_value_weight, bias), 2, self.heads)
+        return _split(linear(memory, self.key_value_weight, bias), 2, self.heads)
 
     def forward(self, x: Tensor, memory: Tensor, mask: Tensor | None = None) -> Tensor:
         """x [B, S, d] over memory [B, K, d] → [B, S, d]; ``mask`` [B, 1, 1, K], true = visible."""

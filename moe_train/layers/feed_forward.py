@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from moe_train.layers.block import Block, RoutingRecord
 from moe_train.layers.context import BatchContext
+from moe_train.layers.linear import linear
 from moe_train.layers.registry import BlockInputs, register_kind
 from moe_train.routing.base import RoutingConfig
 
@@ -23,12 +24,13 @@ class FeedForward(Block):
 
     def forward(self, x: Tensor, context: BatchContext | None = None) -> tuple[Tensor, RoutingRecord | None]:
         """x [..., d] → (y [..., d], None)."""
-        h = self.fc1(x)
-        # relu's backward needs its output only, so it may overwrite its input; gelu's may not.
-        h = F.relu(h, inplace=True) if self.activation == "relu" else F.gelu(h)
+        relu = self.activation == "relu"
+        h = linear(x, self.fc1.weight, self.fc1.bias, relu)
+        if not relu:
+            h = F.gelu(h)
         if self.dropout and self.training:
             h = F.dropout(h, self.dropout)
-        return self.fc2(h), None
+        return linear(h, self.fc2.weight, self.fc2.bias), None
 
 
 @register_kind("dense")

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe_train.experts.products import affine, affine_into
+
 
 def label_smoothed_nll(logits: Tensor, target: Tensor, eps: float, ignore: int = -100) -> tuple[Tensor, Tensor]:
     """Sums over the rows whose target is not ``ignore``.
@@ -124,7 +126,7 @@ class _FusedLabelSmoothedNll(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=kind) if ctx.needs_input_grad[1] else None
         for start in range(0, features.shape[0], rows):
             x, chunk_target = features[start : start + rows], target[start : start + rows]
-            log_p = F.log_softmax(x @ weight.t(), dim=1, dtype=kind)
+            log_p = F.log_softmax(affine(x, weight.t(), None), dim=1, dtype=kind)
             chunk_loss, chunk_nll, real, safe = _sums(log_p, chunk_target, eps, ignore)
             loss += chunk_loss
             nll += chunk_nll
@@ -132,7 +134,7 @@ class _FusedLabelSmoothedNll(torch.autograd.Function):
                 continue
             gradient = _gradient_(log_p, safe, real, eps).to(features.dtype)
             if grad_features is not None:
-                torch.mm(gradient, weight, out=grad_features[start : start + rows])
+                affine_into(grad_features[start : start + rows], gradient, weight)
             if grad_weight is not None:
                 _add_product_(grad_weight, gradient, x)
         ctx.grad_features, ctx.grad_weight, ctx.weight_type = grad_features, grad_weight, weight.dtype

@@ -1,0 +1,54 @@
+"""x W^T + b, and ReLU of it, by the fastest fp32 product that torch ships for the CPU; ``F.linear`` everywhere else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe_train.experts.products import affine, prefers_onednn
+
+# oneDNN generates code for every new shape (0.7 ms): below this many FLOPs it cannot win that back.
+_WORTH_IT = 2.5e8
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False) -> Tensor:
+    """x [..., k], weight [m, k], bias [m] → [..., m]."""
+    if _fast(x, weight):
+        rows = x.reshape(-1, x.shape[-1])
+        y: Tensor = _Linear.apply(rows, weight, bias, relu)  # type: ignore[no-untyped-call]
+        return y.view(*x.shape[:-1], weight.shape[0])
+    y = F.linear(x, weight, bias)
+    # relu's backward needs its output only, so it may overwrite its input.
+    return F.relu(y, inplace=True) if relu else y
+
+
+def _fast(x: Tensor, weight: Tensor) -> bool:
+    return (
+        prefers_onednn(x)
+        and weight.dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")
+        and 2.0 * x.numel() * weight.shape[0] >= _WORTH_IT
+    )
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+        y = affine(x, weight.t(), bias, relu)
+        ctx.save_for_backward(x, weight, y if relu else None)
+        ctx.has_bias = bias is not None
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        x, weight, y = ctx.saved_tensors
+        if y is not None:
+            grad = torch.ops.aten.threshold_backward(grad, y, 0)
+        by_x = affine(grad, weight, None) if ctx.needs_input_grad[0] else None
+        by_weight = grad.t() @ x if ctx.needs_input_grad[1] else None
+        by_bias = grad.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
+        return by_x, by_weight, by_bias, None
