@@ -7,7 +7,7 @@ written straight into the stacked tensors.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe_train.experts.plan import RowPlan
-from moe_train.experts.products import affine, affine_into, outer_into
+from moe_train.experts.products import affine, affine_into, bag_sums, outer_into
 from moe_train.experts.spec import Activation
+from moe_train.parallel.threads import over_parts
 
 
 @dataclass(frozen=True)
@@ -28,41 +29,43 @@ class Inner:
     activation: Activation
     dropout: float = 0.0
 
-    @property
-    def kept_per_expert(self) -> int:
-        """Tensors kept for backward, per expert: ReLU's output tells all, GELU needs its input and what was dropped."""
-        return 2 if self.activation == "gelu" and self.dropout else 1
-
-    def forward(self, x: Tensor, w: Tensor, b: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """dropout(act(x w + b)), and what backward needs."""
-        if self.activation == "relu":
-            hidden = affine(x, w, b, relu=True)
-            hidden = F.dropout(hidden, self.dropout, True, inplace=True) if self.dropout else hidden
-            return hidden, (hidden,)
-        before = affine(x, w, b)
+    def draw(self, rows: Tensor, hidden: int) -> Tensor | None:
+        """[N, h]: 0 where dropout drops, the compensating scale elsewhere; None without dropout."""
         if not self.dropout:
-            return F.gelu(before), (before,)
-        scale = torch.empty_like(before).bernoulli_(1 - self.dropout).div_(1 - self.dropout)
-        return F.gelu(before).mul_(scale), (before, scale)
+            return None
+        keep = 1 - self.dropout
+        return rows.new_empty(rows.shape[0], hidden).bernoulli_(keep).div_(keep)
 
-    def recall(self, kept: tuple[Tensor, ...]) -> Tensor:
+    def forward(self, x: Tensor, w: Tensor, b: Tensor | None, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+        """scale · act(x w + b), and what backward needs: ReLU's output tells all, GELU needs its input."""
+        before = affine(x, w, b, relu=self.activation == "relu")
+        hidden = before if self.activation == "relu" else F.gelu(before)
+        if scale is not None:
+            hidden = hidden.mul_(scale)
+        return hidden, before
+
+    def recall(self, kept: Tensor, scale: Tensor | None) -> Tensor:
         """The hidden rows again."""
         if self.activation == "relu":
-            return kept[0]
-        hidden = F.gelu(kept[0])
-        return hidden.mul_(kept[1]) if self.dropout else hidden
+            return kept
+        hidden = F.gelu(kept)
+        return hidden if scale is None else hidden.mul_(scale)
 
-    def backward(self, grad: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
+    def backward(self, grad: Tensor, kept: Tensor, scale: Tensor | None) -> Tensor:
         """The gradient before the activation; may overwrite ``grad``, the gradient of the hidden rows."""
+        if scale is not None:
+            grad = grad.mul_(scale)
         if self.activation == "relu":
-            torch.ops.aten.threshold_backward.grad_input(grad, kept[0], 0, grad_input=grad)
-            return grad.div_(1 - self.dropout) if self.dropout else grad
-        grad = grad.mul_(kept[1]) if self.dropout else grad
-        return torch.ops.aten.gelu_backward(grad, kept[0])  # type: ignore[no-any-return]
+            torch.ops.aten.threshold_backward.grad_input(grad, kept, 0, grad_input=grad)
+            return grad
+        return torch.ops.aten.gelu_backward(grad, kept)  # type: ignore[no-any-return]
 
 
 class LoopedFeedForward(torch.autograd.Function):
-    """rows [N, d] in expert order → [N, d], expert by expert. w1 [E, d, h], b1 [E, h], w2 [E, h, d], b2 [E, d]."""
+    """rows [N, d] in expert order → [N, d], expert by expert. w1 [E, d, h], b1 [E, h], w2 [E, h, d], b2 [E, d].
+
+    Views of single experts are made before threads start: inside they would pass Python's lock to and fro.
+    """
 
     @staticmethod
     def forward(  # noqa: D102
@@ -76,37 +79,45 @@ class LoopedFeedForward(torch.autograd.Function):
         inner: Inner,
     ) -> Tensor:
         out = torch.empty_like(rows)
-        kept: list[Tensor] = []
-        for e, (x, y) in _by_expert(plan, rows, out):
-            hidden, keep = inner.forward(x, w1[e], None if b1 is None else b1[e])
-            kept.extend(keep)
-            affine_into(y, hidden, w2[e], None if b2 is None else b2[e])
+        scale = inner.draw(rows, w1.shape[2])
+        x, y, scales = _split(rows, plan), _split(out, plan), _split(scale, plan)
+        first, second, bias1, bias2 = _each(w1, plan), _each(w2, plan), _each(b1, plan), _each(b2, plan)
+        kept: list[Tensor | None] = [None] * w1.shape[0]
+
+        def work(experts: Sequence[int]) -> None:
+            for e in experts:
+                hidden, kept[e] = inner.forward(x[e], first[e], bias1[e], scales[e])
+                affine_into(y[e], hidden, second[e], bias2[e])
+
+        over_parts(work, plan.rows, _flops(w1))
         ctx.plan, ctx.inner, ctx.biased = plan, inner, b1 is not None
-        ctx.save_for_backward(rows, w1, w2, *kept)
+        ctx.save_for_backward(rows, w1, w2, scale, *kept)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
-        rows, w1, w2, *kept = ctx.saved_tensors
+        rows, w1, w2, scale, *kept = ctx.saved_tensors
         plan: RowPlan = ctx.plan
-        train_weights = any(ctx.needs_input_grad[1:5])
-        weights = _WeightGradients(w1, w2, ctx.biased, plan) if train_weights else None
+        inner: Inner = ctx.inner
+        grad = grad.contiguous()
+        weights = _WeightGradients(w1, w2, ctx.biased, plan) if any(ctx.needs_input_grad[1:5]) else None
         grad_rows = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
-        step, taken = ctx.inner.kept_per_expert, 0
-        for e, (x, g) in _by_expert(plan, rows, grad.contiguous()):
-            keep = tuple(kept[taken : taken + step])
-            taken += step
-            if weights is not None:
-                weights.second(e, ctx.inner.recall(keep), g)
-            g = ctx.inner.backward(affine(g, w2[e].t(), None), keep)
-            if weights is not None:
-                weights.first(e, x, g)
-            if grad_rows is not None:
-                start = plan.starts[e]
-                affine_into(grad_rows[start : start + x.shape[0]], g, w1[e].t())
-        gradients = weights.all if weights is not None else (None,) * 4
-        return grad_rows, *gradients, None, None
+        x, gx, gy, scales = (_split(buffer, plan) for buffer in (rows, grad_rows, grad, scale))
+        first, second = _each(w1.transpose(1, 2), plan), _each(w2.transpose(1, 2), plan)
+
+        def work(experts: Sequence[int]) -> None:
+            for e in experts:
+                if weights is not None:
+                    outer_into(weights.each_w2[e], inner.recall(kept[e], scales[e]), gy[e])
+                g = inner.backward(affine(gy[e], second[e], None), kept[e], scales[e])
+                if weights is not None:
+                    weights.first(e, x[e], g)
+                if grad_rows is not None:
+                    affine_into(gx[e], g, first[e])
+
+        over_parts(work, plan.rows, 2 * _flops(w1))
+        return grad_rows, *((None,) * 4 if weights is None else weights.all(grad)), None, None
 
 
 class _WeightGradients:
@@ -114,32 +125,40 @@ class _WeightGradients:
 
     def __init__(self, w1: Tensor, w2: Tensor, biased: bool, plan: RowPlan) -> None:
         self.w1, self.w2 = torch.empty_like(w1), torch.empty_like(w2)
+        self.each_w1, self.each_w2 = _each(self.w1, plan), _each(self.w2, plan)
         for e, count in enumerate(plan.rows):
             if count == 0:
-                self.w1[e].zero_()
-                self.w2[e].zero_()
+                self.each_w1[e].zero_()
+                self.each_w2[e].zero_()
+        self.plan = plan
         self.b1 = w1.new_zeros(w1.shape[0], w1.shape[2]) if biased else None
-        self.b2 = w1.new_zeros(w1.shape[0], w1.shape[1]) if biased else None
-        self.ones = w1.new_ones(max(plan.rows, default=0))
+        self.each_b1 = _each(self.b1, plan)
+        rows = torch.arange(max(plan.rows, default=0), device=w1.device)
+        self.bags = {count: (rows[:count], rows[:1]) for count in set(plan.rows)}
 
     def first(self, e: int, x: Tensor, grad: Tensor) -> None:
-        outer_into(self.w1[e], x, grad)
+        outer_into(self.each_w1[e], x, grad)
         if self.b1 is not None:
-            torch.mv(grad.t(), self.ones[: grad.shape[0]], out=self.b1[e])
+            self.each_b1[e].copy_(bag_sums(grad, *self.bags[self.plan.rows[e]])[0])
 
-    def second(self, e: int, hidden: Tensor, grad: Tensor) -> None:
-        outer_into(self.w2[e], hidden, grad)
-        if self.b2 is not None:
-            torch.mv(grad.t(), self.ones[: grad.shape[0]], out=self.b2[e])
+    def all(self, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        """Of w1, b1, w2, b2; grad [N, d] is the gradient of the output."""
+        if self.b1 is None:
+            return self.w1, None, self.w2, None
+        every = torch.arange(grad.shape[0], device=grad.device)
+        starts = torch.tensor(self.plan.starts, device=grad.device)
+        return self.w1, self.b1, self.w2, bag_sums(grad, every, starts)
 
-    @property
-    def all(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-        return self.w1, self.b1, self.w2, self.b2
+
+def _split(buffer: Tensor | None, plan: RowPlan) -> Sequence[Any]:
+    """Each expert's part of a buffer [N, …]; None for each where there is none."""
+    return [None] * len(plan.rows) if buffer is None else torch.split(buffer, list(plan.rows))
 
 
-def _by_expert(plan: RowPlan, *buffers: Tensor) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
-    """Each expert that has rows, with its part of each buffer [N, …]."""
-    parts = zip(*(torch.split(buffer, list(plan.rows)) for buffer in buffers), strict=True)
-    for e, part in enumerate(parts):
-        if plan.rows[e]:
-            yield e, part
+def _each(stacked: Tensor | None, plan: RowPlan) -> Sequence[Any]:
+    """Each expert's slice of a stack [E, …]; None for each where there is none."""
+    return [None] * len(plan.rows) if stacked is None else stacked.unbind(0)
+
+
+def _flops(w1: Tensor) -> float:
+    return 4.0 * w1.shape[1] * w1.shape[2]

@@ -73,7 +73,8 @@ class ExpertPool(nn.Module):
     def _mix(self, x: Tensor, token: Tensor, expert: Tensor, weight: Tensor) -> Tensor:
         """The experts held here: x [R, d], pairs with local expert numbers → [R, d] in at least fp32."""
         on_host = not prefers_grouped(x)
-        plan = plan_rows(token, expert, x.shape[0], len(self.expert_ids), row_alignment(x), on_host)
+        align = row_alignment(x, token.shape[0] / len(self.expert_ids))
+        plan = plan_rows(token, expert, x.shape[0], len(self.expert_ids), align, on_host)
         out = run_experts(gather_rows(x, plan.tokens), plan, self._stacks, self.training)
         return mix_rows(out, weight, plan.tokens)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -23,16 +25,22 @@ def prefers_onednn(like: Tensor) -> bool:
     return like.device.type == "cpu" and like.dtype == torch.float32 and has_onednn_linear()
 
 
-def row_alignment(like: Tensor) -> int:
+def row_alignment(like: Tensor, mean_rows: float) -> int:
     """Rows per expert are padded to a multiple of this.
 
     oneDNN generates code for every new shape (0.7 ms each, measured) and keeps 1,024 of them; loads differ from batch
-    to batch, so without rounding nearly every product of a training step would meet a new shape. On a GPU, grouped
-    products want groups that start at multiples of 16 bytes.
+    to batch, so without rounding nearly every product of a training step would meet a new shape. A 32nd of the mean
+    load wastes 1.5 % of the rows. On a GPU, grouped products want groups that start at multiples of 16 bytes.
+
+    Args:
+        like: the rows' type and device.
+        mean_rows: rows per expert.
     """
     if like.device.type == "cuda":
         return 16
-    return 8 if like.device.type == "cpu" and like.dtype in (torch.float32, torch.bfloat16, torch.float16) else 1
+    if like.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return 1
+    return int(2 ** max(0, math.floor(math.log2(max(mean_rows, 1) / 32))))
 
 
 def affine(x: Tensor, w: Tensor, bias: Tensor | None, relu: bool = False) -> Tensor:
@@ -60,3 +68,14 @@ def outer_into(out: Tensor, x: Tensor, grad: Tensor) -> None:
         out.copy_(torch.ops.mkldnn._linear_pointwise(x.t(), grad.t(), None, "none", [], ""))
     else:
         torch.mm(x.t(), grad, out=out)
+
+
+def bag_sums(x: Tensor, rows: Tensor, starts: Tensor) -> Tensor:
+    """Sums of rows of x [n, m], in fp32 inside: bag i holds ``rows[starts[i]:starts[i + 1]]``. Gives [bags, m].
+
+    The gradient of biases. That kernel is several times as fast as ``sum`` or a product with ones (measured).
+    """
+    if rows.numel() == 0:
+        return x.new_zeros(starts.shape[0], x.shape[1])
+    sums: Tensor = torch.embedding_bag(x, rows, starts, False, 0, False, None)[0]
+    return sums

@@ -7,6 +7,7 @@ rows in a fixed order, so it never varies from run to run.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_CHUNK = 1024  # rows that are weighted at a time, so that fp32 copies stay in cache
+from moe_train.parallel.threads import over_parts
+
+_CHUNK = 256  # rows that are weighted at a time, so that fp32 copies stay in cache
+_COST = 16.0  # of weighting a number, in FLOPs: it is memory that takes the time
 
 
 @dataclass(frozen=True)
@@ -103,11 +107,16 @@ def _mix_gradients(grad: Tensor, values: Tensor, weight: Tensor, rows: TokenRows
     row_weight = torch.cat([weight, weight.new_zeros(1)]).to(grad.dtype)[rows.row_pair].unsqueeze(1)
     grad_values = torch.empty_like(values)
     dots = grad.new_empty(values.shape[0])
-    for start in range(0, values.shape[0], _CHUNK):
-        part = slice(start, start + _CHUNK)
-        g = grad.index_select(0, rows.row_token[part])
-        torch.sum(values[part].to(g.dtype).mul(g), 1, out=dots[part])
-        grad_values[part] = g.mul_(row_weight[part])
+    pieces = [each.split(_CHUNK) for each in (values, rows.row_token, row_weight, grad_values, dots)]
+
+    def work(chunks: Sequence[int]) -> None:
+        for i in chunks:
+            value, token, by, grad_value, dot = (piece[i] for piece in pieces)
+            g = grad.index_select(0, token)
+            torch.sum(value.to(g.dtype, copy=True).mul_(g), 1, out=dot)
+            grad_value.copy_(g.mul_(by))
+
+    over_parts(work, [piece.shape[0] for piece in pieces[0]], _COST * values.shape[1])
     return grad_values, dots[rows.pair_row].to(weight.dtype)
 
 
