@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from fairseq.data import Dictionary
 
 # The number of threads decides the order of floating-point sums: fixed, so that every machine learns the same.
-_THREADS = 8
+_THREADS = 4
 _SMALLEST = 300
 
 
