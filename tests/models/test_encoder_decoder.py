@@ -84,6 +84,17 @@ def test_any_reordering_equals_decoding_each_history_alone(data: st.DataObject) 
         assert state.rows == len(rows)
 
 
+def test_a_search_whose_sentences_are_all_done_goes_on_without_rows() -> None:
+    """Ranks that hold experts for others must keep in step with them."""
+    model = small_model("switch").eval()
+    state = model.start_decoding(model.encoder(sentences([5, 3])), beam=2, max_length=4)
+    model.decode_step(torch.tensor([5, 6, 7, 8]), state)
+    nobody = torch.empty(0, dtype=torch.long)
+    state.reorder(nobody)
+    assert state.rows == 0
+    assert model.decode_step(nobody, state).shape == (0, 40)
+
+
 def test_slots_that_nobody_descends_from_are_cleared_away() -> None:
     """Beams that come from one parent at every step keep one slot per position between them."""
     model, beam, steps = small_model(), 4, 40
