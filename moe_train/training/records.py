@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
-
-from torch.utils.tensorboard import SummaryWriter
+from typing import TYPE_CHECKING, Any
 
 from moe_train.training.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 
 class Records:
@@ -21,6 +22,8 @@ class Records:
         self._folder = folder if main else None
         self._board: SummaryWriter | None = None
         if main:
+            from torch.utils.tensorboard import SummaryWriter
+
             folder.cut(update)
             self._board = SummaryWriter(str(folder.path / "tensorboard"), purge_step=update + 1 if update else None)
 

@@ -16,6 +16,7 @@ from moe_train.errors import CheckpointError, ConfigError
 from moe_train.training.integrity import replace_text
 
 CONFIG, INFO, TRAIN, VALID = "config.json", "run.json", "train.jsonl", "valid.jsonl"
+FAILURE = "failure.json"  # why the last session ended, where it failed; older than run.json: a session before that
 FINISHED = ("finished", "stopped_early")
 # Keys that may differ between the sessions of one run: they change where it runs, how long, and what it keeps.
 FREE = ("launch", "layout", "engine", "resume", "search", "data")

@@ -2,6 +2,8 @@
 
 No pickle is read or written: DCP's own format keeps its index as a pickle, its safetensors storage keeps JSON headers.
 Every rank gives what it holds; what several ranks hold alike is written once, shared out over them.
+
+torch.distributed.checkpoint takes a second to import, which a process that only starts others need not pay.
 """
 
 from __future__ import annotations
@@ -12,9 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
 
 from moe_train.errors import CheckpointError
 
@@ -25,6 +25,8 @@ def save_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         OSError: on every rank, the first that a rank met (a full disk, say).
     """
+    import torch.distributed.checkpoint as dcp
+
     writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     with _plain_errors(), _quiet():
@@ -37,6 +39,8 @@ def load_tensors(folder: Path, into: Mapping[str, Tensor]) -> None:
     Raises:
         CheckpointError: a name is missing, or has another shape.
     """
+    import torch.distributed.checkpoint as dcp
+
     known = shapes(folder)
     for name, tensor in into.items():
         if name not in known:
@@ -50,6 +54,8 @@ def load_tensors(folder: Path, into: Mapping[str, Tensor]) -> None:
 
 def shapes(folder: Path) -> dict[str, torch.Size]:
     """Names and shapes of all tensors of the folder, read from the files' headers."""
+    import torch.distributed.checkpoint as dcp
+
     metadata = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     return {name: entry.size for name, entry in metadata.items() if hasattr(entry, "size")}
 
@@ -57,6 +63,8 @@ def shapes(folder: Path) -> dict[str, torch.Size]:
 @contextmanager
 def _plain_errors() -> Iterator[None]:
     """DCP wraps errors in a BaseException that lists ranks; callers want the error itself."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
     try:
         yield
     except CheckpointException as error:
