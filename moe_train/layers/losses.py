@@ -7,10 +7,9 @@ The weights of all classes sum to one: the gradient by a logit is p − q, with 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moe_train.experts.products import affine, affine_into
@@ -20,7 +19,7 @@ def label_smoothed_nll(logits: Tensor, target: Tensor, eps: float, ignore: int =
     """Sums over the rows whose target is not ``ignore``.
 
     Args:
-        logits: [N, V], any floating type; log p is computed in fp32 (fp64 for fp64).
+        logits: [N, V], any floating type; p is computed in fp32 (fp64 for fp64).
         target: [N] int64.
         eps: label smoothing ε.
         ignore: targets of this index count for nothing (padding).
@@ -63,52 +62,76 @@ def _accumulation_type(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _sums(log_p: Tensor, target: Tensor, eps: float, ignore: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """loss, nll, which rows count [N] and their targets with the ignored ones made valid [N]."""
+class _Smoothed(NamedTuple):
+    """The loss of some rows, and what its gradient is made of.
+
+    Attributes:
+        loss, nll: 0-dim.
+        p: [N, V] probabilities.
+        real: [N] bool, which rows count.
+        target: [N] int64, valid at rows that do not.
+    """
+
+    loss: Tensor
+    nll: Tensor
+    p: Tensor
+    real: Tensor
+    target: Tensor
+
+
+def _smoothed(logits: Tensor, target: Tensor, eps: float, ignore: int, overwrite: bool) -> _Smoothed:
+    """From logits [N, V], which are overwritten where they may be.
+
+    log p = logit − lse, and the log-sum-exp of a row is its largest logit less the log of its largest p, so that one
+    pass of exponentials serves the loss and the gradient.
+    """
+    kind, vocabulary = _accumulation_type(logits.dtype), logits.shape[1]
     real = target.ne(ignore)
-    safe = target.masked_fill(~real, 0)
-    eps_each = eps / max(log_p.shape[1] - 1, 1)
-    nll = -(log_p.gather(1, safe.unsqueeze(1)).squeeze(1) * real).sum()
-    loss = (1.0 - eps - eps_each) * nll
+    target = target.masked_fill(~real, 0)
+    each = eps / max(vocabulary - 1, 1)
+    at_target = logits.gather(1, target.unsqueeze(1)).squeeze(1).to(kind)
+    total = logits.sum(1, dtype=kind) if eps else at_target
+    largest = logits.amax(1).to(kind)
+    p = torch.softmax(logits, 1, out=logits) if overwrite else torch.softmax(logits, 1, dtype=kind)
+    lse = largest - p.amax(1).log()
+    nll = ((lse - at_target) * real).sum()
+    loss = (1.0 - eps - each) * nll
     if eps:
-        loss = loss - eps_each * (log_p.sum(1) * real).sum()
-    return loss, nll, real, safe
+        loss = loss + each * ((vocabulary * lse - total) * real).sum()
+    return _Smoothed(loss, nll, p, real, target)
 
 
-def _gradient_(log_p: Tensor, safe: Tensor, real: Tensor, eps: float) -> Tensor:
-    """Turns log p [N, V] into the loss's gradient by the logits, in place."""
-    eps_each = eps / max(log_p.shape[1] - 1, 1)
-    gradient = log_p.exp_()
-    if eps:
-        gradient.sub_(eps_each)
-    at_target = gradient.new_full((safe.shape[0], 1), -(1.0 - eps - eps_each))
-    gradient.scatter_add_(1, safe.unsqueeze(1), at_target)
+def _gradient_(p: Tensor, target: Tensor, real: Tensor, eps: float) -> Tensor:
+    """Turns p [N, V] into the loss's gradient by the logits, in place."""
+    each = eps / max(p.shape[1] - 1, 1)
+    gradient = p.sub_(each) if eps else p
+    at_target = gradient.new_full((target.shape[0], 1), -(1.0 - eps - each))
+    gradient.scatter_add_(1, target.unsqueeze(1), at_target)
     if not bool(real.all()):
         gradient.mul_(real.unsqueeze(1))
     return gradient
 
 
 class _LabelSmoothedNll(torch.autograd.Function):
-    """Keeps log p, and makes the gradient of it in place."""
+    """Keeps p, and makes the gradient of it in place."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor, eps: float, ignore: int) -> tuple[Tensor, Tensor]:
-        log_p = F.log_softmax(logits, dim=1, dtype=_accumulation_type(logits.dtype))
-        loss, nll, real, safe = _sums(log_p, target, eps, ignore)
+        rows = _smoothed(logits, target, eps, ignore, overwrite=False)
         # Not save_for_backward: it would forbid the change in place; nobody else sees this tensor.
-        ctx.log_p = log_p
-        ctx.save_for_backward(real, safe)
+        ctx.p = rows.p
+        ctx.save_for_backward(rows.real, rows.target)
         ctx.eps, ctx.dtype = eps, logits.dtype
-        ctx.mark_non_differentiable(nll)
-        return loss, nll
+        ctx.mark_non_differentiable(rows.nll)
+        return rows.loss, rows.nll
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
-        if ctx.log_p is None:
+        if ctx.p is None:
             raise RuntimeError("label_smoothed_nll can be differentiated once only: its buffer has been used up")
-        real, safe = ctx.saved_tensors
-        gradient, ctx.log_p = _gradient_(ctx.log_p, safe, real, ctx.eps), None
+        real, target = ctx.saved_tensors
+        gradient, ctx.p = _gradient_(ctx.p, target, real, ctx.eps), None
         return gradient.mul_(grad_loss).to(ctx.dtype), None, None, None
 
 
@@ -126,13 +149,13 @@ class _FusedLabelSmoothedNll(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=kind) if ctx.needs_input_grad[1] else None
         for start in range(0, features.shape[0], rows):
             x, chunk_target = features[start : start + rows], target[start : start + rows]
-            log_p = F.log_softmax(affine(x, weight.t(), None), dim=1, dtype=kind)
-            chunk_loss, chunk_nll, real, safe = _sums(log_p, chunk_target, eps, ignore)
-            loss += chunk_loss
-            nll += chunk_nll
+            logits = affine(x, weight.t(), None)
+            chunk = _smoothed(logits, chunk_target, eps, ignore, overwrite=logits.dtype == kind)
+            loss += chunk.loss
+            nll += chunk.nll
             if grad_features is None and grad_weight is None:
                 continue
-            gradient = _gradient_(log_p, safe, real, eps).to(features.dtype)
+            gradient = _gradient_(chunk.p, chunk.target, chunk.real, eps).to(features.dtype)
             if grad_features is not None:
                 affine_into(grad_features[start : start + rows], gradient, weight)
             if grad_weight is not None:

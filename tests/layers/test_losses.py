@@ -73,6 +73,15 @@ def test_fairseqs_own_function_gives_the_same() -> None:
 
 
 @pytest.mark.parametrize("loss", [separate, fused])
+def test_a_hopeless_target_costs_what_it_should(loss: Loss) -> None:
+    """Its probability is 0 in fp32, its logarithm is not."""
+    x, weight = torch.tensor([[200.0]], requires_grad=True), torch.tensor([[1.0], [0.0], [-1.0]])
+    total, nll = loss(x, weight, torch.tensor([2]), 0.0)
+    total.backward()
+    assert nll == 400.0 and x.grad == 2.0
+
+
+@pytest.mark.parametrize("loss", [separate, fused])
 def test_sixteen_bit_scores_are_summed_in_fp32(loss: Loss) -> None:
     x, weight, target = numbers(8)
     total, nll = loss(x.bfloat16(), weight.bfloat16(), target, 0.1)
