@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -72,12 +72,15 @@ class Ours(Layer):
     @property
     def gate(self) -> Tensor:
         """[E, d]."""
-        return self.layer.block.router.gate.weight.detach()  # type: ignore[union-attr, return-value]
+        block: Any = self.layer.block
+        weight: Tensor = block.router.gate.weight
+        return weight.detach()
 
     @property
-    def experts(self) -> nn.Module:
+    def experts(self) -> Any:
         """The stacked weights."""
-        return self.layer.block.pool.sublayers[0]  # type: ignore[union-attr, index, return-value]
+        block: Any = self.layer.block
+        return block.pool.sublayers[0]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """y and the balance loss."""
@@ -161,10 +164,11 @@ class DeepSpeedMoE(Layer):
             top2_2nd_expert_sampling=False,
         )
         with torch.no_grad():
-            self.moe.deepspeed_moe.gate.wg.weight.copy_(ours.gate)
-            for e, expert in enumerate(self.moe.deepspeed_moe.experts.deepspeed_experts):
+            inner: Any = self.moe.deepspeed_moe
+            inner.gate.wg.weight.copy_(ours.gate)
+            for e, expert in enumerate(inner.experts.deepspeed_experts):
                 expert.load_state_dict(_mlp(shape, w1[e], w2[e]).state_dict())  # type: ignore[index]
-        self.moe.deepspeed_moe.experts.to(w1.dtype)  # type: ignore[union-attr]
+        inner.experts.to(w1.dtype)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """y and the loss."""

@@ -126,5 +126,5 @@ def _keys(content: Any, prefix: str = "") -> Iterator[str]:
     """Dotted names of all values and groups."""
     if isinstance(content, (dict, DictConfig)):
         for name, value in content.items():
-            yield f"{prefix}{name}"
-            yield from _keys(value, f"{prefix}{name}.")
+            yield f"{prefix}{name!s}"
+            yield from _keys(value, f"{prefix}{name!s}.")

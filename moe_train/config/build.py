@@ -44,7 +44,8 @@ def build(cls: type[T], mapping: Mapping[str, Any], where: str = "") -> T:
 
 def to_mapping(config: Any) -> dict[str, Any]:
     """The inverse of :func:`build`: nested plain dicts and lists, ready for JSON."""
-    return _plain(dataclasses.asdict(config))
+    plain: dict[str, Any] = _plain(dataclasses.asdict(config))
+    return plain
 
 
 def _plain(value: Any) -> Any:
