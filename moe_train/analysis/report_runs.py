@@ -13,9 +13,8 @@ from typing import Any
 
 from moe_train.errors import ConfigError, DataError
 from moe_train.evaluation.results import Results, read_results
-from moe_train.training.run_folder import CONFIG, FINISHED, RunFolder
+from moe_train.training.run_folder import CONFIG, FAILURE, FINISHED, RunFolder
 
-FAILURE = "failure.json"
 _HYDRA = ".hydra"
 _DEPTH = 3  # multirun/date/time/job
 _FRESH = 120.0  # seconds since the last log line within which a run is believed to be alive
@@ -194,15 +193,25 @@ def _overridden_strategy(path: Path) -> str:
 
 
 def _status(path: Path, info: Mapping[str, Any]) -> tuple[str, str]:
-    failure = _json(path / FAILURE)
-    if failure:
-        return "failed", _cause(failure)
+    """Status and cause. A failure that is older than ``run.json`` is of a session before."""
     status = str(info.get("status", ""))
-    if status in (*FINISHED, "interrupted"):
+    if status in FINISHED:
         return status, ""
-    if _alive(path):
+    if _held(path):
+        return "running", ""
+    failure = _json(path / FAILURE)
+    if failure and _changed(path / FAILURE) >= _changed(path / "run.json"):
+        return "failed", _cause(failure)
+    if status == "interrupted":
+        return status, ""
+    if time.time() - _changed(RunFolder(path).train_log) < _FRESH:  # on another host, whose lock may not show here
         return "running", ""
     return "failed", _last_words(path) or "it ended without a word: killed, or the host went down"
+
+
+def _changed(path: Path) -> float:
+    """When a file was last written; long ago where there is none."""
+    return path.stat().st_mtime if path.is_file() else 0.0
 
 
 def _cause(failure: Mapping[str, Any]) -> str:
@@ -211,11 +220,8 @@ def _cause(failure: Mapping[str, Any]) -> str:
     return f"{where}{failure.get('what', 'unknown')}{remedy}"
 
 
-def _alive(path: Path) -> bool:
-    """Whether a process of this host holds the folder, or a log line is recent (another host's lock may not show)."""
-    log = RunFolder(path).train_log
-    if log.is_file() and time.time() - log.stat().st_mtime < _FRESH:
-        return True
+def _held(path: Path) -> bool:
+    """Whether a process of this host trains in the folder."""
     lock = path / ".lock"
     if not lock.is_file():
         return False

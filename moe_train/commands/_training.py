@@ -6,7 +6,7 @@ import dataclasses
 import os
 import sys
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from moe_train.commands._app import INTERRUPTED
 from moe_train.config import RunConfig, build, to_mapping
 from moe_train.data.folder import DataFolder
 from moe_train.launch.environment import launched_rank, under_launcher
+from moe_train.launch.failures import write_failure
 from moe_train.launch.joining import check_devices, joined_world, logging_to, world_size
 from moe_train.launch.local import launch
 from moe_train.models.accounting import account
@@ -25,12 +26,26 @@ from moe_train.tasks import build_task
 from moe_train.training import Outcome, RunFolder, World, train
 from moe_train.training.checkpoints import everywhere
 from moe_train.training.preflight import check_run
+from moe_train.training.run_folder import FAILURE
 
 TARGET = "moe_train.commands._training:work"
 
 
 def train_as_configured(mapping: Mapping[str, Any]) -> float | None:
-    """Checks the whole config, then trains; gives the best value of the validation metric, for sweepers."""
+    """Checks the whole config, then trains; gives the best value of the validation metric, for sweepers.
+
+    What ends it otherwise is kept in the run folder, where moe-report finds it.
+    """
+    try:
+        return _checked_and_trained(mapping)
+    except Exception as error:
+        if not launched_rank():
+            with suppress(OSError):  # such as a full disk
+                write_failure(run_directory() / FAILURE, 0, error)
+        raise
+
+
+def _checked_and_trained(mapping: Mapping[str, Any]) -> float | None:
     config = read_config(mapping)
     data = DataFolder.open(config.data)
     check_devices(config.launch)

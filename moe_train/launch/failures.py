@@ -50,8 +50,10 @@ class WorkerError(Exception):
 
 
 def write_failure(path: Path, rank: int, error: BaseException) -> None:
-    """Called by the failing process."""
-    if isinstance(error, UserError):
+    """Called by the failing process, or by its parent, which hands on what it has read."""
+    if isinstance(error, WorkerError):
+        failure = error.failure
+    elif isinstance(error, UserError):
         failure = Failure(rank, time.time(), error.what, error.where, error.remedy, user=True)
     else:
         trace = "".join(traceback.format_exception(error))

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from moe_train.commands.report import main
+from moe_train.commands.train import main as train
+from moe_train.data.folder import DataFolder
 from tests.analysis.report_folders import scored, trained
 
 
@@ -21,6 +23,19 @@ def test_a_folder_of_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert "against baseline (a)" in written and "+2 -0 /2" in written
     assert (tmp_path / "runs" / "leaderboard.md").is_file() and (tmp_path / "runs" / "b" / "report.html").is_file()
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
+def test_a_training_that_failed_says_why(
+    tiny_data: DataFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    words = [f"data={tiny_data.path}", "task.directions=[en-xx]", f"hydra.run.dir={run}"]
+    monkeypatch.setattr(sys, "argv", ["moe-train", *words])
+    with pytest.raises(SystemExit):
+        train()
+    monkeypatch.setattr(sys, "argv", ["moe-report", f"runs=[{run}]"])
+    main()
+    assert "failed at update 0" in (written := capsys.readouterr().out) and "no direction 'en-xx'" in written
 
 
 @pytest.mark.parametrize(
