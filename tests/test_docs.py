@@ -1,0 +1,152 @@
+"""What the documents say holds: links, files, commands, keys and defaults; the worked example runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import runpy
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+import pytest
+import yaml
+
+from moe_train.config.evaluation import EvaluateConfig, ReportConfig, TranslateConfig
+from moe_train.routing import RoutingConfig, strategies
+from moe_train.routing.token_choice import TokenChoiceConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+NEW = "language_gate"  # the strategy that the worked example adds
+FOR_THE_READER = {NEW, "mine"}  # files that the documents ask their reader to write
+each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
+
+
+def section(document: str, heading: str) -> str:
+    """The text below a heading of level 2 or 3, up to the next one of level 2."""
+    text = (ROOT / "docs" / document).read_text(encoding="utf-8")
+    parts = re.split(rf"^##+ {re.escape(heading)}$", text, flags=re.MULTILINE)
+    assert len(parts) == 2, f"{document} needs exactly one section '{heading}'"
+    return re.split(r"^## ", parts[1], flags=re.MULTILINE)[0]
+
+
+def key_tables(text: str) -> list[dict[str, tuple[str, str]]]:
+    """Tables of keys: key -> (default, meaning)."""
+    row = re.compile(r"^\| `(\w+)` \| `(.*?)` \| (.*) \|$", re.MULTILINE)
+    tables = re.split(r"^\| key \| default \| meaning \|\n\|---\|---\|---\|\n", text, flags=re.MULTILINE)[1:]
+    return [
+        {key: (default, meaning) for key, default, meaning in row.findall(table.split("\n\n", 1)[0])}
+        for table in tables
+    ]
+
+
+def defaults(table: dict[str, tuple[str, str]]) -> dict[str, Any]:
+    return {key: yaml.safe_load(default) for key, (default, _) in table.items()}
+
+
+def fields(config: type[RoutingConfig]) -> dict[str, Any]:
+    return {f.name: f.default for f in dataclasses.fields(config) if f.name != "name"}
+
+
+@each_document
+def test_relative_links_lead_somewhere(path: Path) -> None:
+    text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not re.match(r"[a-z]+:|#", target):
+            assert (path.parent / target.split("#")[0]).exists(), f"{path.name}: {target}"
+
+
+@each_document
+def test_files_and_commands_that_are_named_exist(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    for name in re.findall(r"(?:configs|scripts|tests|moe_train)/[\w/.-]+\.(?:yaml|py|sh)\b", text):
+        assert (ROOT / name).is_file() or Path(name).stem.removeprefix("test_") in FOR_THE_READER, (
+            f"{path.name}: {name}"
+        )
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    named = set(re.findall(r"(?:^ {4}|`)(moe-[a-z]+)\b", text, flags=re.MULTILINE))
+    assert named <= set(scripts), f"{path.name}: {named - set(scripts)}"
+
+
+def test_shared_keys_are_those_of_the_code() -> None:
+    every, token_choice = key_tables(section("strategies.md", "Shared keys"))
+    assert defaults(every) == fields(RoutingConfig)
+    own = {k: v for k, v in fields(TokenChoiceConfig).items() if k not in fields(RoutingConfig)}
+    assert defaults(token_choice) == own
+
+
+@pytest.mark.parametrize("name", list(strategies()))
+def test_a_strategy_has_a_section_a_figure_and_its_own_keys(name: str) -> None:
+    text, config = section("strategies.md", f"`{name}`"), strategies()[name].config
+    for part in ("**Equation.**", "**Keys.**", "**Cost.**", "**Choose it**", "**It cannot**", f"(figures/{name}.svg)"):
+        assert part in text, part
+    shipped = yaml.safe_load((ROOT / "configs" / "routing" / f"{name}.yaml").read_text(encoding="utf-8"))
+    shared = fields(TokenChoiceConfig if issubclass(config, TokenChoiceConfig) else RoutingConfig)
+    own = {k: shipped[k] for k in fields(config) if k in shipped and (k not in shared or shipped[k] != shared[k])}
+    table = (key_tables(text) or [{}])[0]
+    assert defaults(table) == own
+    hints = get_type_hints(config)
+    for key, (_, meaning) in table.items():
+        for option in get_args(hints[key]) if get_origin(hints[key]) is not None else ():
+            if isinstance(option, str):
+                assert option in meaning, f"{key}: the option {option} is not explained"
+
+
+@pytest.mark.parametrize(
+    ("command", "config"),
+    [("moe-evaluate", EvaluateConfig), ("moe-translate", TranslateConfig), ("moe-report", ReportConfig)],
+)
+def test_the_keys_of_evaluation_are_explained(command: str, config: type[Any]) -> None:
+    text = section("evaluation.md", command)
+    for field in dataclasses.fields(config):
+        assert re.search(rf"`{field.name}(\.\*)?`", text), field.name
+
+
+def test_every_strategy_has_a_figure_from_the_script(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="figures need the extra 'report'")
+    runpy.run_path(str(ROOT / "scripts" / "draw_strategies.py"))["main"](tmp_path)
+    drawn = {path.stem for path in tmp_path.glob("*.svg")}
+    assert drawn == set(strategies()) == {path.stem for path in (ROOT / "docs" / "figures").glob("*.svg")}
+
+
+@pytest.mark.slow
+def test_the_table_of_costs_is_what_the_accounting_says() -> None:
+    from tests.models.test_accounting import BASE, accounted
+
+    text = section("strategies.md", "Costs side by side")
+    rows = re.findall(r"^\| `(\w+)` \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|", text, flags=re.MULTILINE)
+    assert {row[0] for row in rows} == set(strategies())
+    for name, *stated in rows:
+        keys = yaml.safe_load((ROOT / "configs" / "routing" / f"{name}.yaml").read_text(encoding="utf-8"))
+        found = accounted(keys, **BASE)
+        flops = found.flops_encoder + found.flops_decoder + found.flops_output
+        figures = (found.parameters_total, found.parameters_active, flops)
+        assert [f"{value / 1e6:.1f}" for value in figures] == stated, name
+
+
+CONFTEST = """
+import language_gate  # stands for the line in moe_train/routing/__init__.py
+import yaml
+from moe_train.routing import routing_config
+
+assert routing_config(yaml.safe_load(open("language_gate.yaml"))) == routing_config({"name": "language_gate"})
+"""
+
+
+def test_the_worked_example_runs(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "add-a-strategy.md").read_text(encoding="utf-8")
+    code, test = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    (config,) = re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)
+    files = {f"{NEW}.py": code, f"{NEW}.yaml": config, f"test_{NEW}.py": test, "conftest.py": CONFTEST}
+    for name, content in files.items():
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
+    options = ["-q", "-p", "no:cacheprovider", f"--rootdir={tmp_path}"]
+    command = [sys.executable, "-m", "pytest", *options, f"test_{NEW}.py"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "3 passed" in done.stdout
