@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 _ONEDNN_CONTRACTION = 512
 
 
+@functools.cache
 def has_onednn_linear() -> bool:
     """Whether this build of torch has the oneDNN linear that its own compiler emits."""
     return bool(torch.backends.mkldnn.is_available()) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -23,6 +25,11 @@ def prefers_onednn(like: Tensor) -> bool:
     the way out. (In bf16 ``torch.mm`` is oneDNN already.) Where a build lacks it, ``torch.mm`` serves.
     """
     return like.device.type == "cpu" and like.dtype == torch.float32 and has_onednn_linear()
+
+
+def fuses_relu(like: Tensor) -> bool:
+    """Whether oneDNN's linear serves in bf16 too, for the sake of the bias and ReLU that it adds on the way out."""
+    return like.device.type == "cpu" and like.dtype == torch.bfloat16 and has_onednn_linear()
 
 
 def row_alignment(like: Tensor, mean_rows: float) -> int:
@@ -45,7 +52,7 @@ def row_alignment(like: Tensor, mean_rows: float) -> int:
 
 def affine(x: Tensor, w: Tensor, bias: Tensor | None, relu: bool = False) -> Tensor:
     """x @ w + bias, and ReLU of it if asked for. x [n, k], w [k, m], bias [m]."""
-    if prefers_onednn(x):
+    if prefers_onednn(x) or (relu and fuses_relu(x)):
         fused = "relu" if relu else "none"
         return torch.ops.mkldnn._linear_pointwise(x, w.t(), bias, fused, [], "")  # type: ignore[no-any-return]
     y = torch.mm(x, w) if bias is None else torch.addmm(bias, x, w)

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from moe_train.parallel.threads import over_parts
 
-_CHUNK = 256  # rows that are weighted at a time, so that fp32 copies stay in cache
+_CHUNK = 131072  # numbers that are weighted at a time, so that fp32 copies stay in cache
 _COST = 16.0  # of weighting a number, in FLOPs: it is memory that takes the time
 
 
@@ -107,7 +107,8 @@ def _mix_gradients(grad: Tensor, values: Tensor, weight: Tensor, rows: TokenRows
     row_weight = torch.cat([weight, weight.new_zeros(1)]).to(grad.dtype)[rows.row_pair].unsqueeze(1)
     grad_values = torch.empty_like(values)
     dots = grad.new_empty(values.shape[0])
-    pieces = [each.split(_CHUNK) for each in (values, rows.row_token, row_weight, grad_values, dots)]
+    buffers = (values, rows.row_token, row_weight, grad_values, dots)
+    pieces = [buffer.split(max(1, _CHUNK // values.shape[1])) for buffer in buffers]
 
     def work(chunks: Sequence[int]) -> None:
         for i in chunks:

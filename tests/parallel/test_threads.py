@@ -1,0 +1,86 @@
+"""Work on threads of its own: the same results, fair parts, torch's settings left alone."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moe_train.experts import ExpertPool, ExpertSpec
+from moe_train.parallel import threads
+from moe_train.routing import Assignment
+
+
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=40), st.integers(1, 6))
+def test_parts_hold_every_busy_expert_once(rows: list[int], parts: int) -> None:
+    busy = [e for e, count in enumerate(rows) if count]
+    divided = threads.divide(busy, rows, parts)
+    assert sorted(e for part in divided for e in part) == busy
+    loads = [sum(rows[e] for e in part) for part in divided]
+    assert max(loads) - min(loads) <= max(rows)
+
+
+@pytest.fixture
+def two_threads() -> object:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def outcome(seed: int = 0) -> list[torch.Tensor]:
+    torch.manual_seed(seed)
+    pool = ExpertPool(ExpertSpec(dim=32, hidden=64, dropout=0.2), 8)
+    x = torch.randn(400, 32, requires_grad=True)
+    token = torch.arange(400).repeat_interleave(2)
+    pairs = Assignment(token, torch.randint(8, (800,)), torch.rand(800, requires_grad=True), torch.zeros_like(token))
+    y = pool(x, pairs)
+    return [y, *torch.autograd.grad(y.square().sum(), [x, pairs.weight, *pool.parameters()])]
+
+
+def test_threads_change_no_result(two_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    executor = threads._executor
+    monkeypatch.setattr(threads, "_executor", lambda n: calls.append(n) or executor(n))
+    monkeypatch.setattr(threads, "_WORTHWHILE_FLOPS", 0.0)
+    with_threads = outcome()
+    assert 2 in calls, "the test must use threads"
+    monkeypatch.setattr(threads, "_WORTHWHILE_FLOPS", float("inf"))
+    for ours, alone in zip(with_threads, outcome(), strict=True):
+        torch.testing.assert_close(ours, alone, rtol=1e-5, atol=1e-6)
+    assert torch.get_num_threads() == 2
+
+
+def test_inference_mode_reaches_the_threads(two_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "_WORTHWHILE_FLOPS", 0.0)
+    pool = ExpertPool(ExpertSpec(dim=8, hidden=16), 4)
+    token = torch.arange(20)
+    pairs = Assignment(token, token % 4, torch.ones(20), torch.zeros_like(token))
+    x = torch.randn(20, 8)
+    with torch.inference_mode():
+        assert torch.allclose(pool(x, pairs), pool(x, pairs))
+
+
+def test_an_error_in_a_part_is_raised(two_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "_WORTHWHILE_FLOPS", 0.0)
+
+    def fail(part: object) -> None:
+        raise ArithmeticError("of a part")
+
+    with pytest.raises(ArithmeticError, match="of a part"):
+        threads.over_parts(fail, [5, 5], 1.0)
+
+
+def test_a_forked_process_starts_threads_of_its_own(two_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "_WORTHWHILE_FLOPS", 0.0)
+    seen: list[int] = []
+    threads.over_parts(seen.extend, [5, 5], 1.0)
+    child = os.fork()
+    if child == 0:  # with the parent's threads it would wait for ever
+        done: list[int] = []
+        threads.over_parts(done.extend, [5, 5], 1.0)
+        os._exit(0 if sorted(done) == [0, 1] else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
