@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from moe_train.experts import ExpertPool, ExpertSpec
 from moe_train.parallel.gradients import gradient_norm, reduce_expert_gradients
@@ -33,6 +34,7 @@ class Case:
     dim: int = 12
     seed: int = 0
     spec: tuple[tuple[str, Any], ...] = ()
+    recompute: bool = False
 
     def pool(self, layout: ExpertLayout | None = None) -> ExpertPool:
         torch.manual_seed(self.seed)
@@ -43,9 +45,9 @@ class Case:
         """x [T, d], choices [T, k], weights [T, k], gradient of y [T, d] of the whole world."""
         generator = torch.Generator().manual_seed(self.seed)
         tokens = sum(self.shares)
-        x = torch.randn(tokens, self.dim, generator=generator, dtype=self.dtype)
+        x = torch.randn(tokens, self.dim, generator=generator, dtype=torch.float64).to(self.dtype)
         weights = torch.rand(tokens, self.top_k, generator=generator)
-        grad = torch.randn(tokens, self.dim, generator=generator, dtype=self.dtype)
+        grad = torch.randn(tokens, self.dim, generator=generator, dtype=torch.float64).to(self.dtype)
         return x, self.choose(tokens, generator), weights, grad
 
     def choose(self, tokens: int, generator: torch.Generator) -> Tensor:
@@ -81,7 +83,7 @@ def carry_out(case: Case, layout: ExpertLayout | None, share: slice) -> Outcome:
     token = torch.arange(x.shape[0]).repeat_interleave(case.top_k)
     pairs = Assignment(token, choices.reshape(-1), weights.reshape(-1), torch.zeros_like(token))
     pool.layout.counters.clear()
-    y = pool(x, pairs)
+    y = checkpoint(pool, x, pairs, use_reentrant=False) if case.recompute else pool(x, pairs)
     y.backward(grad)
     reduce_expert_gradients(pool.parameters(), pool.layout)
     experts = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -68,6 +70,23 @@ def test_no_token_anywhere(worlds: Worlds) -> None:
 def test_every_kind_of_expert(worlds: Worlds, spec: dict) -> None:
     case = Case((5, 0, 2, 6), spec=tuple(spec.items()))
     check(worlds(4).run(on_rank, case, 2, 4, False), alone(case), case)
+
+
+def test_recomputation_meets_again_in_the_collectives(worlds: Worlds) -> None:
+    case = Case((4, 0, 7, 2), recompute=True)
+    check(worlds(4).run(on_rank, case, 4, 2, True), alone(replace(case, recompute=False)), case)
+
+
+def test_bf16_travels_as_bf16_and_sums_in_fp32(worlds: Worlds) -> None:
+    case = Case((8,) * 4, top_k=4, dtype=torch.bfloat16, dim=32)
+    outcomes = worlds(4).run(on_rank, case, 4, 4, False)
+    exact = alone(replace(case, dtype=torch.float64))
+    for name in ("y", "grad_x", "grad_weight"):
+        got, want = torch.cat([getattr(o, name) for o in outcomes]), getattr(exact, name)
+        assert (got.double() - want).norm() < 0.02 * want.norm()
+    for outcome in outcomes:
+        for traffic in outcome.traffic.values():
+            assert traffic["payload_bytes"] == 2 * (traffic["dispatched_rows"] + traffic["returned_rows"]) * 32 * 2
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 4])
