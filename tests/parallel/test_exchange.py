@@ -78,7 +78,8 @@ def test_recomputation_meets_again_in_the_collectives(worlds: Worlds) -> None:
 
 
 def test_bf16_travels_as_bf16_and_sums_in_fp32(worlds: Worlds) -> None:
-    case = Case((8,) * 4, top_k=4, dtype=torch.bfloat16, dim=32)
+    # GELU: where rounding carries a number over ReLU's corner, its whole gradient comes or goes.
+    case = Case((8,) * 4, top_k=4, dtype=torch.bfloat16, dim=32, spec=(("activation", "gelu"),))
     outcomes = worlds(4).run(on_rank, case, 4, 4, False)
     exact = alone(replace(case, dtype=torch.float64))
     for name in ("y", "grad_x", "grad_weight"):
