@@ -23,7 +23,7 @@ stage prepare moe-prepare corpus=l10n out="$data"
 resume=auto
 [[ -f $run/config.json ]] && resume=must # goes on, and has nothing to do where the run is finished
 stage train moe-train data="$data" experiment=quickstart launch.processes=2 resume=$resume hydra.run.dir="$run" "$@"
-stage evaluate moe-evaluate run="$run" split=test
+stage evaluate moe-evaluate run="$run" split=test launch.processes=2
 
 printf '\n== done in %d s; the run folder is %s\n' "$SECONDS" "$run"
 printf '%s\n' "${summary[@]}"
