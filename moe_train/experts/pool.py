@@ -18,7 +18,9 @@ from moe_train.routing.types import Assignment
 
 
 class ExpertPool(nn.Module):
-    """E experts, of which this rank holds its share, stacked. Each parameter carries ``parameter.expert = True``.
+    """E experts, of which this rank holds its share, stacked.
+
+    Each parameter carries ``parameter.expert = True`` and ``parameter.expert_ids``, the global ids of its rows.
 
     Args:
         spec: what one expert is.
@@ -36,6 +38,8 @@ class ExpertPool(nn.Module):
         self.layout = layout or ExpertLayout.alone()
         self.expert_ids = self.layout.experts(num_experts)
         self.sublayers = nn.ModuleList(StackedFeedForward(spec, len(self.expert_ids)) for _ in range(spec.sublayers))
+        for parameter in self.parameters():
+            parameter.expert_ids = self.expert_ids  # type: ignore[attr-defined]
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

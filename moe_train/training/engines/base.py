@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from moe_train.config import EngineConfig, TrainingConfig
 from moe_train.errors import ConfigError, did_you_mean
+from moe_train.parallel.layout import ExpertLayout
 from moe_train.training.world import World
 
 
@@ -68,12 +69,19 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class EngineInputs:
-    """What an engine is built from."""
+    """What an engine is built from.
+
+    Attributes:
+        layout: which rank holds which experts. Parameters of experts are tagged ``parameter.expert = True`` and carry
+            ``parameter.expert_ids``, the global ids of their rows; every other parameter is the same on all ranks.
+            ``alone``: every rank holds all experts.
+    """
 
     module: nn.Module
     config: EngineConfig
     training: TrainingConfig
     world: World
+    layout: ExpertLayout = field(default_factory=ExpertLayout.alone)
 
 
 B = TypeVar("B", bound=Callable[[EngineInputs], Engine])
