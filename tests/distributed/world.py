@@ -109,6 +109,17 @@ def _serve(rank: int, size: int, port: int, pipe: Connection, path: list[str]) -
             pipe.send((True, function(*arguments)))
         except Exception:
             pipe.send((False, traceback.format_exc()))
+        _leave_groups()
+
+
+def _leave_groups() -> None:
+    """Ends the groups that a call has made: each of them keeps threads that wake up many times a second."""
+    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import _world
+
+    for group in list(_world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
 
 
 def _free_port() -> int:
