@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from moe_train.config import check
 from moe_train.errors import ConfigError
 from moe_train.routing.context import RoutingContext
+from moe_train.routing.expected import Choices
 from moe_train.routing.types import Routing, RoutingStatistics
 
 LayerKind = Literal["dense", "sparse", "stratified", "soft"]
@@ -122,6 +123,19 @@ class Router(nn.Module):
     def router_flops_per_token(cls, config: RoutingConfig, dim: int) -> float:
         """FLOPs of the scores per token (multiply-adds count as two)."""
         return 2.0 * dim * config.num_experts
+
+    @classmethod
+    def expected_choices(cls, config: RoutingConfig) -> tuple[Choices, ...]:
+        """How training's tokens spread over the experts where loads are equal, one forward pass over the batch."""
+        return (Choices(1.0, 0, config.num_experts, round(cls.experts_per_token(config))),)
+
+    @classmethod
+    def fullest_share(cls, config: RoutingConfig, parts: int) -> float:
+        """Expected share of a layer's rows that the fullest of ``parts`` equal parts of the experts gets in training.
+
+        1 / parts where tokens choose apart from one another.
+        """
+        return 1.0 / parts
 
     @classmethod
     def check_decoder(cls, config: RoutingConfig) -> None:

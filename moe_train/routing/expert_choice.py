@@ -17,6 +17,7 @@ from moe_train.config import check
 from moe_train.routing.base import Router, RouterInputs, RoutingConfig
 from moe_train.routing.capacity import Group, shared_by_ranks
 from moe_train.routing.context import RoutingContext
+from moe_train.routing.expected import Choices
 from moe_train.routing.gate import LinearGate, linear_init
 from moe_train.routing.registry import register
 from moe_train.routing.types import Routing, assignment_from_choices, count_statistics
@@ -89,6 +90,11 @@ class ExpertChoiceRouter(Router):
         """c, up to the rounding of C and short sentences."""
         assert isinstance(config, ExpertChoiceConfig)
         return min(config.capacity_factor, float(config.num_experts))
+
+    @classmethod
+    def expected_choices(cls, config: RoutingConfig) -> tuple[Choices, ...]:
+        """Each expert takes c / E of the tokens, whatever others take."""
+        return (Choices(1.0, 0, config.num_experts, cls.experts_per_token(config), independent=True),)
 
 
 def take(scores: Tensor, group: Tensor, num_groups: int, factor: float) -> Tensor:

@@ -23,6 +23,7 @@ from moe_train.errors import ConfigError
 from moe_train.routing.base import RouterInputs, RoutingConfig
 from moe_train.routing.capacity import drop, expert_capacity, group_tokens
 from moe_train.routing.context import RoutingContext
+from moe_train.routing.expected import Choices
 from moe_train.routing.gate import LinearGate, linear_init
 from moe_train.routing.losses import WorldLoad, balance_loss, world_load, z_loss
 from moe_train.routing.perturb import jitter
@@ -186,6 +187,13 @@ class SamRouter(TokenChoiceRouter):
         """k."""
         assert isinstance(config, SamConfig)
         return float(config.top_k)
+
+    @classmethod
+    def expected_choices(cls, config: RoutingConfig) -> tuple[Choices, ...]:
+        """One group, then k experts inside it."""
+        assert isinstance(config, SamConfig)
+        size, share = config.group_size, 1.0 / config.groups
+        return tuple(Choices(share, g * size, size, config.top_k) for g in range(config.groups))
 
     @classmethod
     def router_flops_per_token(cls, config: RoutingConfig, dim: int) -> float:

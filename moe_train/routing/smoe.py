@@ -23,6 +23,7 @@ from moe_train.routing.base import LayerKind, Router, RouterInputs, RoutingConfi
 from moe_train.routing.capacity import group_tokens
 from moe_train.routing.context import Ranks, RoutingContext
 from moe_train.routing.draws import hash_numbers
+from moe_train.routing.expected import Choices
 from moe_train.routing.gate import LinearGate, linear_init
 from moe_train.routing.perturb import jitter
 from moe_train.routing.registry import register
@@ -191,6 +192,16 @@ class SMoERouter(Router):
         """k times the passes expected where routing is uniform over the visible experts, as the paper counts FLOPs."""
         assert isinstance(config, SMoEConfig)
         return config.top_k * sum(expected_visits(config.sizes))
+
+    @classmethod
+    def expected_choices(cls, config: RoutingConfig) -> tuple[Choices, ...]:
+        """A pass per stratum: those who stop there choose k of the experts that it sees."""
+        assert isinstance(config, SMoEConfig)
+        starts = [sum(config.sizes[:i]) for i in range(len(config.sizes))]
+        return tuple(
+            Choices(visits, first, config.num_experts - first, min(config.top_k, config.num_experts - first), stage=i)
+            for i, (visits, first) in enumerate(zip(expected_visits(config.sizes), starts, strict=True))
+        )
 
     @classmethod
     def router_flops_per_token(cls, config: RoutingConfig, dim: int) -> float:

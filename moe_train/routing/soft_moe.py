@@ -22,6 +22,7 @@ from moe_train.config import check
 from moe_train.errors import ConfigError
 from moe_train.routing.base import LayerKind, Router, RouterInputs, RoutingConfig
 from moe_train.routing.context import RoutingContext
+from moe_train.routing.expected import Choices
 from moe_train.routing.gate import full_precision, routing_dtype
 from moe_train.routing.registry import register
 from moe_train.routing.types import Routing
@@ -146,6 +147,11 @@ class SoftMoERouter(Router):
         """Slots per token of a sentence of ``expected_tokens``."""
         assert isinstance(config, SoftMoEConfig)
         return config.slots / config.expected_tokens
+
+    @classmethod
+    def expected_choices(cls, config: RoutingConfig) -> tuple[Choices, ...]:
+        """Rows are slots, each for one expert."""
+        return (Choices(cls.experts_per_token(config), 0, config.num_experts, 1),)
 
     @classmethod
     def router_flops_per_token(cls, config: RoutingConfig, dim: int) -> float:

@@ -17,6 +17,7 @@ from torch import Tensor
 from moe_train.routing.base import Router, RouterInputs, RoutingConfig
 from moe_train.routing.context import RoutingContext
 from moe_train.routing.draws import counted_integer
+from moe_train.routing.expected import Choices
 from moe_train.routing.perturb import EXPERT, PARTNER
 from moe_train.routing.registry import register
 from moe_train.routing.types import Routing
@@ -76,6 +77,22 @@ class ThorRouter(Router):
         """One, or all of them for the ensemble."""
         assert isinstance(config, ThorConfig)
         return float(config.num_experts) if config.inference == "ensemble" else 1.0
+
+    @classmethod
+    def expected_choices(cls, config: RoutingConfig) -> tuple[Choices, ...]:
+        """One in training, whatever inference does."""
+        return (Choices(1.0, 0, config.num_experts, 1),)
+
+    @classmethod
+    def fullest_share(cls, config: RoutingConfig, parts: int) -> float:
+        """With ``draw=batch`` a pass goes to one expert: both passes to one part, or half the rows to each of two."""
+        assert isinstance(config, ThorConfig)
+        if config.draw != "batch":
+            return 1.0 / parts
+        held = config.num_experts / parts
+        distinct = config.pair == "distinct" and config.num_experts > 1
+        both = (held - 1) / (config.num_experts - 1) if distinct else 1.0 / parts
+        return 1.0 if config.passes == 1 else both + (1.0 - both) / 2
 
     @classmethod
     def router_flops_per_token(cls, config: RoutingConfig, dim: int) -> float:

@@ -1,0 +1,181 @@
+"""What ``moe-plan`` reads: a model, a strategy, a layout, and a cluster that need not exist."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from moe_train.config import check
+from moe_train.config.model import ModelConfig
+from moe_train.errors import ConfigError
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """Machines, as far as the cost model looks at them. GB and TFLOP/s are powers of ten, memory too.
+
+    Attributes:
+        name: for the table.
+        ranks_per_node: processes (GPUs) of a node.
+        tflops: peak of one rank's matrix products in the training precision.
+        efficiency: what products of a Transformer reach of that peak, everything between them included.
+        memory_gb: of one rank.
+        memory_bandwidth: GB/s of one rank's memory, for the optimizer's step.
+        bandwidth_node: GB/s that one rank sends to others of its node.
+        bandwidth_across: GB/s that one *node* sends to other nodes, shared by its ranks.
+        latency_node, latency_across: microseconds until a collective's first byte arrives.
+        message: microseconds that each further member of a group adds to an all-to-all.
+        layer_overhead: microseconds that a sparse layer spends once per direction on counts and launches.
+        device: what the ranks run on: on CPUs dropout keeps its noise as numbers, on GPUs as bytes.
+    """
+
+    name: str
+    ranks_per_node: int
+    tflops: float
+    efficiency: float
+    memory_gb: float
+    memory_bandwidth: float
+    bandwidth_node: float
+    bandwidth_across: float
+    latency_node: float = 10.0
+    latency_across: float = 20.0
+    message: float = 1.0
+    layer_overhead: float = 100.0
+    device: Literal["cuda", "cpu"] = "cuda"
+
+    def __post_init__(self) -> None:
+        for key in (
+            *("ranks_per_node", "tflops", "efficiency", "memory_gb", "memory_bandwidth"),
+            *("bandwidth_node", "bandwidth_across"),
+        ):
+            check.positive(f"cluster.{key}", getattr(self, key))
+        for key in ("latency_node", "latency_across", "message", "layer_overhead"):
+            check.not_negative(f"cluster.{key}", getattr(self, key))
+        if self.efficiency > 1:
+            raise ConfigError(f"'cluster.efficiency' is a share, not {self.efficiency}", remedy="set it to 1 or less")
+
+
+@dataclass(frozen=True)
+class PlanLayout:
+    """``auto`` tries what there is and takes the fastest that fits; ``ranks_per_node`` null: the cluster's."""
+
+    world: int = 8
+    expert_parallel: int | Literal["auto"] = "auto"
+    two_level: bool | Literal["auto"] = "auto"
+    ranks_per_node: int | None = None
+
+    def __post_init__(self) -> None:
+        check.positive("layout.world", self.world)
+        if self.ranks_per_node is not None:
+            check.positive("layout.ranks_per_node", self.ranks_per_node)
+        if isinstance(self.expert_parallel, int):
+            check.positive("layout.expert_parallel", self.expert_parallel)
+
+
+@dataclass(frozen=True)
+class PlanEngine:
+    """Who holds what: ZeRO divides optimizer states (stage 1) and gradients (2) over data-parallel ranks."""
+
+    name: Literal["ddp", "deepspeed"] = "ddp"
+    zero_stage: int = 0
+    offload_optimizer: bool = False
+
+    def __post_init__(self) -> None:
+        if self.zero_stage not in (0, 1, 2):
+            raise ConfigError(
+                f"'engine.zero_stage' cannot be {self.zero_stage}",
+                remedy="set it to 0, 1 or 2: ZeRO-3 moves expert parameters about, which their layout already does",
+            )
+        if self.name == "ddp" and (self.zero_stage or self.offload_optimizer):
+            raise ConfigError("ZeRO and offloading belong to DeepSpeed", remedy="set engine.name=deepspeed")
+        if self.offload_optimizer and not self.zero_stage:
+            raise ConfigError("engine.offload_optimizer needs ZeRO", remedy="set engine.zero_stage=1 or 2")
+
+
+@dataclass(frozen=True)
+class PlanTraining:
+    """As in ``moe-train``.
+
+    Attributes:
+        tokens_per_update: target tokens of an update over all ranks; None: 4,096 per rank and micro-batch.
+        accumulation: micro-batches of an update.
+        overlap: whether gradients are reduced while backward goes on (DDP does so).
+    """
+
+    tokens_per_update: int | None = None
+    accumulation: int = 1
+    precision: Precision = "bf16"
+    recompute: bool = False
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    overlap: bool = True
+
+    def __post_init__(self) -> None:
+        check.positive("training.accumulation", self.accumulation)
+        if self.tokens_per_update is not None:
+            check.positive("training.tokens_per_update", self.tokens_per_update)
+
+
+@dataclass(frozen=True)
+class PlanBatch:
+    """What the batches are like.
+
+    Attributes:
+        sentence_tokens: mean length of a sentence in tokens, padding included.
+        source_ratio: source tokens per target token.
+        load: relative loads of the experts, as a run's log counts them; None: equal.
+        skew: rows of the fullest rank over the mean, beyond what strategy and load say (1: none).
+    """
+
+    sentence_tokens: float = 32.0
+    source_ratio: float = 1.0
+    load: tuple[float, ...] | None = None
+    skew: float = 1.0
+
+    def __post_init__(self) -> None:
+        for key in ("sentence_tokens", "source_ratio"):
+            check.positive(f"batch.{key}", getattr(self, key))
+        if self.skew < 1:
+            raise ConfigError(f"'batch.skew' is a maximum over a mean, not {self.skew}", remedy="set it to 1 or more")
+        if self.load is not None and (min(self.load) < 0 or sum(self.load) <= 0):
+            raise ConfigError("'batch.load' must be numbers of 0 or more, not all 0", remedy="give one per expert")
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """Everything that ``moe-plan`` reads. ``routing`` stays a mapping: its dataclass belongs to the strategy.
+
+    Attributes:
+        vocabulary: words of the joint dictionary.
+        alternatives: how many layouts the table shows.
+        json: also write everything to this file; ``-`` prints it instead of the tables.
+    """
+
+    cluster: ClusterConfig
+    routing: Mapping[str, Any] = field(default_factory=lambda: {"name": "dense"})
+    model: ModelConfig = field(default_factory=ModelConfig)
+    layout: PlanLayout = field(default_factory=PlanLayout)
+    engine: PlanEngine = field(default_factory=PlanEngine)
+    training: PlanTraining = field(default_factory=PlanTraining)
+    batch: PlanBatch = field(default_factory=PlanBatch)
+    vocabulary: int = 32000
+    alternatives: int = 6
+    json: str | None = None
+
+    def __post_init__(self) -> None:
+        check.positive("vocabulary", self.vocabulary)
+        check.positive("alternatives", self.alternatives)
+
+    @property
+    def ranks_per_node(self) -> int:
+        """Of the layout: what it says, or the cluster's."""
+        return self.layout.ranks_per_node or self.cluster.ranks_per_node
+
+    @property
+    def tokens_per_rank(self) -> float:
+        """Target tokens of one rank's share of a micro-batch."""
+        if self.training.tokens_per_update is None:
+            return 4096.0
+        return self.training.tokens_per_update / self.training.accumulation / self.layout.world

@@ -1,0 +1,34 @@
+"""``moe-plan`` as a command."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def moe_plan(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "moe_train.commands.plan", *words]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=250, check=False)
+
+
+@pytest.mark.timeout(600)
+def test_it_prints_tables_and_writes_json(tmp_path: Path) -> None:
+    words = ("layout.world=64", "model=base", "routing=sam", "routing.num_experts=64", "routing.num_groups=8")
+    done = moe_plan(*words, "json=plan.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for part in ("Parameters", "Memory of a rank", "What a rank sends", "Time of a step", "Layouts", "Choice:"):
+        assert part in done.stdout
+    content = json.loads((tmp_path / "plan.json").read_text())
+    assert content["chosen"]["world"] == 64 and content["chosen"]["num_groups"] == 8
+    assert {path.name for path in tmp_path.iterdir()} == {"plan.json"}
+
+
+def test_a_mistake_is_one_message(tmp_path: Path) -> None:
+    done = moe_plan("layout.worlds=64", cwd=tmp_path)
+    assert done.returncode == 2 and "layout.world" in done.stderr and "Traceback" not in done.stderr
