@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,16 @@ from rich.console import Console
 from moe_train.commands._app import INTERRUPTED
 from moe_train.config import RunConfig, build, to_mapping
 from moe_train.data.folder import DataFolder
-from moe_train.launch.environment import launched_rank, under_launcher
+from moe_train.errors import UserError
+from moe_train.launch.environment import launched_rank, local_rank, under_launcher
 from moe_train.launch.failures import write_failure
-from moe_train.launch.joining import check_devices, joined_world, logging_to, world_size
+from moe_train.launch.joining import check_devices, joined_world, logging_to, ranks_per_node, world_size
 from moe_train.launch.local import launch
 from moe_train.models.accounting import account
 from moe_train.tasks import build_task
 from moe_train.training import Outcome, RunFolder, World, train
 from moe_train.training.checkpoints import everywhere
+from moe_train.training.layouts import plan_run, settle
 from moe_train.training.preflight import check_run
 from moe_train.training.run_folder import FAILURE
 
@@ -46,15 +48,15 @@ def train_as_configured(mapping: Mapping[str, Any]) -> float | None:
 
 
 def _checked_and_trained(mapping: Mapping[str, Any]) -> float | None:
-    config = read_config(mapping)
-    data = DataFolder.open(config.data)
-    check_devices(config.launch)
-    check_run(config, data, world_size(config.launch))
-    if under_launcher():
-        folder = None if launched_rank() else run_directory()
+    folder = None if launched_rank() else RunFolder(run_directory())
+    with _said_once():
+        config = read_config(mapping)
+        check_devices(config.launch)
+        config, data = checked(config, folder)
+    if under_launcher() or folder is None:
         outcome = joined(to_mapping(config), folder)
     else:
-        outcome = on_this_host(config, data, RunFolder(run_directory()))
+        outcome = on_this_host(config, data, folder)
     if outcome.status == "interrupted" and not _in_sweep():
         sys.exit(INTERRUPTED)
     return outcome.best
@@ -64,6 +66,35 @@ def read_config(mapping: Mapping[str, Any]) -> RunConfig:
     """The typed config; the data folder's path made absolute, so that the run can be read from anywhere."""
     config = build(RunConfig, {key: value for key, value in mapping.items() if key != "experiment"})
     return dataclasses.replace(config, data=os.path.abspath(config.data))
+
+
+def checked(config: RunConfig, folder: RunFolder | None) -> tuple[RunConfig, DataFolder]:
+    """The config with its layout's numbers in it, and its data, when nothing is known to be wrong with them.
+
+    Args:
+        folder: where the run is or will be, whose numbers go on (SAM's groups); None: only rank 0 knows it.
+
+    Raises:
+        UserError: what the layout and :func:`moe_train.training.preflight.check_run` refuse.
+    """
+    data = DataFolder.open(config.data)
+    plan = plan_run(config, world_size(config.launch), ranks_per_node(config.launch))
+    before = folder.config if folder is not None and folder.exists else None
+    settled = settle(config, plan, before)
+    if folder is not None or settled.routing == config.routing:
+        check_run(settled, data, plan)
+    return settled, data
+
+
+@contextmanager
+def _said_once() -> Iterator[None]:
+    """What a launcher's ranks all find wrong alike is said by the first of each host."""
+    try:
+        yield
+    except UserError:
+        if under_launcher() and local_rank():
+            sys.exit(2)
+        raise
 
 
 def run_directory() -> Path:
@@ -90,15 +121,17 @@ def work(mapping: Mapping[str, Any], folder: str) -> dict[str, Any]:
         return dataclasses.asdict(_train(config, DataFolder.open(config.data), RunFolder(Path(folder)), world))
 
 
-def joined(mapping: Mapping[str, Any], directory: Path | None) -> Outcome:
-    """The same under torchrun: rank 0's folder is everybody's.
+def joined(mapping: Mapping[str, Any], own: RunFolder | None) -> Outcome:
+    """The same under torchrun: rank 0's folder is everybody's, and so are the numbers that it has settled.
 
     Args:
-        directory: rank 0's run folder; None on the others.
+        own: rank 0's run folder; None on the others.
     """
     config = build(RunConfig, mapping)
     with joined_world(config.launch, config.training.threads) as world, ExitStack() as held:
-        folder = RunFolder(Path(world.broadcast(str(directory))))
+        folder = world.broadcast(own)
+        assert folder is not None
+        config = dataclasses.replace(config, routing=world.broadcast(dict(config.routing)))
         data = DataFolder.open(config.data)
 
         def ready() -> Outcome | None:

@@ -38,13 +38,26 @@ class TaskConfig:
 
 @dataclass(frozen=True)
 class LayoutConfig:
-    """Which rank holds which experts. world = replicas x expert_parallel."""
+    """Which rank holds which experts. world = replicas x expert_parallel.
 
-    name: str = "data_parallel"
+    Attributes:
+        name: ``data_parallel`` (all experts on every rank, unless ``expert_parallel`` says otherwise),
+            ``expert_parallel``, ``node`` (expert groups stay inside a node, replicas stand across nodes) or
+            ``two_level`` (groups span nodes, tokens travel node by node and then rank by rank).
+        expert_parallel: ranks over which the experts of a layer are divided; 0: as many as can be, of one node's for
+            ``node``, of the world's otherwise.
+        ranks_per_node: ranks of a node; 0: as many as were started on each host.
+        two_level: exchange between nodes first and inside the node then, where a group spans nodes.
+    """
+
+    name: Literal["data_parallel", "expert_parallel", "node", "two_level"] = "data_parallel"
     expert_parallel: int = 1
+    ranks_per_node: int = 0
+    two_level: bool = False
 
     def __post_init__(self) -> None:
-        check.positive("layout.expert_parallel", self.expert_parallel)
+        for key in ("expert_parallel", "ranks_per_node"):
+            check.not_negative(f"layout.{key}", getattr(self, key))
 
 
 @dataclass(frozen=True)

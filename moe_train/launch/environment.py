@@ -20,6 +20,11 @@ def launched_world() -> int | None:
     return int(os.environ["WORLD_SIZE"]) if under_launcher() else None
 
 
+def launched_per_host() -> int | None:
+    """How many processes the launcher has started on each host; None without a launcher, or where it does not say."""
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if under_launcher() and "LOCAL_WORLD_SIZE" in os.environ else None
+
+
 def local_rank() -> int:
     """This process's number on its host."""
     return int(os.environ.get("LOCAL_RANK", "0"))

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from moe_train.config import LaunchConfig
 from moe_train.errors import LaunchError
-from moe_train.launch.environment import launched_world, local_rank, local_world, under_launcher
+from moe_train.launch.environment import launched_per_host, launched_world, local_rank, local_world, under_launcher
 from moe_train.training.world import World
 
 _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -23,6 +23,11 @@ _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 def world_size(config: LaunchConfig) -> int:
     """How many processes will train: the launcher's number, or ``launch.processes``."""
     return launched_world() or config.processes
+
+
+def ranks_per_node(config: LaunchConfig) -> int:
+    """How many of them stand on each host."""
+    return launched_per_host() or world_size(config)
 
 
 def check_devices(config: LaunchConfig) -> None:

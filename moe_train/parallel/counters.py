@@ -40,6 +40,32 @@ class TrafficCounters:
     by_link: dict[Link, Traffic] = field(default_factory=lambda: {link: Traffic() for link in LINKS})
     enabled: bool = True
 
+    @classmethod
+    def of_numbers(cls, numbers: Sequence[float]) -> TrafficCounters:
+        """The inverse of :meth:`numbers`."""
+        names = [f.name for f in fields(Traffic)]
+        parts = [numbers[i * len(names) : (i + 1) * len(names)] for i in range(len(LINKS))]
+        named = [dict(zip(names, map(int, part), strict=True)) for part in parts]
+        return cls({link: Traffic(**values) for link, values in zip(LINKS, named, strict=True)})
+
+    def numbers(self) -> list[int]:
+        """All counts in a fixed order, for a reduction over ranks."""
+        return [value for link in LINKS for value in vars(self.by_link[link]).values()]
+
+    def take(self) -> list[int]:
+        """:meth:`numbers`, and back to nothing."""
+        numbers = self.numbers()
+        self.clear()
+        return numbers
+
+    def __add__(self, other: TrafficCounters) -> TrafficCounters:
+        return TrafficCounters({link: self.by_link[link] + other.by_link[link] for link in LINKS})
+
+    @property
+    def counted(self) -> bool:
+        """Whether there is anything."""
+        return any(self.numbers())
+
     def clear(self) -> None:
         """Back to nothing."""
         self.by_link.update({link: Traffic() for link in LINKS})

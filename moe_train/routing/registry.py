@@ -82,7 +82,11 @@ def resolve(keys: Mapping[str, Any], *, ranks: int, nodes: int) -> dict[str, Any
     """
     numbers = {"rank": ranks, "node": nodes}
     places = strategy(str(keys.get("name", ""))).config.layout_keys
-    return {k: numbers.get(v, v) if k in places and isinstance(v, str) else v for k, v in keys.items()}
+    found = {k: numbers.get(v, v) if k in places and isinstance(v, str) else v for k, v in keys.items()}
+    decoder = keys.get("decoder")
+    if isinstance(decoder, Mapping):
+        found["decoder"] = resolve(decoder, ranks=ranks, nodes=nodes)
+    return found
 
 
 def decoder_config(config: RoutingConfig) -> RoutingConfig:

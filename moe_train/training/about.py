@@ -19,6 +19,7 @@ from torch import nn
 import moe_train
 from moe_train.config import RunConfig
 from moe_train.data.batching import WorldBatches
+from moe_train.parallel.layout_plan import LayoutPlan
 from moe_train.training.run_folder import RunFolder
 from moe_train.training.state import RunState
 from moe_train.training.world import World
@@ -28,14 +29,22 @@ _PACKAGES = ("torch", "fairseq", "deepspeed", "hydra-core", "sacrebleu", "senten
 
 
 def describe_run(
-    folder: RunFolder, config: RunConfig, module: nn.Module, world: World, update: int, account: Account | None = None
+    folder: RunFolder,
+    config: RunConfig,
+    module: nn.Module,
+    world: World,
+    update: int,
+    account: Account | None = None,
+    plan: LayoutPlan | None = None,
 ) -> None:
     """Writes run.json; earlier sessions stay listed under ``sessions``.
 
     Args:
         update: where this session begins.
         account: closed forms of the model's size and cost (:mod:`moe_train.models.accounting`).
+        plan: which rank holds which experts; None: each holds all.
     """
+    plan = plan or LayoutPlan(world.size, 1, world.local_size)
     session = {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "from_update": update,
@@ -43,7 +52,9 @@ def describe_run(
         "host": socket.gethostname(),
         "world": {
             "processes": world.size,
-            "expert_parallel": config.layout.expert_parallel,
+            "expert_parallel": plan.expert_parallel,
+            "ranks_per_node": plan.ranks_per_node,
+            "two_level": plan.exchanges_by_node,
             "device": str(world.device),
         },
         "threads": torch.get_num_threads(),
@@ -106,6 +117,7 @@ def summary(folder: RunFolder, config: RunConfig, state: RunState, batches: Worl
         "routing": str(config.routing.get("name")),
         "parameters": f"{parameters.get('total', 0):,}" + _active(parameters),
         "processes": f"{world['processes']} on {world['device']}, {info['threads']} threads each",
+        "layout": _layout(world),
         "FLOPs per token": f"{info['flops_per_token']:.3g} forward" if "flops_per_token" in info else "",
         "updates": f"{training.max_updates:,} of {training.tokens_per_update:,} target tokens, {training.precision}, "
         f"{batches.updates_per_epoch:,} an epoch",
@@ -116,6 +128,13 @@ def summary(folder: RunFolder, config: RunConfig, state: RunState, batches: Worl
         if value:
             table.add_row(name, value)
     return table
+
+
+def _layout(world: dict[str, Any]) -> str:
+    """Replicas and expert-parallel ranks, where experts are divided."""
+    size = world["expert_parallel"]
+    levels = ", node by node" if world["two_level"] else ""
+    return f"{world['processes'] // size} replicas x {size} expert-parallel{levels}" if size > 1 else ""
 
 
 def _left_out(batches: WorldBatches) -> str:

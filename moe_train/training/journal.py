@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from moe_train.parallel.counters import TrafficCounters
 from moe_train.routing.types import RoutingStatistics
 from moe_train.training.statistics import Sums
 
@@ -22,29 +23,39 @@ class Interval:
     def __init__(self) -> None:
         self._sums: Sums | None = None
         self._norms: list[float] = []
+        self._traffic = TrafficCounters()
         # Of this process: a rate must not count what was done before a resume.
         self._tokens, self._seconds = 0.0, 0.0
 
-    def add(self, sums: Sums, grad_norm: float | None, seconds: float) -> None:
-        """An update's world sums, ``grad_norm`` None where it was skipped, and the time that it took."""
+    def add(self, sums: Sums, grad_norm: float | None, seconds: float, traffic: TrafficCounters | None = None) -> None:
+        """An update's world sums, ``grad_norm`` None where it was skipped, its time, and what all ranks have sent."""
         self._sums = sums if self._sums is None else self._sums + sums
         if grad_norm is not None:
             self._norms.append(grad_norm)
+        if traffic is not None:
+            self._traffic = self._traffic + traffic
         self._tokens += float(sums.named()["ntokens"])
         self._seconds += seconds
 
     def line(self) -> dict[str, Any]:
-        """Losses per token in nats, the gradient norm's mean, the speed (target tokens a second), the experts' load."""
+        """Losses per token in nats, the gradient norm's mean, the speed (target tokens a second), the experts' load.
+
+        Where experts are divided over ranks, also the traffic between these, by link, all ranks together.
+        """
         if self._sums is None:
             return {}
         content = per_token(self._sums.scalars())
         content["grad_norm"] = math.fsum(self._norms) / len(self._norms) if self._norms else None
         content["words_per_second"] = self._tokens / max(self._seconds, 1e-9)
+        if self._traffic.counted:
+            content["traffic"] = self._traffic.as_dict()
         return content | describe_routing(self._sums.routing())
 
     def to_json(self) -> dict[str, Any]:
         """For ``state.json``."""
-        return {} if self._sums is None else {"sums": self._sums.to_json(), "norms": self._norms}
+        if self._sums is None:
+            return {}
+        return {"sums": self._sums.to_json(), "norms": self._norms, "traffic": self._traffic.numbers()}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any], device: torch.device) -> Interval:
@@ -53,6 +64,7 @@ class Interval:
         if content:
             interval._sums = Sums.from_json(content["sums"], device)
             interval._norms = [float(n) for n in content["norms"]]
+            interval._traffic += TrafficCounters.of_numbers(content.get("traffic", interval._traffic.numbers()))
         return interval
 
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from rich.console import Console
+from rich.markup import escape
 from torch import nn
 
 from moe_train.config import RunConfig
 from moe_train.errors import TrainingError
+from moe_train.parallel.counters import TrafficCounters
+from moe_train.parallel.layout import ExpertLayout
 from moe_train.parallel.ranks import ProcessRanks
 from moe_train.routing.context import Alone, Ranks
 from moe_train.training import best, guard
@@ -23,6 +26,7 @@ from moe_train.training.hooks import tell
 from moe_train.training.initial import initialise_from
 from moe_train.training.journal import Interval
 from moe_train.training.keeper import Keeper
+from moe_train.training.layouts import build_layout, layout_warnings, pictures
 from moe_train.training.progress import Display, validation_text
 from moe_train.training.records import Records
 from moe_train.training.run_folder import RunFolder, config_digest
@@ -106,49 +110,68 @@ class _Parts:
 def _assemble(given: _Parts) -> Loop:
     config, task, folder, world = given.config, given.task, given.folder, given.world
     ranks: Ranks = ProcessRanks(dist.new_group()) if world.size > 1 else Alone()
-    engine = _engine(config, task, folder, world, ranks)
+    layout = build_layout(config, world)
+    engine = _engine(given, ranks, layout)
     criterion = task.build_criterion().to(world.device)
-    about = {"config_digest": config_digest(config), "world": world.size}
+    about = {
+        "config_digest": config_digest(config),
+        "world": world.size,
+        "expert_parallel": layout.plan.expert_parallel,
+    }
     keeper = Keeper(CheckpointStore(folder.checkpoints, world), engine, config.training.checkpoint, about)
     state = keeper.restore() or RunState()
     samples = SampleLoader(task, world)
     if world.main:
-        describe_run(folder, config, engine.module, world, state.update, given.account)
+        describe_run(folder, config, engine.module, world, state.update, given.account, layout.plan)
     if given.screen is not None:
         given.screen.print(summary(folder, config, state, samples.batches))
+        _say_layout(given, layout)
     return Loop(
         config=config,
         state=state,
         folder=folder,
         world=world,
-        stepper=Stepper(engine, criterion, world, config.seed),
+        stepper=Stepper(engine, criterion, world, config.seed, layout.counters),
         samples=samples,
         validator=Validator(task, criterion, engine, world, ranks),
         keeper=keeper,
         records=Records(folder, world.main, state.update),
         display=Display(config.training.max_updates, state.update, given.screen),
         interval=Interval.from_json(state.interval, world.device),
+        counters=layout.counters,
         validate_bleu=given.validate_bleu,
     )
 
 
-def _engine(config: RunConfig, task: TrainingTask, folder: RunFolder, world: World, ranks: Ranks) -> Engine:
+def _say_layout(given: _Parts, layout: ExpertLayout) -> None:
+    assert given.screen is not None
+    for text in pictures(given.config, layout.plan):
+        given.screen.print(text, highlight=False, markup=False)
+    for text in layout_warnings(given.config, layout.plan):
+        given.screen.print(f"[yellow]note:[/] {escape(text)}", highlight=False)
+
+
+def _engine(given: _Parts, ranks: Ranks, layout: ExpertLayout) -> Engine:
     """The model, told who shares its batches, inside its engine.
 
     The ranks of the routers have a communicator of their own: their reductions never interleave with the engine's.
     """
-    module = task.build_model().to(world.device).train()
+    config, folder, world = given.config, given.folder, given.world
+    module = given.task.build_model(layout).to(world.device).train()
     tell(module, "set_recompute", config.training.recompute)
     tell(module, "set_ranks", ranks)
     latest = world.broadcast(CheckpointStore(folder.checkpoints, world).latest())
     if config.training.init_from is not None and latest is None:
         initialise_from(module, config.training.init_from, world)
-    return build_engine(EngineInputs(module, config.engine, config.training, world))
+    return build_engine(EngineInputs(module, config.engine, config.training, world, layout))
 
 
 @dataclass
 class Loop:
-    """The parts of a run, put together. One object per session; :meth:`run` is called once."""
+    """The parts of a run, put together. One object per session; :meth:`run` is called once.
+
+    ``counters``: of this rank's exchanges; ``traffic``: what all ranks sent in the ``counted`` updates of this session.
+    """
 
     config: RunConfig
     state: RunState
@@ -161,7 +184,10 @@ class Loop:
     records: Records
     display: Display
     interval: Interval
+    counters: TrafficCounters
     validate_bleu: ValidateBleu | None = None
+    traffic: TrafficCounters = field(default_factory=TrafficCounters)
+    counted: int = 0
 
     def run(self) -> Outcome:
         """Until the last update, patience, or a signal."""
@@ -194,7 +220,8 @@ class Loop:
         report = self.stepper.run(done, samples, lr, stop)
         self.state.update, self.state.epoch = done + 1, plan.epoch
         applied = report.outcome.applied
-        self.interval.add(report.sums, report.outcome.grad_norm if applied else None, report.seconds)
+        self.interval.add(report.sums, report.outcome.grad_norm if applied else None, report.seconds, report.traffic)
+        self.traffic, self.counted = self.traffic + report.traffic, self.counted + 1
         guard.note(self.state, applied, report.culprits, training.nonfinite_limit)
         if self.state.update % training.log_every == 0 or self.state.update == training.max_updates:
             self._log(lr)
@@ -213,6 +240,10 @@ class Loop:
         return self.state.update % every == 0 or self.state.update == last
 
     def _validate(self) -> bool:
+        with self.counters.paused():
+            return self._judged()
+
+    def _judged(self) -> bool:
         line: dict[str, Any] = {"update": self.state.update, "epoch": self.state.epoch, **self.validator.run()}
         if self.validate_bleu is not None and self.config.training.validation.bleu:
             scores = dict(self.validate_bleu(self.stepper.engine.module))
@@ -225,6 +256,8 @@ class Loop:
     def _save(self) -> None:
         self.state.interval = self.interval.to_json()
         self.keeper.save(self.state)
+        if self.world.main and self.traffic.counted:
+            self.folder.describe(traffic={**self.traffic.as_dict(), "updates": self.counted})
 
     def _leave(self, status: str) -> None:
         self._save()

@@ -8,19 +8,24 @@ from moe_train.config import RunConfig
 from moe_train.config.placement import place
 from moe_train.data.folder import DataFolder
 from moe_train.errors import ConfigError, DataError, did_you_mean
+from moe_train.parallel.layout import ExpertLayout
+from moe_train.parallel.layout_plan import LayoutPlan
 from moe_train.routing import decoder_config, routing_config
 from moe_train.tasks import build_task
 
 
-def check_run(config: RunConfig, data: DataFolder, processes: int) -> None:
+def check_run(config: RunConfig, data: DataFolder, plan: LayoutPlan) -> None:
     """Refuses what cannot be trained.
 
+    Args:
+        config: settled (:func:`moe_train.training.layouts.settle`).
+        plan: its layout.
+
     Raises:
-        ConfigError: routing, placement, layout or training keys that cannot be, or that contradict each other.
+        ConfigError: routing, placement or training keys that cannot be, or that contradict each other.
         DataError: directions that the data folder has not.
     """
     check_routing(config)
-    check_layout(config, processes)
     check_data(config, data)
     if config.training.checkpoint.asynchronous:
         raise ConfigError(
@@ -28,7 +33,7 @@ def check_run(config: RunConfig, data: DataFolder, processes: int) -> None:
         )
     # Without memory for its weights the model costs nothing, and says all that it has to say about its config.
     with torch.device("meta"):
-        build_task(config, data).build_model()
+        build_task(config, data).build_model(ExpertLayout(plan))
 
 
 def check_routing(config: RunConfig) -> None:
@@ -37,22 +42,6 @@ def check_routing(config: RunConfig) -> None:
     where = place(config.model.for_decoder, config.model.decoder_layers, "model.decoder_sparse_layers")
     if where.replaced or where.inserted_after:
         decoder_config(routing)
-
-
-def check_layout(config: RunConfig, processes: int) -> None:
-    """Whether the experts can be spread over the processes as asked."""
-    wanted = config.layout.expert_parallel
-    if processes % wanted:
-        divisors = [n for n in range(1, processes + 1) if processes % n == 0]
-        raise ConfigError(
-            f"layout.expert_parallel={wanted} does not divide {processes} processes",
-            remedy=f"choose one of {', '.join(map(str, divisors))}, or another launch.processes",
-        )
-    if wanted > 1:
-        raise ConfigError(
-            f"layout.expert_parallel={wanted}: the engine '{config.engine.name}' keeps all experts on every process",
-            remedy="set layout.expert_parallel=1",
-        )
 
 
 def check_data(config: RunConfig, data: DataFolder) -> None:

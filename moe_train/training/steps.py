@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from moe_train.parallel.counters import TrafficCounters
 from moe_train.training.engines import Engine, StepOutcome
 from moe_train.training.hooks import tell
 from moe_train.training.samples import move
@@ -30,6 +31,7 @@ class UpdateReport:
         culprits: ranks whose own gradient was not finite.
         stop: whether any rank was asked to stop.
         seconds: this rank's time.
+        traffic: what all ranks have sent for experts on other ranks.
     """
 
     sums: Sums
@@ -37,16 +39,21 @@ class UpdateReport:
     culprits: tuple[int, ...]
     stop: bool
     seconds: float
+    traffic: TrafficCounters = field(default_factory=TrafficCounters)
 
 
 @dataclass(frozen=True)
 class Stepper:
-    """Computes updates. The model's random numbers are seeded anew for every micro-batch."""
+    """Computes updates. The model's random numbers are seeded anew for every micro-batch.
+
+    ``counters``: of this rank's exchanges, taken at the end of each update.
+    """
 
     engine: Engine
     criterion: nn.Module
     world: World
     seed: int
+    counters: TrafficCounters = field(default_factory=TrafficCounters)
 
     def run(self, update: int, samples: list[Sample], lr: float, stop: bool) -> UpdateReport:
         """The update that follows ``update`` finished ones.
@@ -64,11 +71,11 @@ class Stepper:
             with self.engine.accumulate(last=number == len(samples) - 1):
                 parts.append(self._micro_batch(sample, tokens[number], sum(tokens)))
         outcome = self.engine.step(lr)
-        sums, clean, stops = self._share(total(parts), outcome.clean, stop)
+        sums, clean, stops, traffic = self._share(total(parts), outcome.clean, stop)
         culprits = tuple(rank for rank, good in enumerate(clean) if not good)
         if outcome.applied:
             tell(self.engine.module, "after_update", sums.routing())
-        return UpdateReport(sums, outcome, culprits, stops, time.monotonic() - started)
+        return UpdateReport(sums, outcome, culprits, stops, time.monotonic() - started, traffic)
 
     def _world_tokens(self, samples: list[Sample]) -> list[float]:
         """Target tokens of each micro-batch over all ranks."""
@@ -84,14 +91,17 @@ class Stepper:
         self.engine.backward(loss / max(whole, 1.0))
         return Sums.of(logging, self.world.device)
 
-    def _share(self, sums: Sums, clean: bool, stop: bool) -> tuple[Sums, list[bool], bool]:
-        """World sums, who was clean, whether anyone must stop: in one reduction."""
+    def _share(self, sums: Sums, clean: bool, stop: bool) -> tuple[Sums, list[bool], bool, TrafficCounters]:
+        """World sums, who was clean, whether anyone must stop, and traffic: in one reduction."""
         flags = torch.zeros(self.world.size + 1, dtype=torch.float64, device=self.world.device)
         flags[self.world.rank] = float(not clean)
         flags[-1] = float(stop)
-        shared: Tensor = self.world.sum(torch.cat([flags, sums.values]))
-        told = shared[: len(flags)].tolist()
-        return sums.with_values(shared[len(flags) :]), [not dirty for dirty in told[:-1]], told[-1] > 0
+        sent = torch.tensor(self.counters.take(), dtype=torch.float64, device=self.world.device)
+        shared: Tensor = self.world.sum(torch.cat([flags, sent, sums.values]))
+        told, sent, values = shared.split([len(flags), len(sent), len(sums.values)])
+        *dirty, stops = told.tolist()
+        traffic = TrafficCounters.of_numbers(sent.tolist())
+        return sums.with_values(values), [not flag for flag in dirty], stops > 0, traffic
 
 
 def seed_generators(*parts: int) -> None:

@@ -185,7 +185,7 @@ def test_a_damaged_checkpoint_is_named(one: Path, tiny_data: DataFolder, tmp_pat
         (["training.max_updates=many"], ["'training.max_updates' must be a whole number, not 'many'"]),
         (["routing=expert_choice", "routing.decoder=null"], ["expert_choice looks at later tokens", "routing.decoder"]),
         (["model.embed_dim=33"], ["not divisible"]),
-        (["launch.processes=2", "layout.expert_parallel=3"], ["does not divide 2 processes"]),
+        (["launch.processes=2", "layout.expert_parallel=3"], ["above the 2 ranks", "layout.expert_parallel to 1 or 2"]),
         (["training.checkpoint.asynchronous=true"], ["asynchronous"]),
     ],
 )

@@ -1,4 +1,4 @@
-"""Data parallelism by torch's DistributedDataParallel: every rank holds everything, gradients are averaged."""
+"""torch's DistributedDataParallel averages gradients; experts that are divided over ranks are reduced beside it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,12 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from moe_train.parallel.gradients import (
+    expert_square_sum,
+    ignore_experts_in_ddp,
+    is_expert,
+    reduce_expert_gradients,
+)
 from moe_train.training.engines.base import (
     EngineInputs,
     StepOutcome,
@@ -52,12 +58,15 @@ def _keep_buffers() -> dict[str, Any]:
 class DdpEngine:
     """See :class:`moe_train.training.engines.base.Engine`. With one process there is no wrapper.
 
-    DDP averages over ranks while the loss is a sum of shares, so :meth:`backward` multiplies by their number.
+    DDP averages over ranks while the loss is a sum of shares, so :meth:`backward` multiplies by their number. Where
+    experts are divided over ranks DDP leaves them alone: backward has brought them the gradients of their whole group,
+    so they want the sum over their replicas, by the same measure.
     """
 
     def __init__(self, inputs: EngineInputs) -> None:
         self.module = inputs.module
-        self._world = inputs.world
+        self._world, self._layout = inputs.world, inputs.layout
+        self._divided = inputs.layout.plan.expert_parallel > 1
         self._clip_norm = inputs.training.clip_norm
         self._precision = Precision(inputs.training.precision, inputs.world.device)
         self._optimizer = build_optimizer(inputs.module, inputs.training.optimizer)
@@ -67,6 +76,8 @@ class DdpEngine:
 
     def _wrap(self, inputs: EngineInputs) -> DistributedDataParallel:
         device = inputs.world.device
+        if self._divided:
+            ignore_experts_in_ddp(self.module)
         wrapper = DistributedDataParallel(
             self.module,
             device_ids=[device.index] if device.type == "cuda" else None,
@@ -94,8 +105,10 @@ class DdpEngine:
     def step(self, lr: float) -> StepOutcome:
         """One optimizer step, or none where any rank's gradient is not finite."""
         parameters = list(self.module.parameters())
+        if self._divided:
+            reduce_expert_gradients(parameters, self._layout, divide_by=self._world.size)
         self._precision.unscale(self._optimizer)
-        norm = total_norm(gradients(parameters))
+        norm = self._norm(parameters)
         finite = bool(torch.isfinite(norm))
         clean = self._peaks.all_finite() if self._wrapper is not None else finite
         if finite:
@@ -106,6 +119,13 @@ class DdpEngine:
         self._precision.after_step(finite)
         self._optimizer.zero_grad(set_to_none=True)
         return StepOutcome(float(norm), finite, clean)
+
+    def _norm(self, parameters: list[nn.Parameter]) -> Tensor:
+        """Of the whole model's gradient, 0-dim, the same on all ranks: all see it where any gradient is not finite."""
+        if not self._divided:
+            return total_norm(gradients(parameters))
+        dense = gradients(p for p in parameters if not is_expert(p))
+        return total_norm(dense, expert_square_sum(parameters, self._layout))
 
     def optimizer_tensors(self) -> Mapping[str, Mapping[str, Tensor]]:
         """Parameter name → Adam's moments and the like."""
