@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -16,14 +15,13 @@ from rich.console import Console
 
 from moe_train.commands._app import INTERRUPTED
 from moe_train.config import RunConfig, build, to_mapping
-from moe_train.data.folder import DataFolder
 from moe_train.errors import UserError
 from moe_train.launch.environment import launched_rank, local_rank, under_launcher
 from moe_train.launch.failures import write_failure
 from moe_train.launch.joining import check_devices, joined_world, logging_to, ranks_per_node, world_size
 from moe_train.launch.local import launch
 from moe_train.models.accounting import account
-from moe_train.tasks import build_task
+from moe_train.tasks import TaskData, build_task, locate_data, open_data
 from moe_train.training import Outcome, RunFolder, World, train
 from moe_train.training.checkpoints import everywhere
 from moe_train.training.layouts import plan_run, settle
@@ -65,10 +63,10 @@ def _checked_and_trained(mapping: Mapping[str, Any]) -> float | None:
 def read_config(mapping: Mapping[str, Any]) -> RunConfig:
     """The typed config; the data folder's path made absolute, so that the run can be read from anywhere."""
     config = build(RunConfig, {key: value for key, value in mapping.items() if key != "experiment"})
-    return dataclasses.replace(config, data=os.path.abspath(config.data))
+    return dataclasses.replace(config, data=locate_data(config))
 
 
-def checked(config: RunConfig, folder: RunFolder | None) -> tuple[RunConfig, DataFolder]:
+def checked(config: RunConfig, folder: RunFolder | None) -> tuple[RunConfig, TaskData]:
     """The config with its layout's numbers in it, and its data, when nothing is known to be wrong with them.
 
     Args:
@@ -77,7 +75,7 @@ def checked(config: RunConfig, folder: RunFolder | None) -> tuple[RunConfig, Dat
     Raises:
         UserError: what the layout and :func:`moe_train.training.preflight.check_run` refuse.
     """
-    data = DataFolder.open(config.data)
+    data = open_data(config)
     plan = plan_run(config, world_size(config.launch), ranks_per_node(config.launch))
     before = folder.config if folder is not None and folder.exists else None
     settled = settle(config, plan, before)
@@ -102,7 +100,7 @@ def run_directory() -> Path:
     return Path(HydraConfig.get().runtime.output_dir)
 
 
-def on_this_host(config: RunConfig, data: DataFolder, folder: RunFolder) -> Outcome:
+def on_this_host(config: RunConfig, data: TaskData, folder: RunFolder) -> Outcome:
     """Trains here, or in ``launch.processes`` processes; the folder is claimed for as long."""
     with folder.claimed():
         if nothing_to_do := _begin(folder, config, data):
@@ -118,7 +116,7 @@ def work(mapping: Mapping[str, Any], folder: str) -> dict[str, Any]:
     """What each process does in a folder that is ready; every rank calls it, and gets the outcome's fields."""
     config = build(RunConfig, mapping)
     with joined_world(config.launch, config.training.threads) as world:
-        return dataclasses.asdict(_train(config, DataFolder.open(config.data), RunFolder(Path(folder)), world))
+        return dataclasses.asdict(_train(config, open_data(config), RunFolder(Path(folder)), world))
 
 
 def joined(mapping: Mapping[str, Any], own: RunFolder | None) -> Outcome:
@@ -132,7 +130,7 @@ def joined(mapping: Mapping[str, Any], own: RunFolder | None) -> Outcome:
         folder = world.broadcast(own)
         assert folder is not None
         config = dataclasses.replace(config, routing=world.broadcast(dict(config.routing)))
-        data = DataFolder.open(config.data)
+        data = open_data(config)
 
         def ready() -> Outcome | None:
             if not world.main:
@@ -144,7 +142,7 @@ def joined(mapping: Mapping[str, Any], own: RunFolder | None) -> Outcome:
         return nothing_to_do or _train(config, data, folder, world)
 
 
-def _begin(folder: RunFolder, config: RunConfig, data: DataFolder) -> Outcome | None:
+def _begin(folder: RunFolder, config: RunConfig, data: TaskData) -> Outcome | None:
     """Checks the folder and readies it; gives an outcome where the run is finished and no more is wanted."""
     folder.check(config, data.fingerprint)
     if folder.exists and folder.finished and not folder.extended_by(config):
@@ -155,7 +153,7 @@ def _begin(folder: RunFolder, config: RunConfig, data: DataFolder) -> Outcome | 
     return None
 
 
-def _train(config: RunConfig, data: DataFolder, folder: RunFolder, world: World) -> Outcome:
+def _train(config: RunConfig, data: Any, folder: RunFolder, world: World) -> Outcome:
     task: Any = build_task(config, data)
     validate_bleu = None
     if config.training.validation.bleu:

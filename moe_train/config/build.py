@@ -20,7 +20,8 @@ def build(cls: type[T], mapping: Mapping[str, Any], where: str = "") -> T:
     """Builds the dataclass ``cls`` from ``mapping``, strictly.
 
     Args:
-        cls: a dataclass; nested dataclasses are built from nested mappings.
+        cls: a dataclass; nested dataclasses are built from nested mappings. A class method ``variant(mapping)`` may
+            name the subclass to build (tasks have keys of their own).
         mapping: keys are field names; a missing key takes the field's default.
         where: dotted prefix for messages, e.g. ``"model"``.
 
@@ -28,6 +29,7 @@ def build(cls: type[T], mapping: Mapping[str, Any], where: str = "") -> T:
         ConfigError: an unknown key (near spellings are offered), a missing one, or a value of the wrong type;
             also whatever the dataclass's ``__post_init__`` raises.
     """
+    cls = getattr(cls, "variant", lambda _: cls)(mapping)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
     for key in mapping:
         if key not in fields:

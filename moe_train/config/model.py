@@ -12,10 +12,11 @@ from moe_train.errors import ConfigError
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A Transformer encoder-decoder (the configs ``tiny``, ``iwslt``, ``base``, ``big``).
+    """A Transformer: encoder-decoder (the configs ``tiny``, ``iwslt``, ``base``, ``big``), or an encoder alone.
 
     Attributes:
-        name: what the registry calls the architecture.
+        name: what the registry calls the architecture: ``transformer``, ``encoder`` or ``vision_transformer``.
+        decoder_layers: 0 for an encoder alone.
         embed_dim: d, the width of the residual stream.
         ffn_dim: hidden width of a dense feed-forward, and of an expert unless ``routing.expert_ffn_dim`` differs.
         norm_order: ``pre`` (x + f(LN(x))) or ``post`` (LN(x + f(x))).
@@ -23,6 +24,7 @@ class ModelConfig:
             the grammar is in :mod:`moe_train.config.placement`.
         share_embeddings: one matrix for source, target and output.
         max_positions: longest sentence in tokens, tags and end included.
+        patch_size: of a vision Transformer: pixels of a square patch's side.
     """
 
     name: str = "transformer"
@@ -40,10 +42,14 @@ class ModelConfig:
     max_positions: int = 512
     sparse_layers: str | tuple[int, ...] = "odd"
     decoder_sparse_layers: str | tuple[int, ...] | None = None
+    patch_size: int = 16
 
     def __post_init__(self) -> None:
-        for key in ("encoder_layers", "decoder_layers", "embed_dim", "ffn_dim", "num_heads", "max_positions"):
+        for key in ("encoder_layers", "embed_dim", "ffn_dim", "num_heads", "max_positions", "patch_size"):
             check.positive(f"model.{key}", getattr(self, key))
+        check.not_negative("model.decoder_layers", self.decoder_layers)
+        if self.name == "transformer":
+            check.positive("model.decoder_layers", self.decoder_layers)
         for key in ("dropout", "attention_dropout", "activation_dropout"):
             check.probability(f"model.{key}", getattr(self, key))
         if self.embed_dim % self.num_heads:
@@ -57,4 +63,6 @@ class ModelConfig:
     @property
     def for_decoder(self) -> str | tuple[int, ...]:
         """The decoder's placement."""
+        if not self.decoder_layers:
+            return "none"
         return self.sparse_layers if self.decoder_sparse_layers is None else self.decoder_sparse_layers

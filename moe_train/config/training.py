@@ -65,7 +65,7 @@ class ValidationConfig:
     """How often to validate, what chooses ``best``, when to stop (after ``patience`` validations without gain)."""
 
     every_updates: int = 500
-    metric: Literal["loss", "bleu"] = "loss"
+    metric: Literal["loss", "bleu", "accuracy", "macro_f1"] = "loss"
     patience: int = 0
     max_sentences: int = 0
     bleu: bool = False

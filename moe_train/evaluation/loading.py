@@ -10,9 +10,8 @@ from typing import Any
 import torch
 
 from moe_train.config import RunConfig
-from moe_train.data.folder import DataFolder
 from moe_train.errors import DataError, LaunchError
-from moe_train.tasks import build_task
+from moe_train.tasks import build_task, open_data
 from moe_train.training.checkpoints import CheckpointStore, load_model
 from moe_train.training.run_folder import RunFolder
 
@@ -29,7 +28,7 @@ class OpenedRun:
 
     folder: RunFolder
     config: RunConfig
-    data: DataFolder
+    data: Any
     task: Any
     checkpoint: Path
 
@@ -70,11 +69,11 @@ def open_run(path: Path | str, checkpoint: str | int | Path = "best", data: Path
     config = folder.config
     if data is not None:
         config = dataclasses.replace(config, data=str(data))
-    elif not Path(config.data).is_dir():
+    elif Path(config.data).is_absolute() and not Path(config.data).is_dir():
         raise DataError(
             "the data folder that the run was trained on is not there", config.data, "say where it is now: data=FOLDER"
         )
-    opened = DataFolder.open(config.data)
+    opened = open_data(config)
     found = checkpoint if isinstance(checkpoint, Path) else CheckpointStore(folder.checkpoints).resolve(checkpoint)
     return OpenedRun(folder, config, opened, build_task(config, opened), found)
 

@@ -6,7 +6,8 @@ What counts, so that figures can be compared with papers:
   Embedding look-ups, norms, biases, activations, softmax, and the products of queries with keys (which grow with the
   length of the sentence) do not.
 - "Per token" is one source token through the encoder and one target token through the decoder and the output layer;
-  keys and values of the source count once per source token.
+  keys and values of the source count once per source token. A model that only encodes: one token through all of it,
+  where an image's tokens are its patches and share its head.
 - Sparse blocks count the experts that the strategy expects per token with uniform routing
   (``Router.experts_per_token``), or those that were counted in a run, where they are given.
 - Active parameters: all that are not experts', and of each pool the share that a token uses.
@@ -27,7 +28,7 @@ from torch import nn
 from moe_train.experts import ExpertPool
 from moe_train.layers import CrossAttention, FeedForward, SelfAttention
 from moe_train.layers.block import Block
-from moe_train.models.encoder_decoder import TransformerModel
+from moe_train.models.routed import Routed
 from moe_train.routing import Router
 
 
@@ -100,20 +101,21 @@ class Accounting:
 
 
 def account(model: nn.Module, experts_per_token: Mapping[int, float] | None = None) -> Accounting:
-    """Accounts for a translation model.
+    """Accounts for a model of any task; what has no decoder has 0 there.
 
     Args:
-        model: as built by :func:`moe_train.models.build_model`, on any device.
+        model: as built by :mod:`moe_train.models`, on any device.
         experts_per_token: measured pairs per token of each sparse block by its number (load.sum() / tokens); blocks
             that are not named take the strategy's own expectation.
 
     Raises:
         TypeError: another kind of model.
     """
-    if not isinstance(model, TransformerModel):
+    if not isinstance(model, Routed):
         raise TypeError(f"there is no accounting for {type(model).__name__}")
-    measured = experts_per_token or {}
-    encoder, decoder = (list(_blocks(stack, measured)) for stack in (model.encoder.stack, model.decoder.stack))
+    measured, parts = experts_per_token or {}, model.parts()
+    encoder = list(_blocks(parts.encoder, measured))
+    decoder = [] if parts.decoder is None else list(_blocks(parts.decoder, measured))
     blocks = tuple(encoder + decoder)
     local = sum(p.numel() for p in model.parameters() if getattr(p, "expert", False))
     shared = sum(p.numel() for p in model.parameters()) - local
@@ -123,9 +125,9 @@ def account(model: nn.Module, experts_per_token: Mapping[int, float] | None = No
         parameters_total=shared + experts,
         parameters_active=round(shared + active),
         parameters_experts=experts,
-        flops_encoder=_flops_dense(model.encoder.stack) + _flops_sparse(encoder),
-        flops_decoder=_flops_dense(model.decoder.stack) + _flops_sparse(decoder),
-        flops_output=2.0 * model.output_weight.numel(),
+        flops_encoder=parts.flops_input + _flops_dense(parts.encoder) + _flops_sparse(encoder),
+        flops_decoder=0.0 if parts.decoder is None else _flops_dense(parts.decoder) + _flops_sparse(decoder),
+        flops_output=parts.flops_output,
         blocks=blocks,
     )
 

@@ -55,7 +55,15 @@ def build_model(
     """
     if config.name not in _ARCHITECTURES:
         raise ConfigError(f"there is no model '{config.name}'", remedy=did_you_mean(config.name, _ARCHITECTURES))
-    shared = BlockInputs(
+    shared = block_inputs(config, seed, layout, token_frequency)
+    return _ARCHITECTURES[config.name](config, routing, source_dictionary, target_dictionary, shared)
+
+
+def block_inputs(
+    config: ModelConfig, seed: int, layout: ExpertLayout | None = None, token_frequency: Tensor | None = None
+) -> BlockInputs:
+    """What the config says of every block."""
+    return BlockInputs(
         dim=config.embed_dim,
         ffn_dim=config.ffn_dim,
         activation=config.activation,
@@ -65,14 +73,25 @@ def build_model(
         layout=layout,
         token_frequency=token_frequency,
     )
-    return _ARCHITECTURES[config.name](config, routing, source_dictionary, target_dictionary, shared)
+
+
+def layer_shape(config: ModelConfig) -> LayerShape:
+    """What every layer has in common."""
+    return LayerShape(config.embed_dim, config.num_heads, config.norm_order, config.dropout, config.attention_dropout)
+
+
+def encoder_stack(config: ModelConfig, routing: RoutingConfig, inputs: BlockInputs) -> EncoderStack:
+    """The layers of a model that only encodes."""
+    shape, placement = layer_shape(config), place(config.sparse_layers, config.encoder_layers)
+    blocks, _ = _blocks(routing, placement, config.encoder_layers, inputs, _ENCODER)
+    return EncoderStack(shape, _layers(EncoderLayer, shape, blocks, inputs.seed, _ENCODER))
 
 
 def _build_transformer(
     config: ModelConfig, routing: RoutingConfig, source: Vocabulary, target: Vocabulary, shared: BlockInputs
 ) -> TransformerModel:
     settings, seed = RoutingSettings(seed=shared.seed), shared.seed
-    shape = LayerShape(config.embed_dim, config.num_heads, config.norm_order, config.dropout, config.attention_dropout)
+    shape = layer_shape(config)
     tables = _embeddings(config, source, target, seed)
     placement = place(config.sparse_layers, config.encoder_layers)
     inputs = dataclasses.replace(shared, vocabulary=len(source))

@@ -185,6 +185,9 @@ class TransformerDecoder(FairseqIncrementalDecoder):  # type: ignore[misc]
 class TransformerModel(FairseqEncoderDecoderModel):  # type: ignore[misc]
     """Encoder and decoder, what their routers share, and the fast way to decode."""
 
+    encoder: TransformerEncoder
+    decoder: TransformerDecoder
+
     def __init__(self, encoder: TransformerEncoder, decoder: TransformerDecoder, settings: RoutingSettings) -> None:
         super().__init__(encoder, decoder)
         self.settings = settings

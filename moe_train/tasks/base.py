@@ -17,6 +17,9 @@ Sample = dict[str, Any]
 class TrainingTask(Protocol):
     """A task as the loop sees it: batches of the world, samples of a rank, a model and a criterion."""
 
+    def check_data(self) -> None:
+        """Raises DataError where there is nothing to train on or to validate with."""
+
     def build_model(self, layout: Any = None) -> nn.Module:
         """The model as configured; ``layout`` says which experts this rank holds (None: all)."""
 
@@ -26,8 +29,12 @@ class TrainingTask(Protocol):
     def train_batches(self) -> WorldBatches:
         """The world's micro-batches of every update."""
 
-    def train_sample(self, indices: Indices) -> Sample:
-        """A rank's rows of a micro-batch; no rows give tensors of shape [0, 1]."""
+    def train_sample(self, indices: Indices, update: int = 0) -> Sample:
+        """A rank's rows of a micro-batch; no rows give tensors of shape [0, 1].
+
+        Args:
+            update: updates done so far, for what is drawn anew each time (masks, augmentation).
+        """
 
     def validation_sets(self) -> Mapping[str, Sequence[Indices]]:
         """Validation micro-batches by name (a direction, for translation)."""

@@ -2,22 +2,63 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from typing import TypeVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 from moe_train.config import RunConfig
 from moe_train.data.folder import DataFolder
 from moe_train.errors import ConfigError, did_you_mean
 from moe_train.tasks.base import TrainingTask
 
-TaskBuilder = Callable[[RunConfig, DataFolder], TrainingTask]
+
+class TaskData(Protocol):
+    """What every task's data has."""
+
+    @property
+    def path(self) -> Path:
+        """Where it lies."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for equal data."""
+
+
+TaskBuilder = Callable[[RunConfig, Any], TrainingTask]
 B = TypeVar("B", bound=TaskBuilder)
 
-_TASKS: dict[str, TaskBuilder] = {}
+
+@dataclass(frozen=True)
+class _Entry:
+    """A registered task.
+
+    Attributes:
+        open_data: makes of a config what the builder takes.
+        built_in: values of ``data=`` that are no paths.
+    """
+
+    builder: TaskBuilder
+    open_data: Callable[[RunConfig], TaskData]
+    built_in: tuple[str, ...]
 
 
-def register_task(name: str) -> Callable[[B], B]:
+_TASKS: dict[str, _Entry] = {}
+
+
+def _prepared(config: RunConfig) -> DataFolder:
+    return DataFolder.open(config.data)
+
+
+def register_task(
+    name: str, open_data: Callable[[RunConfig], TaskData] = _prepared, built_in: tuple[str, ...] = ()
+) -> Callable[[B], B]:
     """Decorator that makes ``task.name=name`` build the decorated class.
+
+    Args:
+        open_data: opens what ``data=`` names; by default a folder made by ``moe-prepare``.
+        built_in: values of ``data=`` that are no paths.
 
     Raises:
         ValueError: the name is taken.
@@ -26,18 +67,37 @@ def register_task(name: str) -> Callable[[B], B]:
     def decorate(builder: B) -> B:
         if name in _TASKS:
             raise ValueError(f"the task {name!r} is registered twice")
-        _TASKS[name] = builder
+        _TASKS[name] = _Entry(builder, open_data, built_in)
         return builder
 
     return decorate
 
 
-def build_task(config: RunConfig, folder: DataFolder) -> TrainingTask:
-    """The task that ``config.task.name`` names.
+def build_task(config: RunConfig, data: Any) -> TrainingTask:
+    """The task that ``config.task.name`` names, on data that :func:`open_data` has opened.
 
     Raises:
         ConfigError: there is none.
     """
+    return _entry(config).builder(config, data)
+
+
+def open_data(config: RunConfig) -> Any:
+    """The data that the task trains on.
+
+    Raises:
+        ConfigError: no such task.
+        DataError: the data is missing or damaged.
+    """
+    return _entry(config).open_data(config)
+
+
+def locate_data(config: RunConfig) -> str:
+    """``data=`` as an absolute path, so that the run can be read from anywhere; what is no path stays as it is."""
+    return config.data if config.data in _entry(config).built_in else os.path.abspath(config.data)
+
+
+def _entry(config: RunConfig) -> _Entry:
     if config.task.name not in _TASKS:
         raise ConfigError(f"there is no task '{config.task.name}'", remedy=did_you_mean(config.task.name, _TASKS))
-    return _TASKS[config.task.name](config, folder)
+    return _TASKS[config.task.name]

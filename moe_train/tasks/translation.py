@@ -87,6 +87,20 @@ class TranslationTask(FairseqTask):  # type: ignore[misc]
             self._splits[name] = open_split(self.folder, name, self.directions, self.config.task, self.dictionary)
         return self._splits[name]
 
+    def check_data(self) -> None:
+        """Whether there is text to train on and to validate with.
+
+        Raises:
+            DataError: there is none.
+        """
+        for split in ("train", "valid"):
+            if not any(self.folder.has(split, direction) for direction in self.directions):
+                raise DataError(
+                    f"the split '{split}' has no sentences for {', '.join(self.directions)}",
+                    str(self.folder.path),
+                    "give files for it and run moe-prepare again",
+                )
+
     # --- training ---------------------------------------------------------------------------------------------------
 
     def build_model(self, layout: Any = None) -> nn.Module:
@@ -130,7 +144,7 @@ class TranslationTask(FairseqTask):  # type: ignore[misc]
             _log.warning("train: sentences of more than %d tokens left out: %s", settings.longest, left_out)
         return batches
 
-    def train_sample(self, indices: Indices) -> Sample:
+    def train_sample(self, indices: Indices, update: int = 0) -> Sample:
         """A rank's rows of a training micro-batch."""
         return self.split("train").sample(indices)
 

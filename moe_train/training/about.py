@@ -113,14 +113,14 @@ def summary(folder: RunFolder, config: RunConfig, state: RunState, batches: Worl
     parameters = info.get("parameters", {})
     rows = {
         "run folder": str(folder.path),
-        "data": f"{config.data} ({', '.join(config.task.directions) or 'all directions'})",
+        "data": f"{config.data} ({config.task.subject})",
         "routing": str(config.routing.get("name")),
         "parameters": f"{parameters.get('total', 0):,}" + _active(parameters),
         "processes": f"{world['processes']} on {world['device']}, {info['threads']} threads each",
         "layout": _layout(world),
         "FLOPs per token": f"{info['flops_per_token']:.3g} forward" if "flops_per_token" in info else "",
-        "updates": f"{training.max_updates:,} of {training.tokens_per_update:,} target tokens, {training.precision}, "
-        f"{batches.updates_per_epoch:,} an epoch",
+        "updates": f"{training.max_updates:,} of {training.tokens_per_update:,} {config.task.unit}, "
+        f"{training.precision}, {batches.updates_per_epoch:,} an epoch",
         "left out": _left_out(batches),
         "goes on from": f"update {state.update}" if state.update else "",
     }

@@ -14,7 +14,7 @@ from moe_train.training.statistics import Sums
 
 COUNTS = ("ntokens", "nsentences", "sample_size")
 # Fields that tell of the clock: all others are the same in a run that was interrupted and resumed.
-TIMES = ("words_per_second",)
+TIMES = ("words_per_second", "images_per_second")
 
 
 class Interval:

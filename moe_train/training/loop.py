@@ -231,6 +231,8 @@ class Loop:
     def _log(self, lr: float) -> None:
         line = {"update": self.state.update, "epoch": self.state.epoch, **self.interval.line(), "lr": lr}
         line["skipped"] = self.state.skipped
+        if unit := getattr(self.samples.task, "unit", None):  # one target each
+            line[f"{unit}_per_second"] = line["words_per_second"]
         self.interval = Interval()
         self.records.trained(line)
         self.display.trained(line)

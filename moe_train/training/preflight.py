@@ -6,15 +6,14 @@ import torch
 
 from moe_train.config import RunConfig
 from moe_train.config.placement import place
-from moe_train.data.folder import DataFolder
-from moe_train.errors import ConfigError, DataError, did_you_mean
+from moe_train.errors import ConfigError
 from moe_train.parallel.layout import ExpertLayout
 from moe_train.parallel.layout_plan import LayoutPlan
 from moe_train.routing import decoder_config, routing_config
-from moe_train.tasks import build_task
+from moe_train.tasks import TaskData, build_task
 
 
-def check_run(config: RunConfig, data: DataFolder, plan: LayoutPlan) -> None:
+def check_run(config: RunConfig, data: TaskData, plan: LayoutPlan) -> None:
     """Refuses what cannot be trained.
 
     Args:
@@ -23,10 +22,10 @@ def check_run(config: RunConfig, data: DataFolder, plan: LayoutPlan) -> None:
 
     Raises:
         ConfigError: routing, placement or training keys that cannot be, or that contradict each other.
-        DataError: directions that the data folder has not.
+        DataError: data that the task cannot use, or that has not what the config asks for.
     """
     check_routing(config)
-    check_data(config, data)
+    build_task(config, data).check_data()
     if config.training.checkpoint.asynchronous:
         raise ConfigError(
             "training.checkpoint.asynchronous is not there yet", remedy="leave it out; saving waits for the disk"
@@ -44,17 +43,3 @@ def check_routing(config: RunConfig) -> None:
         decoder_config(routing)
 
 
-def check_data(config: RunConfig, data: DataFolder) -> None:
-    """Whether the data folder has what the task asks for."""
-    for direction in config.task.directions:
-        if direction not in data.directions:
-            remedy = did_you_mean(direction, data.directions)
-            raise DataError(f"the data folder has no direction '{direction}'", str(data.path), remedy)
-    wanted = config.task.directions or data.directions
-    for split in ("train", "valid"):
-        if not any(data.has(split, direction) for direction in wanted):
-            raise DataError(
-                f"the split '{split}' has no sentences for {', '.join(wanted)}",
-                str(data.path),
-                "give files for it and run moe-prepare again",
-            )

@@ -94,6 +94,7 @@ def training_text(line: Mapping[str, Any]) -> str:
 def validation_text(line: Mapping[str, Any], best: bool) -> str:
     """The figures of a validation line, short."""
     bleu = f", BLEU {line['bleu']:.2f}" if "bleu" in line else ""
+    bleu += "".join(f", {name.replace('_', ' ')} {line[name]:.4f}" for name in ("accuracy", "macro_f1") if name in line)
     return (
         f"validation at update {line['update']}: loss {line['loss']:.4f}, nll {line['nll_loss']:.4f}, "
         f"ppl {line['ppl']:.2f}{bleu}{' (best so far)' if best else ''}"

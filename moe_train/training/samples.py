@@ -21,7 +21,7 @@ class SampleLoader:
     """Gives update u's samples and starts on those of u + 1. The same u always gives the same samples."""
 
     def __init__(self, task: TrainingTask, world: World) -> None:
-        self._task, self._world = task, world
+        self.task, self._world = task, world
         self.batches = task.train_batches()
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="samples")
         self._ahead: tuple[int, Future[Loaded]] | None = None
@@ -42,7 +42,7 @@ class SampleLoader:
     def _load(self, update: int) -> Loaded:
         plan = self.batches.update(update)
         rows = (split_micro_batch(batch, self._world.rank, self._world.size) for batch in plan.micro_batches)
-        return plan, [self._task.train_sample(indices) for indices in rows]
+        return plan, [self.task.train_sample(indices, update) for indices in rows]
 
     def close(self) -> None:
         """Ends the background thread."""

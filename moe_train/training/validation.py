@@ -7,7 +7,8 @@ batch, and the batches' sums are added in the order of the batches.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from moe_train.tasks.base import TrainingTask
 
 Job = tuple[str, Any]
+Measures = Callable[[Mapping[str, float]], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Validator:
         """Means per target token over all sets, and ``directions``: the same for each set by name."""
         jobs = [(name, batch) for name, batches in self.task.validation_sets().items() for batch in batches]
         module = self.engine.module
-        was_training = module.training
+        was_training, started = module.training, time.monotonic()
         module.eval()
         self.criterion.eval()
         tell(module, "set_ranks", Alone())
@@ -53,7 +55,8 @@ class Validator:
             module.train(was_training)
             self.criterion.train(was_training)
             tell(module, "set_ranks", self.ranks)
-        return _summary(jobs, names, self.world.sum(table).tolist())
+        line = _summary(jobs, names, self.world.sum(table).tolist(), getattr(self.task, "measures", per_token))
+        return line | rate(self.task, line["sentences"], time.monotonic() - started)
 
     def _table(self, jobs: list[Job]) -> tuple[list[str], torch.Tensor]:
         """[jobs, names] fp64: this rank's batches, zero elsewhere (so that the sum over ranks rounds nothing)."""
@@ -78,17 +81,23 @@ class Validator:
         return {key: float(value) for key, value in logging.items() if key != "routing"}
 
 
-def _summary(jobs: list[Job], names: list[str], table: list[list[float]]) -> dict[str, Any]:
+def rate(task: TrainingTask, items: float, seconds: float) -> dict[str, float]:
+    """``images_per_second`` where the task counts images."""
+    unit = getattr(task, "unit", None)
+    return {f"{unit}_per_second": items / max(seconds, 1e-9)} if unit else {}
+
+
+def _summary(jobs: list[Job], names: list[str], table: list[list[float]], measures: Measures) -> dict[str, Any]:
+    """Each set's means by its name, and those of all; ``measures`` makes means of sums."""
     by_set: dict[str, list[list[float]]] = {}
     for (name, _), row in zip(jobs, table, strict=True):
         by_set.setdefault(name, []).append(row)
-    directions = {name: _mean(names, rows) for name, rows in by_set.items()}
-    return {**_mean(names, table), "directions": directions}
+    directions = {name: measures(_sums(names, rows)) for name, rows in by_set.items()}
+    return {**measures(_sums(names, table)), "directions": directions}
 
 
-def _mean(names: list[str], rows: list[list[float]]) -> dict[str, Any]:
-    sums = {name: math.fsum(column) for name, column in zip(names, zip(*rows, strict=True), strict=False)}
-    return per_token(sums)
+def _sums(names: list[str], rows: list[list[float]]) -> dict[str, float]:
+    return {name: math.fsum(column) for name, column in zip(names, zip(*rows, strict=True), strict=False)}
 
 
 def average_bleu(scores: Mapping[str, float]) -> float:

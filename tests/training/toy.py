@@ -85,7 +85,7 @@ class ToyTask:
         settings = BatchSettings(training.tokens_per_update, training.accumulation, seed=self.config.seed)
         return WorldBatches(self.lengths, self.lengths, [SENTENCES], settings)
 
-    def train_sample(self, indices: Indices) -> dict[str, Any]:
+    def train_sample(self, indices: Indices, update: int = 0) -> dict[str, Any]:
         """Flat symbols of these sentences."""
         rows = [(self.starts[i] + self.steps[i] * np.arange(self.lengths[i] + 1)) % SYMBOLS for i in indices]
         sources = np.concatenate([r[:-1] for r in rows]) if rows else np.empty(0, np.int64)

@@ -38,8 +38,8 @@ class Trouble(ToyTask):
         self.plan = plan if plan and plan["rank"] == rank else {}
         self.loaded = 0
 
-    def train_sample(self, indices: Indices) -> dict[str, Any]:
-        sample = super().train_sample(indices)
+    def train_sample(self, indices: Indices, update: int = 0) -> dict[str, Any]:
+        sample = super().train_sample(indices, update)
         self.loaded += 1
         if self.plan and self.loaded > self.plan["update"] * self.config.training.accumulation:
             self._go_wrong(sample)

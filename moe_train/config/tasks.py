@@ -1,0 +1,132 @@
+"""The keys of tasks other than translation, a dataclass each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from moe_train.config import check
+from moe_train.config.run import TaskConfig
+from moe_train.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ImageConfig(TaskConfig):
+    """Image classification.
+
+    Attributes:
+        format: ``class_folders``, ``idx``, ``digits`` (scikit-learn's), or ``auto``: whichever the folder looks like.
+        image_size: pixels of a side of the square that the model sees (None: as the images are, all of one size).
+        resize: class folders only: scale and crop images of any size to ``image_size``.
+        channels: 1 (grey), 3 (colour), None: as the images are.
+        valid_share: share of the training images held out for validation where the data has no such split.
+        flip: mirror half of the training images.
+        shift: move training images by up to this many pixels each way.
+    """
+
+    name: str = "image_classification"
+    format: Literal["auto", "class_folders", "idx", "digits"] = "auto"
+    image_size: int | None = None
+    resize: bool = False
+    channels: Literal[1, 3] | None = None
+    valid_share: float = 0.1
+    flip: bool = False
+    shift: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check.probability("task.valid_share", self.valid_share)
+        check.positive("task.valid_share", self.valid_share)
+        check.not_negative("task.shift", self.shift)
+        if self.image_size is not None:
+            check.positive("task.image_size", self.image_size)
+
+    @property
+    def subject(self) -> str:
+        """The format."""
+        return f"images, {self.format}"
+
+    @property
+    def unit(self) -> str:
+        """Images: one label each."""
+        return "images"
+
+
+@dataclass(frozen=True)
+class LanguageModelConfig(TaskConfig):
+    """Masked-language-model pre-training in many languages (BERT's, XLM's and X-MoE's).
+
+    Attributes:
+        languages: only these (empty: all of the data folder).
+        sides: which sides of the folder's directions are read as text: ``target``, ``source`` or ``both``.
+        translation_lm: also train on pairs, a sentence behind its translation (XLM's TLM).
+        exponent: α of re-balancing: a language of n sentences is drawn in proportion to n^α (XLM: 0.5 and 0.7; 1: as
+            the data is).
+        mask_probability: share of the tokens to predict.
+        mask_share, random_share: of these, how many are replaced by ``<mask>`` and by a random piece; the others stay.
+    """
+
+    name: str = "cross_lingual_lm"
+    languages: tuple[str, ...] = ()
+    sides: Literal["target", "source", "both"] = "both"
+    translation_lm: bool = False
+    exponent: float = 0.7
+    mask_probability: float = 0.15
+    mask_share: float = 0.8
+    random_share: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check.positive("task.exponent", self.exponent)
+        check.positive("task.mask_probability", self.mask_probability)
+        check.probability("task.mask_probability", self.mask_probability)
+        for key in ("mask_share", "random_share"):
+            check.not_negative(f"task.{key}", getattr(self, key))
+        if self.mask_share + self.random_share > 1:
+            raise ConfigError("task.mask_share and task.random_share make more than 1", remedy="lower one of them")
+
+    @property
+    def subject(self) -> str:
+        """Languages."""
+        return ", ".join(self.languages) or "all languages"
+
+    @property
+    def unit(self) -> str:
+        """Tokens, of which some are predicted."""
+        return "tokens"
+
+
+@dataclass(frozen=True)
+class ClassificationConfig(TaskConfig):
+    """Fine-tuning of a ``cross_lingual_lm`` run on labelled texts: trained in some languages, measured in all.
+
+    Attributes:
+        languages: whose ``train.XX.tsv`` and ``valid.XX.tsv`` are trained on and validated with.
+        vocabulary: the data folder whose pieces cut the texts (None: that of the run in ``training.init_from``).
+        max_tokens: longer texts lose their tail.
+        pooling: what the classifier looks at: the ``mean`` of a text's states, or the ``first`` one (BERT's).
+        freeze_routing: routers and experts keep their values, as in X-MoE (§3.3); the same as ``routing.frozen``.
+    """
+
+    name: str = "cross_lingual_classification"
+    languages: tuple[str, ...] = ("en",)
+    vocabulary: str | None = None
+    max_tokens: int = 128
+    pooling: Literal["mean", "first"] = "mean"
+    freeze_routing: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check.positive("task.max_tokens", self.max_tokens)
+        if not self.languages:
+            raise ConfigError("task.languages is empty", remedy="name the languages to train on, e.g. [en]")
+
+    @property
+    def subject(self) -> str:
+        """Languages."""
+        return f"trained in {', '.join(self.languages)}"
+
+    @property
+    def unit(self) -> str:
+        """Tokens: texts are batched by length."""
+        return "tokens of texts"

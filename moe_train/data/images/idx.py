@@ -1,0 +1,121 @@
+"""IDX files (MNIST, Fashion-MNIST), plain or compressed by gzip.
+
+Format: two zero bytes, a type (8: unsigned bytes), the number of dimensions, each dimension as a big-endian 32-bit
+number, then the values. Debian's ``dataset-fashion-mnist`` puts such files into /usr/share/datasets/fashion-mnist.
+"""
+
+from __future__ import annotations
+
+import gzip
+import math
+import zlib
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moe_train.config.tasks import ImageConfig
+from moe_train.data.images.base import Images, ImageSet, InMemory, hold_out
+from moe_train.data.lines import sha256
+from moe_train.errors import DataError
+
+_UNSIGNED_BYTES = 8
+_PREFIXES = {"train": "train", "test": "t10k"}
+
+
+def has_idx(path: Path) -> bool:
+    """Whether the folder looks like one of IDX files."""
+    return _find(path, "train", "images", 3) is not None
+
+
+def open_idx(path: Path, config: ImageConfig) -> Images:
+    """Reads ``train-images-idx3-ubyte``, ``train-labels-idx1-ubyte`` and, where they are there, those of ``t10k``.
+
+    Raises:
+        DataError: a file that is missing, cut short or of another kind; as many labels as images are not there; a test
+            label that training has not.
+    """
+    train, files = _read_split(path, "train", 0)
+    classes = int(train.labels.max(initial=-1)) + 1
+    rest, valid = hold_out(train, [config.valid_share])
+    splits = {"train": rest, "valid": valid}
+    if _find(path, "test", "images", 3) is not None:
+        splits["test"], more = _read_split(path, "test", len(train))
+        files += more
+        _check_labels(splits["test"], classes, more[1])
+    _, height, width, channels = train.store.pixels.shape  # type: ignore[attr-defined]
+    names = tuple(str(label) for label in range(classes))
+    return Images(path, height, width, channels, names, splits, _fingerprint(files))
+
+
+def read_idx(path: Path) -> NDArray[np.uint8]:
+    """The array of an IDX file of unsigned bytes.
+
+    Raises:
+        DataError: it is none, or it is cut short (the bytes expected and found are named).
+    """
+    content = _content(path)
+    if len(content) < 4 or content[:2] != b"\0\0" or content[2] != _UNSIGNED_BYTES:
+        raise DataError("this is no IDX file of unsigned bytes", str(path), "give files in MNIST's format")
+    dimensions = content[3]
+    header = 4 + 4 * dimensions
+    shape = np.frombuffer(content[4:header], dtype=">u4")
+    if len(shape) < dimensions:
+        raise DataError(f"the IDX file ends within its header of {header} bytes", str(path), "fetch the file again")
+    expected, found = header + math.prod(int(size) for size in shape), len(content)
+    if expected != found:
+        what = "cut short" if found < expected else "longer than its header says"
+        raise DataError(
+            f"the IDX file is {what}: {expected} bytes expected, {found} found", str(path), "fetch the file again"
+        )
+    return np.frombuffer(content, dtype=np.uint8, offset=header).reshape([int(size) for size in shape])
+
+
+def _content(path: Path) -> bytes:
+    if path.suffix != ".gz":
+        return path.read_bytes()
+    try:
+        with gzip.open(path, "rb") as stream:
+            return stream.read()
+    except (EOFError, OSError, zlib.error) as error:
+        found = path.stat().st_size
+        raise DataError(
+            f"the compressed file is cut short or damaged ({error}); it has {found} bytes",
+            str(path),
+            "fetch the file again",
+        ) from None
+
+
+def _find(path: Path, split: str, what: str, dimensions: int) -> Path | None:
+    name = f"{_PREFIXES[split]}-{what}-idx{dimensions}-ubyte"
+    return next((path / f for f in (name, f"{name}.gz") if (path / f).is_file()), None)
+
+
+def _read_split(path: Path, split: str, first_uid: int) -> tuple[ImageSet, list[Path]]:
+    files = []
+    for what, dimensions in (("images", 3), ("labels", 1)):
+        found = _find(path, split, what, dimensions)
+        if found is None:
+            name = f"{_PREFIXES[split]}-{what}-idx{dimensions}-ubyte"
+            raise DataError(f"the file {name} (or {name}.gz) is missing", str(path), "correct data=…")
+        files.append(found)
+    pixels, labels = (read_idx(file) for file in files)
+    if pixels.ndim != 3 or labels.ndim != 1:
+        raise DataError(f"images of {pixels.ndim - 1} and labels of {labels.ndim - 1} dimensions", str(files[0]))
+    if len(pixels) != len(labels):
+        raise DataError(f"{len(pixels)} images and {len(labels)} labels", str(files[1]), "fetch the files again")
+    rows = np.arange(len(labels), dtype=np.int64)
+    return ImageSet(InMemory(pixels[..., None]), rows, labels.astype(np.int64), first_uid), files
+
+
+def _check_labels(images: ImageSet, classes: int, file: Path) -> None:
+    unknown = np.flatnonzero(images.labels >= classes)
+    if len(unknown):
+        item = int(unknown[0])
+        raise DataError(
+            f"unknown label {images.labels[item]} of item {item}: training has labels 0 to {classes - 1}", str(file)
+        )
+
+
+def _fingerprint(files: list[Path]) -> str:
+    return " ".join(sha256(file)[:16] for file in files)

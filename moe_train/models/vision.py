@@ -1,0 +1,152 @@
+"""A vision Transformer with experts.
+
+Dosovitskiy et al., ICLR 2021, arXiv 2010.11929, as Soft MoE uses it (Puigcerver et al., 2024, §3.3): patches, learnt
+positions, pre-norm layers, no class token, global average pooling before the head. The paper's models also normalise
+queries and keys (0.01 % of the parameters), which this one does not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_train.config import ModelConfig
+from moe_train.errors import ConfigError
+from moe_train.layers.context import BatchInfo, RoutingSettings, batch_context
+from moe_train.layers.linear import linear
+from moe_train.layers.seeding import seeded
+from moe_train.layers.stack import EncoderStack
+from moe_train.models.build import block_inputs, encoder_stack
+from moe_train.models.routed import Parts, Routed
+from moe_train.routing.base import RoutingConfig
+from moe_train.routing.soft_moe import SoftMoEConfig
+
+ARCHITECTURE = "vision_transformer"
+_PATCHES, _HEAD = 10, 11
+
+
+@dataclass(frozen=True)
+class ImageShape:
+    """What the model must know of its images."""
+
+    height: int
+    width: int
+    channels: int
+    classes: int
+
+
+class PatchEmbedding(nn.Module):
+    """Images → a row per patch: a product with its pixels, and a learnt position."""
+
+    def __init__(self, images: ImageShape, patch: int, dim: int, dropout: float) -> None:
+        super().__init__()
+        self.patch, self.channels = patch, images.channels
+        self.project = nn.Linear(patch * patch * images.channels, dim)
+        nn.init.trunc_normal_(self.project.weight, std=self.project.in_features**-0.5)
+        nn.init.zeros_(self.project.bias)
+        patches = (images.height // patch) * (images.width // patch)
+        self.positions = nn.Parameter(nn.init.normal_(torch.empty(patches, dim), std=0.02))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images [B, H, W, C] of bytes → [B, patches, d], row after row; pixels are scaled to -1 .. 1."""
+        rows = self.cut(images).to(self.project.weight.dtype) / 127.5 - 1.0
+        embedded = linear(rows, self.project.weight, self.project.bias) + self.positions
+        return self.dropout(embedded)  # type: ignore[no-any-return]
+
+    def cut(self, images: Tensor) -> Tensor:
+        """[B, H, W, C] → [B, patches, patch · patch · C]."""
+        batch, height, width, channels = images.shape
+        p = self.patch
+        grid = images.view(batch, height // p, p, width // p, p, channels).transpose(2, 3)
+        return grid.reshape(batch, (height // p) * (width // p), p * p * channels)
+
+
+class VisionTransformer(Routed):
+    """Images → a score per class."""
+
+    def __init__(self, embed: PatchEmbedding, stack: EncoderStack, head: nn.Linear, settings: RoutingSettings) -> None:
+        super().__init__()
+        self.embed = embed
+        self.stack = stack
+        self.head = head
+        self.settings = settings
+
+    def forward(
+        self,
+        images: Tensor,
+        sentence_uid: Tensor | None = None,
+        pass_index: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """One forward pass.
+
+        Args:
+            images: [B, H, W, C] uint8.
+            sentence_uid: [B] numbers that stay with the images: an image is to a router what a sentence is.
+            pass_index: [B], which pass of a doubled batch.
+
+        Returns:
+            logits [B, classes] and ``{"routing": records}``.
+        """
+        x = self.embed(images)
+        context = batch_context(
+            None,
+            (x.shape[0], x.shape[1]),
+            self.settings,
+            BatchInfo(sentence_uid, None, pass_index),
+            training=self.training,
+            device=x.device,
+        )
+        x, records = self.stack(x, context)
+        return linear(x.mean(1), self.head.weight, self.head.bias), {"routing": records}
+
+    def parts(self) -> Parts:
+        """The layers, the product of patches, and a token's part of the head."""
+        head = 2.0 * self.head.weight.numel() / self.patches
+        return Parts(self.stack, None, 2.0 * self.embed.project.weight.numel(), head)
+
+    @property
+    def patches(self) -> int:
+        """Tokens of an image."""
+        return self.embed.positions.shape[0]
+
+
+def build_vision_model(
+    config: ModelConfig,
+    routing: RoutingConfig,
+    images: ImageShape,
+    *,
+    seed: int,
+    layout: Any = None,
+) -> VisionTransformer:
+    """A fresh model, its weights a function of ``seed`` and of where they stand.
+
+    An image always has the same number of tokens, so Soft MoE's ``expected_tokens`` is that number.
+
+    Raises:
+        ConfigError: no vision Transformer; patches that do not fill the image.
+    """
+    if config.name != ARCHITECTURE:
+        raise ConfigError(f"model '{config.name}' is not for images", remedy="set model=vit_tiny, vit_s16, vit_b16 …")
+    patch = config.patch_size
+    if images.height % patch or images.width % patch:
+        common = [n for n in range(1, images.height + 1) if not images.height % n and not images.width % n]
+        raise ConfigError(
+            f"patches of {patch} pixels do not fill images of {images.width} x {images.height}",
+            "model.patch_size",
+            f"choose one of {', '.join(map(str, common))}, or another task.image_size",
+        )
+    if isinstance(routing, SoftMoEConfig):
+        tokens = (images.height // patch) * (images.width // patch)
+        routing = dataclasses.replace(routing, expected_tokens=tokens)
+    with seeded(seed, _PATCHES):
+        embed = PatchEmbedding(images, patch, config.embed_dim, config.dropout)
+    with seeded(seed, _HEAD):
+        head = nn.Linear(config.embed_dim, images.classes)
+        nn.init.zeros_(head.bias)
+    stack = encoder_stack(config, routing, block_inputs(config, seed, layout))
+    return VisionTransformer(embed, stack, head, RoutingSettings(seed=seed))

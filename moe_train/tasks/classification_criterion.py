@@ -1,0 +1,104 @@
+"""Cross-entropy over classes with the routing losses: of images and of texts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_train.layers.losses import label_smoothed_nll
+from moe_train.tasks.base import Sample
+from moe_train.tasks.criterion import mean_over_layers, symmetric_divergence
+
+
+class ClassificationCriterion(nn.Module):
+    """Sums over the rank's items, one target each; see :mod:`moe_train.tasks.criterion` for the routing losses.
+
+    Args:
+        num_classes: C.
+        label_smoothing: ε.
+        passes: forward passes over a training batch (1 or 2: THOR, R-Drop).
+        consistency_weight: α of the divergence between two passes.
+        per_class: at evaluation, count hits, guesses and items of each class (for F1).
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        label_smoothing: float = 0.0,
+        passes: int = 1,
+        consistency_weight: float = 0.0,
+        per_class: bool = False,
+    ) -> None:
+        super().__init__()
+        self.num_classes, self.label_smoothing = num_classes, label_smoothing
+        self.passes, self.consistency_weight, self.per_class = passes, consistency_weight, per_class
+
+    def forward(self, model: nn.Module, sample: Sample) -> tuple[Tensor, int, dict[str, Any]]:
+        """The loss of a sample whose ``target`` is [B].
+
+        Returns:
+            The summed loss; the items to divide by; and sums for the log, ``accuracy`` (the items whose best class is
+            the right one) among them.
+        """
+        passes = self.passes if model.training else 1
+        logits, extra = model(**repeated_rows(sample["net_input"], passes))
+        target = sample["target"].repeat(passes)
+        loss, nll = label_smoothed_nll(logits, target, self.label_smoothing)
+        parts: dict[str, Any] = {"nll_loss": nll.detach() / passes}
+        if passes > 1 and self.consistency_weight:
+            consistency = symmetric_divergence(*logits.chunk(2))
+            loss = loss + self.consistency_weight * consistency
+            parts["consistency_loss"] = consistency.detach()
+        losses = mean_over_layers(extra["routing"])
+        items = sample["world_ntokens" if "world_ntokens" in sample else "ntokens"]
+        if model.training:
+            loss = loss + sum(mean.objective for mean in losses.values()) * items
+        guesses = logits.detach().argmax(1)
+        logging: dict[str, Any] = {
+            "loss": loss.detach(),
+            "accuracy": (guesses == target).sum() / passes,
+            "ntokens": sample["ntokens"],
+            "nsentences": sample["nsentences"],
+            "sample_size": sample["ntokens"],
+            **parts,
+            **{name: mean.value.detach() * items for name, mean in losses.items()},
+        }
+        if self.per_class and not model.training:
+            logging |= count_classes(guesses, target, self.num_classes)
+        if "world_ntokens" in sample:
+            logging["routing"] = {record.layer: record.statistics for record in extra["routing"]}
+        return loss, sample["ntokens"], logging
+
+
+def repeated_rows(net_input: dict[str, Tensor], passes: int) -> dict[str, Tensor]:
+    """The batch behind itself ``passes`` times, ``pass_index`` telling the copies apart."""
+    if passes == 1:
+        return dict(net_input)
+    uid = net_input["sentence_uid"]
+    index = torch.arange(passes, device=uid.device).repeat_interleave(uid.shape[0])
+    return {**{name: torch.cat([value] * passes) for name, value in net_input.items()}, "pass_index": index}
+
+
+def count_classes(guesses: Tensor, target: Tensor, num_classes: int) -> dict[str, Tensor]:
+    """``class/<c>/hits``, ``/guesses`` and ``/items`` of guesses and targets [B]."""
+
+    def counted(labels: Tensor) -> Tensor:
+        return torch.bincount(labels, minlength=num_classes)
+
+    columns = {"hits": counted(target[guesses == target]), "guesses": counted(guesses), "items": counted(target)}
+    return {f"class/{c}/{name}": counts[c] for name, counts in columns.items() for c in range(num_classes)}
+
+
+def macro_f1(sums: dict[str, float], num_classes: int) -> float:
+    """The mean over classes of F1 = 2 · hits / (guesses + items), from what :func:`count_classes` counts.
+
+    A class that is neither there nor guessed is left out of the mean.
+    """
+    scores = []
+    for c in range(num_classes):
+        hits, guesses, items = (sums[f"class/{c}/{name}"] for name in ("hits", "guesses", "items"))
+        if guesses + items:
+            scores.append(2.0 * hits / (guesses + items))
+    return sum(scores) / len(scores) if scores else 0.0

@@ -1,0 +1,166 @@
+"""Images from IDX files, class folders and scikit-learn: what is read, what is refused and how it is said."""
+
+from __future__ import annotations
+
+import gzip
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from moe_train.config import ImageConfig
+from moe_train.data.images import open_images
+from moe_train.errors import DataError
+from tests.data.image_files import write_class_folders, write_idx, write_idx_folder
+
+PIXELS = np.arange(40 * 6 * 5, dtype=np.int64).reshape(40, 6, 5).astype(np.uint8)
+LABELS = (np.arange(40) % 4).astype(np.uint8)
+
+
+@pytest.fixture
+def idx(tmp_path: Path) -> Path:
+    write_idx_folder(tmp_path, PIXELS, LABELS, PIXELS[:8], LABELS[:8])
+    return tmp_path
+
+
+def everything(data: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Pixels and labels of train and valid, by the images' own numbers."""
+    images = open_images(str(data), ImageConfig())
+    splits = [images.splits[name] for name in ("train", "valid")]
+    uids = np.concatenate([s.uids(np.arange(len(s))) for s in splits])
+    pixels = np.concatenate([s.read(np.arange(len(s))) for s in splits])
+    labels = np.concatenate([s.labels for s in splits])
+    order = np.argsort(uids)
+    assert (uids[order] == np.arange(len(uids))).all()
+    return pixels[order], labels[order]
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_idx_files_are_read_as_they_were_written(tmp_path: Path, compressed: bool) -> None:
+    write_idx_folder(tmp_path, PIXELS, LABELS, PIXELS[:8], LABELS[:8], compressed)
+    pixels, labels = everything(tmp_path)
+    assert (pixels == PIXELS[..., None]).all() and (labels == LABELS).all()
+    images = open_images(str(tmp_path), ImageConfig(valid_share=0.25))
+    assert {name: len(split) for name, split in images.splits.items()} == {"train": 30, "valid": 10, "test": 8}
+    assert (images.height, images.width, images.channels, images.classes) == (6, 5, 1, ("0", "1", "2", "3"))
+    assert images.splits["test"].uids(np.arange(8)).min() == 40
+
+
+def test_the_held_out_images_are_the_same_every_time(idx: Path) -> None:
+    first, second = (open_images(str(idx), ImageConfig()).splits["valid"].rows for _ in range(2))
+    assert (first == second).all()
+
+
+@pytest.mark.parametrize("cut", [1, 700])
+def test_an_idx_file_cut_short_is_named_with_its_bytes(idx: Path, cut: int) -> None:
+    file = idx / "train-images-idx3-ubyte"
+    whole = 16 + PIXELS.size
+    file.write_bytes(file.read_bytes()[:-cut])
+    with pytest.raises(DataError) as raised:
+        open_images(str(idx), ImageConfig())
+    assert raised.value.where == str(file)
+    assert f"{whole} bytes expected, {whole - cut} found" in raised.value.what
+
+
+def test_a_compressed_file_cut_short_is_named(tmp_path: Path) -> None:
+    write_idx_folder(tmp_path, PIXELS, LABELS, PIXELS[:8], LABELS[:8], compressed=True)
+    file = tmp_path / "train-labels-idx1-ubyte.gz"
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(DataError, match="cut short") as raised:
+        open_images(str(tmp_path), ImageConfig())
+    assert raised.value.where == str(file)
+
+
+def test_other_mistakes_in_idx_files(idx: Path) -> None:
+    (idx / "t10k-labels-idx1-ubyte").write_bytes(write_idx(np.full(8, 9, np.uint8)))
+    with pytest.raises(DataError, match="unknown label 9 of item 0: training has labels 0 to 3"):
+        open_images(str(idx), ImageConfig())
+    (idx / "train-labels-idx1-ubyte").write_bytes(write_idx(LABELS[:-1]))
+    with pytest.raises(DataError, match="40 images and 39 labels"):
+        open_images(str(idx), ImageConfig())
+    (idx / "train-labels-idx1-ubyte").write_bytes(b"\0\0\x0d\1" + struct.pack(">i", 1) + b"\0" * 4)
+    with pytest.raises(DataError, match="no IDX file of unsigned bytes"):
+        open_images(str(idx), ImageConfig())
+    (idx / "train-labels-idx1-ubyte").unlink()
+    with pytest.raises(DataError, match=r"train-labels-idx1-ubyte \(or .*gz\) is missing"):
+        open_images(str(idx), ImageConfig())
+
+
+def test_a_size_that_the_images_do_not_have_is_refused(idx: Path) -> None:
+    with pytest.raises(DataError, match="images of 5 x 6 pixels, not 7 x 7"):
+        open_images(str(idx), ImageConfig(image_size=7))
+
+
+def test_class_folders(tmp_path: Path) -> None:
+    written = write_class_folders(tmp_path / "train", {"cat": 5, "dog": 7}, size=(9, 8))
+    write_class_folders(tmp_path / "val", {"dog": 2}, size=(9, 8))
+    images = open_images(str(tmp_path), ImageConfig())
+    assert images.classes == ("cat", "dog") and (images.height, images.width, images.channels) == (8, 9, 3)
+    assert images.splits["train"].labels.tolist() == [0] * 5 + [1] * 7 and images.splits["valid"].labels.tolist() == [
+        1,
+        1,
+    ]
+    read = images.splits["train"].read(np.array([6, 0]))
+    assert (read[0] == written["dog"][1]).all() and (read[1] == written["cat"][0]).all()
+    grey = open_images(str(tmp_path), ImageConfig(channels=1))
+    assert grey.splits["train"].read(np.array([0])).shape == (1, 8, 9, 1)
+
+
+def test_class_folders_without_splits_hold_some_out(tmp_path: Path) -> None:
+    write_class_folders(tmp_path, {"a": 10, "b": 10}, size=(4, 4))
+    images = open_images(str(tmp_path), ImageConfig(valid_share=0.2))
+    train, valid = (set(images.splits[n].rows.tolist()) for n in ("train", "valid"))
+    assert len(valid) == 4 and train | valid == set(range(20)) and not train & valid
+
+
+def test_an_image_of_another_size_is_named(tmp_path: Path) -> None:
+    write_class_folders(tmp_path / "train", {"cat": 3}, size=(8, 8))
+    write_class_folders(tmp_path / "train", {"dog": 2}, size=(8, 6))
+    with pytest.raises(DataError, match="an image of 8 x 6 pixels among images of 8 x 8") as raised:
+        open_images(str(tmp_path), ImageConfig())
+    assert raised.value.where == str(tmp_path / "train" / "dog" / "0.png")
+    resized = open_images(str(tmp_path), ImageConfig(resize=True, image_size=4))
+    assert resized.splits["train"].read(np.arange(4)).shape == (4, 4, 4, 3)
+
+
+def test_a_class_that_training_has_not_is_named(tmp_path: Path) -> None:
+    write_class_folders(tmp_path / "train", {"cat": 3, "dog": 3}, size=(8, 8))
+    write_class_folders(tmp_path / "valid", {"dgo": 1}, size=(8, 8))
+    with pytest.raises(DataError, match="unknown label 'dgo'") as raised:
+        open_images(str(tmp_path), ImageConfig())
+    assert "Did you mean 'dog'?" in str(raised.value) and raised.value.where.endswith("valid/dgo")
+
+
+def test_a_damaged_image_is_named(tmp_path: Path) -> None:
+    write_class_folders(tmp_path, {"cat": 3}, size=(8, 8))
+    (tmp_path / "cat" / "1.png").write_bytes(b"not a picture")
+    with pytest.raises(DataError, match="cannot be read") as raised:
+        open_images(str(tmp_path), ImageConfig())
+    assert raised.value.where.endswith("1.png")
+
+
+def test_digits() -> None:
+    pytest.importorskip("sklearn", reason="needs the extra 'images'")
+    images = open_images("digits", ImageConfig())
+    assert sum(len(split) for split in images.splits.values()) == 1797 and len(images.splits["test"]) == 359
+    pixels = images.splits["train"].read(np.arange(100))
+    assert pixels.shape == (100, 8, 8, 1) and pixels.max() == 255 and pixels.dtype == np.uint8
+
+
+def test_fashion_mnist_where_debian_has_put_it() -> None:
+    folder = Path("/usr/share/datasets/fashion-mnist")
+    if not folder.is_dir():
+        pytest.skip("needs apt-get install dataset-fashion-mnist")
+    images = open_images(str(folder), ImageConfig(valid_share=0.1))
+    assert {name: len(split) for name, split in images.splits.items()} == {"train": 54000, "valid": 6000, "test": 10000}
+    assert (images.height, images.width, images.channels, len(images.classes)) == (28, 28, 1, 10)
+    assert np.bincount(images.splits["test"].labels).tolist() == [1000] * 10
+    with gzip.open(folder / "t10k-images-idx3-ubyte.gz") as stream:
+        assert images.splits["test"].read(np.arange(1)).tobytes() == stream.read(16 + 784)[16:]
+
+
+def test_nothing_there() -> None:
+    with pytest.raises(DataError, match="no such folder of images"):
+        open_images("/nowhere/at/all", ImageConfig())
