@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,14 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_train import fairseq_compat
-from moe_train.layers.block import Block, Records
+from moe_train.layers.block import Records
 from moe_train.layers.context import BatchContext, BatchInfo, RoutingSettings, batch_context
 from moe_train.layers.stack import DecoderStack, EncoderStack
 from moe_train.models.decoding import DecoderState, repeat_rows, select_rows
 from moe_train.models.embedding import TokenEmbedding, Vocabulary
-from moe_train.routing.base import Router
-from moe_train.routing.context import Ranks
-from moe_train.routing.types import RoutingStatistics
+from moe_train.models.routed import Parts, Routed
 
 fairseq_compat.apply()
 
@@ -182,7 +179,7 @@ class TransformerDecoder(FairseqIncrementalDecoder):  # type: ignore[misc]
         return self.embed.positions.max_positions
 
 
-class TransformerModel(FairseqEncoderDecoderModel):  # type: ignore[misc]
+class TransformerModel(Routed, FairseqEncoderDecoderModel):  # type: ignore[misc]
     """Encoder and decoder, what their routers share, and the fast way to decode."""
 
     encoder: TransformerEncoder
@@ -250,6 +247,10 @@ class TransformerModel(FairseqEncoderDecoderModel):  # type: ignore[misc]
         """[V, d], what :meth:`output_layer` multiplies by: the target embedding where they are tied."""
         return self.decoder.output_weight  # type: ignore[no-any-return]
 
+    def parts(self) -> Parts:
+        """Encoder, decoder, and the output's product."""
+        return Parts(self.encoder.stack, self.decoder.stack, 0.0, 2.0 * self.output_weight.numel())
+
     def start_decoding(self, encoder_out: EncoderOut, beam: int, max_length: int) -> DecoderState:
         """A state for ``beam`` hypotheses per sentence; ``max_length`` positions are laid out at once.
 
@@ -261,34 +262,6 @@ class TransformerModel(FairseqEncoderDecoderModel):  # type: ignore[misc]
         """Feeds tokens [N], the last token of every hypothesis → logits [N, V]; the state moves on by one."""
         features, _ = self.decoder.step(tokens, state)
         return self.output_layer(features.squeeze(1))
-
-    def set_num_updates(self, num_updates: int) -> None:
-        """Optimizer updates done so far, for counted draws."""
-        self.settings.update = num_updates
-
-    def set_seed(self, seed: int) -> None:
-        """The seed of counted draws (an evaluation may want its own)."""
-        self.settings.seed = seed
-
-    def set_ranks(self, ranks: Ranks) -> None:
-        """Who shares the micro-batch."""
-        self.settings.ranks = ranks
-
-    def after_update(self, statistics: Mapping[int, RoutingStatistics]) -> None:
-        """Hands each sparse block's counts of an optimizer update, summed over the world, to its router.
-
-        Args:
-            statistics: by the block's number; what learns from loads (a balancing bias) moves.
-        """
-        for block in self.modules():
-            router, layer = getattr(block, "router", None), int(getattr(block, "layer", -1))
-            if isinstance(block, Block) and isinstance(router, Router) and layer in statistics:
-                router.after_update(statistics[layer])
-
-    def set_recompute(self, recompute: bool) -> None:
-        """Whether each layer's activations are computed again in the backward pass instead of kept."""
-        self.encoder.stack.recompute = recompute
-        self.decoder.stack.recompute = recompute
 
 
 def _memory(encoder_out: EncoderOut) -> tuple[Tensor, Tensor | None]:
