@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from moe_train.config.build import build, to_mapping
+from moe_train.config.engine import EngineConfig
 from moe_train.config.model import ModelConfig
 from moe_train.config.run import (
-    EngineConfig,
     LaunchConfig,
     LayoutConfig,
     RunConfig,
     SearchConfig,
     TaskConfig,
 )
-from moe_train.config.tasks import ImageConfig
 from moe_train.config.training import (
     CheckpointConfig,
     OptimizerConfig,
@@ -24,7 +23,6 @@ from moe_train.config.training import (
 __all__ = [
     "CheckpointConfig",
     "EngineConfig",
-    "ImageConfig",
     "LaunchConfig",
     "LayoutConfig",
     "ModelConfig",

@@ -117,9 +117,12 @@ def _leave_groups() -> None:
     import torch.distributed as dist
     from torch.distributed.distributed_c10d import _world
 
+    # DeepSpeed remembers its groups for the life of a process, unless it ends them itself.
+    deepspeed = sys.modules.get("deepspeed.comm")
+    ends = deepspeed if deepspeed is not None and deepspeed.is_initialized() else dist
     for group in list(_world.pg_map):
         if group is not dist.group.WORLD:
-            dist.destroy_process_group(group)
+            ends.destroy_process_group(group)
 
 
 def _free_port() -> int:

@@ -1,0 +1,48 @@
+"""Who reduces gradients and steps the optimizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from moe_train.config import check
+from moe_train.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """The engine and its settings.
+
+    Attributes:
+        name: ``ddp`` (torch's DistributedDataParallel) or ``deepspeed`` (ZeRO).
+        bucket_mb: gradients are reduced in buckets of about this size.
+        zero_stage: of DeepSpeed. 0: every rank keeps everything; 1: the optimizer's state is divided over the ranks;
+            2: the reduced gradients too.
+        offload_optimizer: DeepSpeed keeps the optimizer's state, and steps, in the host's memory.
+    """
+
+    name: Literal["ddp", "deepspeed"] = "ddp"
+    bucket_mb: int = 25
+    zero_stage: int = 0
+    offload_optimizer: bool = False
+
+    def __post_init__(self) -> None:
+        check.positive("engine.bucket_mb", self.bucket_mb)
+        if self.zero_stage == 3:
+            raise ConfigError(
+                "engine.zero_stage=3 would divide every parameter over all ranks; experts are divided already, by"
+                " layout.expert_parallel, and DeepSpeed does not take them under ZeRO 3",
+                remedy="set engine.zero_stage=2, and layout.expert_parallel to divide the experts",
+            )
+        if self.zero_stage not in (0, 1, 2):
+            raise ConfigError(f"'engine.zero_stage' cannot be {self.zero_stage}", remedy="choose 0, 1 or 2")
+        if self.name != "deepspeed" and (self.zero_stage or self.offload_optimizer):
+            raise ConfigError(
+                f"engine.zero_stage and engine.offload_optimizer are DeepSpeed's, not of engine '{self.name}'",
+                remedy="add engine=deepspeed",
+            )
+        if self.offload_optimizer and not self.zero_stage:
+            raise ConfigError(
+                "engine.offload_optimizer needs ZeRO: stage 0 leaves the optimizer to torch, on the device",
+                remedy="set engine.zero_stage=1 or 2",
+            )
