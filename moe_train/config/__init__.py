@@ -12,6 +12,7 @@ from moe_train.config.run import (
     SearchConfig,
     TaskConfig,
 )
+from moe_train.config.tasks import ImageConfig
 from moe_train.config.training import (
     CheckpointConfig,
     OptimizerConfig,
@@ -23,6 +24,7 @@ from moe_train.config.training import (
 __all__ = [
     "CheckpointConfig",
     "EngineConfig",
+    "ImageConfig",
     "LaunchConfig",
     "LayoutConfig",
     "ModelConfig",

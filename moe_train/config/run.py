@@ -12,13 +12,15 @@ from moe_train.config.model import ModelConfig
 from moe_train.config.training import TrainingConfig
 from moe_train.errors import ConfigError
 
+_TASKS: dict[str, type[TaskConfig]] = {}
+
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """What is learnt from the data folder.
+    """What is learnt from the data: translation, unless a subclass of :mod:`moe_train.config.tasks` is named.
 
     Attributes:
-        name: ``translation``.
+        name: ``translation``, or what a subclass is registered as.
         directions: train on these only, e.g. ``[en-de, de-en]`` (empty: all that the data folder names).
         source_tag, target_tag: which language tag starts the source and the decoder's input: ``source``, ``target`` or
             ``none`` (NLLB: ``source`` and ``target``; SMoE's scripts: ``target`` and ``target``).
@@ -35,6 +37,30 @@ class TaskConfig:
                 "with several directions the model must be told the target language",
                 remedy="set task.source_tag=target or task.target_tag=target",
             )
+
+    def __init_subclass__(cls, **unused: Any) -> None:
+        """Registers the subclass under its default name."""
+        _TASKS[str(cls.name)] = cls
+
+    @classmethod
+    def variant(cls, mapping: Mapping[str, Any]) -> type[TaskConfig]:
+        """The class that has the keys of the task named in ``mapping``."""
+        return _TASKS.get(str(mapping.get("name", cls.name)), cls)
+
+    @property
+    def subject(self) -> str:
+        """What of the data is used, for the summary of a run."""
+        return ", ".join(self.directions) or "all directions"
+
+    @property
+    def unit(self) -> str:
+        """What ``training.tokens_per_update`` counts."""
+        return "target tokens"
+
+    @property
+    def translates(self) -> bool:
+        """Whether its models write text, so that BLEU can be asked for."""
+        return type(self) is TaskConfig
 
 
 @dataclass(frozen=True)
@@ -117,3 +143,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check.not_negative("seed", self.seed)
+        if self.training.validation.bleu and not self.task.translates:
+            raise ConfigError(
+                f"task={self.task.name} has no BLEU", remedy="leave out training.validation.bleu and its metric"
+            )
