@@ -106,7 +106,7 @@ def on_this_host(config: RunConfig, data: TaskData, folder: RunFolder) -> Outcom
         if nothing_to_do := _begin(folder, config, data):
             return nothing_to_do
         mapping, path = to_mapping(config), str(folder.path)
-        if config.launch.processes == 1:
+        if config.launch.processes == 1 and config.engine.name != "deepspeed":  # which wants a process group
             return Outcome(**work(mapping, path))
         arguments = {"mapping": mapping, "folder": path}
         return Outcome(**launch(TARGET, arguments, config.launch, folder.logs)[0])

@@ -11,6 +11,7 @@ from moe_train.parallel.layout import ExpertLayout
 from moe_train.parallel.layout_plan import LayoutPlan
 from moe_train.routing import decoder_config, routing_config
 from moe_train.tasks import TaskData, build_task
+from moe_train.training.engines.deepspeed_library import check_deepspeed
 
 
 def check_run(config: RunConfig, data: TaskData, plan: LayoutPlan) -> None:
@@ -21,10 +22,12 @@ def check_run(config: RunConfig, data: TaskData, plan: LayoutPlan) -> None:
         plan: its layout.
 
     Raises:
-        ConfigError: routing, placement or training keys that cannot be, or that contradict each other.
+        ConfigError: routing, placement, engine or training keys that cannot be, or that contradict each other.
         DataError: data that the task cannot use, or that has not what the config asks for.
     """
     check_routing(config)
+    if config.engine.name == "deepspeed":
+        check_deepspeed(config)
     build_task(config, data).check_data()
     if config.training.checkpoint.asynchronous:
         raise ConfigError(
@@ -41,5 +44,3 @@ def check_routing(config: RunConfig) -> None:
     where = place(config.model.for_decoder, config.model.decoder_layers, "model.decoder_sparse_layers")
     if where.replaced or where.inserted_after:
         decoder_config(routing)
-
-

@@ -10,6 +10,8 @@ import importlib.util
 import os
 import shutil
 import subprocess
+import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +19,8 @@ import torch
 from moe_train import fairseq_compat
 from moe_train.config import EngineConfig, RunConfig, TrainingConfig
 from moe_train.errors import ConfigError, MissingDependency
+
+_STALE_SECONDS = 1800.0
 
 
 def check_deepspeed(config: RunConfig) -> None:
@@ -111,17 +115,16 @@ def _check_offload(training: TrainingConfig) -> None:
 
 def build_cpu_adam() -> None:
     """Compiles DeepSpeed's CPU Adam, half a minute the first time, and finds it in torch's cache of extensions then."""
-    if shutil.which(os.environ.get("CXX", "c++")) is None and not _cached():
-        raise FileNotFoundError("there is no C++ compiler")
-    import_deepspeed(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    importlib.import_module("deepspeed.ops.op_builder").CPUAdamBuilder().load(verbose=False)
-
-
-def _cached() -> bool:
     from torch.utils.cpp_extension import _get_build_directory
 
-    folder = _get_build_directory("cpu_adam", verbose=False)
-    return os.path.exists(os.path.join(folder, "cpu_adam.so"))
+    folder = Path(_get_build_directory("cpu_adam", verbose=False))
+    if shutil.which(os.environ.get("CXX", "c++")) is None and not (folder / "cpu_adam.so").exists():
+        raise FileNotFoundError("there is no C++ compiler")
+    lock = folder / "lock"
+    if lock.exists() and time.time() - lock.stat().st_mtime > _STALE_SECONDS:  # torch would wait for ever
+        raise FileExistsError(f"a build that was interrupted has left {lock}: remove that")
+    import_deepspeed(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    importlib.import_module("deepspeed.ops.op_builder").CPUAdamBuilder().load(verbose=False)
 
 
 def _last_line(error: Exception) -> str:
