@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from moe_train.layers.block import Block, RoutingRecord
 from moe_train.layers.context import BatchContext
+from moe_train.layers.dropout import dropout
 from moe_train.layers.linear import linear
 from moe_train.layers.registry import BlockInputs, register_kind
 from moe_train.routing.base import RoutingConfig
@@ -29,7 +30,7 @@ class FeedForward(Block):
         if not relu:
             h = F.gelu(h)
         if self.dropout and self.training:
-            h = F.dropout(h, self.dropout)
+            h = dropout(h, self.dropout)
         return linear(h, self.fc2.weight, self.fc2.bias), None
 
 

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_train.experts import ExpertPool
 from moe_train.layers.block import Block, RoutingRecord
 from moe_train.layers.context import BatchContext
+from moe_train.layers.dropout import dropout
 from moe_train.layers.registry import BlockInputs, register_kind
 from moe_train.routing.base import RoutingConfig
 from moe_train.routing.context import RoutingContext
@@ -77,7 +77,7 @@ class StratifiedLayer(Block):
             h = self.norms[i](h)
         with torch.autocast(rows.device.type, enabled=False):
             routing = self.router(h, context.select(active), i)
-        y = F.dropout(self.pool(h, routing.assignment), self.dropout, self.training)
+        y = dropout(self.pool(h, routing.assignment), self.dropout, self.training)
         return rows.index_add(0, active, y.to(rows.dtype)), routing
 
     def norm_on_entry(self, rows: Tensor, active: Tensor, stratum: Tensor, i: int) -> Tensor:

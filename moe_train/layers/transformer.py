@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_train.layers.attention import CrossAttention, SelfAttention
 from moe_train.layers.block import Block, Records
 from moe_train.layers.cache import DecoderCache
 from moe_train.layers.context import BatchContext
+from moe_train.layers.dropout import dropout
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Residual(nn.Module):
     def leave(self, x: Tensor, y: Tensor) -> Tensor:
         """The sum of the stream x and f's output y, both [..., d]."""
         if self.dropout and self.training:
-            y = F.dropout(y, self.dropout)
+            y = dropout(y, self.dropout)
         return x + y if self.pre else self.norm(x + y)
 
 
@@ -61,7 +61,7 @@ class BlockResidual(nn.Module):
             return y, records
         if self.residual:
             return self.residual.leave(x, y), records
-        return x + F.dropout(y, self.dropout, self.training), records
+        return x + dropout(y, self.dropout, self.training), records
 
 
 class EncoderLayer(nn.Module):

@@ -6,9 +6,9 @@ import math
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe_train.layers.dropout import dropout
 from moe_train.layers.positions import SinusoidalPositions
 
 
@@ -47,4 +47,4 @@ class TokenEmbedding(nn.Module):
     def forward(self, tokens: Tensor, start: int = 0, padding: Tensor | None = None) -> Tensor:
         """tokens [B, S] → [B, S, d]; ``padding`` only where it may stand on the left."""
         x = torch.add(self.positions(tokens.shape[1], start, padding), self.tokens(tokens), alpha=self.scale)
-        return F.dropout(x, self.dropout, self.training)
+        return dropout(x, self.dropout, self.training)

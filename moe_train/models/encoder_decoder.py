@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_train import fairseq_compat
 from moe_train.layers.block import Records
 from moe_train.layers.context import BatchContext, BatchInfo, RoutingSettings, batch_context
+from moe_train.layers.linear import linear
 from moe_train.layers.stack import DecoderStack, EncoderStack
 from moe_train.models.decoding import DecoderState, repeat_rows, select_rows
 from moe_train.models.embedding import TokenEmbedding, Vocabulary
@@ -140,7 +140,7 @@ class TransformerDecoder(FairseqIncrementalDecoder):  # type: ignore[misc]
 
     def output_layer(self, features: Tensor) -> Tensor:
         """features [..., d] → logits [..., V]."""
-        return F.linear(features, self.output_weight)
+        return linear(features, self.output_weight)
 
     @property
     def output_weight(self) -> Tensor:

@@ -1,0 +1,59 @@
+"""Our dropout is torch's in distribution: how many go, what the others are scaled by, what follows from the seed."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from moe_train.layers.dropout import dropout
+
+
+@pytest.mark.parametrize("p", [0.05, 0.1, 0.3, 0.5, 0.9])
+def test_share_and_scale(p: float) -> None:
+    torch.manual_seed(1)
+    x = torch.ones(401, 499)
+    y = dropout(x, p)
+    n, zeros = x.numel(), int((y == 0).sum())
+    assert abs(zeros - n * p) < 5 * math.sqrt(n * p * (1 - p))
+    torch.testing.assert_close(y[y != 0].unique(), torch.tensor([1 / (1 - p)]), rtol=2e-4, atol=0)
+
+
+def test_each_quarter_of_a_draw_is_fair() -> None:
+    torch.manual_seed(2)
+    y = dropout(torch.ones(4 * 100_000), 0.25).view(-1, 4)
+    shares = (y == 0).double().mean(0)
+    assert (shares - 0.25).abs().max() < 5 * math.sqrt(0.25 * 0.75 / 100_000)
+    # Neighbours that share a draw fall independently.
+    both = ((y[:, 0] == 0) & (y[:, 1] == 0)).double().mean()
+    assert abs(both - 0.0625) < 5 * math.sqrt(0.0625 / 100_000)
+
+
+def test_gradient_goes_where_values_went() -> None:
+    x = torch.randn(37, 11, dtype=torch.float64, requires_grad=True)
+    y = dropout(x, 0.5)
+    y.sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad * x, y)
+
+
+def test_the_seed_decides() -> None:
+    def drawn() -> torch.Tensor:
+        torch.manual_seed(3)
+        return dropout(torch.ones(1001), 0.2)
+
+    assert torch.equal(drawn(), drawn())
+    assert not torch.equal(drawn(), dropout(torch.ones(1001), 0.2))
+
+
+@pytest.mark.parametrize(("p", "training"), [(0.0, True), (0.4, False)])
+def test_nothing_happens(p: float, training: bool) -> None:
+    x = torch.ones(5)
+    assert dropout(x, p, training) is x
+
+
+def test_all_may_go_and_types_stay() -> None:
+    assert dropout(torch.ones(6), 1.0).eq(0).all()
+    assert dropout(torch.ones(0, 8), 0.5).shape == (0, 8)
+    assert dropout(torch.ones(64, dtype=torch.bfloat16), 0.5).dtype == torch.bfloat16
