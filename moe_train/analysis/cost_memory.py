@@ -7,7 +7,7 @@ stream (fp32 under autocast too), a for one of products, m for one of a dropout'
     self-attention   r d + a d (norm)  + 3 a d (q, k, v)  + a d (output)  + 4 H (log-sum-exp)  + m d (dropout)
     cross-attention  r d + a d         + a d + 2 a d · source ratio  + a d + 4 H + m d
     feed-forward     r d + a d         + a f (twice for GELU)        + m d
-    sparse block     r d + 2 a d       + 8 E (router)  + m d,  and per pair  2 a d + a h
+    sparse block     r d + a d         + 8 E (router)  + m d,  and per pair  2 a d + a h + indices
 
 On a CPU attention dropout has no fused kernel, so probabilities, noise and their product are kept: 3 · 4 · H · S.
 """
@@ -89,25 +89,33 @@ def memory_plan(
         gradients=held(2, each),
         optimizer=optimizer,
         casts=casts,
-        activations=activation_bytes(shape, plan, work),
+        activations=activation_bytes(shape, work),
         exchange=_exchange_bytes(shape, work, traffic),
         loss=4.0 * shape.vocabulary * shape.config.embed_dim
         + work.tokens * shape.passes * shape.config.embed_dim * BYTES[work.precision],
     )
 
 
-def activation_bytes(shape: ModelShape, plan: LayoutPlan, work: Workload) -> float:
-    """What autograd keeps of one micro-batch on one rank, averaged over ranks."""
+def activation_bytes(shape: ModelShape, work: Workload) -> float:
+    """The most that autograd keeps of one micro-batch on one rank, averaged over ranks.
+
+    With recomputation: the layers' inputs, and one layer's activations while its backward runs.
+    """
+    if not work.recompute:
+        return kept_bytes(shape, work)
+    again = (work.tokens_of(s, shape) * max(_layers(s, shape, work), default=0.0) for s in shape.stacks)
+    return kept_bytes(shape, work) + max(again)
+
+
+def kept_bytes(shape: ModelShape, work: Workload) -> float:
+    """What autograd keeps at the end of the forward pass."""
     total = 0.0
     d, m = shape.config.embed_dim, _mask_bytes(work)
     for stack in shape.stacks:
-        tokens = work.tokens_of(stack, shape)
-        layers = list(_layers(stack, shape, work))
-        inside = sum(layers)
-        if work.recompute:
-            inside = stack.layers * _RESIDUAL * d + max(layers, default=0.0)
-        final = _RESIDUAL * 2 * d + _STATISTICS if shape.config.norm_order == "pre" else _RESIDUAL * d
-        total += tokens * (inside + final + _INDEX + _dropped(shape.config.dropout, m * d))
+        inside = stack.layers * _RESIDUAL * d if work.recompute else sum(_layers(stack, shape, work))
+        final = float(_RESIDUAL * d if stack.is_source else 0)  # the decoder's features are the loss's
+        final += _RESIDUAL * d + _STATISTICS if shape.config.norm_order == "pre" else 0
+        total += work.tokens_of(stack, shape) * (inside + final + _INDEX + _dropped(shape.config.dropout, m * d))
     return total
 
 
@@ -134,7 +142,7 @@ def block_bytes(block: SparseShape, shape: ModelShape, work: Workload) -> float:
     choices = block.router.expected_choices(block.routing)
     visits = sum(choice.share for choice in choices if choice.stage) if _owns_frame(block) else 0.0
     noise = _dropped(block.spec.dropout, _mask_bytes(work) * h)
-    pair = block.spec.sublayers * (2 * a * d + a * h + noise)
+    pair = a * d + block.spec.sublayers * ((4 if block.spec.norm else 1) * a * d + a * h + noise)
     frames = _RESIDUAL * d + a * d + _dropped(shape.config.dropout, _mask_bytes(work) * d)
     own = (1 + visits) * frames if _owns_frame(block) else 0.0
     return own + 8.0 * block.num_experts + block.pairs * (pair + 5 * _INDEX)

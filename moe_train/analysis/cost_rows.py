@@ -96,8 +96,10 @@ def expected_rows(
 ) -> Vector:
     """[parts]: rows per token that each of ``parts`` equal parts of the experts receives."""
     rows = np.zeros(parts)
+    each = num_experts // parts
     for choice, weights in _weighted(choices, num_experts, load):
-        rows += choice.share * (1.0 - _missed(choice, weights, num_experts, parts))
+        low, high = choice.first // each, -(-(choice.first + choice.count) // each)
+        rows[low:high] += choice.share * (1.0 - _missed(choice, weights, each, low, high))
     return rows
 
 
@@ -135,9 +137,9 @@ def _weighted(
     ]
 
 
-def _missed(choice: Choices, weights: Vector | None, num_experts: int, parts: int) -> Vector:
-    """[parts]: probability that a row has no expert in a part."""
-    edges = np.arange(parts + 1) * (num_experts // parts)
+def _missed(choice: Choices, weights: Vector | None, each: int, low: int, high: int) -> Vector:
+    """[high - low]: probability that a row has no expert in a part, of the parts low … high - 1 of ``each`` experts."""
+    edges = np.arange(low, high + 1) * each
     inside = np.clip(edges, choice.first, choice.first + choice.count) - choice.first
     held = np.diff(inside).astype(np.float64)
     n, k = choice.count, choice.picks
