@@ -124,7 +124,7 @@ class CheckpointStore:
         final, partial = self.folder / name, self.folder / f"{name}.partial"
         try:
             self._on_main(lambda: _fresh(partial))
-            everywhere(self.world, lambda: save_tensors(partial, tensors), collective=True)
+            everywhere(self.world, lambda: save_tensors(partial, tensors, self.world.group), collective=True)
             self._on_main(lambda: integrity.write_synced(partial / STATE, json.dumps(dict(state), indent=1) + "\n"))
             self._seal(partial)
             self._on_main(lambda: _rename(partial, final))

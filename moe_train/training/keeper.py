@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moe_train.config import CheckpointConfig
+from moe_train.training.background import Background, staged
 from moe_train.training.checkpoints import CheckpointStore, everywhere, load_model, read_state
 from moe_train.training.engines import Engine
 from moe_train.training.names import empty_optimizer_state, model_tensors, optimizer_tensors
@@ -22,38 +23,71 @@ from moe_train.training.tensor_files import load_tensors, shapes
 class Keeper:
     """Saves and restores a run.
 
+    With ``config.asynchronous`` a checkpoint is copied to the host's memory and written by a thread. Nothing else
+    changes: it gets its name when all of it is on the disk; what goes wrong is said at the next save or at the end.
+
     Attributes:
+        store: where to; its world must not be the loop's where writing is asynchronous (:func:`world_aside`).
         about: what every checkpoint says of its origin (config digest, world).
+        background: the thread.
     """
 
     store: CheckpointStore
     engine: Engine
     config: CheckpointConfig
     about: Mapping[str, Any]
+    background: Background = field(default_factory=Background)
 
     def due(self, update: int) -> bool:
         """Whether the schedule asks for a checkpoint after this update."""
         return update % self.config.every_updates == 0
 
     def save(self, state: RunState) -> Path:
-        """Writes the checkpoint of ``state.update`` unless it is there, moves ``last`` and ``best``, drops old ones."""
+        """Writes the checkpoint of ``state.update`` unless it is there, moves ``last`` and ``best``, drops old ones.
+
+        Raises:
+            CheckpointError: on every rank, where it could not be written, or the one before it, in the background.
+        """
+        self.background.wait()
         path = self.store.path(state.update)
-        exists = self.store.world.broadcast(path.is_dir())
-        if not exists:
-            state.engine = self.engine.state()
-            tensors = model_tensors(self.engine.module)
-            tensors.update(optimizer_tensors(self.engine.module, self.engine.optimizer_tensors()))
-            self.store.save(tensors, {**state.to_json(), **self.about}, path.name)
-        everywhere(self.store.world, lambda: self._tidy(state))
+        if self.store.world.broadcast(path.is_dir()):
+            self._tidy(state.update, state.best_update)
+            return path
+        state.engine = self.engine.state()
+        tensors = model_tensors(self.engine.module)
+        tensors.update(optimizer_tensors(self.engine.module, self.engine.optimizer_tensors()))
+        content, best = {**state.to_json(), **self.about}, state.best_update
+        if self.config.asynchronous:
+            copies = staged(tensors)
+            self.background.start(lambda: self._write(copies, content, best))
+        else:
+            self._write(tensors, content, best)
         return path
 
-    def _tidy(self, state: RunState) -> None:
-        if not self.store.world.main:
-            return
-        self.store.point("last", state.update)
-        if state.best_update and self.store.path(state.best_update).is_dir():
-            self.store.point("best", state.best_update)
-        self.store.prune(max(self.config.keep, self.config.average))
+    def finish(self) -> None:
+        """Waits until all that was saved is on the disk.
+
+        Raises:
+            CheckpointError: on every rank, where it could not be written.
+        """
+        self.background.wait()
+
+    def close(self) -> None:
+        """Waits likewise, on the way out after some other failure."""
+        self.background.close()
+
+    def _write(self, tensors: Mapping[str, Tensor], content: Mapping[str, Any], best: int) -> None:
+        self.store.save(tensors, content, self.store.path(content["update"]).name)
+        self._tidy(content["update"], best)
+
+    def _tidy(self, last: int, best: int) -> None:
+        def tidy() -> None:
+            self.store.point("last", last)
+            if best and self.store.path(best).is_dir():
+                self.store.point("best", best)
+            self.store.prune(max(self.config.keep, self.config.average))
+
+        everywhere(self.store.world, tidy if self.store.world.main else lambda: None)
 
     def restore(self) -> RunState | None:
         """Loads the newest checkpoint into model and optimizer; None where there is none.
@@ -78,6 +112,7 @@ class Keeper:
 
         Kept in fp64 while it is summed; integers are those of the newest checkpoint.
         """
+        self.background.wait()
         updates = self.store.world.broadcast(self.store.updates()[-self.config.average :])
         if not self.config.average or not updates:
             return None

@@ -20,6 +20,7 @@ from moe_train.parallel.ranks import ProcessRanks
 from moe_train.routing.context import Alone, Ranks
 from moe_train.training import best, guard
 from moe_train.training.about import Account, describe_run, summary
+from moe_train.training.background import world_aside
 from moe_train.training.checkpoints import CheckpointStore
 from moe_train.training.engines import Engine, EngineInputs, build_engine
 from moe_train.training.hooks import tell
@@ -118,7 +119,9 @@ def _assemble(given: _Parts) -> Loop:
         "world": world.size,
         "expert_parallel": layout.plan.expert_parallel,
     }
-    keeper = Keeper(CheckpointStore(folder.checkpoints, world), engine, config.training.checkpoint, about)
+    keeping = config.training.checkpoint
+    store = CheckpointStore(folder.checkpoints, world_aside(world) if keeping.asynchronous else world)
+    keeper = Keeper(store, engine, keeping, about)
     state = keeper.restore() or RunState()
     samples = SampleLoader(task, world)
     if world.main:
@@ -210,6 +213,7 @@ class Loop:
 
     def close(self) -> None:
         """Ends background threads."""
+        self.keeper.close()
         self.samples.close()
         self.records.close()
 
@@ -265,6 +269,7 @@ class Loop:
         self._save()
         if status != "interrupted":
             self.keeper.average(self.state.update)
+        self.keeper.finish()
         if self.world.main:
             self.folder.describe(
                 status=status, update=self.state.update, best=self.state.best, best_update=self.state.best_update

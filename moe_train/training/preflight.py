@@ -6,7 +6,6 @@ import torch
 
 from moe_train.config import RunConfig
 from moe_train.config.placement import place
-from moe_train.errors import ConfigError
 from moe_train.parallel.layout import ExpertLayout
 from moe_train.parallel.layout_plan import LayoutPlan
 from moe_train.routing import decoder_config, routing_config
@@ -29,10 +28,6 @@ def check_run(config: RunConfig, data: TaskData, plan: LayoutPlan) -> None:
     if config.engine.name == "deepspeed":
         check_deepspeed(config)
     build_task(config, data).check_data()
-    if config.training.checkpoint.asynchronous:
-        raise ConfigError(
-            "training.checkpoint.asynchronous is not there yet", remedy="leave it out; saving waits for the disk"
-        )
     # Without memory for its weights the model costs nothing, and says all that it has to say about its config.
     with torch.device("meta"):
         build_task(config, data).build_model(ExpertLayout(plan))

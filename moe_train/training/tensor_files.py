@@ -14,13 +14,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from moe_train.errors import CheckpointError
 
 
-def save_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+def save_tensors(folder: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None = None) -> None:
     """Writes the world's tensors into ``folder`` and waits until they are on the disk. Every rank calls it.
+
+    Args:
+        group: the processes that take part; None: the default group.
 
     Raises:
         OSError: on every rank, the first that a rank met (a full disk, say).
@@ -30,7 +34,7 @@ def save_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     with _plain_errors(), _quiet():
-        dcp.save(contiguous, storage_writer=writer)
+        dcp.save(contiguous, storage_writer=writer, process_group=group)
 
 
 def load_tensors(folder: Path, into: Mapping[str, Tensor]) -> None:

@@ -186,7 +186,6 @@ def test_a_damaged_checkpoint_is_named(one: Path, tiny_data: DataFolder, tmp_pat
         (["routing=expert_choice", "routing.decoder=null"], ["expert_choice looks at later tokens", "routing.decoder"]),
         (["model.embed_dim=33"], ["not divisible"]),
         (["launch.processes=2", "layout.expert_parallel=3"], ["above the 2 ranks", "layout.expert_parallel to 1 or 2"]),
-        (["training.checkpoint.asynchronous=true"], ["asynchronous"]),
     ],
 )
 def test_mistakes_are_found_before_any_process_starts(

@@ -44,6 +44,12 @@ def test_it_goes_on_under_ddp(ours: Path, tiny_data: DataFolder, tmp_path: Path)
     assert lines(ours)[2]["loss"] < lines(ours)[1]["loss"]
 
 
+@pytest.mark.slow
+def test_one_process_has_a_group_of_its_own(tiny_data: DataFolder, tmp_path: Path) -> None:
+    done = run(words(tiny_data, tmp_path / "run", *PLAIN, "engine=deepspeed"), tmp_path)
+    assert "finished at update 10" in done.stdout and "WARNING" not in done.stdout
+
+
 def test_zero_3_is_refused_before_anything_starts(tiny_data: DataFolder, tmp_path: Path) -> None:
     engine = ["engine=deepspeed", "engine.zero_stage=3"]
     code, said = here(words(tiny_data, tmp_path / "run", *engine)[3:], tmp_path)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import os
 import shutil
 import subprocess
@@ -58,7 +59,8 @@ def import_deepspeed(device: torch.device) -> Any:
     """The library, told what it would otherwise guess.
 
     It imports fairseq where that is installed, which needs our patches first; it takes any GPU that it finds, also for
-    a run on the CPU; and on the CPU it compiles a shared-memory collective for a minute, which gloo does not need.
+    a run on the CPU; and on the CPU it compiles a shared-memory collective for a minute, which gloo does not need. What
+    it has to say goes into our log, not between the lines of progress.
     """
     require_deepspeed()
     if importlib.util.find_spec("fairseq") is not None:
@@ -66,6 +68,9 @@ def import_deepspeed(device: torch.device) -> Any:
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     library = importlib.import_module("deepspeed")
     importlib.import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
+    log = logging.getLogger("DeepSpeed")
+    log.handlers.clear()
+    log.propagate, log.parent = True, logging.getLogger("moe_train")
     return library
 
 
