@@ -3,8 +3,9 @@
 
     python scripts/compare_fairseq.py DATA_FOLDER --updates 400 --directions de-en en-de
 
-Both models have the same dimensions and see the same micro-batches in the same order, an update of one after an update
-of the other, so that other work on the machine slows both alike. Stock is fairseq's model, criterion, gradient clipping
+Both models have the same dimensions, start from the same weights (stock's: with weights of their own, either may be 2 %
+ahead after a few hundred updates, by the luck of the draw) and see the same micro-batches in the same order, an update of
+one after an update of the other, so that other work on the machine slows both alike. Stock is fairseq's model, criterion, gradient clipping
 and Adam without its Trainer around them (which would only slow it down); ours is our model, criterion and optimizer, as
 ``moe-train`` uses them. Then stock's weights go into our model, and fairseq's SequenceGenerator and our beam search
 translate the same batches.
@@ -86,6 +87,7 @@ def main() -> None:
     console = Console()
     clock = CLOCKS[options.clock]
     stock, ours = stock_side(task, config, clock), our_side(task, config, clock)
+    ours.model.load_state_dict(convert_state_dict(stock.model.state_dict()))
     train(task, config, stock, ours, console)
     report = {"words_per_second": {s.name: s.words_per_second() for s in (stock, ours)}}
     report["valid_nll"] = {side.name: validate(task, side) for side in (stock, ours)}

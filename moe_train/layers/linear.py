@@ -12,6 +12,7 @@ from moe_train.experts.products import affine, prefers_onednn
 
 # oneDNN generates code for every new shape (0.7 ms): below this many FLOPs it cannot win that back.
 _WORTH_IT = 2.5e8
+_WORTH_IT_IN_SEARCH = 4e7  # its steps meet the same shapes again and again
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False) -> Tensor:
@@ -30,7 +31,7 @@ def _fast(x: Tensor, weight: Tensor) -> bool:
         prefers_onednn(x)
         and weight.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
-        and 2.0 * x.numel() * weight.shape[0] >= _WORTH_IT
+        and 2.0 * x.numel() * weight.shape[0] >= (_WORTH_IT if torch.is_grad_enabled() else _WORTH_IT_IN_SEARCH)
     )
 
 
