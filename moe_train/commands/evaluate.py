@@ -1,4 +1,4 @@
-"""``moe-evaluate``: translates a held-out split and scores it."""
+"""``moe-evaluate``: translates a held-out split and scores it, or measures what the run's task measures."""
 
 from __future__ import annotations
 
@@ -9,16 +9,23 @@ from moe_train.commands._app import run_app
 
 
 def run(mapping: Mapping[str, Any]) -> float:
-    """Evaluates and prints the table; returns the average chrF++, which a sweeper may maximise."""
+    """Evaluates and prints the table; returns the average chrF++ (or accuracy …), which a sweeper may maximise."""
     # torch and fairseq take seconds to import: a misspelt key should not wait for them.
     from rich.console import Console
 
     from moe_train.config import build
     from moe_train.config.evaluation import EvaluateConfig
     from moe_train.evaluation.evaluate import evaluate
+    from moe_train.evaluation.measured import measure, show_measures
     from moe_train.evaluation.table import show
+    from moe_train.training.run_folder import RunFolder
 
-    results = evaluate(build(EvaluateConfig, mapping), Console(stderr=True))
+    config = build(EvaluateConfig, mapping)
+    if not RunFolder.open(config.run).config.task.translates:
+        measured = measure(config)
+        show_measures(measured, Console())
+        return next(iter(measured["average"].values()))
+    results = evaluate(config, Console(stderr=True))
     show(results, Console())
     return results.average().chrf
 

@@ -12,7 +12,7 @@ from moe_train.config.run import (
     SearchConfig,
     TaskConfig,
 )
-from moe_train.config.tasks import ImageConfig
+from moe_train.config.tasks import ClassificationConfig, ImageConfig, LanguageModelConfig
 from moe_train.config.training import (
     CheckpointConfig,
     OptimizerConfig,
@@ -23,8 +23,10 @@ from moe_train.config.training import (
 
 __all__ = [
     "CheckpointConfig",
+    "ClassificationConfig",
     "EngineConfig",
     "ImageConfig",
+    "LanguageModelConfig",
     "LaunchConfig",
     "LayoutConfig",
     "ModelConfig",

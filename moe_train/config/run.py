@@ -58,6 +58,11 @@ class TaskConfig:
         return "target tokens"
 
     @property
+    def metrics(self) -> tuple[str, ...]:
+        """What may choose the best checkpoint."""
+        return ("loss", "bleu")
+
+    @property
     def translates(self) -> bool:
         """Whether its models write text, so that BLEU can be asked for."""
         return type(self) is TaskConfig
@@ -143,6 +148,12 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check.not_negative("seed", self.seed)
+        metric, known = self.training.validation.metric, self.task.metrics
+        if metric not in known:
+            raise ConfigError(
+                f"training.validation.metric={metric} is not measured by task={self.task.name}",
+                remedy=f"choose {' or '.join(known)}",
+            )
         if self.training.validation.bleu and not self.task.translates:
             raise ConfigError(
                 f"task={self.task.name} has no BLEU", remedy="leave out training.validation.bleu and its metric"

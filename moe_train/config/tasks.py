@@ -42,6 +42,11 @@ class ImageConfig(TaskConfig):
             check.positive("task.image_size", self.image_size)
 
     @property
+    def metrics(self) -> tuple[str, ...]:
+        """What may choose the best checkpoint."""
+        return ("loss", "accuracy")
+
+    @property
     def subject(self) -> str:
         """The format."""
         return f"images, {self.format}"
@@ -86,6 +91,11 @@ class LanguageModelConfig(TaskConfig):
             raise ConfigError("task.mask_share and task.random_share make more than 1", remedy="lower one of them")
 
     @property
+    def metrics(self) -> tuple[str, ...]:
+        """What may choose the best checkpoint."""
+        return ("loss",)
+
+    @property
     def subject(self) -> str:
         """Languages."""
         return ", ".join(self.languages) or "all languages"
@@ -120,6 +130,11 @@ class ClassificationConfig(TaskConfig):
         check.positive("task.max_tokens", self.max_tokens)
         if not self.languages:
             raise ConfigError("task.languages is empty", remedy="name the languages to train on, e.g. [en]")
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """What may choose the best checkpoint."""
+        return ("loss", "accuracy", "macro_f1")
 
     @property
     def subject(self) -> str:

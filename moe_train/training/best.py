@@ -6,20 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from moe_train.config import ValidationConfig
-from moe_train.errors import ConfigError
 from moe_train.training.state import RunState
 
 
 def judge(state: RunState, result: Mapping[str, Any], config: ValidationConfig) -> bool:
-    """Notes a validation in ``state`` and says whether it is the best so far. A value that is not finite never is.
-
-    Raises:
-        ConfigError: the task does not measure ``config.metric``.
-    """
-    if config.metric not in result:
-        raise ConfigError(
-            f"training.validation.metric={config.metric} is not measured by this task", remedy="choose loss"
-        )
+    """Notes a validation in ``state`` and says whether it is the best so far. A value that is not finite never is."""
     value = float(result[config.metric])
     higher = config.metric != "loss"
     better = value == value and (state.best is None or (value > state.best if higher else value < state.best))

@@ -17,6 +17,7 @@ from moe_train.training.world import World
 def initialise_from(model: nn.Module, source: str, world: World | None = None) -> Path:
     """Loads weights of a finished or running run into a fresh model and returns the checkpoint's folder.
 
+    A model with ``pretrained`` takes the tensors whose names begin so; its others stay fresh (a classifier's head).
     A dense checkpoint is upcycled into a sparse model: every expert starts as a copy of the feed-forward it replaces.
 
     Args:
@@ -26,13 +27,29 @@ def initialise_from(model: nn.Module, source: str, world: World | None = None) -
         CheckpointError: nothing there, damaged, or of another shape.
     """
     path = find(source, world)
-    if whole_names(shapes(path)) >= whole_names(model_tensors(model)) or not _has_experts(model):
+    if part := getattr(model, "pretrained", None):
+        load_part(path, model, part)
+    elif whole_names(shapes(path)) >= whole_names(model_tensors(model)) or not _has_experts(model):
         load_model(path, model)
     else:
         from moe_train.models.upcycle import upcycle
 
         upcycle(model_weights(path), model)
     return path
+
+
+def load_part(path: Path, model: nn.Module, prefix: str) -> None:
+    """Loads the tensors whose names begin with ``prefix``.
+
+    Raises:
+        CheckpointError: the checkpoint has not all of them, has others there, or has them in other shapes.
+    """
+    wanted = {name: tensor for name, tensor in model_tensors(model).items() if name.startswith(MODEL + prefix)}
+    surplus = {n for n in whole_names(shapes(path)) if n.startswith(MODEL + prefix)} - whole_names(wanted)
+    if surplus:
+        what = f"the checkpoint has {len(surplus)} parameters that the model has not ({min(surplus)} …)"
+        raise CheckpointError(what, str(path), "give the model and routing that it was trained with")
+    load_tensors(path, wanted)
 
 
 def find(source: str, world: World | None = None) -> Path:

@@ -47,6 +47,8 @@ def test_the_config_has_the_task_s_own_keys(squares: Path) -> None:
     assert build(RunConfig, to_mapping(config)) == config
     with pytest.raises(ConfigError, match=r"unknown key 'task\.shft'"):
         make_task(squares, shft=1)
+    with pytest.raises(ConfigError, match="metric=macro_f1 is not measured by task=image_classification"):
+        build(RunConfig, {**to_mapping(config), "training": {"validation": {"metric": "macro_f1"}}})
     with pytest.raises(ConfigError, match="has no BLEU"):
         build(RunConfig, {**to_mapping(config), "training": {"validation": {"bleu": True}}})
 

@@ -1,0 +1,62 @@
+"""What Soft MoE's mixes look like (Puigcerver et al., 2024, §5 and appendix): no token is dropped, some hardly count.
+
+Dispatch weights D [.., m, s] sum to 1 over the m tokens of each slot, combine weights C [.., m, s] over the s slots of
+each token.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def needed_for_share(weights: Tensor, dim: int, share: float = 0.9) -> Tensor:
+    """How many of the largest weights along ``dim`` make up ``share`` of their sum; int64, without that dimension.
+
+    Along the tokens of D: how many tokens a slot is really made of. Along the slots of C: how many slots a token's
+    output is really made of. 1 everywhere: the soft mix has become a hard choice.
+
+    Raises:
+        ValueError: a share outside (0, 1].
+    """
+    if not 0.0 < share <= 1.0:
+        raise ValueError(f"a share lies in (0, 1], not {share}")
+    ordered = weights.double().sort(dim=dim, descending=True).values
+    reached = ordered.cumsum(dim) / ordered.sum(dim, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+    # A sum of doubles may end a hair below 1.
+    return (reached < share - 1e-12).sum(dim) + 1
+
+
+def token_contributions(dispatch: Tensor) -> Tensor:
+    """[.., m] Σ over slots of D, times m / s: 1 for a token that counts as much as the mean token, 0: dropped."""
+    tokens, slots = dispatch.shape[-2:]
+    return dispatch.double().sum(-1) * (tokens / slots)
+
+
+def expert_importance(combine: Tensor, num_experts: int) -> Tensor:
+    """[E] each expert's share of all combine weights C [.., m, s], whose slots stand expert after expert.
+
+    Raises:
+        ValueError: the experts do not divide the slots.
+    """
+    slots = combine.shape[-1]
+    if slots % num_experts:
+        raise ValueError(f"{num_experts} experts do not divide {slots} slots")
+    per_slot = combine.double().reshape(-1, slots).sum(0)
+    per_expert = per_slot.view(num_experts, -1).sum(1)
+    return per_expert / per_expert.sum().clamp(min=torch.finfo(torch.float64).tiny)
+
+
+def mix_statistics(dispatch: Tensor, combine: Tensor, num_experts: int) -> dict[str, float]:
+    """Means of these measures over the sentences of D and C, [B, m, s] each, without padding.
+
+    ``tokens_per_slot`` and ``slots_per_token`` (for 90 % of the weight), ``weak_tokens`` (the share of tokens that
+    count less than a quarter of the mean), ``expert_importance_max`` (times E: 1 where all count alike).
+    """
+    importance = expert_importance(combine, num_experts)
+    return {
+        "tokens_per_slot": float(needed_for_share(dispatch, -2).double().mean()),
+        "slots_per_token": float(needed_for_share(combine, -1).double().mean()),
+        "weak_tokens": float((token_contributions(dispatch) < 0.25).double().mean()),
+        "expert_importance_max": float(importance.max() * num_experts),
+    }

@@ -1,0 +1,169 @@
+"""What the sparse blocks of a trained model do on held-out data: the states they see and the experts they choose.
+
+Checkpoints of one run, looked at on the same data, give X-MoE's measures along training (Chi et al., 2022, §4.5).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_train.analysis.collapse import representation_collapse
+from moe_train.analysis.drops import count_drops
+from moe_train.analysis.groups import load_by_group, load_statistics, mean_by_label
+from moe_train.analysis.mixes import mix_statistics
+from moe_train.analysis.stability import fluctuation_ratio
+from moe_train.evaluation.loading import open_run
+from moe_train.layers import Block, RoutingRecord, SoftLayer, StratifiedLayer, requested_capacity
+from moe_train.layers.context import BatchContext
+from moe_train.models.accounting import sparse_blocks
+
+
+@dataclass
+class LayerProbe:
+    """One sparse block; T tokens in the order of the data. Blocks of slots (Soft MoE) have mixes instead of choices.
+
+    Attributes:
+        states: T rows [.., d] that its router saw.
+        choices, kept: [T, k] expert ids before drops (of a first pass, with strata), and which were carried out.
+        passes: [T] that each token asked for (strata only).
+        language, token_id: [T].
+        mixes: means of Soft MoE's mixes, per batch.
+    """
+
+    num_experts: int
+    states: list[Tensor] = field(default_factory=list)
+    choices: list[Tensor] = field(default_factory=list)
+    kept: list[Tensor] = field(default_factory=list)
+    passes: list[Tensor] = field(default_factory=list)
+    language: list[Tensor] = field(default_factory=list)
+    token_id: list[Tensor] = field(default_factory=list)
+    mixes: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def first(self) -> Tensor:
+        """[T] first choices."""
+        return torch.cat(self.choices)[:, 0]
+
+
+def probe(model: nn.Module, samples: Sequence[Mapping[str, Any]]) -> dict[int, LayerProbe]:
+    """Runs samples through a model in eval mode; layer number → what was seen there."""
+    found: dict[int, LayerProbe] = {}
+    with _listening(model.eval(), found), torch.no_grad():
+        for sample in samples:
+            model(**sample["net_input"])
+    return dict(sorted(found.items()))
+
+
+@contextmanager
+def _listening(model: nn.Module, found: dict[int, LayerProbe]) -> Iterator[None]:
+    def listen(block: Any, inputs: tuple[Tensor, BatchContext], output: tuple[Tensor, RoutingRecord]) -> None:
+        layer = found.setdefault(block.layer, LayerProbe(block.pool.num_experts))
+        _note(layer, block, inputs[0], inputs[1], output[1])
+
+    handles = []
+    for name, block in sparse_blocks(model).items():
+        module = model.get_submodule(name)
+        assert isinstance(module, Block) and block.pool is not None
+        handles.append(module.register_forward_hook(listen))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _note(layer: LayerProbe, block: Block, x: Tensor, context: BatchContext, record: RoutingRecord) -> None:
+    layer.states.append(context.pack(x).float().cpu())
+    layer.language.append(context.routing.language.cpu())
+    layer.token_id.append(context.routing.token_id.cpu())
+    if isinstance(block, SoftLayer):
+        if context.padding is None:  # sentences of one length: otherwise means would count padding
+            mixes = block.router.mixes(x, None)
+            layer.mixes.append(mix_statistics(mixes.dispatch.cpu(), mixes.combine.cpu(), layer.num_experts))
+        return
+    first = record.routing[0]
+    layer.choices.append(first.choices.cpu())
+    layer.kept.append(first.kept.cpu())
+    if isinstance(block, StratifiedLayer):
+        layer.passes.append(requested_capacity(record.routing).cpu())
+
+
+def describe(layer: LayerProbe) -> dict[str, Any]:
+    """The measures of one block, ready for JSON.
+
+    ``collapse_by_expert`` and ``collapse_by_token``: Tr(Σ_W Σ_B⁺) with the routed expert and the vocabulary id as the
+    class; ``load``, ``load_by_language``; ``dropped_fraction``; with strata ``requested_capacity``, by language too.
+    """
+    states, language, token = (torch.cat(part) for part in (layer.states, layer.language, layer.token_id))
+    content: dict[str, Any] = {"tokens": states.shape[0]}
+    if len(torch.unique(token)) > 1:
+        content["collapse_by_token"] = representation_collapse(states, token)
+    if layer.mixes:
+        names = layer.mixes[0]
+        content |= {name: sum(mix[name] for mix in layer.mixes) / len(layer.mixes) for name in names}
+    if not layer.choices:
+        return content
+    first, choices, kept = layer.first, torch.cat(layer.choices), torch.cat(layer.kept)
+    chosen = first >= 0
+    if len(torch.unique(first[chosen])) > 1:
+        content["collapse_by_expert"] = representation_collapse(states[chosen], first[chosen])
+    load = torch.bincount(first[chosen], minlength=layer.num_experts)
+    content |= {"load": load.tolist(), **load_statistics(load)}
+    if int(language.min()) >= 0:
+        groups = int(language.max()) + 1
+        content["load_by_language"] = load_by_group(first[chosen], language[chosen], layer.num_experts, groups).tolist()
+    content["dropped_fraction"] = count_drops(choices, kept).dropped_fraction
+    if layer.passes:
+        passes = torch.cat(layer.passes)
+        content["requested_capacity"] = float(passes.double().mean())
+        content["requested_capacity_by_language"] = mean_by_label(passes, language)
+    return content
+
+
+def probe_run(run: Path | str, max_sentences: int = 100, checkpoints: Sequence[int] = ()) -> dict[str, Any]:
+    """X-MoE's measures along the checkpoints that a run has kept, on its validation data.
+
+    Args:
+        max_sentences: the first so many of each validation set.
+        checkpoints: updates; none: all that are there.
+
+    Returns:
+        ``checkpoints``: update → layer → :func:`describe`; ``fluctuation``: layer → the ratio between each checkpoint
+        and the one before.
+
+    Raises:
+        ConfigError, CheckpointError, DataError: as :func:`moe_train.evaluation.loading.open_run`.
+    """
+    folder = Path(run) / "checkpoints"
+    kept = sorted(int(path.name.removeprefix("step_")) for path in folder.glob("step_*") if path.is_dir())
+    described: dict[str, Any] = {}
+    before: dict[int, Tensor] = {}
+    fluctuation: dict[str, list[float]] = {}
+    for update in checkpoints or kept:
+        opened = open_run(run, str(update))
+        layers = probe(opened.load().model, _samples(opened.task, max_sentences))
+        described[str(update)] = {str(number): describe(layer) for number, layer in layers.items()}
+        now = {number: layer.first for number, layer in layers.items() if layer.choices}
+        for number in now.keys() & before.keys():
+            fluctuation.setdefault(str(number), []).append(fluctuation_ratio(before[number], now[number]))
+        before = now
+    return {"checkpoints": described, "fluctuation": fluctuation}
+
+
+def _samples(task: Any, max_sentences: int) -> list[Mapping[str, Any]]:
+    """Validation batches, the same at every checkpoint."""
+    samples = []
+    for name, batches in task.validation_sets().items():
+        left = max_sentences
+        for batch in batches:
+            if left > 0:
+                samples.append(task.validation_sample(name, batch[:left]))
+                left -= len(batch)
+    return samples

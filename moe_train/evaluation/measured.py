@@ -1,0 +1,104 @@
+"""Measuring a held-out split for tasks that do not translate: losses, perplexities, accuracy, F1, and routing."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from moe_train.config.evaluation import EvaluateConfig
+from moe_train.data.batching import Indices
+from moe_train.evaluation.loading import LoadedRun, choose_device, load_run
+from moe_train.training.about import versions
+from moe_train.training.integrity import replace_text
+from moe_train.training.journal import describe_routing, per_token
+from moe_train.training.samples import move
+from moe_train.training.statistics import Sums, total
+
+_SHOWN = ("accuracy", "macro_f1", "ppl", "nll_loss")
+
+
+def measure(config: EvaluateConfig) -> dict[str, Any]:
+    """Runs the model over every set of a split; writes ``<split>.json`` into the run folder.
+
+    Returns:
+        The file's content: ``sets`` (name → measures), ``summary`` (what the task makes of them), ``routing`` (name →
+        load of each expert, drops and entropy by layer; with strata, tokens by the passes they asked for), ``items``,
+        ``seconds``.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: as :func:`load_run`, and a split that is not there.
+    """
+    device = choose_device(config.launch.device)
+    run = load_run(config.run, config.checkpoint, config.data, device)
+    sets = run.task.evaluation_sets(config.split, config.max_sentences)
+    start = time.perf_counter()
+    sums = {name: _measure_set(run, config.split, name, batches, device) for name, batches in sets.items()}
+    seconds = time.perf_counter() - start
+    measures = getattr(run.task, "measures", per_token)
+    found = {name: measures(entry.scalars()) for name, entry in sums.items()}
+    items = sum(entry["sentences"] for entry in found.values())
+    summary: dict[str, Any] = getattr(run.task, "summary", lambda _: {})(found)
+    content = {
+        "task": run.config.task.name,
+        "split": config.split,
+        "checkpoint": run.checkpoint.name,
+        "sets": found,
+        "average": _average(found),
+        "summary": summary,
+        "routing": {name: _routing(entry) for name, entry in sums.items()},
+        "items": items,
+        "seconds": seconds,
+        "items_per_second": items / max(seconds, 1e-9),
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "settings": asdict(config),
+        "command": sys.argv,
+        "versions": versions(),
+    }
+    replace_text(run.folder.path / f"{config.split}.json", json.dumps(content, indent=1) + "\n")
+    return content
+
+
+@torch.no_grad()
+def _measure_set(run: LoadedRun, split: str, name: str, batches: Sequence[Indices], device: torch.device) -> Sums:
+    criterion = run.task.build_criterion().eval()
+    parts = []
+    for batch in batches:
+        sample = move(run.task.evaluation_sample(split, name, batch), device)
+        sample["world_ntokens"] = torch.tensor(float(sample["ntokens"]), device=device)
+        parts.append(Sums.of(criterion(run.model, sample)[2], device))
+    return total(parts)
+
+
+def _routing(sums: Sums) -> dict[str, Any]:
+    layers = sums.routing()
+    extra = {str(layer): {k: v.tolist() for k, v in found.extra.items()} for layer, found in layers.items()}
+    tokens = {str(layer): int(found.tokens) for layer, found in layers.items()}
+    return {**describe_routing(layers), "tokens": tokens, "extra": extra} if layers else {}
+
+
+def _average(sets: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """The plain mean over sets of what all of them have."""
+    names = [name for name in _SHOWN if all(name in entry for entry in sets.values())]
+    return {name: sum(entry[name] for entry in sets.values()) / len(sets) for name in names}
+
+
+def show_measures(content: Mapping[str, Any], console: Console) -> None:
+    """Prints a row per set."""
+    names = list(content["average"])
+    table = Table(title=f"{content['task']}, {content['split']}, {content['checkpoint']}")
+    for column in ("set", "items", *names):
+        table.add_column(column, justify="left" if column == "set" else "right")
+    for name, entry in content["sets"].items():
+        table.add_row(name, f"{entry['sentences']:,}", *(f"{entry[n]:.4f}" for n in names))
+    table.add_row("average", f"{content['items']:,}", *(f"{content['average'][n]:.4f}" for n in names), style="bold")
+    console.print(table)
+    console.print(f"{content['items_per_second']:,.1f} items a second on {content['device']}")

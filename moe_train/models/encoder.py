@@ -1,0 +1,205 @@
+"""Models that only encode text: a masked language model, and a classifier that starts from one.
+
+BERT (Devlin et al., 2019) and XLM-R (Conneau et al., 2020), with X-MoE's experts where ``model.sparse_layers`` and
+``routing.expert_sublayers`` put them: ``insert_after:6`` and 3 for the paper's own placement. Positions are sinusoidal.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar, Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe_train.config import ModelConfig
+from moe_train.errors import ConfigError
+from moe_train.layers.context import RoutingSettings
+from moe_train.layers.linear import linear
+from moe_train.layers.seeding import seeded
+from moe_train.models.build import block_inputs, encoder_stack
+from moe_train.models.embedding import TokenEmbedding, Vocabulary, embedding
+from moe_train.models.encoder_decoder import EncoderOut, TransformerEncoder
+from moe_train.models.routed import Parts, Routed
+from moe_train.routing.base import RoutingConfig
+
+ARCHITECTURE = "encoder"
+_EMBEDDING, _HEAD = 20, 21
+
+
+class _Encodes(Routed):
+    """What both models share: the encoder, whose weights one hands to the other."""
+
+    encoder: TransformerEncoder
+
+    def __init__(self, encoder: TransformerEncoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.settings = encoder.settings
+
+    def encode(
+        self,
+        src_tokens: Tensor,
+        sentence_uid: Tensor | None,
+        src_lang: Tensor | None,
+        tgt_lang: Tensor | None,
+        pass_index: Tensor | None,
+    ) -> EncoderOut:
+        """src_tokens [B, S] → what :class:`TransformerEncoder` returns."""
+        encoded: EncoderOut = self.encoder(src_tokens, None, sentence_uid, src_lang, tgt_lang, pass_index)
+        return encoded
+
+
+class MaskedLanguageModel(_Encodes):
+    """Tokens, some of them masked → what each was. The output is tied to the embedding."""
+
+    def __init__(self, encoder: TransformerEncoder) -> None:
+        super().__init__(encoder)
+        dim = self.output_weight.shape[1]
+        self.dense = nn.Linear(dim, dim)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(
+        self,
+        src_tokens: Tensor,
+        src_lengths: Tensor | None = None,
+        sentence_uid: Tensor | None = None,
+        src_lang: Tensor | None = None,
+        tgt_lang: Tensor | None = None,
+        pass_index: Tensor | None = None,
+        features_only: bool = False,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """One forward pass.
+
+        Args:
+            src_tokens: [B, S], padded on the right.
+            src_lengths: not used: padding is read off the tokens.
+            sentence_uid, src_lang, tgt_lang, pass_index: [B] each, what routers may know of a sentence.
+            features_only: leave the vocabulary product to the caller.
+
+        Returns:
+            logits [B, S, V] or features [B, S, d], and ``{"routing": records}``.
+        """
+        encoded = self.encode(src_tokens, sentence_uid, src_lang, tgt_lang, pass_index)
+        x = encoded["encoder_out"][0]
+        features = self.norm(F.gelu(linear(x, self.dense.weight, self.dense.bias)))
+        extra = {"routing": encoded["routing"]}
+        return (features if features_only else self.output_layer(features)), extra
+
+    @property
+    def output_weight(self) -> Tensor:
+        """[V, d], the embedding."""
+        return self.encoder.embed.tokens.weight
+
+    def output_layer(self, features: Tensor) -> Tensor:
+        """features [..., d] → logits [..., V]."""
+        return F.linear(features, self.output_weight)
+
+    def parts(self) -> Parts:
+        """The layers, and the output of a token that is predicted."""
+        output = 2.0 * (self.dense.weight.numel() + self.output_weight.numel())
+        return Parts(self.encoder.stack, None, 0.0, output)
+
+
+class TextClassifier(_Encodes):
+    """Texts → a score per class.
+
+    Class attributes:
+        pretrained: the part that ``training.init_from`` fills; the head starts afresh.
+    """
+
+    pretrained: ClassVar[str] = "encoder."
+
+    def __init__(
+        self, encoder: TransformerEncoder, num_classes: int, dropout: float, pooling: Literal["mean", "first"]
+    ) -> None:
+        super().__init__(encoder)
+        dim = encoder.embed.tokens.weight.shape[1]
+        self.dense = nn.Linear(dim, dim)
+        self.out = nn.Linear(dim, num_classes)
+        self.dropout = nn.Dropout(dropout)
+        self.pooling = pooling
+
+    def forward(
+        self,
+        src_tokens: Tensor,
+        src_lengths: Tensor | None = None,
+        sentence_uid: Tensor | None = None,
+        src_lang: Tensor | None = None,
+        tgt_lang: Tensor | None = None,
+        pass_index: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """As :meth:`MaskedLanguageModel.forward` → logits [B, classes] and ``{"routing": records}``."""
+        encoded = self.encode(src_tokens, sentence_uid, src_lang, tgt_lang, pass_index)
+        mask = encoded["encoder_padding_mask"]
+        pooled = self.pool(encoded["encoder_out"][0], mask[0] if mask else None)
+        hidden = self.dense(self.dropout(pooled)).tanh()
+        return self.out(self.dropout(hidden)), {"routing": encoded["routing"]}
+
+    def pool(self, x: Tensor, padding: Tensor | None) -> Tensor:
+        """x [B, S, d], padding [B, S] (true at padding) → [B, d]."""
+        if self.pooling == "first":
+            return x[:, 0]
+        if padding is None:
+            return x.mean(1)
+        real = (~padding).unsqueeze(2)
+        return (x * real).sum(1) / real.sum(1).clamp(min=1)
+
+    def parts(self) -> Parts:
+        """The layers; the head, once a text, is left out."""
+        return Parts(self.encoder.stack, None, 0.0, 0.0)
+
+
+def build_masked_language_model(
+    config: ModelConfig,
+    routing: RoutingConfig,
+    dictionary: Vocabulary,
+    *,
+    seed: int,
+    layout: Any = None,
+    token_frequency: Tensor | None = None,
+) -> MaskedLanguageModel:
+    """A fresh model, its weights a function of ``seed`` and of where they stand.
+
+    Raises:
+        ConfigError: the config is no encoder's.
+    """
+    encoder = _build_encoder(config, routing, dictionary, seed, layout, token_frequency)
+    with seeded(seed, _HEAD):
+        return MaskedLanguageModel(encoder)
+
+
+def build_text_classifier(
+    config: ModelConfig,
+    routing: RoutingConfig,
+    dictionary: Vocabulary,
+    num_classes: int,
+    *,
+    seed: int,
+    pooling: Literal["mean", "first"] = "mean",
+    layout: Any = None,
+    token_frequency: Tensor | None = None,
+) -> TextClassifier:
+    """A fresh model; see :func:`build_masked_language_model`."""
+    encoder = _build_encoder(config, routing, dictionary, seed, layout, token_frequency)
+    with seeded(seed, _HEAD):
+        return TextClassifier(encoder, num_classes, config.dropout, pooling)
+
+
+def _build_encoder(
+    config: ModelConfig,
+    routing: RoutingConfig,
+    dictionary: Vocabulary,
+    seed: int,
+    layout: Any,
+    frequency: Tensor | None,
+) -> TransformerEncoder:
+    if config.name != ARCHITECTURE:
+        raise ConfigError(
+            f"model '{config.name}' is no encoder of text", remedy="set model=encoder_tiny or encoder_base"
+        )
+    with seeded(seed, _EMBEDDING):
+        embed = TokenEmbedding(embedding(dictionary, config.embed_dim), config.max_positions, config.dropout)
+    inputs = dataclasses.replace(block_inputs(config, seed, layout, frequency), vocabulary=len(dictionary))
+    stack = encoder_stack(config, routing, inputs)
+    return TransformerEncoder(dictionary, embed, stack, RoutingSettings(seed=seed))

@@ -1,0 +1,136 @@
+"""A split of a data folder read as text of single languages, and as pairs one behind the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from moe_train.config.tasks import LanguageModelConfig
+from moe_train.data.folder import DataFolder
+from moe_train.errors import DataError, did_you_mean
+from moe_train.tasks.storage import Indices, SentenceFile
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Sentences of one file, or of two files side by side.
+
+    Attributes:
+        files: one, or a sentence and its translation.
+        languages: number of each file's language.
+        first_uid: number of the first sentence among all of the split's files and pairs.
+    """
+
+    files: tuple[SentenceFile, ...]
+    languages: tuple[int, ...]
+    first_uid: int
+
+    @property
+    def lengths(self) -> Indices:
+        """[N] tokens: a beginning, and each sentence with its end."""
+        total: Indices = 1 + np.sum([file.sizes for file in self.files], axis=0)
+        return total
+
+
+class MonolingualText:
+    """Items by stream (a language, or a pair), one stream behind the other.
+
+    Attributes:
+        names: of the streams: ``de``, or ``de-en`` for pairs.
+        sizes: items of each stream.
+        lengths: [N] tokens of each item.
+    """
+
+    def __init__(self, streams: Sequence[tuple[str, Sequence[Piece]]], bos: int, pad: int) -> None:
+        self.bos, self.pad = bos, pad
+        self.names = [name for name, _ in streams]
+        self.sizes = [sum(len(piece.lengths) for piece in pieces) for _, pieces in streams]
+        self._pieces = [piece for _, pieces in streams for piece in pieces]
+        parts = [piece.lengths for piece in self._pieces]
+        self._first = np.cumsum([0, *(len(part) for part in parts)])
+        self.lengths = np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def items(self, name: str) -> Indices:
+        """The items of a stream."""
+        number = self.names.index(name)
+        first = sum(self.sizes[:number])
+        return np.arange(first, first + self.sizes[number])
+
+    def tokens(self, indices: Indices) -> tuple[Indices, Indices, Indices]:
+        """tokens [B, S], right-padded; uids [B]; languages [B, 2] (of the first and of the last sentence)."""
+        rows, lengths = len(indices), self.lengths[indices]
+        table = np.full((rows, max(1, lengths.max(initial=0))), self.pad, np.int64)
+        uids, languages = np.zeros(rows, np.int64), np.zeros((rows, 2), np.int64)
+        which = np.searchsorted(self._first, indices, side="right") - 1
+        for number in np.unique(which):
+            piece, here = self._pieces[number], np.flatnonzero(which == number)
+            sentences = indices[here] - self._first[number]
+            self._fill(table, here, piece, sentences)
+            uids[here] = piece.first_uid + sentences
+            languages[here] = piece.languages[0], piece.languages[-1]
+        return table, uids, languages
+
+    def _fill(self, table: Indices, rows: Indices, piece: Piece, sentences: Indices) -> None:
+        table[rows, 0] = self.bos
+        piece.files[0].fill(table, rows, sentences, column=1)
+        if len(piece.files) == 2:
+            # Second sentences begin in different columns: those of one column are filled together.
+            starts = 1 + piece.files[0].sizes[sentences]
+            for start in np.unique(starts):
+                group = np.flatnonzero(starts == start)
+                piece.files[1].fill(table, rows[group], sentences[group], column=int(start))
+
+
+def open_text(folder: DataFolder, split: str, keys: LanguageModelConfig, bos: int, pad: int) -> MonolingualText:
+    """Opens a split; pairs of the translation LM are streams of their own, in ``train`` only.
+
+    Raises:
+        DataError: a language that the folder has not, or a split without text of those wanted.
+    """
+    for language in keys.languages:
+        if language not in folder.languages:
+            raise DataError(
+                f"the data folder has no language '{language}'",
+                str(folder.path),
+                did_you_mean(language, folder.languages),
+            )
+    wanted = keys.languages or folder.languages
+    by_language: dict[str, list[Piece]] = {language: [] for language in sorted(wanted)}
+    pairs: list[tuple[str, list[Piece]]] = []
+    for pair, sides, uid in _stored(folder, split):
+        numbers = tuple(folder.languages.index(side) for side in sides)
+        files = {side: SentenceFile(folder.path / f"{split}.{pair}.{side}") for side in sides}
+        for offset, side in enumerate(sides):
+            if side in by_language and _is_read(folder, sides, side, keys.sides):
+                by_language[side].append(Piece((files[side],), (numbers[offset],), uid + offset * len(files[side])))
+        if keys.translation_lm and split == "train" and all(side in by_language for side in sides):
+            both = tuple(files[side] for side in sides)
+            pairs.append((pair, [Piece(both, numbers, uid + 2 * len(both[0]))]))
+    streams = [(name, pieces) for name, pieces in by_language.items() if pieces]
+    if not streams:
+        remedy = "set task.sides=both or other task.languages, or prepare text for it"
+        raise DataError(
+            f"the split '{split}' has no {keys.sides} text in {', '.join(wanted)}", str(folder.path), remedy
+        )
+    return MonolingualText([*streams, *pairs], bos, pad)
+
+
+def _stored(folder: DataFolder, split: str) -> Iterator[tuple[str, tuple[str, str], int]]:
+    """Each stored pair once: its name, its languages in the name's order, and the first of its three uids' ranges."""
+    uid = 0
+    for pair, sentences in sorted(folder.manifest.counts.get(split, {}).items()):
+        first, second = pair.split("-")
+        yield pair, (first, second), uid
+        uid += 3 * sentences
+
+
+def _is_read(folder: DataFolder, sides: tuple[str, str], side: str, wanted: str) -> bool:
+    """Whether the side is one that ``task.sides`` reads, by the directions that the folder is for."""
+    other = sides[1] if side == sides[0] else sides[0]
+    names = {"target": (f"{other}-{side}",), "source": (f"{side}-{other}",)}
+    return any(name in folder.directions for name in names.get(wanted, (f"{other}-{side}", f"{side}-{other}")))

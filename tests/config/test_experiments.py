@@ -1,0 +1,117 @@
+"""Every recipe in configs/experiment builds; those of papers have the papers' parameters; each has a small twin."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from torch import nn
+
+from moe_train.commands._app import forget_foreign_schemas
+from moe_train.config import ImageConfig, LanguageModelConfig, RunConfig, build
+from moe_train.config.paths import configs_directory
+from moe_train.models import build_model
+from moe_train.models.accounting import Accounting, account
+from moe_train.models.encoder import build_masked_language_model
+from moe_train.models.vision import ImageShape, build_vision_model
+from moe_train.routing import routing_config
+from tests.models.helpers import Words
+
+RECIPES = sorted(path.stem for path in (configs_directory() / "experiment").glob("*.yaml"))
+GENERAL = {"memorise", "quickstart"}  # no paper's
+PUBLISHED = [name for name in RECIPES if name not in GENERAL and not name.endswith("_small")]
+
+# Entries of the vocabulary (or classes), and millions of parameters where the specs have them, with their source.
+# THOR: the closed form of its experts beyond the dense model; X-MoE: the same.
+PAPERS: dict[str, tuple[int, float | None, str]] = {
+    "thor_iwslt14": (10_000, None, "no count in the paper's readable part"),
+    "smoe_m4": (32_000, 148, "table 1"),
+    "smoe_m15": (32_000, 963, "table 2"),
+    "smoe_opus100": (64_000, 963 + 32_000 * 1024 / 1e6, "table 2, and 32,000 more pieces"),
+    "xmoe_xtreme": (250_002, None, "no count in the paper's readable part"),
+    "sam_base": (32_000, None, "the paper's set-up is not known"),
+    "soft_moe_s16": (29_593, 933, "table 8"),
+    "soft_moe_b16": (29_593, 3_700, "table 1"),
+}
+
+
+def composed(name: str, *more: str) -> RunConfig:
+    forget_foreign_schemas()
+    with initialize_config_dir(str(configs_directory()), version_base="1.3"):
+        config = compose("train", overrides=["data=somewhere", f"experiment={name}", *more])
+    plain: Any = OmegaConf.to_container(config, resolve=True)
+    return build(RunConfig, {key: value for key, value in plain.items() if key != "experiment"})
+
+
+def model_of(config: RunConfig, entries: int) -> nn.Module:
+    """On the meta device, for a vocabulary or number of classes."""
+    routing, words = routing_config(config.routing), Words(entries)
+    with torch.device("meta"):
+        if isinstance(config.task, ImageConfig):
+            size = config.task.image_size or 28
+            images = ImageShape(size, size, config.task.channels or 1, entries)
+            return build_vision_model(config.model, routing, images, seed=1)
+        if isinstance(config.task, LanguageModelConfig):
+            return build_masked_language_model(config.model, routing, words, seed=1)
+        return build_model(config.model, routing, words, words, seed=1)
+
+
+def accounted(name: str, entries: int, routing: dict[str, Any] | None = None) -> Accounting:
+    """Of a recipe, with another strategy where ``routing`` names one (a recipe's keys belong to its own)."""
+    config = composed(name)
+    return account(model_of(dataclasses.replace(config, routing=routing or config.routing), entries))
+
+
+def test_every_paper_has_its_recipe_and_every_recipe_its_twin() -> None:
+    assert set(PUBLISHED) == set(PAPERS)
+    assert {f"{name}_small" for name in PUBLISHED} == {name for name in RECIPES if name.endswith("_small")}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_recipe_at_published_size_has_the_paper_s_parameters(name: str) -> None:
+    entries, millions, source = PAPERS[name]
+    found = accounted(name, entries)
+    assert found.blocks
+    if millions is not None:
+        assert found.parameters_total / 1e6 == pytest.approx(millions, rel=0.01), source
+
+
+def test_thor_s_experts_have_the_closed_form() -> None:
+    """(N - 1) · 6.30 M beyond the dense model, for N experts in six layers."""
+    thor, dense = (accounted("thor_iwslt14", 10_000, routing).parameters_total for routing in (None, {"name": "dense"}))
+    assert thor - dense == 6 * (2 * 512 * 1024 + 1024 + 512)
+
+
+def test_xmoe_s_experts_have_the_closed_form() -> None:
+    """About 453 M beyond the dense model: 32 experts of three sub-layers."""
+    found = accounted("xmoe_xtreme", 250_002)
+    assert found.parameters_experts / 1e6 == pytest.approx(453, rel=0.01)
+
+
+def test_sam_s_recipe_costs_what_switch_costs() -> None:
+    sam, switch = (accounted("sam_base", 32_000, routing) for routing in (None, {"name": "switch", "num_experts": 8}))
+    assert sam.parameters_experts == pytest.approx(switch.parameters_experts, rel=0.01)
+    experts = [sum(block.flops_experts for block in found.blocks) for found in (sam, switch)]
+    assert experts[0] == pytest.approx(experts[1], rel=0.01)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_twin_is_small_and_of_the_same_kind(name: str) -> None:
+    paper, twin = composed(name), composed(f"{name}_small")
+    assert twin.routing["name"] == paper.routing["name"] and type(twin.task) is type(paper.task)
+    assert twin.model.name == paper.model.name and twin.launch.processes == 1
+    entries = 10 if isinstance(twin.task, ImageConfig) else 8_000
+    found = account(model_of(twin, entries))
+    assert found.parameters_total < 15e6 and found.blocks
+    assert {block.strategy for block in found.blocks} <= {b.strategy for b in accounted(name, PAPERS[name][0]).blocks}
+
+
+def test_no_recipe_is_without_its_command(root: Path) -> None:
+    for name in RECIPES:
+        text = (root / "configs" / "experiment" / f"{name}.yaml").read_text(encoding="utf-8")
+        assert f"experiment={name}" in text
