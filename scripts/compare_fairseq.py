@@ -3,12 +3,12 @@
 
     python scripts/compare_fairseq.py DATA_FOLDER --updates 400 --directions de-en en-de
 
-Both models have the same dimensions, start from the same weights (stock's: with weights of their own, either may be 2 %
-ahead after a few hundred updates, by the luck of the draw) and see the same micro-batches in the same order, an update of
-one after an update of the other, so that other work on the machine slows both alike. Stock is fairseq's model, criterion, gradient clipping
-and Adam without its Trainer around them (which would only slow it down); ours is our model, criterion and optimizer, as
-``moe-train`` uses them. Then stock's weights go into our model, and fairseq's SequenceGenerator and our beam search
-translate the same batches.
+Both models have the same dimensions and start from the same weights (stock's: with weights of their own, either may be
+2 % ahead after a few hundred updates, by the luck of the draw). They see the same micro-batches in the same order, an
+update of one after an update of the other, so that other work on the machine slows both alike. Stock is fairseq's
+model, criterion, gradient clipping and Adam without its Trainer around them (which would only slow it down); ours is
+model, criterion and optimizer as ``moe-train`` uses them. Then stock's weights go into our model, and fairseq's
+SequenceGenerator and our beam search translate the same batches.
 """
 
 from __future__ import annotations

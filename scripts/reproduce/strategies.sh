@@ -14,10 +14,10 @@ shift $(($# < 2 ? $# : 2))
 data=$out/data
 budget=(
     model=tiny seed=1 launch.processes=2
-    training.max_updates=240 training.tokens_per_update=2048 training.log_every=40
-    training.optimizer.lr=0.002 training.schedule.name=linear training.schedule.warmup_updates=60
-    training.validation.every_updates=60 training.validation.max_sentences=40
-    training.checkpoint.every_updates=120 training.checkpoint.keep=1
+    training.max_updates=160 training.tokens_per_update=2048 training.log_every=40
+    training.optimizer.lr=0.002 training.schedule.name=linear training.schedule.warmup_updates=40
+    training.validation.every_updates=40 training.validation.max_sentences=40
+    training.checkpoint.every_updates=80 training.checkpoint.keep=1
 )
 
 export PATH="$PWD/.venv/bin:$PATH"
@@ -26,6 +26,6 @@ for routing in dense switch top_k expert_choice hash random thor smoe xmoe sam s
     run=$out/runs/$routing
     [[ -f $run/test.json ]] && continue
     moe-train data="$data" routing="$routing" "${budget[@]}" hydra.run.dir="$run" "$@"
-    moe-evaluate run="$run" split=test checkpoint=last max_sentences=100 search.beam=4 launch.processes=2
+    moe-evaluate run="$run" split=test checkpoint=last max_sentences=50 search.beam=4 launch.processes=2
 done
 moe-report runs=["$out/runs"] baseline="$out/runs/switch" out="$out"
