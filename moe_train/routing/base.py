@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,17 @@ from moe_train.routing.expected import Choices
 from moe_train.routing.types import Routing, RoutingStatistics
 
 LayerKind = Literal["dense", "sparse", "stratified", "soft"]
+
+
+class Spread(Protocol):
+    """What a strategy may know of a layout: :class:`moe_train.parallel.layout_plan.LayoutPlan` is one."""
+
+    @property
+    def expert_parallel(self) -> int:
+        """Ranks over which the experts are divided."""
+
+    def split_groups(self, num_experts: int, num_groups: int) -> str | None:
+        """What to say where equal groups of experts do not stay whole on their ranks."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +70,10 @@ class RoutingConfig:
             raise ConfigError(f"routing.passes must be 1 or 2, not {self.passes}", remedy="THOR trains with 2")
         if self.consistency_weight and self.passes == 1:
             raise ConfigError("routing.consistency_weight compares two passes", remedy="set routing.passes=2")
+
+    def layout_warning(self, spread: Spread) -> str | None:
+        """What works under a layout that divides the experts, but perhaps not as it was meant."""
+        return None
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from moe_train.config import check
 from moe_train.errors import ConfigError
-from moe_train.routing.base import RouterInputs, RoutingConfig
+from moe_train.routing.base import RouterInputs, RoutingConfig, Spread
 from moe_train.routing.capacity import drop, expert_capacity, group_tokens
 from moe_train.routing.context import RoutingContext
 from moe_train.routing.expected import Choices
@@ -73,6 +73,10 @@ class SamConfig(TokenChoiceConfig):
             check_top_k(
                 self.top_k, self.group_size, "the experts of a group (routing.num_experts / routing.num_groups)"
             )
+
+    def layout_warning(self, spread: Spread) -> str | None:
+        """Where a group is torn over ranks, a token no longer travels once."""
+        return spread.split_groups(self.num_experts, self.groups)
 
     @property
     def groups(self) -> int:

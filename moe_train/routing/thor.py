@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moe_train.routing.base import Router, RouterInputs, RoutingConfig
+from moe_train.routing.base import Router, RouterInputs, RoutingConfig, Spread
 from moe_train.routing.context import RoutingContext
 from moe_train.routing.draws import counted_integer
 from moe_train.routing.expected import Choices
@@ -45,6 +45,15 @@ class ThorConfig(RoutingConfig):
     draw: Literal["batch", "sentence", "token"] = "batch"
     pair: Literal["distinct", "independent"] = "distinct"
     inference: Inference = "sentence"
+
+    def layout_warning(self, spread: Spread) -> str | None:
+        """One expert for a whole pass keeps one rank busy."""
+        if self.draw != "batch":
+            return None
+        return (
+            "routing.draw=batch sends all tokens of a pass to one expert, and so to one rank of"
+            f" {spread.expert_parallel} while the others wait; routing.draw=sentence or token keeps them all busy"
+        )
 
 
 @register("thor", ThorConfig)

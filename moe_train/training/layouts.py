@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from moe_train.config import LayoutConfig, RunConfig
@@ -12,8 +12,6 @@ from moe_train.errors import ConfigError
 from moe_train.parallel.layout import ExpertLayout
 from moe_train.parallel.layout_plan import LayoutPlan, plan_layout
 from moe_train.routing import RoutingConfig, decoder_config, resolve, routing_config, strategy
-from moe_train.routing.sam import SamConfig
-from moe_train.routing.thor import ThorConfig
 from moe_train.training.world import World
 
 _WORDS = ("rank", "node")
@@ -121,26 +119,5 @@ def layout_warnings(config: RunConfig, plan: LayoutPlan) -> list[str]:
         return []
     if not routings:
         return [f"the model has no experts: layout.expert_parallel={plan.expert_parallel} changes nothing"]
-    said = [_WARNINGS[type(routing)](routing, plan) for routing in routings if type(routing) in _WARNINGS]
+    said = [routing.layout_warning(plan) for routing in routings]
     return list(dict.fromkeys(text for text in said if text))
-
-
-def _sam_groups(routing: RoutingConfig, plan: LayoutPlan) -> str | None:
-    assert isinstance(routing, SamConfig)
-    return plan.split_groups(routing.num_experts, routing.groups)
-
-
-def _thor_draws(routing: RoutingConfig, plan: LayoutPlan) -> str | None:
-    assert isinstance(routing, ThorConfig)
-    if routing.draw != "batch":
-        return None
-    return (
-        "routing.draw=batch sends all tokens of a pass to one expert, and so to one rank of"
-        f" {plan.expert_parallel} while the others wait; routing.draw=sentence or token keeps them all busy"
-    )
-
-
-_WARNINGS: dict[type[RoutingConfig], Callable[[RoutingConfig, LayoutPlan], str | None]] = {
-    SamConfig: _sam_groups,
-    ThorConfig: _thor_draws,
-}
