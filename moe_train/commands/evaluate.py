@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 from moe_train.commands._app import run_app
+from moe_train.launch.environment import under_launcher
 
 
 def run(mapping: Mapping[str, Any]) -> float:
@@ -18,15 +20,19 @@ def run(mapping: Mapping[str, Any]) -> float:
     from moe_train.evaluation.evaluate import evaluate
     from moe_train.evaluation.measured import measure, show_measures
     from moe_train.evaluation.table import show
+    from moe_train.launch.joining import joined_world
     from moe_train.training.run_folder import RunFolder
+    from moe_train.training.world import World
 
     config = build(EvaluateConfig, mapping)
     if not RunFolder.open(config.run).config.task.translates:
         measured = measure(config)
         show_measures(measured, Console())
         return next(iter(measured["average"].values()))
-    results = evaluate(config, Console(stderr=True))
-    show(results, Console())
+    with joined_world(config.launch) if under_launcher() else nullcontext(World()) as world:
+        results = evaluate(config, Console(stderr=True) if world.main else None)
+    if world.main:
+        show(results, Console())
     return results.average().chrf
 
 

@@ -21,6 +21,8 @@ class EvaluateConfig:
         directions: only these, e.g. ``[en-de]`` (empty: all that were trained and have sentences in the split).
         max_sentences: only the first so many of each direction (0: all).
         seed: of the baseline that shuffles outputs between sentences.
+        expert_parallel: processes over which the experts of a layer are divided (1: every process holds all of them),
+            whatever the layout of the training was.
     """
 
     run: str
@@ -30,11 +32,13 @@ class EvaluateConfig:
     directions: tuple[str, ...] = ()
     max_sentences: int = 0
     seed: int = 1
+    expert_parallel: int = 1
     search: SearchConfig = field(default_factory=SearchConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
 
     def __post_init__(self) -> None:
         check.not_negative("max_sentences", self.max_sentences)
+        check.positive("expert_parallel", self.expert_parallel)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -24,7 +25,9 @@ from moe_train.evaluation.results import DirectionResult, Results, read_results
 from moe_train.evaluation.scoring import Scorer
 from moe_train.evaluation.sharding import decode
 from moe_train.training.about import versions
+from moe_train.training.checkpoints import everywhere
 from moe_train.training.integrity import MANIFEST, replace_text
+from moe_train.training.world import World
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,22 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> Results:
     jobs = [job for entry in held for job in entry.encoded.jobs]
     start = time.perf_counter()
     with _progress(console, sum(len(job.sentences) for job in jobs)) as advance:
-        outcomes = decode(run, jobs, config.search, config.launch, advance)
+        outcomes = decode(run, jobs, config.search, config.launch, advance, config.expert_parallel)
     seconds = time.perf_counter() - start
+    world = World.current()
+
+    def finish() -> Results | None:
+        return _scored(run, config, held, outcomes, seconds) if world.main else None
+
+    results = world.broadcast(everywhere(world, finish))
+    assert results is not None
+    return results
+
+
+def _scored(
+    run: OpenedRun, config: EvaluateConfig, held: Sequence[Held], outcomes: Sequence[Outcome], seconds: float
+) -> Results:
+    """Writes outputs and scores; under a launcher one rank does it."""
     translations = _assemble(held, outcomes)
     for entry, lines in zip(held, translations, strict=True):
         OutputFiles(run.folder.path, config.split, entry.direction).write(entry.sources, entry.references, lines)
@@ -202,7 +219,8 @@ def _speed(
     """Words and tokens per second of decoding: over the summed time of all processes, divided by their number."""
     tokens = sum(t.tokens for lines in translations for t in lines)
     words = _words([t.text for lines in translations for t in lines])
-    busy = sum(outcome.seconds for outcome in outcomes) / config.launch.processes
+    processes = World.current().size if dist.is_initialized() else config.launch.processes
+    busy = sum(outcome.seconds for outcome in outcomes) / processes
     return {
         "sentences": sum(len(lines) for lines in translations),
         "words": words,
@@ -210,7 +228,7 @@ def _speed(
         "seconds": round(seconds, 3),
         "words_per_second": round(words / busy, 2) if busy else 0.0,
         "tokens_per_second": round(tokens / busy, 2) if busy else 0.0,
-        "processes": config.launch.processes,
+        "processes": processes,
     }
 
 

@@ -11,6 +11,7 @@ import torch
 
 from moe_train.config import RunConfig
 from moe_train.errors import DataError, LaunchError
+from moe_train.parallel.layout import ExpertLayout
 from moe_train.tasks import build_task, open_data
 from moe_train.training.checkpoints import CheckpointStore, load_model
 from moe_train.training.run_folder import RunFolder
@@ -32,13 +33,16 @@ class OpenedRun:
     task: Any
     checkpoint: Path
 
-    def load(self, device: torch.device | str = "cpu") -> LoadedRun:
-        """Builds the model with every expert on ``device`` and loads the checkpoint's weights.
+    def load(self, device: torch.device | str = "cpu", layout: ExpertLayout | None = None) -> LoadedRun:
+        """Builds the model on ``device`` and loads the checkpoint's weights.
+
+        Args:
+            layout: which rank holds which experts, whatever the layout of the training was; None: all here.
 
         Raises:
             CheckpointError: the weights are another model's.
         """
-        model = self.task.build_model(None)
+        model = self.task.build_model(layout)
         load_model(self.checkpoint, model)
         model.to(device).eval()
         return LoadedRun(**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}, model=model)

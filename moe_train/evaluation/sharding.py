@@ -1,6 +1,7 @@
 """Jobs over processes. Jobs are cut before it is known who does them, so that any number of them gives the same output.
 
-Every process holds the whole model (all experts) and takes the next job that is free; none talks to another.
+With ``expert_parallel=1`` every process holds the whole model and takes the next job that is free; none talks to
+another. Above that, and under torchrun, the processes are ranks (:mod:`moe_train.evaluation.in_step`).
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import queue
+import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,18 +18,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from moe_train.config import LaunchConfig, SearchConfig
 from moe_train.errors import LaunchError, UserError
 from moe_train.evaluation.decoding import Job, Outcome, Translator
+from moe_train.evaluation.in_step import decode_in_step, plan_evaluation
 from moe_train.evaluation.loading import OpenedRun, choose_device, open_run
+from moe_train.parallel.layout_plan import LayoutPlan
+from moe_train.training.world import World
 
 Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
 class _Recipe:
-    """What a process needs to build its own translator."""
+    """What a process needs to build its own translator; ``plan`` where the processes divide the experts."""
 
     run: Path
     checkpoint: Path
@@ -35,30 +41,63 @@ class _Recipe:
     search: SearchConfig
     device: str
     threads: int
+    plan: LayoutPlan | None = None
 
 
 def decode(
-    run: OpenedRun, jobs: Sequence[Job], search: SearchConfig, launch: LaunchConfig, progress: Progress | None = None
+    run: OpenedRun,
+    jobs: Sequence[Job],
+    search: SearchConfig,
+    launch: LaunchConfig,
+    progress: Progress | None = None,
+    expert_parallel: int = 1,
 ) -> list[Outcome]:
-    """Does the jobs in ``launch.processes`` processes.
+    """Does the jobs: on the ranks of the default process group where there is one, else in ``launch.processes``
+    processes of its own.
 
     Args:
         progress: called with the number of sentences of each job done.
+        expert_parallel: processes over which the experts of a layer are divided.
 
     Returns:
         The outcomes, in the order of the jobs.
 
     Raises:
-        LaunchError: a process died, or this is one of several that another launcher has started.
+        ConfigError: experts and processes that do not go together.
+        LaunchError: a process died, or a launcher has started several that have not joined a process group.
     """
+    if dist.is_initialized():
+        return _decode_as_rank(run, jobs, search, launch, progress, expert_parallel)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise LaunchError(
-            "evaluation starts its own processes and was started by a launcher",
+            "this is one of several processes that have not joined one another",
             remedy="run it once, with launch.processes=N",
         )
-    if launch.processes == 1 or len(jobs) < 2:
+    plan = plan_evaluation(run.config, expert_parallel, launch.processes)
+    if plan.expert_parallel == 1 and (launch.processes == 1 or len(jobs) < 2):
         return _decode_here(run, jobs, search, launch.device, progress)
-    return _decode_in_processes(run, jobs, search, launch, progress)
+    return _decode_in_processes(run, jobs, search, launch, progress, plan)
+
+
+def _decode_as_rank(
+    run: OpenedRun,
+    jobs: Sequence[Job],
+    search: SearchConfig,
+    launch: LaunchConfig,
+    progress: Progress | None,
+    expert_parallel: int,
+) -> list[Outcome]:
+    """Every rank gets all outcomes. ``progress`` hears of this rank's rounds, as if all had done theirs."""
+    world = World.current(choose_device(launch.device, World.current().local_rank))
+    plan = plan_evaluation(run.config, expert_parallel, world.size, world.local_size)
+    done = {}
+    for number, outcome in decode_in_step(run, jobs, search, plan, world.device):
+        done[number] = outcome
+        if progress:
+            first = number - world.rank
+            progress(sum(len(job.sentences) for job in jobs[first : first + world.size]))
+    everyone = {number: outcome for part in world.gather(done) for number, outcome in part.items()}
+    return [everyone[number] for number in range(len(jobs))]
 
 
 def _decode_here(
@@ -75,26 +114,45 @@ def _decode_here(
 
 
 def _decode_in_processes(
-    run: OpenedRun, jobs: Sequence[Job], search: SearchConfig, launch: LaunchConfig, progress: Progress | None
+    run: OpenedRun,
+    jobs: Sequence[Job],
+    search: SearchConfig,
+    launch: LaunchConfig,
+    progress: Progress | None,
+    plan: LayoutPlan,
 ) -> list[Outcome]:
-    count = min(launch.processes, len(jobs))
+    divided = plan.expert_parallel > 1
+    count = plan.world if divided else min(launch.processes, len(jobs))
     recipe = _Recipe(
-        run.folder.path.resolve(), run.checkpoint.resolve(), run.config.data, search, launch.device, _threads(count)
+        run.folder.path.resolve(),
+        run.checkpoint.resolve(),
+        run.config.data,
+        search,
+        launch.device,
+        _threads(count),
+        plan if divided else None,
     )
     context = multiprocessing.get_context("spawn")
     inbox, outbox = context.Queue(), context.Queue()
-    for item in (*enumerate(jobs), *[None] * count):
-        inbox.put(item)
-    processes = [context.Process(target=_work, args=(recipe, n, inbox, outbox), daemon=True) for n in range(count)]
-    try:
-        for process in processes:
-            process.start()
-        return _collect(jobs, outbox, processes, progress)
-    finally:
-        inbox.cancel_join_thread()
-        for process in processes:
-            process.terminate()
-            process.join()
+    with tempfile.TemporaryDirectory(prefix="moe_evaluate-") as meeting:
+        if divided:
+            work: Sequence[Any] = [
+                context.Process(target=_work_as_rank, args=(recipe, n, jobs, meeting, outbox), daemon=True)
+                for n in range(count)
+            ]
+        else:
+            for item in (*enumerate(jobs), *[None] * count):
+                inbox.put(item)
+            work = [context.Process(target=_work, args=(recipe, n, inbox, outbox), daemon=True) for n in range(count)]
+        try:
+            for process in work:
+                process.start()
+            return _collect(jobs, outbox, work, progress)
+        finally:
+            inbox.cancel_join_thread()
+            for process in work:
+                process.terminate()
+                process.join()
 
 
 def _collect(
@@ -127,6 +185,25 @@ def _threads(processes: int) -> int:
     if "OMP_NUM_THREADS" in os.environ:
         return torch.get_num_threads()
     return max(1, len(os.sched_getaffinity(0)) // processes)
+
+
+def _work_as_rank(recipe: _Recipe, rank: int, jobs: Sequence[Job], meeting: str, outbox: Any) -> None:
+    """A process that holds a part of the experts: its share of the jobs, in step with the others."""
+    try:
+        assert recipe.plan is not None
+        torch.set_num_threads(recipe.threads)
+        device = choose_device(recipe.device, rank)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        store = f"file://{meeting}/store"
+        dist.init_process_group(backend, init_method=store, rank=rank, world_size=recipe.plan.world)
+        run = open_run(recipe.run, recipe.checkpoint, recipe.data)
+        for done in decode_in_step(run, jobs, recipe.search, recipe.plan, device):
+            outbox.put(done)
+        dist.destroy_process_group()
+    except UserError as error:
+        outbox.put((-1, error))
+    except Exception:
+        outbox.put((-1, traceback.format_exc()))
 
 
 def _work(recipe: _Recipe, number: int, inbox: Any, outbox: Any) -> None:

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 
 from moe_train.config import LaunchConfig, RunConfig, SearchConfig
+from moe_train.config.evaluation import EvaluateConfig
 from moe_train.data.folder import DataFolder
+from moe_train.evaluation.evaluate import evaluate
 from moe_train.evaluation.validator import make_bleu_validator
 from moe_train.launch.joining import joined_world
 from moe_train.routing.context import Alone
@@ -37,6 +39,18 @@ def bleu(data: str, strategy: str, expert_parallel: int) -> dict[str, Any]:
         assert first == second and model.training and model.settings.ranks is ranks
         held = next(p.shape[0] for p in model.parameters() if getattr(p, "expert", False))
         return {"bleu": first, "experts": held}
+
+
+def scores(run: str, expert_parallel: int) -> dict[str, float]:
+    """BLEU of two directions, evaluated by the ranks of the default group; the file that was written says the same."""
+    directions = ("de-en", "en-fr")
+    config = EvaluateConfig(
+        run, search=SEARCH, directions=directions, max_sentences=7, launch=LaunchConfig(device="cpu"),
+        expert_parallel=expert_parallel,
+    )  # fmt: skip
+    results = evaluate(config)
+    assert results.decoding["processes"] == torch.distributed.get_world_size()
+    return {name: results.directions[name].scores.bleu for name in directions}
 
 
 def _layout(expert_parallel: int) -> Any:

@@ -14,7 +14,7 @@ from rich.console import Console
 from moe_train.config import LaunchConfig, SearchConfig
 from moe_train.config.evaluation import EvaluateConfig
 from moe_train.data.folder import DataFolder
-from moe_train.errors import CheckpointError, DataError, LaunchError
+from moe_train.errors import CheckpointError, ConfigError, DataError, LaunchError
 from moe_train.evaluation.averages import groups, tier_of
 from moe_train.evaluation.decoding import encode
 from moe_train.evaluation.evaluate import displaced, evaluate
@@ -23,6 +23,8 @@ from moe_train.evaluation.outputs import OutputFiles
 from moe_train.evaluation.results import read_results
 from moe_train.evaluation.sharding import decode
 from moe_train.evaluation.table import show
+from tests.distributed.world import Worlds
+from tests.evaluation import jobs
 from tests.evaluation.runs import make_run
 
 SEARCH = SearchConfig(beam=2, max_length_ratio=0.5, max_length_offset=5, batch_tokens=160)
@@ -85,6 +87,38 @@ def test_another_number_of_processes_gives_the_same(evaluated: Path) -> None:
     assert after["directions"] == scores and after["decoding"]["processes"] == 2
 
 
+FEW = {"directions": ("de-en", "en-fr"), "max_sentences": 7}
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory, tiny_data: DataFolder) -> tuple[Path, dict[str, float]]:
+    """A run, and the BLEU of a few of its sentences, all by this process."""
+    run = make_run(tmp_path_factory.mktemp("few"), tiny_data)
+    found = evaluate(config(run, **FEW, search=jobs.SEARCH)).directions
+    return run, {name: entry.scores.bleu for name, entry in found.items()}
+
+
+@pytest.mark.parametrize(("world", "expert_parallel"), [(4, 4), (4, 2), (2, 1)])
+def test_ranks_of_a_group_evaluate_together(
+    worlds: Worlds, few: tuple[Path, dict[str, float]], world: int, expert_parallel: int
+) -> None:
+    run, want = few
+    for found in worlds(world).run(jobs.scores, str(run), expert_parallel):
+        assert found == pytest.approx(want, abs=0.1)
+
+
+def test_own_processes_divide_the_experts(few: tuple[Path, dict[str, float]]) -> None:
+    run, want = few
+    launched = LaunchConfig(processes=2, device="cpu")
+    found = evaluate(config(run, **FEW, search=jobs.SEARCH, launch=launched, expert_parallel=2))
+    assert {name: entry.scores.bleu for name, entry in found.directions.items()} == pytest.approx(want, abs=0.1)
+
+
+def test_experts_that_cannot_be_divided(few: tuple[Path, dict[str, float]]) -> None:
+    with pytest.raises(ConfigError, match=r"^expert_parallel=4 is above the 2 ranks.*Set expert_parallel to 1 or 2"):
+        evaluate(config(few[0], launch=LaunchConfig(processes=2, device="cpu"), expert_parallel=4))
+
+
 def test_directions_are_added_to_equal_settings_and_replace_others(tmp_path: Path, tiny_data: DataFolder) -> None:
     run = make_run(tmp_path, tiny_data)
     assert list(evaluate(config(run, directions=("en-de",))).directions) == ["en-de"]
@@ -122,23 +156,23 @@ def test_under_a_launcher(tmp_path: Path, tiny_data: DataFolder, monkeypatch: py
 
 def test_what_a_process_finds_wrong_is_reported_as_it_is(tmp_path: Path, tiny_data: DataFolder) -> None:
     run = open_run(make_run(tmp_path, tiny_data))  # verified here, and spoilt before the processes read it
-    jobs = encode(run.task, ["Das Kind."] * 40, "de", "en", 30).jobs
+    batches = encode(run.task, ["Das Kind."] * 40, "de", "en", 30).jobs
     for weights in run.checkpoint.glob("*.safetensors"):
         weights.unlink()
     with pytest.raises(CheckpointError, match="step_5"):
-        decode(run, jobs, SEARCH, LaunchConfig(processes=2, device="cpu"))
+        decode(run, batches, SEARCH, LaunchConfig(processes=2, device="cpu"))
 
 
 def test_killed_processes_are_noticed(tmp_path: Path, tiny_data: DataFolder) -> None:
     run = open_run(make_run(tmp_path, tiny_data))
-    jobs = encode(run.task, ["Das Kind kauft das Buch."] * 400, "de", "en", 30).jobs
+    batches = encode(run.task, ["Das Kind kauft das Buch."] * 400, "de", "en", 30).jobs
 
     def kill(_: int) -> None:
         for process in multiprocessing.active_children():
             process.kill()
 
     with pytest.raises(LaunchError, match="exit code -9"):
-        decode(run, jobs, SEARCH, LaunchConfig(processes=2, device="cpu"), kill)
+        decode(run, batches, SEARCH, LaunchConfig(processes=2, device="cpu"), kill)
 
 
 def test_shuffling_leaves_no_line_in_its_place() -> None:
