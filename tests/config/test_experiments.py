@@ -12,6 +12,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from torch import nn
 
+from moe_train.analysis.cost_shape import model_shape
 from moe_train.commands._app import forget_foreign_schemas
 from moe_train.config import ImageConfig, LanguageModelConfig, RunConfig, build
 from moe_train.config.paths import configs_directory
@@ -79,6 +80,14 @@ def test_a_recipe_at_published_size_has_the_paper_s_parameters(name: str) -> Non
     assert found.blocks
     if millions is not None:
         assert found.parameters_total / 1e6 == pytest.approx(millions, rel=0.01), source
+
+
+@pytest.mark.parametrize("name", ["thor_iwslt14", "smoe_m4", "smoe_m15", "smoe_opus100", "sam_base"])
+def test_moe_plan_sees_the_same_model(name: str) -> None:
+    config, entries = composed(name), PAPERS[name][0]
+    shape, found = model_shape(config.model, config.routing, entries), accounted(name, entries)
+    assert shape.dense_parameters + shape.expert_parameters == found.parameters_total
+    assert shape.active_parameters == pytest.approx(found.parameters_active, rel=0.01)
 
 
 def test_thor_s_experts_have_the_closed_form() -> None:

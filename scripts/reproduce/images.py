@@ -1,0 +1,128 @@
+"""Soft MoE, token choice, expert choice and dense on images, at equal FLOPs.
+
+    python scripts/reproduce/images.py --seeds 3
+
+Fashion-MNIST by default (apt-get install dataset-fashion-mnist). A quarter-million-parameter vision Transformer with
+experts in its second half: one expert of the dense width per token (token choice, expert choice with factor 1), and for
+Soft MoE as many slots as an image has patches, so that all cost what the dense model costs, but for routing.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from study import Claim, Study, Variant, parser, read_lines, wanted
+
+from moe_train.analysis.probe import probe_run
+
+_EXPERTS = 7  # Soft MoE's 49 slots are 7 experts of 7 slots, or 49 of one
+VARIANTS = (
+    Variant("dense", ("routing=dense",)),
+    Variant(
+        "token_choice",
+        (
+            "routing=switch",
+            f"routing.num_experts={_EXPERTS}",
+            "routing.capacity_factor=1.0",
+            "routing.evaluation_capacity_factor=1.0",
+            "routing.batch_prioritised=true",
+        ),
+    ),
+    Variant(
+        "expert_choice",
+        (
+            "routing=expert_choice",
+            f"routing.num_experts={_EXPERTS}",
+            "routing.capacity_factor=1.0",
+            "routing.scope=batch",
+        ),
+    ),
+    Variant("soft_moe_7x7", ("routing=soft_moe", f"routing.num_experts={_EXPERTS}", "routing.slots_per_expert=7")),
+    Variant("soft_moe_49x1", ("routing=soft_moe", "routing.num_experts=49", "routing.slots_per_expert=1")),
+)
+COLUMNS = (
+    ("accuracy", "test accuracy"),
+    ("valid_accuracy", "best valid accuracy"),
+    ("milliseconds_per_image", "ms per image (test)"),
+    ("dropped_fraction", "tokens dropped"),
+    ("train_images_per_second", "images/s (training)"),
+)
+
+
+def _best_soft(means: Any) -> tuple[str, float]:
+    found = [name for name in ("soft_moe_7x7", "soft_moe_49x1") if name in means]
+    best = max(found, key=lambda name: means[name]["accuracy"])
+    return best, means[best]["accuracy"]
+
+
+def _beats(other: str) -> Any:
+    def measured(means: Any) -> tuple[str, bool]:
+        name, accuracy = _best_soft(means)
+        return f"{name} {accuracy:.2%}, {other} {means[other]['accuracy']:.2%}", accuracy > means[other]["accuracy"]
+
+    return measured
+
+
+def _more_experts(means: Any) -> tuple[str, bool]:
+    few, many = (means[name]["accuracy"] for name in ("soft_moe_7x7", "soft_moe_49x1"))
+    return f"49 x 1: {many:.2%}, 7 x 7: {few:.2%}", many > few
+
+
+def _drops(means: Any) -> tuple[str, bool]:
+    token, expert = (means[name]["dropped_fraction"] for name in ("token_choice", "expert_choice"))
+    return f"token choice {token:.1%}, expert choice {expert:.1%}, Soft MoE none", token > 0 and expert > 0
+
+
+_SPARSE = ("token_choice", "expert_choice")
+_SOFT = ("soft_moe_7x7", "soft_moe_49x1")
+CLAIMS = (
+    Claim("Soft MoE, table 9", "beats dense at equal FLOPs", ("dense", *_SOFT), _beats("dense")),
+    Claim("Soft MoE, figure 6 and table 9", "beats token choice", ("token_choice", *_SOFT), _beats("token_choice")),
+    Claim("Soft MoE, figure 6 and table 9", "beats expert choice", ("expert_choice", *_SOFT), _beats("expert_choice")),
+    Claim("Soft MoE, §3.5", "one slot per expert and most experts are best", _SOFT, _more_experts),
+    Claim("Soft MoE, appendix B", "sparse routers drop tokens, about 15 % at C = 1", _SPARSE, _drops),
+)
+
+
+def main() -> None:
+    """Trains, evaluates, writes ``images.json`` and ``images.md``."""
+    options = parser(__doc__ or "", "/usr/share/datasets/fashion-mnist", seeds=3, updates=600).parse_args()
+    study = Study("images", "Images: Soft MoE against sparse and dense, at equal FLOPs", COLUMNS, CLAIMS, options)
+    for seed in range(1, options.seeds + 1):
+        for variant in wanted(VARIANTS, options.only):
+            folder = study.train(f"{variant.name}-s{seed}", [*common(options, seed), *variant.overrides])
+            study.note(variant.name, seed, folder, *measure(study, folder))
+
+
+def common(options: Any, seed: int) -> list[str]:
+    """What all runs have."""
+    return [
+        *("task=image_classification", "model=vit_tiny", f"data={options.data}", f"seed={seed}", "task.flip=true"),
+        *("training.tokens_per_update=128", f"training.max_updates={options.updates}"),
+        "training.schedule.warmup_updates=100",
+        *("training.checkpoint.keep=1", f"training.checkpoint.every_updates={options.updates}"),
+        *(f"training.validation.every_updates={max(1, options.updates // 5)}", f"training.threads={options.threads}"),
+    ]
+
+
+def measure(study: Study, folder: Path) -> tuple[dict[str, float | None], Any]:
+    """Measures and details of a run."""
+    test = study.evaluate(folder)
+    probed = probe_run(folder, max_sentences=256)["checkpoints"]
+    last = probed[max(probed, key=int)]
+    drops = [layer["dropped_fraction"] for layer in last.values() if "dropped_fraction" in layer]
+    valid, train = read_lines(folder / "valid.jsonl"), read_lines(folder / "train.jsonl")
+    speeds = sorted(line["images_per_second"] for line in train)
+    measures: dict[str, float | None] = {
+        "accuracy": test["sets"]["test"]["accuracy"],
+        "valid_accuracy": max(line["accuracy"] for line in valid),
+        "milliseconds_per_image": 1e3 * test["seconds"] / test["items"],
+        "dropped_fraction": sum(drops) / len(drops) if drops else 0.0,
+        "train_images_per_second": speeds[len(speeds) // 2],
+    }
+    return measures, {"layers": last, "routing": test["routing"]}
+
+
+if __name__ == "__main__":
+    main()

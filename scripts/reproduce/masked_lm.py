@@ -1,0 +1,152 @@
+"""X-MoE in small: masked language models of many languages, then zero-shot classification, routing frozen or not.
+
+    python scripts/reproduce/masked_lm.py --data data-bin/parallel15 --texts DIR --seeds 3
+
+Dense, Switch and X-MoE at equal active compute: an encoder of four layers whose odd ones have eight experts, one a
+token (the paper's own placement is experiment=xmoe_xtreme_small). Every checkpoint along training is looked at: the
+collapse of the states that routers see, and how many tokens change their expert from one checkpoint to the next. Then
+each model is fine-tuned on English texts (DIR holds train.en.tsv, test.XX.tsv …) and measured in every language.
+"""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+from study import Claim, Study, Variant, parser, wanted
+
+from moe_train.analysis.probe import probe_run
+
+_CHECKPOINTS = 6
+VARIANTS = (
+    Variant("dense", ("routing=dense",)),
+    Variant("switch", ("routing=switch", "routing.num_experts=8")),
+    Variant("xmoe", ("routing=xmoe", "routing.num_experts=8")),
+)
+COLUMNS = (
+    ("perplexity", "perplexity (test)"),
+    ("collapse_first", "Tr(Σ_W Σ_B⁺) by expert, first checkpoint"),
+    ("collapse_last", "… last checkpoint"),
+    ("fluctuation", "fluctuation between checkpoints"),
+    ("english_f1", "macro-F1 English"),
+    ("zero_shot_f1", "macro-F1 zero-shot"),
+    ("gap_f1", "gap to the same items in English"),
+    ("english_f1_frozen", "English, frozen"),
+    ("zero_shot_f1_frozen", "zero-shot, frozen"),
+)
+
+
+def _lower(measure: str, one: str, other: str, place: str, says: str) -> Claim:
+    """The claim that a measure is lower for ``one`` than for ``other``."""
+
+    def measured(means: Any) -> tuple[str, bool]:
+        first, second = means[one][measure], means[other][measure]
+        return f"{one} {first:.4g}, {other} {second:.4g}", first < second
+
+    return Claim(f"X-MoE, {place}", says, (one, other), measured)
+
+
+def _collapse(means: Any) -> tuple[str, bool]:
+    change = {name: means[name]["collapse_last"] / means[name]["collapse_first"] for name in ("switch", "xmoe")}
+    return f"switch x{change['switch']:.3g} along training, xmoe x{change['xmoe']:.3g}", change["xmoe"] > change[
+        "switch"
+    ]
+
+
+def _frozen(means: Any) -> tuple[str, bool]:
+    free, frozen = means["xmoe"]["zero_shot_f1"], means["xmoe"]["zero_shot_f1_frozen"]
+    return f"frozen {frozen:.4g}, free {free:.4g}", frozen > free
+
+
+CLAIMS = (
+    _lower("perplexity", "switch", "dense", "table 2", "perplexity: sparse below dense (19.02 against 23.51)"),
+    _lower("perplexity", "xmoe", "switch", "table 2", "perplexity: X-MoE below Switch (18.72 against 19.02)"),
+    Claim("X-MoE, §4.5", "Switch's states collapse, X-MoE's do not", ("xmoe", "switch"), _collapse),
+    _lower("fluctuation", "xmoe", "switch", "§4.5", "X-MoE's routing fluctuates less"),
+    _lower("zero_shot_f1", "switch", "xmoe", "table 1", "zero-shot transfer: X-MoE above Switch"),
+    _lower("zero_shot_f1", "dense", "switch", "table 1", "zero-shot transfer: Switch above dense"),
+    Claim("X-MoE, table 3", "frozen routing transfers better", ("xmoe",), _frozen),
+)
+
+
+def main() -> None:
+    """Trains, fine-tunes, measures; writes ``masked_lm.json`` and ``masked_lm.md``."""
+    options = parser(__doc__ or "", "data-bin/parallel15", seeds=3, updates=600)
+    options.add_argument("--texts", default="data/sections11", help="labelled texts: {train,valid,test}.XX.tsv")
+    options.add_argument("--fine-tune-updates", type=int, default=400, help="updates of a fine-tuning")
+    given = options.parse_args()
+    study = Study("masked_lm", "Masked language models: X-MoE against Switch and dense", COLUMNS, CLAIMS, given)
+    study.notes.append("a token's class, for the collapse, is the expert it is routed to; means over sparse layers")
+    for seed in range(1, given.seeds + 1):
+        for variant in wanted(VARIANTS, given.only):
+            folder = study.train(f"{variant.name}-s{seed}", [*pre_training(given, seed), *variant.overrides])
+            measures, details = pre_trained(study, folder)
+            study.note(variant.name, seed, folder, measures, details)
+            for suffix in ("", "_frozen") if variant.name != "dense" else ("",):
+                words = [*fine_tuning(given, seed, folder), *variant.overrides]
+                freeze = f"task.freeze_routing={'true' if suffix else 'false'}"
+                tuned = study.train(f"{variant.name}{suffix}-tuned-s{seed}", [*words, freeze])
+                found, more = transferred(study, tuned, suffix)
+                measures, details = {**measures, **found}, {**details, f"transfer{suffix}": more}
+                study.note(variant.name, seed, folder, measures, details)
+
+
+def pre_training(options: Any, seed: int) -> list[str]:
+    """What all masked language models have."""
+    updates, every = options.updates, max(1, options.updates // _CHECKPOINTS)
+    return [
+        *("task=cross_lingual_lm", "model=encoder_tiny", f"data={options.data}", f"seed={seed}"),
+        *("training.tokens_per_update=4096", "training.optimizer.lr=0.002", "training.schedule.warmup_updates=100"),
+        *(f"training.max_updates={updates}", f"training.threads={options.threads}"),
+        *(f"training.checkpoint.every_updates={every}", "training.checkpoint.keep=20"),
+        *(f"training.validation.every_updates={every}", "training.validation.max_sentences=100"),
+    ]
+
+
+def fine_tuning(options: Any, seed: int, start: Path) -> list[str]:
+    """What all fine-tunings have."""
+    return [
+        *("task=cross_lingual_classification", "model=encoder_tiny", f"data={options.texts}", f"seed={seed}"),
+        *(f"training.init_from={start / 'checkpoints' / 'last'}", f"training.max_updates={options.fine_tune_updates}"),
+        *("training.tokens_per_update=4096", "training.optimizer.lr=0.001", "training.schedule.warmup_updates=40"),
+        *(f"training.threads={options.threads}", f"training.validation.every_updates={options.fine_tune_updates // 4}"),
+        *(f"training.checkpoint.every_updates={options.fine_tune_updates}", "training.checkpoint.keep=1"),
+    ]
+
+
+def pre_trained(study: Study, folder: Path) -> tuple[dict[str, float | None], dict[str, Any]]:
+    """Perplexity on the test split, and X-MoE's measures along training."""
+    test = study.evaluate(folder, "test", "checkpoint=last")
+    probed = probe_run(folder, max_sentences=60)
+    series = [_mean(layers, "collapse_by_expert") for layers in probed["checkpoints"].values()]
+    ratios = [ratio for layer in probed["fluctuation"].values() for ratio in layer]
+    measures = {
+        "perplexity": test["average"]["ppl"],
+        "collapse_first": series[0] if series else None,
+        "collapse_last": series[-1] if series else None,
+        "fluctuation": statistics.fmean(ratios) if ratios else None,
+    }
+    by_language = {name: entry["ppl"] for name, entry in test["sets"].items()}
+    return measures, {"perplexity": by_language, "probe": probed, "load": test["routing"]}
+
+
+def transferred(study: Study, folder: Path, suffix: str) -> tuple[dict[str, float | None], Any]:
+    """Macro-F1 in English, zero-shot, and the gap to the same items in English."""
+    test = study.evaluate(folder)
+    gaps = [gap["macro_f1"] for gap in test["summary"]["gap"].values()]
+    measures = {
+        f"english_f1{suffix}": test["sets"]["en"]["macro_f1"],
+        f"zero_shot_f1{suffix}": test["summary"]["zero_shot"]["macro_f1"],
+        f"gap_f1{suffix}": statistics.fmean(gaps) if gaps else None,
+    }
+    return measures, {"sets": test["sets"], "summary": test["summary"]}
+
+
+def _mean(layers: dict[str, dict[str, Any]], name: str) -> float | None:
+    values = [layer[name] for layer in layers.values() if name in layer]
+    return statistics.fmean(values) if values else None
+
+
+if __name__ == "__main__":
+    main()

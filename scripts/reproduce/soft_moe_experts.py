@@ -1,0 +1,100 @@
+"""How Soft MoE's time grows with its experts at a fixed number of slots, against the bare products of as many experts.
+
+    python scripts/reproduce/soft_moe_experts.py
+
+From 4 to 64 experts the slots, and with them the FLOPs, stay the same: what grows is what batched products of smaller
+matrices lose. Layers and products take turns within a round, so that what else the machine does hits all alike; the
+figure is the median over rounds of the ratio of their growths.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from study import machine, plain_word
+from torch import Tensor
+
+from moe_train import MoELayer
+from moe_train.training.about import commit
+from moe_train.training.integrity import replace_text
+
+EXPERTS = (4, 16, 64)
+BOUND = 1.1  # from 4 to 64 experts, the layer's growth over the products'
+
+
+def contenders(
+    images: int, tokens: int, dim: int, hidden: int, slots: int
+) -> dict[tuple[str, int], Callable[[], Tensor]]:
+    """``("layer", n)`` and ``("products", n)`` for each number of experts."""
+    found: dict[tuple[str, int], Callable[[], Tensor]] = {}
+    x = torch.randn(images, tokens, dim)
+    for n in EXPERTS:
+        layer = MoELayer(
+            dim, hidden, {"name": "soft_moe", "num_experts": n, "num_slots": slots}, activation="gelu"
+        ).eval()
+        rows = torch.randn(n, images * slots // n, dim)
+        first, second = torch.randn(n, dim, hidden) / dim**0.5, torch.randn(n, hidden, dim) / hidden**0.5
+        found["layer", n] = lambda layer=layer: layer(x)[0]  # type: ignore[misc]
+        found["products", n] = lambda rows=rows, a=first, b=second: torch.bmm(torch.bmm(rows, a), b)  # type: ignore[misc]
+    return found
+
+
+@torch.no_grad()
+def timed(calls: dict[tuple[str, int], Callable[[], Tensor]], rounds: int) -> dict[tuple[str, int], list[float]]:
+    """Seconds of each call in each round, after one that does not count."""
+    seconds: dict[tuple[str, int], list[float]] = {key: [] for key in calls}
+    for number in range(rounds + 1):
+        for key, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if number:
+                seconds[key].append(time.perf_counter() - start)
+    return seconds
+
+
+def growth(seconds: dict[tuple[str, int], list[float]]) -> float:
+    """The layer's time at 64 experts over that at 4, divided by the same of the products; median over rounds."""
+    few, many = EXPERTS[0], EXPERTS[-1]
+    columns = (seconds[kind, n] for kind in ("layer", "products") for n in (many, few))
+    return statistics.median(a / b / (c / d) for a, b, c, d in zip(*columns, strict=True))
+
+
+def main() -> None:
+    """Measures, prints and writes ``soft_moe_experts.json``."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--results", default="results")
+    options.add_argument("--rounds", type=int, default=30)
+    options.add_argument("--threads", type=int, default=0)
+    options.add_argument("--shape", default="32,196,384,1536,192", help="images,tokens,dim,hidden,slots")
+    given = options.parse_args()
+    if given.threads:
+        torch.set_num_threads(given.threads)
+    torch.manual_seed(1)
+    seconds = timed(contenders(*(int(n) for n in given.shape.split(","))), given.rounds)
+    medians = {f"{kind}, {n} experts": statistics.median(values) for (kind, n), values in seconds.items()}
+    content = {
+        "command": [Path(sys.argv[0]).name, *(plain_word(word) for word in sys.argv[1:])],
+        "commit": commit(),
+        "machine": machine(),
+        "threads": torch.get_num_threads(),
+        "shape": given.shape,
+        "milliseconds": {name: 1e3 * value for name, value in medians.items()},
+        "growth": growth(seconds),
+        "bound": BOUND,
+        "holds": growth(seconds) <= BOUND,
+    }
+    path = Path(given.results) / "soft_moe_experts.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(path, json.dumps(content, indent=1) + "\n")
+    print(json.dumps(content, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,257 @@
+"""What the comparisons share: runs that are trained once, evaluated once, and a table of them beside a paper's claims.
+
+A run that is finished is not trained again, one that was stopped goes on; so every comparison can be broken off and
+started again with the same command. Results are written after every run, with those that are there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe_train.training.about import commit, versions
+from moe_train.training.integrity import replace_text
+from moe_train.training.run_folder import RunFolder
+
+Measures = Mapping[str, float | None]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One side of a comparison: its name and what it adds to the common command line."""
+
+    name: str
+    overrides: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a paper says, and how the same is read off the means of the variants.
+
+    Attributes:
+        measured: gives a sentence and whether it agrees; called where every variant that it needs has results.
+    """
+
+    paper: str
+    says: str
+    needs: tuple[str, ...]
+    measured: Callable[[Mapping[str, Mapping[str, float]]], tuple[str, bool]]
+
+
+@dataclass
+class Study:
+    """A comparison: its runs by name, and what has been measured of them."""
+
+    name: str
+    title: str
+    columns: tuple[tuple[str, str], ...]  # measure -> heading
+    claims: tuple[Claim, ...]
+    options: argparse.Namespace
+    runs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def folder(self, run: str) -> Path:
+        """Where a run is."""
+        return Path(self.options.runs) / self.name / run
+
+    def train(self, run: str, overrides: Sequence[str]) -> Path:
+        """Trains what is not trained yet; the run's folder."""
+        folder = self.folder(run)
+        opened = RunFolder(folder)
+        if opened.exists and opened.finished and not opened.info["update"] < _updates(overrides):
+            return folder
+        words = [*overrides, f"hydra.run.dir={folder}", *self.options.more]
+        print(f"== {self.name}: {run}", flush=True)
+        started = time.monotonic()
+        done = subprocess.run([sys.executable, "-m", "moe_train.commands.train", *words], check=False)
+        _add_seconds(folder, time.monotonic() - started)
+        if done.returncode:
+            raise SystemExit(f"{run} ended with code {done.returncode}; the same command goes on from here")
+        return folder
+
+    def evaluate(self, folder: Path, split: str = "test", *words: str) -> dict[str, Any]:
+        """``<split>.json`` of a run, made where it is not there."""
+        path = folder / f"{split}.json"
+        if not path.is_file():
+            arguments = [f"run={folder}", f"split={split}", f"hydra.run.dir={folder / 'evaluation'}", *words]
+            subprocess.run([sys.executable, "-m", "moe_train.commands.evaluate", *arguments], check=True)
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return content
+
+    def note(self, variant: str, seed: int, folder: Path, measures: Measures, details: Any = None) -> None:
+        """Keeps what was measured of a run, and writes the results so far."""
+        info = RunFolder(folder).info
+        self.runs[folder.name] = {
+            "variant": variant,
+            "seed": seed,
+            "measures": {name: value for name, value in measures.items() if value is not None},
+            "updates": info.get("update"),
+            "parameters": info.get("parameters"),
+            "flops_per_token": info.get("flops_per_token"),
+            "commit": info.get("commit"),
+            "threads": info.get("threads"),
+            "seconds": _seconds(folder),
+            "details": details,
+        }
+        self.write()
+
+    def means(self) -> dict[str, dict[str, float]]:
+        """Variant -> measure -> mean over seeds."""
+        return {v: {m: s["mean"] for m, s in found.items()} for v, found in self.summary().items()}
+
+    def summary(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """Variant -> measure -> mean, standard deviation (of the sample), and the values by seed."""
+        by_variant: dict[str, dict[str, list[float]]] = {}
+        for run in self.runs.values():
+            for measure, value in run["measures"].items():
+                by_variant.setdefault(run["variant"], {}).setdefault(measure, []).append(value)
+        return {v: {m: spread(values) for m, values in found.items()} for v, found in by_variant.items()}
+
+    def outcomes(self) -> list[dict[str, Any]]:
+        """Each claim with what was measured, ``None`` where runs are missing."""
+        means = self.means()
+        return [{"paper": claim.paper, "says": claim.says, **_outcome(claim, means)} for claim in self.claims]
+
+    def write(self) -> None:
+        """``NAME.json`` and ``NAME.md`` in the folder of results."""
+        folder = Path(self.options.results)
+        folder.mkdir(parents=True, exist_ok=True)
+        content = {
+            "comparison": self.name,
+            "title": self.title,
+            "command": [Path(sys.argv[0]).name, *(plain_word(word) for word in sys.argv[1:])],
+            "commit": commit(),
+            "machine": machine(),
+            "versions": versions(),
+            "claims": self.outcomes(),
+            "summary": self.summary(),
+            "notes": self.notes,
+            "runs": self.runs,
+        }
+        replace_text(folder / f"{self.name}.json", json.dumps(content, indent=1, sort_keys=True) + "\n")
+        replace_text(folder / f"{self.name}.md", markdown(content, self.columns))
+
+
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """Mean, sample standard deviation (0 for one value) and the values."""
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return {"mean": statistics.fmean(values), "deviation": deviation, "values": list(values)}
+
+
+def markdown(content: Mapping[str, Any], columns: Sequence[tuple[str, str]]) -> str:
+    """The results as a page: claims beside what was measured, a row per variant, how it was made."""
+    lines = [f"# {content['title']}", "", "| paper | claim | measured here | agrees |", "|---|---|---|---|"]
+    for claim in content["claims"]:
+        agrees = {None: "open", True: "yes", False: "**no**"}[claim["agrees"]]
+        lines.append(f"| {claim['paper']} | {claim['says']} | {claim['measured']} | {agrees} |")
+    shown = [(m, head) for m, head in columns if any(m in found for found in content["summary"].values())]
+    lines += ["", "Mean ± standard deviation over seeds.", ""]
+    lines += [f"| variant | seeds | {' | '.join(head for _, head in shown)} |", "|---|---:|" + "---:|" * len(shown)]
+    for variant, found in content["summary"].items():
+        seeds = max(len(entry["values"]) for entry in found.values())
+        lines.append(f"| {variant} | {seeds} | {' | '.join(_cell(found.get(m)) for m, _ in shown)} |")
+    machine_ = content["machine"]
+    minutes = sum(run["seconds"] for run in content["runs"].values()) / 60
+    lines += ["", *(f"- {note}" for note in content["notes"])]
+    lines += [
+        f"- made by `{' '.join(content['command'])}` at commit `{content['commit']}`",
+        f"- on {machine_['cores']} cores of {machine_['processor']}, {machine_['device']}; torch {torch.__version__}",
+        f"- runs: {len(content['runs'])}, {minutes:.0f} minutes of training",
+        "",
+        "Generated by scripts/reproduce; the numbers of every run are in the JSON file beside this page.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _cell(entry: Mapping[str, Any] | None) -> str:
+    return "" if entry is None else f"{_short(entry['mean'])} ± {_short(entry['deviation'])}"
+
+
+def _short(value: float) -> str:
+    return f"{value:.1f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def _outcome(claim: Claim, means: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    if any(name not in means for name in claim.needs):
+        return {"measured": "not all runs are there yet", "agrees": None}
+    try:
+        measured, agrees = claim.measured(means)
+    except KeyError as missing:
+        return {"measured": f"{missing} was not measured", "agrees": None}
+    return {"measured": measured, "agrees": bool(agrees)}
+
+
+def plain_word(word: str) -> str:
+    """A word of the command line without the folders of this machine."""
+    key, mark, value = word.rpartition("=")
+    return f"{key}{mark}{Path(value).name}" if os.path.isabs(value) or value.startswith("..") else word
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, memory and device; no names."""
+    processor = platform.processor() or platform.machine()
+    cpu = Path("/proc/cpuinfo")
+    if cpu.is_file():
+        models = [
+            line.split(":", 1)[1].strip() for line in cpu.read_text().splitlines() if line.startswith("model name")
+        ]
+        processor = models[0] if models else processor
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return {"processor": processor, "cores": os.cpu_count(), "device": device, "system": platform.system()}
+
+
+def parser(description: str, data: str, seeds: int, updates: int) -> argparse.ArgumentParser:
+    """The options that every comparison has; what stands behind ``--`` goes to every moe-train."""
+    options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--data", default=data, help=f"the data (default: {data})")
+    options.add_argument("--runs", default="outputs/reproduce", help="where run folders go")
+    options.add_argument("--results", default="results", help="where the JSON and Markdown files go")
+    options.add_argument("--seeds", type=int, default=seeds, help=f"seeds 1 to N (default: {seeds})")
+    options.add_argument("--updates", type=int, default=updates, help=f"updates of a run (default: {updates})")
+    options.add_argument("--threads", type=int, default=0, help="CPU threads of a run (default: all cores)")
+    options.add_argument("--only", default="", help="these variants only, by name, separated by commas")
+    options.add_argument("more", nargs="*", help="further words for every moe-train, behind --")
+    return options
+
+
+def wanted(variants: Sequence[Variant], only: str) -> list[Variant]:
+    """The variants that ``--only`` names; all where it names none."""
+    names = [name for name in only.split(",") if name]
+    known = {variant.name for variant in variants}
+    if unknown := [name for name in names if name not in known]:
+        raise SystemExit(f"no such variants: {', '.join(unknown)}; there are {', '.join(sorted(known))}")
+    return [variant for variant in variants if not names or variant.name in names]
+
+
+def _updates(overrides: Sequence[str]) -> int:
+    """``training.max_updates`` of a command line, 0 where it does not say."""
+    found = [word.partition("=")[2] for word in overrides if word.startswith("training.max_updates=")]
+    return int(found[-1]) if found else 0
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """JSON lines."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _add_seconds(folder: Path, seconds: float) -> None:
+    if folder.is_dir():
+        replace_text(folder / "reproduce.json", json.dumps({"seconds": _seconds(folder) + seconds}) + "\n")
+
+
+def _seconds(folder: Path) -> float:
+    path = folder / "reproduce.json"
+    return float(json.loads(path.read_text(encoding="utf-8"))["seconds"]) if path.is_file() else 0.0

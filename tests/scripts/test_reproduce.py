@@ -1,0 +1,129 @@
+"""The comparisons: claims, spreads and pages from given numbers; and one of them, tiny, run and run again."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+SCRIPTS = ("images", "masked_lm", "translation")
+
+
+@pytest.fixture
+def load(root: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(root / "scripts" / "reproduce"))
+
+    def loaded(name: str) -> ModuleType:
+        return importlib.import_module(name)
+
+    return loaded
+
+
+def options(folder: Path) -> argparse.Namespace:
+    return argparse.Namespace(runs=str(folder / "runs"), results=str(folder / "results"), more=[])
+
+
+def run_of(variant: str, seed: int, **measures: float) -> dict[str, Any]:
+    return {"variant": variant, "seed": seed, "measures": measures, "seconds": 60.0}
+
+
+def collapse(last: float) -> dict[str, float]:
+    return {"collapse_first": 4.0, "collapse_last": last}
+
+
+def test_spread(load: Any) -> None:
+    found = load("study").spread([1.0, 2.0, 3.0])
+    assert found == {"mean": 2.0, "deviation": 1.0, "values": [1.0, 2.0, 3.0]}
+    assert load("study").spread([4.0])["deviation"] == 0.0
+
+
+def test_words_of_the_command_line_lose_this_machine_s_folders(load: Any) -> None:
+    plain = load("study").plain_word
+    assert plain("data=/home/me/secret/bin") == "data=bin" and plain("/a/b/c") == "c"
+    assert (
+        plain("--data=../shared/x") == "--data=x"
+        and plain("seed=3") == "seed=3"
+        and plain("data-bin/a") == "data-bin/a"
+    )
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_comparison_has_claims_about_variants_that_it_trains(name: str, load: Any) -> None:
+    module = load(name)
+    names = [variant.name for variant in module.VARIANTS]
+    assert len(set(names)) == len(names) and module.CLAIMS
+    for claim in module.CLAIMS:
+        assert set(claim.needs) <= set(names), claim.says
+
+
+def test_claims_are_read_off_the_means(load: Any, tmp_path: Path) -> None:
+    study, module = load("study"), load("masked_lm")
+    made = study.Study("masked_lm", "Title", module.COLUMNS, module.CLAIMS, options(tmp_path))
+    made.runs = {
+        "dense-s1": run_of("dense", 1, perplexity=30.0, zero_shot_f1=0.2),
+        "switch-s1": run_of("switch", 1, perplexity=20.0, zero_shot_f1=0.3, fluctuation=0.2, **collapse(2.0)),
+        "xmoe-s1": run_of("xmoe", 1, perplexity=18.0, zero_shot_f1=0.1, fluctuation=0.3, **collapse(5.0)),
+        "xmoe-s2": run_of("xmoe", 2, perplexity=20.0, zero_shot_f1=0.1, fluctuation=0.3, **collapse(5.0)),
+    }
+    agrees = {outcome["says"]: outcome["agrees"] for outcome in made.outcomes()}
+    assert agrees == {
+        "perplexity: sparse below dense (19.02 against 23.51)": True,
+        "perplexity: X-MoE below Switch (18.72 against 19.02)": True,
+        "Switch's states collapse, X-MoE's do not": True,
+        "X-MoE's routing fluctuates less": False,
+        "zero-shot transfer: X-MoE above Switch": False,
+        "zero-shot transfer: Switch above dense": True,
+        "frozen routing transfers better": None,
+    }
+    made.write()
+    page = (tmp_path / "results" / "masked_lm.md").read_text()
+    content = json.loads((tmp_path / "results" / "masked_lm.json").read_text())
+    assert "| xmoe | 2 | 19 ± 1.414 |" in page and "| **no** |" in page and "| open |" in page and "| yes |" in page
+    assert content["summary"]["xmoe"]["perplexity"]["values"] == [18.0, 20.0]
+    assert content["machine"]["cores"] and content["commit"] and str(tmp_path) not in json.dumps(content["command"])
+
+
+@pytest.mark.slow  # two processes
+def test_a_comparison_runs_and_does_not_repeat_itself(
+    load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("sklearn", reason="needs the extra 'images'")
+    images = load("images")
+    words = [
+        *("images.py", "--data", "digits", "--seeds", "1", "--updates", "4", "--threads", "1"),
+        *("--only", "token_choice", "--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results"), "--"),
+        *("model.embed_dim=16", "model.ffn_dim=32", "model.num_heads=2", "model.encoder_layers=2"),
+        "training.log_every=2",
+    ]
+    monkeypatch.setattr(sys, "argv", words)
+    images.main()
+    content = json.loads((tmp_path / "results" / "images.json").read_text())
+    (run,) = content["runs"].values()
+    assert run["updates"] == 4 and run["seconds"] > 0 and 0 <= run["measures"]["accuracy"] <= 1
+    assert run["measures"]["dropped_fraction"] > 0 and run["measures"]["milliseconds_per_image"] > 0
+    assert {claim["agrees"] for claim in content["claims"]} == {None}
+    before = (tmp_path / "runs" / "images" / "token_choice-s1" / "run.json").stat().st_mtime_ns
+    images.main()
+    assert (tmp_path / "runs" / "images" / "token_choice-s1" / "run.json").stat().st_mtime_ns == before
+    again = json.loads((tmp_path / "results" / "images.json").read_text())
+    assert again["runs"] == content["runs"]
+
+
+def test_growth_is_the_layer_s_over_the_products(load: Any) -> None:
+    module = load("soft_moe_experts")
+    seconds = {
+        ("layer", 4): [1.0, 2.0],
+        ("layer", 64): [3.0, 6.0],
+        ("products", 4): [1.0, 1.0],
+        ("products", 64): [2.0, 2.0],
+    }
+    assert module.growth(seconds) == 1.5
+    measured = module.timed(module.contenders(2, 16, 8, 16, 64), rounds=2)
+    assert set(measured) == {(kind, n) for kind in ("layer", "products") for n in module.EXPERTS}
+    assert all(len(values) == 2 for values in measured.values())
