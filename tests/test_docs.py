@@ -15,7 +15,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import pytest
 import yaml
 
-from moe_train.config.evaluation import EvaluateConfig, ReportConfig, TranslateConfig
+from moe_train.config.evaluation import EvaluateConfig, ExportConfig, ReportConfig, TranslateConfig
 from moe_train.routing import RoutingConfig, strategies
 from moe_train.routing.token_choice import TokenChoiceConfig
 
@@ -98,7 +98,12 @@ def test_a_strategy_has_a_section_a_figure_and_its_own_keys(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("command", "config"),
-    [("moe-evaluate", EvaluateConfig), ("moe-translate", TranslateConfig), ("moe-report", ReportConfig)],
+    [
+        ("moe-evaluate", EvaluateConfig),
+        ("moe-translate", TranslateConfig),
+        ("moe-export", ExportConfig),
+        ("moe-report", ReportConfig),
+    ],
 )
 def test_the_keys_of_evaluation_are_explained(command: str, config: type[Any]) -> None:
     text = section("evaluation.md", command)

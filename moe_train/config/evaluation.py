@@ -1,4 +1,4 @@
-"""What moe-evaluate, moe-translate and moe-report read."""
+"""What moe-evaluate, moe-translate, moe-export and moe-report read."""
 
 from __future__ import annotations
 
@@ -39,6 +39,26 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         check.not_negative("max_sentences", self.max_sentences)
         check.positive("expert_parallel", self.expert_parallel)
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Write a trained model as one directory.
+
+    Attributes:
+        run, checkpoint, data: as in :class:`EvaluateConfig`.
+        out: the directory; it must not exist, or be empty.
+        shard_mb: tensors go into files of at most this size, unless one alone is larger.
+    """
+
+    run: str
+    out: str
+    checkpoint: str | int = "best"
+    data: str | None = None
+    shard_mb: float = 5000.0
+
+    def __post_init__(self) -> None:
+        check.positive("shard_mb", self.shard_mb)
 
 
 @dataclass(frozen=True)

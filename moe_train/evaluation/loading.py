@@ -14,7 +14,10 @@ from moe_train.errors import DataError, LaunchError
 from moe_train.parallel.layout import ExpertLayout
 from moe_train.tasks import build_task, open_data
 from moe_train.training.checkpoints import CheckpointStore, load_model
+from moe_train.training.integrity import check_files
 from moe_train.training.run_folder import RunFolder
+
+DATA = "data"  # the folder of dictionaries in an export
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ def open_run(path: Path | str, checkpoint: str | int | Path = "best", data: Path
     """Opens a run without loading its weights.
 
     Args:
-        path: the run folder.
+        path: the run folder, or what moe-export made of one (which has one checkpoint, whatever is asked for).
         checkpoint: ``best``, ``last``, ``averaged``, or an update's number; or the folder of a checkpoint that has been
             verified before, by the process that hands out the work.
         data: the data folder, where it has moved.
@@ -71,6 +74,11 @@ def open_run(path: Path | str, checkpoint: str | int | Path = "best", data: Path
     """
     folder = RunFolder.open(path)
     config = folder.config
+    if _is_export(folder):
+        if not isinstance(checkpoint, Path):
+            check_files(folder.path)
+            checkpoint = folder.path.resolve()
+        config = dataclasses.replace(config, data=str(checkpoint / DATA) if config.data == DATA else config.data)
     if data is not None:
         config = dataclasses.replace(config, data=str(data))
     elif Path(config.data).is_absolute() and not Path(config.data).is_dir():
@@ -80,6 +88,11 @@ def open_run(path: Path | str, checkpoint: str | int | Path = "best", data: Path
     opened = open_data(config)
     found = checkpoint if isinstance(checkpoint, Path) else CheckpointStore(folder.checkpoints).resolve(checkpoint)
     return OpenedRun(folder, config, opened, build_task(config, opened), found)
+
+
+def _is_export(folder: RunFolder) -> bool:
+    """Whether this is no run folder but what moe-export made of one: a checkpoint with its config."""
+    return not folder.checkpoints.is_dir() and any(folder.path.glob("model*.safetensors"))
 
 
 def load_run(
