@@ -2,7 +2,7 @@
 
 Activations are the tensors that autograd keeps for backward, each storage once; a test holds the forms to what
 ``torch.autograd.graph.saved_tensors_hooks`` sees in real steps. Per token, with r bytes for a number of the residual
-stream (fp32 under autocast too), a for one of products, m for one of a dropout's mask:
+stream (fp32 under autocast too), a for one of products, m = 1 for one of a dropout's mask:
 
     self-attention   r d + a d (norm)  + 3 a d (q, k, v)  + a d (output)  + 4 H (log-sum-exp)  + m d (dropout)
     cross-attention  r d + a d         + a d + 2 a d · source ratio  + a d + 4 H + m d
@@ -25,6 +25,7 @@ from moe_train.parallel.layout_plan import LayoutPlan
 _RESIDUAL = 4
 _STATISTICS = 8  # mean and deviation of a norm
 _INDEX = 8
+_MASK = 1  # of dropout; inside experts its noise is kept as numbers
 
 
 @dataclass(frozen=True)
@@ -110,25 +111,25 @@ def activation_bytes(shape: ModelShape, work: Workload) -> float:
 def kept_bytes(shape: ModelShape, work: Workload) -> float:
     """What autograd keeps at the end of the forward pass."""
     total = 0.0
-    d, m = shape.config.embed_dim, _mask_bytes(work)
+    d = shape.config.embed_dim
     for stack in shape.stacks:
         inside = stack.layers * _RESIDUAL * d if work.recompute else sum(_layers(stack, shape, work))
         final = float(_RESIDUAL * d if stack.is_source else 0)  # the decoder's features are the loss's
         final += _RESIDUAL * d + _STATISTICS if shape.config.norm_order == "pre" else 0
-        total += work.tokens_of(stack, shape) * (inside + final + _INDEX + _dropped(shape.config.dropout, m * d))
+        total += work.tokens_of(stack, shape) * (inside + final + _INDEX + _dropped(shape.config.dropout, _MASK * d))
     return total
 
 
 def _layers(stack: StackShape, shape: ModelShape, work: Workload) -> Iterator[float]:
     """Bytes per token of each layer; inserted blocks count as layers of their own."""
     d, a, config = shape.config.embed_dim, BYTES[work.precision], shape.config
-    noise = _dropped(config.dropout, _mask_bytes(work) * d)
+    noise = _dropped(config.dropout, _MASK * d)
     frame = _RESIDUAL * d + _STATISTICS + noise
     attention = frame + 5 * a * d + _scores(shape, work)
     if stack.cross:
         attention += frame + (3 + 2 * work.source_ratio) * a * d + _scores(shape, work)
     hidden: float = a * config.ffn_dim * (1 if config.activation == "relu" else 2)
-    hidden += _dropped(config.activation_dropout, _mask_bytes(work) * config.ffn_dim)
+    hidden += _dropped(config.activation_dropout, _MASK * config.ffn_dim)
     dense = frame + a * d + hidden
     sparse = [block_bytes(block, shape, work) + (0 if _owns_frame(block) else frame + a * d) for block in stack.sparse]
     for index in range(stack.layers):
@@ -141,9 +142,9 @@ def block_bytes(block: SparseShape, shape: ModelShape, work: Workload) -> float:
     d, a, h = block.spec.dim, BYTES[work.precision], block.spec.hidden
     choices = block.router.expected_choices(block.routing)
     visits = sum(choice.share for choice in choices if choice.stage) if _owns_frame(block) else 0.0
-    noise = _dropped(block.spec.dropout, _mask_bytes(work) * h)
+    noise = _dropped(block.spec.dropout, BYTES[work.precision] * h)
     pair = a * d + block.spec.sublayers * ((4 if block.spec.norm else 1) * a * d + a * h + noise)
-    frames = _RESIDUAL * d + a * d + _dropped(shape.config.dropout, _mask_bytes(work) * d)
+    frames = _RESIDUAL * d + a * d + _dropped(shape.config.dropout, _MASK * d)
     own = (1 + visits) * frames if _owns_frame(block) else 0.0
     return own + 8.0 * block.num_experts + block.pairs * (pair + 5 * _INDEX)
 
@@ -158,10 +159,6 @@ def _scores(shape: ModelShape, work: Workload) -> float:
     if work.device == "cpu" and shape.config.attention_dropout:
         return 3 * 4.0 * heads * work.sentence_tokens
     return 4.0 * heads
-
-
-def _mask_bytes(work: Workload) -> int:
-    return 1 if work.device == "cuda" else BYTES[work.precision]
 
 
 def _dropped(probability: float, size: float) -> float:

@@ -32,7 +32,8 @@ class TimePlan:
 
     Attributes:
         dense: attention, dense feed-forwards, output.
-        experts: products of experts, and routers.
+        experts: products of experts, at the fullest rank.
+        routers: scores of all experts for every token.
         exchange_node, exchange_across: payload and metadata of all exchanges, by the link that was the slower.
         exchange_latency: what exchanges take whatever they carry.
         gradients: reductions, as far as backward does not hide them.
@@ -41,6 +42,7 @@ class TimePlan:
 
     dense: float
     experts: float
+    routers: float
     exchange_node: float
     exchange_across: float
     exchange_latency: float
@@ -70,7 +72,7 @@ def time_plan(
     """The parts of a step."""
     rate = cluster.tflops * 1e12 * cluster.efficiency
     dense = work.micro_batches * dense_flops(shape, work) / rate
-    experts = work.micro_batches * expert_flops(shape, plan, work) / rate
+    experts, routers = (work.micro_batches * flops / rate for flops in sparse_flops(shape, plan, work))
     moved = [
         _block_exchange(block, b.flows, b.tokens, plan, work, cluster)
         for block, b in zip(shape.sparse, traffic.blocks, strict=True)
@@ -86,7 +88,7 @@ def time_plan(
         plan.replicas if sharding.zero_stage else 1
     )
     optimizer = 2.0 * updated * states / (cluster.memory_bandwidth * 1e9)
-    return TimePlan(dense, experts, node, across, latency, max(0.0, reduction - hidden), optimizer)
+    return TimePlan(dense, experts, routers, node, across, latency, max(0.0, reduction - hidden), optimizer)
 
 
 def dense_flops(shape: ModelShape, work: Workload) -> float:
@@ -101,26 +103,27 @@ def dense_flops(shape: ModelShape, work: Workload) -> float:
     return total + work.tokens * shape.passes * (1 + _BACKWARD) * shape.output_flops
 
 
-def expert_flops(shape: ModelShape, plan: LayoutPlan, work: Workload) -> float:
-    """Of the fullest rank and one micro-batch: experts, and routers, forward and backward."""
-    total = 0.0
+def sparse_flops(shape: ModelShape, plan: LayoutPlan, work: Workload) -> tuple[float, float]:
+    """Of one micro-batch, forward and backward: experts' on the fullest rank, and routers'."""
+    experts = routers = 0.0
     for stack in shape.stacks:
         tokens = work.tokens_of(stack, shape) * (work.forwards + _BACKWARD)
         for block in stack.sparse:
-            fullest = fullest_rank(block, plan, work)
-            router = block.router.router_flops_per_token(block.routing, block.spec.dim)
-            total += tokens * (block.pairs * block.spec.flops_per_row * fullest + router)
-    return total
+            experts += tokens * block.pairs * block.spec.flops_per_row * fullest(block, plan.expert_parallel, work)
+            routers += tokens * block.router.router_flops_per_token(block.routing, block.spec.dim)
+    return experts, routers
 
 
-def fullest_rank(block: SparseShape, plan: LayoutPlan, work: Workload) -> float:
-    """Rows of the fullest rank over the mean: the strategy's own, the given loads', and the given skew."""
-    ranks = plan.expert_parallel
-    factor = work.skew if ranks > 1 else 1.0
+def fullest(block: SparseShape, parts: int, work: Workload) -> float:
+    """Rows of the fullest rank (or node) over the mean: by the strategy, by the given loads, and the given skew."""
+    if parts == 1:
+        return 1.0
+    factor = work.skew * parts * block.router.fullest_share(block.routing, parts)
     if work.load is not None:
-        held = [sum(work.load[e] for e in plan.experts(rank, block.num_experts)) for rank in range(ranks)]
-        factor *= max(held) / sum(held) * ranks
-    return factor * ranks * block.router.fullest_share(block.routing, ranks)
+        each = block.num_experts // parts
+        held = [sum(work.load[part * each : (part + 1) * each]) for part in range(parts)]
+        factor *= max(held) / sum(held) * parts
+    return factor
 
 
 def _block_exchange(
@@ -129,7 +132,7 @@ def _block_exchange(
     """Seconds over the node's links, between nodes, and of latency: forward, recomputation and backward."""
     row = block.spec.dim * BYTES[work.precision]
     payloads = 2 * (work.forwards + 1)
-    skew = fullest_rank(block, plan, work)
+    of_rank, of_node = (fullest(block, parts, work) for parts in (plan.expert_parallel, plan.nodes_per_group))
     calls = len({choice.stage for choice in block.router.expected_choices(block.routing)})
     node = across = latency = 0.0
     for flow in flows:
@@ -139,8 +142,8 @@ def _block_exchange(
             for link in flow.rows
         }
         ranks = min(plan.ranks_per_node, plan.world)
-        by_node = skew * sent["node"] / (cluster.bandwidth_node * 1e9)
-        by_across = skew * sent["across"] * ranks / (cluster.bandwidth_across * 1e9)
+        by_node = of_rank * sent["node"] / (cluster.bandwidth_node * 1e9)
+        by_across = of_node * sent["across"] * ranks / (cluster.bandwidth_across * 1e9)
         node, across = (
             node + (by_node if by_node >= by_across else 0.0),
             across + (by_across if by_across > by_node else 0.0),

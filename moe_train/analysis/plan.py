@@ -169,7 +169,7 @@ def _reasons(config: PlanConfig, candidates: list[Candidate], chosen: Candidate)
     if not chosen.fits:
         yield (
             f"nothing fits {limit:g} GB a rank; this needs the least, {chosen.memory.total / 1e9:.1f} GB. Try"
-            " training.recompute=true, a smaller training.tokens_per_update, or engine.name=deepspeed"
+            " training.recompute=true, a smaller training.tokens_per_update, or engine=deepspeed"
             " engine.zero_stage=1"
         )
     else:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from moe_train.config import check
+from moe_train.config.engine import EngineConfig
 from moe_train.config.model import ModelConfig
 from moe_train.errors import ConfigError
 
@@ -29,7 +30,7 @@ class ClusterConfig:
         latency_node, latency_across: microseconds until a collective's first byte arrives.
         message: microseconds that each further member of a group adds to an all-to-all.
         layer_overhead: microseconds that a sparse layer spends once per direction on counts and launches.
-        device: what the ranks run on: on CPUs dropout keeps its noise as numbers, on GPUs as bytes.
+        device: what the ranks run on; on CPUs attention with dropout keeps all its scores.
     """
 
     name: str
@@ -73,26 +74,6 @@ class PlanLayout:
             check.positive("layout.ranks_per_node", self.ranks_per_node)
         if isinstance(self.expert_parallel, int):
             check.positive("layout.expert_parallel", self.expert_parallel)
-
-
-@dataclass(frozen=True)
-class PlanEngine:
-    """Who holds what: ZeRO divides optimizer states (stage 1) and gradients (2) over data-parallel ranks."""
-
-    name: Literal["ddp", "deepspeed"] = "ddp"
-    zero_stage: int = 0
-    offload_optimizer: bool = False
-
-    def __post_init__(self) -> None:
-        if self.zero_stage not in (0, 1, 2):
-            raise ConfigError(
-                f"'engine.zero_stage' cannot be {self.zero_stage}",
-                remedy="set it to 0, 1 or 2: ZeRO-3 moves expert parameters about, which their layout already does",
-            )
-        if self.name == "ddp" and (self.zero_stage or self.offload_optimizer):
-            raise ConfigError("ZeRO and offloading belong to DeepSpeed", remedy="set engine.name=deepspeed")
-        if self.offload_optimizer and not self.zero_stage:
-            raise ConfigError("engine.offload_optimizer needs ZeRO", remedy="set engine.zero_stage=1 or 2")
 
 
 @dataclass(frozen=True)
@@ -157,7 +138,7 @@ class PlanConfig:
     routing: Mapping[str, Any] = field(default_factory=lambda: {"name": "dense"})
     model: ModelConfig = field(default_factory=ModelConfig)
     layout: PlanLayout = field(default_factory=PlanLayout)
-    engine: PlanEngine = field(default_factory=PlanEngine)
+    engine: EngineConfig = field(default_factory=EngineConfig)
     training: PlanTraining = field(default_factory=PlanTraining)
     batch: PlanBatch = field(default_factory=PlanBatch)
     vocabulary: int = 32000

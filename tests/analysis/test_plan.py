@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -187,3 +188,9 @@ def test_4096_ranks_are_planned_without_any() -> None:
 def test_what_cannot_be_is_refused(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         make_plan(config(**changes))
+
+
+def test_predictions_beside_published_figures_are_those_of_the_document() -> None:
+    script = runpy.run_path(str(ROOT / "scripts" / "predict_scaling.py"))
+    table = "\n".join(script["published_table"](script["published_rows"]()))
+    assert table in (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
