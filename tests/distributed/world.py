@@ -13,7 +13,7 @@ from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
 
-TIMEOUT = 90.0
+TIMEOUT = 240.0
 
 
 class World:

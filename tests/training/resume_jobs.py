@@ -1,0 +1,59 @@
+"""Training runs by the real loop on ranks that live through many of them, for tests of resuming at other layouts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from moe_train.config import RunConfig, build
+from moe_train.data.folder import DataFolder
+from moe_train.tasks.translation import TranslationTask
+from moe_train.training import RunFolder, train
+from moe_train.training.layouts import plan_run, settle
+from moe_train.training.world import World
+
+MODEL = {
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "embed_dim": 8,
+    "ffn_dim": 12,
+    "num_heads": 2,
+    "dropout": 0.0,
+    "attention_dropout": 0.0,
+    "max_positions": 128,
+    "sparse_layers": "all",
+}
+TRAINING = {
+    "tokens_per_update": 160,
+    "accumulation": 2,
+    "log_every": 2,
+    "threads": 1,
+    "optimizer": {"lr": 0.01},
+    "schedule": {"name": "constant", "warmup_updates": 0},
+    "checkpoint": {"every_updates": 2},
+    "validation": {"every_updates": 100, "max_sentences": 4},
+}
+
+
+class InDouble(TranslationTask):
+    """fp64, so that what differs between layouts is not rounding that Adam has magnified."""
+
+    def build_model(self, layout: Any = None) -> nn.Module:
+        return super().build_model(layout).double()
+
+
+def go(data: str, folder: str, routing: dict[str, Any], layout: dict[str, Any], updates: int) -> dict[str, Any]:
+    """Begins or goes on, on every rank of the default group or alone; gives run.json."""
+    mapping = {"data": data, "model": MODEL, "routing": routing, "layout": layout}
+    config = build(RunConfig, {**mapping, "training": {**TRAINING, "max_updates": updates}})
+    world, run, opened = World.current(), RunFolder(Path(folder)), DataFolder.open(data)
+    if world.main:
+        plan = plan_run(config, world.size, world.local_size)
+        config = settle(config, plan, run.config if run.exists else None)
+        run.check(config, opened.fingerprint)
+        run.begin(config, opened.fingerprint)
+    config = world.broadcast(config)
+    train(config, InDouble(config, opened), run, world=world)
+    return run.info
