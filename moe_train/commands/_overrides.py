@@ -36,11 +36,19 @@ def check_overrides(config_name: str, overrides: Sequence[str], config_dir: str 
         compose(config_name, overrides=search)
         groups = dict(_groups(loader))
         chosen = [_check_group(override, groups) for override in parsed if override.key_or_group in groups]
-        config = compose(config_name, overrides=[*search, *(word for word in chosen if word)])
+        config = _composed(config_name, [*search, *(word for word in chosen if word)])
     keys = sorted(_keys(OmegaConf.to_container(config, resolve=False)))  # type: ignore[arg-type]
     for override in parsed:
         if override.key_or_group not in groups:
             _check_key(override, keys, groups)
+
+
+def _composed(config_name: str, words: list[str]) -> DictConfig:
+    try:
+        return compose(config_name, overrides=words)
+    except HydraException as error:  # such as a group that only other commands have
+        reason = str(error).splitlines()[0]
+        raise ConfigError(reason, "command line", f"see what there is in configs/{config_name}.yaml") from None
 
 
 def _parse(overrides: Sequence[str]) -> list[Override]:

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from moe_train.commands._overrides import check_overrides
+from moe_train.errors import ConfigError
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -32,3 +35,9 @@ def test_it_prints_tables_and_writes_json(tmp_path: Path) -> None:
 def test_a_mistake_is_one_message(tmp_path: Path) -> None:
     done = moe_plan("layout.worlds=64", cwd=tmp_path)
     assert done.returncode == 2 and "layout.world" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_group_of_another_command_is_refused() -> None:
+    check_overrides("plan", ["engine=deepspeed", "layout.world=16", "cluster=ethernet"])
+    with pytest.raises(ConfigError, match="layout"):
+        check_overrides("plan", ["layout=two_level"])
