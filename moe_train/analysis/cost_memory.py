@@ -30,7 +30,7 @@ _MASK = 1  # of dropout; inside experts its noise is kept as numbers
 
 @dataclass(frozen=True)
 class StateSharding:
-    """Who keeps parameters' states.
+    """Who keeps parameters' states. Parameters and gradients are fp32 under both engines, casts are autocast's.
 
     Attributes:
         name: ``ddp`` or ``deepspeed``.
@@ -44,10 +44,6 @@ class StateSharding:
     zero_stage: int = 0
     offload: bool = False
     optimizer_bytes: int = 8
-
-    def half_parameters(self, precision: str) -> bool:
-        """DeepSpeed holds 16-bit parameters and gradients, and the fp32 ones with the optimizer; DDP only casts."""
-        return self.name == "deepspeed" and precision != "fp32"
 
 
 @dataclass(frozen=True)
@@ -74,20 +70,18 @@ def memory_plan(
     """What a rank holds at the end of a forward pass; its fullest moment, up to temporaries."""
     experts = shape.expert_parameters / plan.expert_parallel
     parts = ((shape.dense_parameters, plan.world), (experts, plan.replicas))
-    half = sharding.half_parameters(work.precision)
-    each = 2 if half else 4
 
     def held(stage: int, per_parameter: float) -> float:
         """Bytes over all parameters, divided over data-parallel ranks from a ZeRO stage on."""
         over = [n if sharding.zero_stage >= stage else 1 for _, n in parts]
         return sum(count * per_parameter / n for (count, _), n in zip(parts, over, strict=True))
 
-    master = 4 if half or sharding.zero_stage else 0
+    master = 4 if sharding.zero_stage else 0  # ZeRO's flat copy of what a rank steps
     optimizer = 0.0 if sharding.offload else held(1, sharding.optimizer_bytes + master)
-    casts = 2.0 * (shape.dense_parameters + experts) if work.precision != "fp32" and not half else 0.0
+    casts = 2.0 * (shape.dense_parameters + experts) if work.precision != "fp32" else 0.0
     return MemoryPlan(
-        parameters=held(3, each),
-        gradients=held(2, each),
+        parameters=held(3, 4),
+        gradients=held(2, 4),
         optimizer=optimizer,
         casts=casts,
         activations=activation_bytes(shape, work),

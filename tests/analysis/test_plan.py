@@ -113,9 +113,9 @@ def test_states_are_divided_as_zero_says() -> None:
     shape = only(layout=layout).shape
     dense, held = shape.dense_parameters, shape.expert_parameters / 8
     assert plain.parameters == plain.gradients == 4 * (dense + held) and plain.optimizer == 8 * (dense + held)
-    assert states[0].parameters == states[0].gradients == 2 * (dense + held)
+    assert states[0].parameters == states[0].gradients == 4 * (dense + held)
     assert states[1].optimizer == pytest.approx(12 * (dense / 16 + held / 2))
-    assert states[2].gradients == pytest.approx(2 * (dense / 16 + held / 2))
+    assert states[2].gradients == pytest.approx(4 * (dense / 16 + held / 2))
     assert states[1].gradients == states[0].gradients
     assert (
         only(layout=layout, engine={"name": "deepspeed", "zero_stage": 1, "offload_optimizer": True}).memory.optimizer
