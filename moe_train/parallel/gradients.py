@@ -115,7 +115,7 @@ def _reduce(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup | None,
             dist.all_reduce(flat, group=group)
             for grad, part in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
                 grad.copy_(part.view_as(grad))
-    if divide_by != 1.0:
+    if known and divide_by != 1.0:
         torch._foreach_div_([p.grad for p in known if p.grad is not None], divide_by)
 
 
