@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from moe_train.data.lines import sha256
 from moe_train.errors import DataError, did_you_mean
 from moe_train.evaluation.decoding import Encoded, Outcome, Translation, encode
 from moe_train.evaluation.loading import OpenedRun, open_run
-from moe_train.evaluation.outputs import OutputFiles
+from moe_train.evaluation.outputs import OutputFiles, set_aside
 from moe_train.evaluation.results import DirectionResult, Results, read_results
 from moe_train.evaluation.scoring import Scorer
 from moe_train.evaluation.sharding import decode
@@ -77,11 +77,14 @@ def _scored(
 ) -> Results:
     """Writes outputs and scores; under a launcher one rank does it."""
     translations = _assemble(held, outcomes)
-    for entry, lines in zip(held, translations, strict=True):
-        OutputFiles(run.folder.path, config.split, entry.direction).write(entry.sources, entry.references, lines)
     results = _results(run, config, held, translations, _speed(translations, outcomes, seconds, config))
     path = run.folder.path / f"{config.split}.json"
-    merged = results.merged_into(_earlier(path))
+    earlier = _earlier(path)
+    if earlier is not None and not results.extends(earlier):
+        results = replace(results, notes=[*results.notes, set_aside(run.folder.path, config.split)])
+    for entry, lines in zip(held, translations, strict=True):
+        OutputFiles(run.folder.path, config.split, entry.direction).write(entry.sources, entry.references, lines)
+    merged = results.merged_into(earlier)
     replace_text(path, merged.to_text())
     return merged
 

@@ -8,6 +8,7 @@ hypotheses/test.en-de.de.scores     a score per line: log-probability over lengt
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,3 +82,14 @@ class OutputFiles:
 
 def _write(path: Path, lines: Sequence[str]) -> None:
     replace_text(path, "".join(f"{line.translate(_LINE_ENDS)}\n" for line in lines))
+
+
+def set_aside(run: Path, split: str) -> str:
+    """Moves a split's scores and outputs to ``<split>.replaced.json`` and ``hypotheses.replaced/``; returns a note."""
+    kept = run / f"{split}.replaced.json"
+    os.replace(run / f"{split}.json", kept)
+    aside = run / "hypotheses.replaced"
+    aside.mkdir(exist_ok=True)
+    for path in (*aside.glob(f"{split}.*"), *(run / "hypotheses").glob(f"{split}.*")):
+        path.unlink() if path.parent == aside else os.replace(path, aside / path.name)
+    return f"the scores of other settings that stood here are kept in {kept.name}"

@@ -87,9 +87,13 @@ class Results:
         """Directions by group: all, from English, into English, tiers."""
         return groups(list(self.directions), self.tiers)
 
+    def extends(self, earlier: Results) -> bool:
+        """Whether both were made with the same settings, so that they can stand in one file."""
+        return dict(earlier.settings) == dict(self.settings)
+
     def merged_into(self, earlier: Results | None) -> Results:
         """Adds these directions to earlier results of the same settings; other earlier results are replaced."""
-        if earlier is None or dict(earlier.settings) != dict(self.settings):
+        if earlier is None or not self.extends(earlier):
             return self
         directions = {**earlier.directions, **self.directions}
         bleu = {**earlier.signatures.get("bleu", {}), **self.signatures["bleu"]}
@@ -101,7 +105,7 @@ class Results:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; see the design for the keys that other programs rely on."""
+        """Plain values; other programs rely on ``directions``, ``average``, ``signatures`` and ``baselines``."""
         averages = {
             name: {**asdict(self.average(members)), "directions": len(members)}
             for name, members in self.groups.items()

@@ -43,7 +43,7 @@ def launch(target: str, arguments: Mapping[str, Any], config: LaunchConfig, logs
     store = rendezvous(config.port)
     with tempfile.TemporaryDirectory(prefix="moe_train-") as name:
         job = Path(name)
-        content = json.dumps({"target": target, "arguments": dict(arguments)})
+        content = json.dumps({"target": target, "arguments": dict(arguments), "command": sys.argv})
         job.joinpath("job.json").write_text(content, encoding="utf-8")
         workers = [_start(job, rank, config.processes, store.port, logs) for rank in range(config.processes)]
         try:

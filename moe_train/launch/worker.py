@@ -28,6 +28,7 @@ def main() -> None:
     die_with(parent)
     try:
         content = json.loads(job.joinpath("job.json").read_text(encoding="utf-8"))
+        sys.argv = content["command"]  # what the user typed, for whoever records it
         result = resolve(content["target"])(**content["arguments"])
         job.joinpath(f"result_{rank}.json").write_text(json.dumps(result), encoding="utf-8")
     except BaseException as error:

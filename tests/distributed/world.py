@@ -64,6 +64,10 @@ class World:
             raise RuntimeError("\n".join(errors))
         return results
 
+    def whole(self) -> bool:
+        """Whether all ranks live."""
+        return self.alive and all(process.is_alive() for process in self._processes)
+
     def close(self) -> None:
         """Ends the processes."""
         self.alive = False
@@ -81,7 +85,7 @@ class Worlds:
 
     def __call__(self, size: int) -> World:
         """A living world of that size."""
-        if size not in self._worlds or not self._worlds[size].alive:
+        if size not in self._worlds or not self._worlds[size].whole():
             self._worlds[size] = World(size)
         return self._worlds[size]
 
@@ -109,7 +113,11 @@ def _serve(rank: int, size: int, port: int, pipe: Connection, path: list[str]) -
             pipe.send((True, function(*arguments)))
         except Exception:
             pipe.send((False, traceback.format_exc()))
-        _leave_groups()
+        try:
+            _leave_groups()
+        except Exception:
+            traceback.print_exc()
+            return  # a rank that cannot tidy up does not serve the next test
 
 
 def _leave_groups() -> None:

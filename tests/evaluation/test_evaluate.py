@@ -127,8 +127,9 @@ def test_directions_are_added_to_equal_settings_and_replace_others(tmp_path: Pat
     assert set(added.signatures["bleu"]) == {"13a", "char"} or "ja-mecab" in added.signatures["bleu"]
     assert read_results(run / "test.json") == added
     other = evaluate(config(run, directions=("fr-en",), checkpoint="last"))
-    assert list(other.directions) == ["fr-en"]
-    assert (run / "hypotheses" / "test.en-de.de").is_file()
+    assert list(other.directions) == ["fr-en"] and any("test.replaced.json" in note for note in other.notes)
+    assert read_results(run / "test.replaced.json") == added
+    assert (run / "hypotheses.replaced" / "test.en-de.de").is_file()
 
 
 def test_validation_split_and_few_sentences(tmp_path: Path, tiny_data: DataFolder) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,15 @@ def report(word: str) -> dict[str, Any]:
         gathered = world.gather({"rank": world.rank})
         told = world.broadcast(f"told by {world.rank}")
         threads = torch.get_num_threads()
-        return {"rank": world.rank, "size": world.size, "sum": value, "all": gathered, "told": told, "threads": threads}
+        return {
+            "rank": world.rank,
+            "size": world.size,
+            "sum": value,
+            "all": gathered,
+            "told": told,
+            "threads": threads,
+            "command": sys.argv,
+        }
 
 
 def fail(rank: int, how: str, others: str = "wait") -> None:

@@ -34,6 +34,7 @@ def test_results_in_rank_order(tmp_path: Path, capfd: pytest.CaptureFixture[str]
         "all": [{"rank": 0}, {"rank": 1}],
         "told": "told by 0",
         "threads": max(1, cores // 2),
+        "command": sys.argv,  # of the process that the user started
     }
     assert first == {"rank": 0, **expected} and second == {"rank": 1, **expected}
     assert "hello from 0" in capfd.readouterr().out

@@ -162,7 +162,7 @@ def config(**keys: Any) -> RunConfig:
     [
         ({"name": "deepspeed", "zero_stage": 3}, "ZeRO 3.*zero_stage=2"),
         ({"name": "deepspeed", "zero_stage": 4}, "cannot be 4"),
-        ({"name": "ddp", "zero_stage": 1}, "add engine=deepspeed"),
+        ({"name": "ddp", "zero_stage": 1}, "Add engine=deepspeed"),
         ({"name": "deepspeed", "zero_stage": 0, "offload_optimizer": True}, "needs ZeRO"),
     ],
 )
@@ -179,7 +179,7 @@ def test_fp16_is_refused() -> None:
 
 def test_without_deepspeed_the_remedy_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(MissingDependency, match=r"DeepSpeed is not installed.*pip install 'moe_train\[deepspeed\]'"):
+    with pytest.raises(MissingDependency, match=r"DeepSpeed is not installed.*Pip install 'moe_train\[deepspeed\]'"):
         check_deepspeed(config(engine=zero(1)))
 
 
