@@ -126,7 +126,7 @@ class ModelShape:
         return max((block.routing.passes for block in self.sparse), default=1)
 
 
-class _Words:
+class SizedVocabulary:
     """A vocabulary of which nothing but its size is known."""
 
     def __init__(self, size: int) -> None:
@@ -153,8 +153,9 @@ def model_shape(config: ModelConfig, routing: Mapping[str, Any], vocabulary: int
     """
     from moe_train.models import build_model
 
+    words = SizedVocabulary(vocabulary)
     with torch.device("meta"):
-        model: Any = build_model(config, routing_config(routing), _Words(vocabulary), _Words(vocabulary), seed=1)
+        model: Any = build_model(config, routing_config(routing), words, words, seed=1)
     stacks = (_stack("encoder", model.encoder.stack, False), _stack("decoder", model.decoder.stack, True))
     dense = sum(p.numel() for p in model.parameters() if not getattr(p, "expert", False))
     return ModelShape(config, vocabulary, stacks, dense - sum(stack.parameters for stack in stacks))

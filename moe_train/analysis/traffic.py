@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moe_train.analysis.cost_memory import StateSharding, kept_bytes, memory_plan
-from moe_train.analysis.cost_shape import SparseShape, model_shape
+from moe_train.analysis.cost_shape import SizedVocabulary, SparseShape, model_shape
 from moe_train.analysis.cost_traffic import LinkTraffic, Workload, block_flows, block_traffic, step_traffic
 from moe_train.config import ModelConfig
 from moe_train.layers import MoELayer
@@ -149,7 +149,7 @@ def measure_memory(case: ModelCase) -> dict[str, float]:
 
     experts = int(case.routing["num_experts"])
     layout = ExpertLayout.build(plan_layout(dist.get_world_size(), case.ranks_per_node, case.expert_parallel, experts))
-    words = _Words(case.vocabulary)
+    words = SizedVocabulary(case.vocabulary)
     model: Any = build_model(case.config, routing_config(case.routing), words, words, seed=1, layout=layout)
     model.set_ranks(ProcessRanks())
     model.set_recompute(case.recompute)
@@ -190,17 +190,6 @@ def predict_memory(case: ModelCase, world: int) -> dict[str, float]:
     planned = memory_plan(shape, plan, work, step_traffic(shape, plan, work), StateSharding())
     states = {name: getattr(planned, name) for name in ("parameters", "gradients", "optimizer")}
     return {**states, "activations": kept_bytes(shape, work)}
-
-
-class _Words:
-    def __init__(self, size: int) -> None:
-        self._size = size
-
-    def __len__(self) -> int:
-        return self._size
-
-    def pad(self) -> int:
-        return 1
 
 
 @contextmanager

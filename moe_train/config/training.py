@@ -121,3 +121,8 @@ class TrainingConfig:
             check.not_negative(f"training.{key}", getattr(self, key))
         check.positive("training.log_every", self.log_every)
         check.probability("training.label_smoothing", self.label_smoothing)
+
+    @property
+    def micro_batch_tokens(self) -> int:
+        """What a micro-batch may hold, over all ranks."""
+        return max(1, self.tokens_per_update // self.accumulation)

@@ -55,6 +55,13 @@ def cut(source: NDArray[np.int64], target: NDArray[np.int64], budget: int) -> In
     return np.array(edges, np.int64)
 
 
+def cut_by_length(items: Indices, source: NDArray[np.int64], target: NDArray[np.int64], budget: int) -> list[Indices]:
+    """Items [N] with their lengths, put in length order and cut: batches of like length under the budget."""
+    order = in_length_order(source, target, budget)
+    edges = cut(source[order], target[order], budget)
+    return [batch for batch in np.split(items[order], edges[1:-1]) if len(batch)]
+
+
 def _bands(target: NDArray[np.int64], budget: int) -> NDArray[np.int64]:
     """The band of each target length: wide enough for some micro-batches, narrow enough for little padding."""
     tokens = np.bincount(target) * np.arange(int(target.max()) + 1)

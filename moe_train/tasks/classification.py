@@ -17,6 +17,7 @@ from torch import nn
 
 from moe_train.config import ClassificationConfig, RunConfig
 from moe_train.data.batching import BatchSettings, Indices, WorldBatches
+from moe_train.data.cutting import cut_by_length
 from moe_train.data.folder import DataFolder
 from moe_train.data.labelled import LabelledFile, LabelledTexts
 from moe_train.data.tokenizer import OFFSET
@@ -25,7 +26,7 @@ from moe_train.models.encoder import build_text_classifier
 from moe_train.routing import RoutingConfig, routing_config
 from moe_train.tasks.base import Sample
 from moe_train.tasks.classification_criterion import ClassificationCriterion, macro_f1
-from moe_train.tasks.lm import by_length, token_frequency
+from moe_train.tasks.lm import token_frequency
 from moe_train.tasks.registry import register_task
 
 if TYPE_CHECKING:
@@ -213,8 +214,8 @@ class ClassificationTask:
     def _batches(self, split: str, name: str, max_items: int) -> list[Indices]:
         text = self.encoded(split, (name,))
         items = np.arange(len(text.labels))[: max_items or None]
-        budget = max(1, self.config.training.tokens_per_update // self.config.training.accumulation)
-        return by_length(items, text.lengths[items], budget)
+        lengths = text.lengths[items]
+        return cut_by_length(items, lengths, lengths, self.config.training.micro_batch_tokens)
 
     def _sample(self, text: EncodedFiles, indices: Indices) -> Sample:
         indices = np.asarray(indices, np.int64)

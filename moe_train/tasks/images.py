@@ -102,7 +102,7 @@ class ImageTask:
             known = ", ".join(self.data.splits)
             raise DataError(f"the images have no split '{split}'", str(self.data.path), f"it has: {known}")
         items = np.arange(len(self.data.splits[split]))[: max_items or None]
-        size = max(1, self.config.training.tokens_per_update // self.config.training.accumulation)
+        size = self.config.training.micro_batch_tokens
         return {split: np.split(items, range(size, len(items), size))}
 
     def evaluation_sample(self, split: str, name: str, indices: Indices) -> Sample:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from moe_train.config import LanguageModelConfig, RunConfig
 from moe_train.data.batching import BatchSettings, Indices, WorldBatches
-from moe_train.data.cutting import cut, in_length_order
+from moe_train.data.cutting import cut_by_length
 from moe_train.data.folder import DataFolder
 from moe_train.data.pairs import tag
 from moe_train.errors import ConfigError
@@ -145,7 +145,7 @@ class LanguageModelTask:
             DataError: no text there.
         """
         text, limit = self.split(split), self.config.model.max_positions
-        budget = max(1, self.config.training.tokens_per_update // self.config.training.accumulation)
+        budget = self.config.training.micro_batch_tokens
         sets: dict[str, Sequence[Indices]] = {}
         for name in text.names:
             items = text.items(name)
@@ -155,7 +155,7 @@ class LanguageModelTask:
                     "%s %s: %d sentences of more than %d tokens left out", split, name, len(items) - len(kept), limit
                 )
             kept = kept[: max_items or None]
-            sets[name] = by_length(kept, text.lengths[kept], budget)
+            sets[name] = cut_by_length(kept, text.lengths[kept], text.lengths[kept], budget)
         return sets
 
     def evaluation_sample(self, split: str, name: str, indices: Indices) -> Sample:
@@ -186,10 +186,3 @@ def token_frequency(dictionary: Any) -> Tensor:
     counts = torch.tensor(dictionary.count, dtype=torch.float64)
     counts[: dictionary.nspecial] = 0.0
     return counts
-
-
-def by_length(items: Indices, lengths: Indices, budget: int) -> list[Indices]:
-    """Items cut into batches of like length, of ``budget`` tokens with padding."""
-    order = in_length_order(lengths, lengths, budget)
-    edges = cut(lengths[order], lengths[order], budget)
-    return [batch for batch in np.split(items[order], edges[1:-1]) if len(batch)]

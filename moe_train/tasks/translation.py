@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from moe_train.config import RunConfig
 from moe_train.data.batching import BatchSettings, Indices, WorldBatches
-from moe_train.data.cutting import cut, in_length_order
+from moe_train.data.cutting import cut_by_length
 from moe_train.data.folder import DataFolder
 from moe_train.data.pairs import tag
 from moe_train.errors import DataError, did_you_mean
@@ -179,7 +179,7 @@ class TranslationTask(FairseqTask):  # type: ignore[misc]
         ``max_positions`` are left out, with a warning that counts them.
         """
         training = self.config.training
-        budget = max(1, training.tokens_per_update // training.accumulation)
+        budget = training.micro_batch_tokens
         sets: dict[str, Sequence[Indices]] = {}
         for name, text in self._validation.items():
             kept = np.maximum(text.source_lengths, text.target_lengths) <= self.config.model.max_positions
@@ -187,9 +187,7 @@ class TranslationTask(FairseqTask):  # type: ignore[misc]
                 limit = self.config.model.max_positions
                 _log.warning("valid %s: %d sentences of more than %d tokens left out", name, (~kept).sum(), limit)
             items = np.flatnonzero(kept)[: training.validation.max_sentences or None]
-            items = items[in_length_order(text.source_lengths[items], text.target_lengths[items], budget)]
-            edges = cut(text.source_lengths[items], text.target_lengths[items], budget)
-            sets[name] = [batch for batch in np.split(items, edges[1:-1]) if len(batch)]
+            sets[name] = cut_by_length(items, text.source_lengths[items], text.target_lengths[items], budget)
         return sets
 
     def validation_sample(self, name: str, indices: Indices) -> Sample:

@@ -20,6 +20,7 @@ import pytest
 from moe_train.commands.train import main
 from moe_train.data.folder import DataFolder
 from moe_train.training.checkpoints import CheckpointStore
+from tests.small_disks import mounted_disk
 from tests.training.toy_run import assert_same_bits, final_tensors, lines
 
 COMMAND = [sys.executable, "-m", "moe_train.commands.train"]
@@ -216,16 +217,8 @@ def test_a_taken_port(tiny_data: DataFolder, tmp_path: Path) -> None:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system with room for one checkpoint of the small model and not for two."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
-    mounted = subprocess.run(command, capture_output=True, text=True, check=False)
-    if mounted.returncode:
-        pytest.skip(f"cannot mount a small disk here: {mounted.stderr.strip()}")
-    try:
+    with mounted_disk(tmp_path, "2m") as disk:
         yield disk
-    finally:
-        subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 def test_a_disk_that_fills_while_a_checkpoint_is_written(

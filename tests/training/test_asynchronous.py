@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ from moe_train.training.engines import EngineInputs, build_engine
 from moe_train.training.keeper import Keeper
 from moe_train.training.state import RunState
 from moe_train.training.world import World
+from tests.small_disks import mounted_disk
 from tests.training.toy import ToyModel, toy_config
 from tests.training.toy_run import assert_same_bits, final_tensors, lines, start, weights
 
@@ -140,16 +140,8 @@ def test_two_processes_end_in_the_same_files(plain: Path, tmp_path: Path) -> Non
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 256 KB, where this user may mount one: room for some of the toy's checkpoints."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)]
-    mounted = subprocess.run(command, capture_output=True, text=True, check=False)
-    if mounted.returncode:
-        pytest.skip(f"cannot mount a small disk here: {mounted.stderr.strip()}")
-    try:
+    with mounted_disk(tmp_path, "256k") as disk:
         yield disk
-    finally:
-        subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 def test_a_disk_that_fills(small_disk: Path) -> None:

@@ -21,6 +21,7 @@ from moe_train.training.names import empty_optimizer_state, model_tensors, optim
 from moe_train.training.state import RunState
 from moe_train.training.tensor_files import load_tensors, shapes
 from moe_train.training.world import World
+from tests.small_disks import mounted_disk
 from tests.training.toy import EXPERTS, ToyModel
 from tests.training.toy_run import assert_same_bits, weights
 
@@ -214,16 +215,8 @@ def test_a_failed_write_leaves_what_was_there(filled: Keeper, monkeypatch: pytes
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 3 MB, where this user may mount one."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)]
-    mounted = subprocess.run(command, capture_output=True, text=True, check=False)
-    if mounted.returncode:
-        pytest.skip(f"cannot mount a small disk here: {mounted.stderr.strip()}")
-    try:
+    with mounted_disk(tmp_path, "3m") as disk:
         yield disk
-    finally:
-        subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 def test_a_disk_that_fills(small_disk: Path) -> None:
