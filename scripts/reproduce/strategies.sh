@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Every strategy under the same budget: six languages both ways, the tiny model, the same updates and batches.
+# Every strategy under the same budget: six languages both ways, the tiny model, the same updates and batches; one sweep.
 #
-#   scripts/reproduce/strategies.sh TEXT_FOLDER [OUT]      then further overrides of moe-train
+#   scripts/reproduce/strategies.sh TEXT_FOLDER [OUT] [OVERRIDE ...]      overrides go to moe-train
 #
 # TEXT_FOLDER holds {train,valid,test}.en-XX.{en,XX} of the six languages. Run it again to go on where it was stopped: what
 # is finished is not repeated. OUT (outputs/strategies) gets a run folder a strategy and the leaderboard of all.
@@ -12,9 +12,10 @@ text=${1:?usage: scripts/reproduce/strategies.sh TEXT_FOLDER [OUT] [OVERRIDE ...
 out=${2:-outputs/strategies}
 shift $(($# < 2 ? $# : 2))
 data=$out/data
+strategies=dense,switch,top_k,expert_choice,hash,random,thor,smoe,xmoe,sam,soft_moe
 budget=(
     model=tiny seed=1 launch.processes=2
-    training.max_updates=160 training.tokens_per_update=2048 training.log_every=40
+    training.max_updates=160 training.tokens_per_update=2048 training.log_every=20
     training.optimizer.lr=0.002 training.schedule.name=linear training.schedule.warmup_updates=40
     training.validation.every_updates=40 training.validation.max_sentences=40
     training.checkpoint.every_updates=80 training.checkpoint.keep=1
@@ -22,10 +23,12 @@ budget=(
 
 export PATH="$PWD/.venv/bin:$PATH"
 moe-prepare corpus=text corpus.path="$text" corpus.languages=[ar,de,fr,ru,tr,zh] vocabulary.size=8000 out="$data"
-for routing in dense switch top_k expert_choice hash random thor smoe xmoe sam soft_moe; do
-    run=$out/runs/$routing
+# The subfolder is Hydra's to fill in.
+# shellcheck disable=SC2016
+moe-train -m data="$data" routing=$strategies "${budget[@]}" \
+    hydra.sweep.dir="$out/runs" 'hydra.sweep.subdir=${hydra:runtime.choices.routing}' "$@"
+for run in "$out"/runs/*/; do
     [[ -f $run/test.json ]] && continue
-    moe-train data="$data" routing="$routing" "${budget[@]}" hydra.run.dir="$run" "$@"
     moe-evaluate run="$run" split=test checkpoint=last max_sentences=50 search.beam=4 launch.processes=2
 done
 moe-report runs=["$out/runs"] baseline="$out/runs/switch" out="$out"
