@@ -1,9 +1,10 @@
 """Soft MoE, token choice, expert choice and dense on images, at equal FLOPs.
 
     python scripts/reproduce/images.py --seeds 3
+    python scripts/reproduce/images.py --budget small --threads 1
 
-Fashion-MNIST by default (apt-get install dataset-fashion-mnist). A quarter-million-parameter vision Transformer with
-experts in its second half: one expert of the dense width per token (token choice, expert choice with factor 1), and for
+Fashion-MNIST by default (apt-get install dataset-fashion-mnist). A small vision Transformer with experts in its second
+half, 16 patches an image: one expert of the dense width per token (token choice, expert choice with factor 1), and for
 Soft MoE as many slots as an image has patches, so that all cost what the dense model costs, but for routing.
 """
 
@@ -12,11 +13,28 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from study import Claim, Study, Variant, parser, read_lines, wanted
+from study import Budget, Claim, Study, Variant, parsed, parser, read_lines, wanted
 
 from moe_train.analysis.probe import probe_run
 
-_EXPERTS = 7  # Soft MoE's 49 slots are 7 experts of 7 slots, or 49 of one
+BUDGETS = {
+    "full": Budget(
+        updates=4000,
+        words=("training.tokens_per_update=128", "training.optimizer.lr=0.001", "training.schedule.warmup_updates=200"),
+        items=0,
+        takes="about 10 minutes each on two cores",
+    ),
+    "small": Budget(
+        updates=600,
+        words=(
+            *("training.tokens_per_update=64", "training.optimizer.lr=0.003", "training.schedule.warmup_updates=50"),
+            *("task.shift=0", "model.embed_dim=96", "model.ffn_dim=384"),
+        ),
+        items=0,
+        takes="about a minute each on one core",
+    ),
+}
+_PATCH, _EXPERTS = 7, 4  # 28 x 28 pixels are 16 patches; Soft MoE's 16 slots are 4 experts of 4 slots, or 16 of one
 VARIANTS = (
     Variant("dense", ("routing=dense",)),
     Variant(
@@ -38,8 +56,8 @@ VARIANTS = (
             "routing.scope=batch",
         ),
     ),
-    Variant("soft_moe_7x7", ("routing=soft_moe", f"routing.num_experts={_EXPERTS}", "routing.slots_per_expert=7")),
-    Variant("soft_moe_49x1", ("routing=soft_moe", "routing.num_experts=49", "routing.slots_per_expert=1")),
+    Variant("soft_moe_4x4", ("routing=soft_moe", f"routing.num_experts={_EXPERTS}", "routing.slots_per_expert=4")),
+    Variant("soft_moe_16x1", ("routing=soft_moe", "routing.num_experts=16", "routing.slots_per_expert=1")),
 )
 COLUMNS = (
     ("accuracy", "test accuracy"),
@@ -51,7 +69,7 @@ COLUMNS = (
 
 
 def _best_soft(means: Any) -> tuple[str, float]:
-    found = [name for name in ("soft_moe_7x7", "soft_moe_49x1") if name in means]
+    found = [name for name in ("soft_moe_4x4", "soft_moe_16x1") if name in means]
     best = max(found, key=lambda name: means[name]["accuracy"])
     return best, means[best]["accuracy"]
 
@@ -65,8 +83,8 @@ def _beats(other: str) -> Any:
 
 
 def _more_experts(means: Any) -> tuple[str, bool]:
-    few, many = (means[name]["accuracy"] for name in ("soft_moe_7x7", "soft_moe_49x1"))
-    return f"49 x 1: {many:.2%}, 7 x 7: {few:.2%}", many > few
+    few, many = (means[name]["accuracy"] for name in ("soft_moe_4x4", "soft_moe_16x1"))
+    return f"16 x 1: {many:.2%}, 4 x 4: {few:.2%}", many > few
 
 
 def _drops(means: Any) -> tuple[str, bool]:
@@ -75,7 +93,7 @@ def _drops(means: Any) -> tuple[str, bool]:
 
 
 _SPARSE = ("token_choice", "expert_choice")
-_SOFT = ("soft_moe_7x7", "soft_moe_49x1")
+_SOFT = ("soft_moe_4x4", "soft_moe_16x1")
 CLAIMS = (
     Claim("Soft MoE, table 9", "beats dense at equal FLOPs", ("dense", *_SOFT), _beats("dense")),
     Claim("Soft MoE, figure 6 and table 9", "beats token choice", ("token_choice", *_SOFT), _beats("token_choice")),
@@ -87,7 +105,7 @@ CLAIMS = (
 
 def main() -> None:
     """Trains, evaluates, writes ``images.json`` and ``images.md``."""
-    options = parser(__doc__ or "", "/usr/share/datasets/fashion-mnist", seeds=3, updates=600).parse_args()
+    options = parsed(parser(__doc__ or "", "/usr/share/datasets/fashion-mnist", 3, BUDGETS), BUDGETS)
     study = Study("images", "Images: Soft MoE against sparse and dense, at equal FLOPs", COLUMNS, CLAIMS, options)
     for seed in range(1, options.seeds + 1):
         for variant in wanted(VARIANTS, options.only):
@@ -99,10 +117,13 @@ def common(options: Any, seed: int) -> list[str]:
     """What all runs have."""
     return [
         *("task=image_classification", "model=vit_tiny", f"data={options.data}", f"seed={seed}", "task.flip=true"),
-        *("training.tokens_per_update=128", f"training.max_updates={options.updates}"),
-        "training.schedule.warmup_updates=100",
-        *("training.checkpoint.keep=1", f"training.checkpoint.every_updates={options.updates}"),
-        *(f"training.validation.every_updates={max(1, options.updates // 5)}", f"training.threads={options.threads}"),
+        *(f"model.patch_size={_PATCH}", f"training.max_updates={options.updates}", *options.size.words),
+        *(
+            "training.validation.max_sentences=2000",
+            "training.checkpoint.keep=1",
+            f"training.checkpoint.every_updates={options.updates}",
+        ),
+        f"training.validation.every_updates={max(1, options.updates // 5)}",
     ]
 
 

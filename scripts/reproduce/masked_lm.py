@@ -1,11 +1,13 @@
 """X-MoE in small: masked language models of many languages, then zero-shot classification, routing frozen or not.
 
     python scripts/reproduce/masked_lm.py --data data-bin/parallel15 --texts DIR --seeds 3
+    python scripts/reproduce/masked_lm.py --data data-bin/parallel15 --texts DIR --budget small --threads 1
 
 Dense, Switch and X-MoE at equal active compute: an encoder of four layers whose odd ones have eight experts, one a
 token (the paper's own placement is experiment=xmoe_xtreme_small). Every checkpoint along training is looked at: the
 collapse of the states that routers see, and how many tokens change their expert from one checkpoint to the next. Then
-each model is fine-tuned on English texts (DIR holds train.en.tsv, test.XX.tsv …) and measured in every language.
+each model is fine-tuned on English texts (DIR holds train.en.tsv, test.XX.tsv …) and measured in every language. For
+the consistency between runs, the first seed's sparse models are fine-tuned with every seed, as the paper does.
 """
 
 from __future__ import annotations
@@ -14,11 +16,34 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from study import Claim, Study, Variant, parser, wanted
+import torch
+from study import Budget, Claim, Study, Variant, parsed, parser, wanted
 
 from moe_train.analysis.probe import probe_run
+from moe_train.analysis.stability import inter_run_consistency
 
 _CHECKPOINTS = 6
+BUDGETS = {
+    "full": Budget(
+        updates=1000,
+        words=(
+            "training.tokens_per_update=4096",
+            "training.optimizer.lr=0.002",
+            "training.schedule.warmup_updates=100",
+        ),
+        items=0,
+        takes="about 4 minutes each on two cores",
+    ),
+    "small": Budget(
+        updates=550,
+        words=(
+            *("training.tokens_per_update=2048", "training.optimizer.lr=0.005", "training.schedule.warmup_updates=50"),
+            *("model.embed_dim=64", "model.ffn_dim=256"),
+        ),
+        items=300,
+        takes="about a minute and a half each on one core, fine-tunings half a minute",
+    ),
+}
 VARIANTS = (
     Variant("dense", ("routing=dense",)),
     Variant("switch", ("routing=switch", "routing.num_experts=8")),
@@ -29,6 +54,7 @@ COLUMNS = (
     ("collapse_first", "Tr(Σ_W Σ_B⁺) by expert, first checkpoint"),
     ("collapse_last", "… last checkpoint"),
     ("fluctuation", "fluctuation between checkpoints"),
+    ("consistency", "consistency between runs"),
     ("english_f1", "macro-F1 English"),
     ("zero_shot_f1", "macro-F1 zero-shot"),
     ("gap_f1", "gap to the same items in English"),
@@ -54,6 +80,11 @@ def _collapse(means: Any) -> tuple[str, bool]:
     ]
 
 
+def _consistent(means: Any) -> tuple[str, bool]:
+    switch, xmoe = means["switch"]["consistency"], means["xmoe"]["consistency"]
+    return f"xmoe {xmoe:.3g}, switch {switch:.3g}", xmoe > switch
+
+
 def _frozen(means: Any) -> tuple[str, bool]:
     free, frozen = means["xmoe"]["zero_shot_f1"], means["xmoe"]["zero_shot_f1_frozen"]
     return f"frozen {frozen:.4g}, free {free:.4g}", frozen > free
@@ -66,58 +97,65 @@ CLAIMS = (
     _lower("fluctuation", "xmoe", "switch", "§4.5", "X-MoE's routing fluctuates less"),
     _lower("zero_shot_f1", "switch", "xmoe", "table 1", "zero-shot transfer: X-MoE above Switch"),
     _lower("zero_shot_f1", "dense", "switch", "table 1", "zero-shot transfer: Switch above dense"),
+    Claim("X-MoE, §4.5", "runs of X-MoE agree more with each other", ("xmoe", "switch"), _consistent),
     Claim("X-MoE, table 3", "frozen routing transfers better", ("xmoe",), _frozen),
 )
 
 
 def main() -> None:
     """Trains, fine-tunes, measures; writes ``masked_lm.json`` and ``masked_lm.md``."""
-    options = parser(__doc__ or "", "data-bin/parallel15", seeds=3, updates=600)
+    options = parser(__doc__ or "", "data-bin/parallel15", 3, BUDGETS)
     options.add_argument("--texts", default="data/sections11", help="labelled texts: {train,valid,test}.XX.tsv")
-    options.add_argument("--fine-tune-updates", type=int, default=400, help="updates of a fine-tuning")
-    given = options.parse_args()
+    options.add_argument("--fine-tune-updates", type=int, default=200, help="updates of a fine-tuning (default: 200)")
+    given = parsed(options, BUDGETS)
     study = Study("masked_lm", "Masked language models: X-MoE against Switch and dense", COLUMNS, CLAIMS, given)
     study.notes.append("a token's class, for the collapse, is the expert it is routed to; means over sparse layers")
+    chosen = wanted(VARIANTS, given.only)
     for seed in range(1, given.seeds + 1):
-        for variant in wanted(VARIANTS, given.only):
+        for variant in chosen:
             folder = study.train(f"{variant.name}-s{seed}", [*pre_training(given, seed), *variant.overrides])
             measures, details = pre_trained(study, folder)
             study.note(variant.name, seed, folder, measures, details)
             for suffix in ("", "_frozen") if variant.name != "dense" else ("",):
-                words = [*fine_tuning(given, seed, folder), *variant.overrides]
-                freeze = f"task.freeze_routing={'true' if suffix else 'false'}"
-                tuned = study.train(f"{variant.name}{suffix}-tuned-s{seed}", [*words, freeze])
+                tuned = study.train(
+                    f"{variant.name}{suffix}-tuned-s{seed}", tuning(given, seed, folder, variant, suffix)
+                )
                 found, more = transferred(study, tuned, suffix)
                 measures, details = {**measures, **found}, {**details, f"transfer{suffix}": more}
                 study.note(variant.name, seed, folder, measures, details)
+    for variant in chosen:
+        if variant.name != "dense" and given.seeds > 1:
+            consistency(study, variant, given)
 
 
 def pre_training(options: Any, seed: int) -> list[str]:
     """What all masked language models have."""
-    updates, every = options.updates, max(1, options.updates // _CHECKPOINTS)
+    updates, every = options.updates, -(-options.updates // _CHECKPOINTS)
     return [
-        *("task=cross_lingual_lm", "model=encoder_tiny", f"data={options.data}", f"seed={seed}"),
-        *("training.tokens_per_update=4096", "training.optimizer.lr=0.002", "training.schedule.warmup_updates=100"),
-        *(f"training.max_updates={updates}", f"training.threads={options.threads}"),
+        *("task=cross_lingual_lm", "model=encoder_tiny", f"data={options.data}", f"seed={seed}", "task.sides=target"),
+        *(f"training.max_updates={updates}", f"training.threads={options.threads}", *options.size.words),
         *(f"training.checkpoint.every_updates={every}", "training.checkpoint.keep=20"),
-        *(f"training.validation.every_updates={every}", "training.validation.max_sentences=100"),
+        *(f"training.validation.every_updates={every}", "training.validation.max_sentences=60"),
     ]
 
 
-def fine_tuning(options: Any, seed: int, start: Path) -> list[str]:
-    """What all fine-tunings have."""
+def tuning(options: Any, seed: int, start: Path, variant: Variant, suffix: str) -> list[str]:
+    """The command line of a fine-tuning; all have these, whatever the budget, but the model's size."""
+    updates = options.fine_tune_updates
     return [
         *("task=cross_lingual_classification", "model=encoder_tiny", f"data={options.texts}", f"seed={seed}"),
-        *(f"training.init_from={start / 'checkpoints' / 'last'}", f"training.max_updates={options.fine_tune_updates}"),
-        *("training.tokens_per_update=4096", "training.optimizer.lr=0.001", "training.schedule.warmup_updates=40"),
-        *(f"training.threads={options.threads}", f"training.validation.every_updates={options.fine_tune_updates // 4}"),
-        *(f"training.checkpoint.every_updates={options.fine_tune_updates}", "training.checkpoint.keep=1"),
+        *(word for word in options.size.words if word.startswith("model.")),
+        *(f"training.init_from={start / 'checkpoints' / 'last'}", f"training.max_updates={updates}"),
+        *("training.tokens_per_update=2048", "training.optimizer.lr=0.004", "training.schedule.warmup_updates=20"),
+        *("task.max_tokens=64", f"training.threads={options.threads}"),
+        *(f"training.validation.every_updates={max(1, updates // 2)}", f"training.checkpoint.every_updates={updates}"),
+        *("training.checkpoint.keep=1", *variant.overrides, f"task.freeze_routing={'true' if suffix else 'false'}"),
     ]
 
 
 def pre_trained(study: Study, folder: Path) -> tuple[dict[str, float | None], dict[str, Any]]:
     """Perplexity on the test split, and X-MoE's measures along training."""
-    test = study.evaluate(folder, "test", "checkpoint=last")
+    test = study.evaluate(folder, checkpoint="last", max_sentences=study.options.size.items)
     probed = probe_run(folder, max_sentences=60)
     series = [_mean(layers, "collapse_by_expert") for layers in probed["checkpoints"].values()]
     ratios = [ratio for layer in probed["fluctuation"].values() for ratio in layer]
@@ -133,7 +171,7 @@ def pre_trained(study: Study, folder: Path) -> tuple[dict[str, float | None], di
 
 def transferred(study: Study, folder: Path, suffix: str) -> tuple[dict[str, float | None], Any]:
     """Macro-F1 in English, zero-shot, and the gap to the same items in English."""
-    test = study.evaluate(folder)
+    test = study.evaluate(folder, max_sentences=study.options.size.items)
     gaps = [gap["macro_f1"] for gap in test["summary"]["gap"].values()]
     measures = {
         f"english_f1{suffix}": test["sets"]["en"]["macro_f1"],
@@ -141,6 +179,17 @@ def transferred(study: Study, folder: Path, suffix: str) -> tuple[dict[str, floa
         f"gap_f1{suffix}": statistics.fmean(gaps) if gaps else None,
     }
     return measures, {"sets": test["sets"], "summary": test["summary"]}
+
+
+def consistency(study: Study, variant: Variant, options: Any) -> None:
+    """Fine-tunes the first seed's model with every seed; notes how alike the loads of its experts are in English."""
+    start = study.folder(f"{variant.name}-s1")
+    tuned = [study.folder(f"{variant.name}-tuned-s1")]
+    for seed in range(2, options.seeds + 1):
+        tuned.append(study.train(f"{variant.name}-again-s{seed}", tuning(options, seed, start, variant, "")))
+    tests = [study.evaluate(folder, max_sentences=options.size.items)["routing"]["en"]["load"] for folder in tuned]
+    by_layer = {layer: inter_run_consistency([torch.tensor(load[layer]) for load in tests]) for layer in tests[0]}
+    study.add(start.name, {"consistency": statistics.fmean(by_layer.values())}, {"consistency": by_layer})
 
 
 def _mean(layers: dict[str, dict[str, Any]], name: str) -> float | None:

@@ -21,9 +21,13 @@ from typing import Any
 
 import torch
 
+from moe_train.config import build
+from moe_train.config.evaluation import EvaluateConfig
+from moe_train.evaluation.evaluate import evaluate
+from moe_train.evaluation.measured import measure
 from moe_train.training.about import commit, versions
 from moe_train.training.integrity import replace_text
-from moe_train.training.run_folder import RunFolder
+from moe_train.training.run_folder import INFO, RunFolder
 
 Measures = Mapping[str, float | None]
 
@@ -34,6 +38,23 @@ class Variant:
 
     name: str
     overrides: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much a comparison may take.
+
+    Attributes:
+        updates: of each run.
+        words: what every moe-train of it is given besides: batch size, learning rate, widths.
+        items: of each evaluation set or direction (0: all).
+        takes: what to expect, for the help.
+    """
+
+    updates: int
+    words: tuple[str, ...]
+    items: int
+    takes: str
 
 
 @dataclass(frozen=True)
@@ -81,12 +102,12 @@ class Study:
             raise SystemExit(f"{run} ended with code {done.returncode}; the same command goes on from here")
         return folder
 
-    def evaluate(self, folder: Path, split: str = "test", *words: str) -> dict[str, Any]:
-        """``<split>.json`` of a run, made where it is not there."""
+    def evaluate(self, folder: Path, split: str = "test", **keys: Any) -> dict[str, Any]:
+        """``<split>.json`` of a run, made where it is not there or older than the run's last session."""
         path = folder / f"{split}.json"
-        if not path.is_file():
-            arguments = [f"run={folder}", f"split={split}", f"hydra.run.dir={folder / 'evaluation'}", *words]
-            subprocess.run([sys.executable, "-m", "moe_train.commands.evaluate", *arguments], check=True)
+        if not path.is_file() or path.stat().st_mtime_ns < (folder / INFO).stat().st_mtime_ns:
+            config = build(EvaluateConfig, {"run": str(folder), "split": split, **keys})
+            (evaluate if RunFolder.open(folder).config.task.translates else measure)(config)
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return content
 
@@ -107,6 +128,14 @@ class Study:
         }
         self.write()
 
+    def add(self, run: str, measures: Measures, details: Mapping[str, Any] | None = None) -> None:
+        """More about a run that is noted already."""
+        entry = self.runs[run]
+        entry["measures"] |= {name: value for name, value in measures.items() if value is not None}
+        if details:
+            entry["details"] = {**(entry["details"] or {}), **details}
+        self.write()
+
     def means(self) -> dict[str, dict[str, float]]:
         """Variant -> measure -> mean over seeds."""
         return {v: {m: s["mean"] for m, s in found.items()} for v, found in self.summary().items()}
@@ -115,8 +144,8 @@ class Study:
         """Variant -> measure -> mean, standard deviation (of the sample), and the values by seed."""
         by_variant: dict[str, dict[str, list[float]]] = {}
         for run in self.runs.values():
-            for measure, value in run["measures"].items():
-                by_variant.setdefault(run["variant"], {}).setdefault(measure, []).append(value)
+            for name, value in run["measures"].items():
+                by_variant.setdefault(run["variant"], {}).setdefault(name, []).append(value)
         return {v: {m: spread(values) for m, values in found.items()} for v, found in by_variant.items()}
 
     def outcomes(self) -> list[dict[str, Any]]:
@@ -213,18 +242,30 @@ def machine() -> dict[str, Any]:
     return {"processor": processor, "cores": os.cpu_count(), "device": device, "system": platform.system()}
 
 
-def parser(description: str, data: str, seeds: int, updates: int) -> argparse.ArgumentParser:
+def parser(description: str, data: str, seeds: int, budgets: Mapping[str, Budget]) -> argparse.ArgumentParser:
     """The options that every comparison has; what stands behind ``--`` goes to every moe-train."""
     options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sizes = "; ".join(f"{name}: {budget.updates} updates a run, {budget.takes}" for name, budget in budgets.items())
+    options.add_argument("--budget", choices=list(budgets), default="full", help=f"{sizes} (default: full)")
     options.add_argument("--data", default=data, help=f"the data (default: {data})")
     options.add_argument("--runs", default="outputs/reproduce", help="where run folders go")
     options.add_argument("--results", default="results", help="where the JSON and Markdown files go")
     options.add_argument("--seeds", type=int, default=seeds, help=f"seeds 1 to N (default: {seeds})")
-    options.add_argument("--updates", type=int, default=updates, help=f"updates of a run (default: {updates})")
-    options.add_argument("--threads", type=int, default=0, help="CPU threads of a run (default: all cores)")
+    options.add_argument("--updates", type=int, help="updates of a run (default: the budget's)")
+    options.add_argument("--threads", type=int, default=0, help="CPU threads (default: all cores)")
     options.add_argument("--only", default="", help="these variants only, by name, separated by commas")
     options.add_argument("more", nargs="*", help="further words for every moe-train, behind --")
     return options
+
+
+def parsed(options: argparse.ArgumentParser, budgets: Mapping[str, Budget]) -> argparse.Namespace:
+    """The command line, its budget looked up as ``size`` and its threads set for this process too."""
+    given = options.parse_args()
+    given.size = budgets[given.budget]
+    given.updates = given.size.updates if given.updates is None else given.updates
+    if given.threads:
+        torch.set_num_threads(given.threads)
+    return given
 
 
 def wanted(variants: Sequence[Variant], only: str) -> list[Variant]:
