@@ -73,9 +73,7 @@ def main() -> None:
     options.add_argument("--results", default="results", help="where the JSON and Markdown files go")
     options.add_argument("--rounds", type=int, default=30, help="calls of each (default: 30)")
     options.add_argument("--threads", type=int, default=0, help="CPU threads (default: all cores)")
-    options.add_argument(
-        "--shape", default="32,196,384,1536,192", help="images,tokens,dim,hidden,slots"
-    )
+    options.add_argument("--shape", default="32,196,384,1536,192", help="images,tokens,dim,hidden,slots")
     given = options.parse_args()
     if given.threads:
         torch.set_num_threads(given.threads)
