@@ -12,7 +12,6 @@ noise than BLEU, stands beside every claim.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -163,13 +162,11 @@ def scores(folder: Path) -> dict[str, float | None]:
     assert results is not None
     average = results.average()
     tiers = {
-        f"bleu {name}": results.average(members).bleu
-        for name, members in results.groups().items()
-        if "resource" in name
+        f"bleu {name}": results.average(members).bleu for name, members in results.groups.items() if "resource" in name
     }
     (run,) = read_runs([folder])
-    content = json.loads((folder / "test.json").read_text(encoding="utf-8"))
-    quality = {"bleu": average.bleu, "chrf": average.chrf, "copy": content["baselines"]["copy"]["chrf"], **tiers}
+    copied = results.average(baseline="copy").chrf
+    quality = {"bleu": average.bleu, "chrf": average.chrf, "copy": copied, **tiers}
     last = read_lines(folder / "valid.jsonl")[-1]
     return {**quality, "loss": last["nll_loss"], "words_per_second": run.words_per_second}
 
