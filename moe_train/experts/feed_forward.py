@@ -7,7 +7,7 @@ written straight into the stacked tensors.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,17 +39,23 @@ class Inner:
     def forward(self, x: Tensor, w: Tensor, b: Tensor | None, scale: Tensor | None) -> tuple[Tensor, Tensor]:
         """scale · act(x w + b), and what backward needs: ReLU's output tells all, GELU needs its input."""
         before = affine(x, w, b, relu=self.activation == "relu")
-        hidden = before if self.activation == "relu" else F.gelu(before)
-        if scale is not None:
-            hidden = hidden.mul_(scale)
-        return hidden, before
+        return self.dropped(before if self.activation == "relu" else F.gelu(before), scale), before
+
+    def activate(self, before: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The same of a product that is there already, which ReLU overwrites."""
+        hidden = before.relu_() if self.activation == "relu" else F.gelu(before)
+        return self.dropped(hidden, scale), before
+
+    @staticmethod
+    def dropped(hidden: Tensor, scale: Tensor | None) -> Tensor:
+        """hidden · scale, in its place."""
+        return hidden if scale is None else hidden.mul_(scale)
 
     def recall(self, kept: Tensor, scale: Tensor | None) -> Tensor:
         """The hidden rows again."""
         if self.activation == "relu":
             return kept
-        hidden = F.gelu(kept)
-        return hidden if scale is None else hidden.mul_(scale)
+        return self.dropped(F.gelu(kept), scale)
 
     def backward(self, grad: Tensor, kept: Tensor, scale: Tensor | None) -> Tensor:
         """The gradient before the activation; may overwrite ``grad``, the gradient of the hidden rows."""
@@ -84,7 +90,7 @@ class LoopedFeedForward(torch.autograd.Function):
         first, second, bias1, bias2 = _each(w1, plan), _each(w2, plan), _each(b1, plan), _each(b2, plan)
         kept: list[Tensor | None] = [None] * w1.shape[0]
 
-        def work(experts: Sequence[int]) -> None:
+        def work(experts: Iterable[int]) -> None:
             for e in experts:
                 hidden, kept[e] = inner.forward(x[e], first[e], bias1[e], scales[e])
                 affine_into(y[e], hidden, second[e], bias2[e])
@@ -106,7 +112,7 @@ class LoopedFeedForward(torch.autograd.Function):
         x, gx, gy, scales = (_split(buffer, plan) for buffer in (rows, grad_rows, grad, scale))
         first, second = _each(w1.transpose(1, 2), plan), _each(w2.transpose(1, 2), plan)
 
-        def work(experts: Sequence[int]) -> None:
+        def work(experts: Iterable[int]) -> None:
             for e in experts:
                 if weights is not None:
                     outer_into(weights.each_w2[e], inner.recall(kept[e], scales[e]), gy[e])

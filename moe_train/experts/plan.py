@@ -33,6 +33,11 @@ class RowPlan:
         """First row of each local expert."""
         return (0, *accumulate(self.rows))[:-1]
 
+    @property
+    def even(self) -> bool:
+        """Whether each local expert has equally many rows, and some."""
+        return len(set(self.rows)) == 1 and self.rows[0] > 0
+
     def of_rows(self, parameter: Tensor) -> Tensor:
         """[N, …] of a parameter [E, …]: for each row its expert's.
 
@@ -46,7 +51,13 @@ class RowPlan:
 
 @torch.no_grad()
 def plan_rows(
-    token: Tensor, expert: Tensor, num_tokens: int, num_experts: int, align: int = 1, on_host: bool = True
+    token: Tensor,
+    expert: Tensor,
+    num_tokens: int,
+    num_experts: int,
+    align: int = 1,
+    on_host: bool = True,
+    most_padding: float = 0.0,
 ) -> RowPlan:
     """Sorts pairs by expert.
 
@@ -57,11 +68,14 @@ def plan_rows(
         num_experts: local experts.
         align: an expert's rows are padded to a multiple of this.
         on_host: bring the counts to the host, which is a sync; otherwise N is the largest that can be.
+        most_padding: where all experts can have the fullest one's rows with at most this times the pairs, they do.
     """
     pairs = token.shape[0]
     order = torch.argsort(expert, stable=True)
     counts = torch.bincount(expert, minlength=num_experts)
     padded = (counts + (align - 1)) // align * align
+    if most_padding and on_host and int(padded.max()) * num_experts <= most_padding * pairs:
+        padded = padded.max().expand_as(padded)
     shift = (padded.cumsum(0) - padded) - (counts.cumsum(0) - counts)
     sorted_row = torch.arange(pairs, device=token.device) + shift[expert[order]]
     rows = tuple(padded.tolist()) if on_host else ()

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from moe_train.experts.grouped import prefers_grouped
 from moe_train.experts.parameters import StackedFeedForward, initialise
 from moe_train.experts.plan import plan_rows
-from moe_train.experts.products import row_alignment
+from moe_train.experts.products import padding_worth_a_batch, row_alignment
 from moe_train.experts.spec import ExpertSpec
 from moe_train.experts.stack import run_experts
 from moe_train.parallel.exchange import exchange
@@ -58,13 +58,13 @@ class ExpertPool(nn.Module):
             (zero) gradient.
         """
         inputs = x.to(_compute_type(x))
-        y = self._carry_out(inputs, assignment.token, assignment.expert, assignment.weight)
-        return y.to(x.dtype)
+        token, expert, weight = assignment.token, assignment.expert, assignment.weight
+        if not self.layout.exchanges:
+            return self._mix(inputs, token, expert, weight, x.dtype)
+        return self._exchange(inputs, token, expert, weight).to(x.dtype)
 
-    def _carry_out(self, x: Tensor, token: Tensor, expert: Tensor, weight: Tensor) -> Tensor:
+    def _exchange(self, x: Tensor, token: Tensor, expert: Tensor, weight: Tensor) -> Tensor:
         layout, held = self.layout, len(self.expert_ids)
-        if not layout.exchanges:
-            return self._mix(x, token, expert, weight)
         if not layout.plan.exchanges_by_node:
             return exchange(x, token, expert, weight, held, self._mix, layout.expert_peers)
 
@@ -74,13 +74,16 @@ class ExpertPool(nn.Module):
         on_each_node = held * layout.plan.ranks_per_node
         return exchange(x, token, expert, weight, on_each_node, on_node, layout.node_peers)
 
-    def _mix(self, x: Tensor, token: Tensor, expert: Tensor, weight: Tensor) -> Tensor:
-        """The experts held here: x [R, d], pairs with local expert numbers → [R, d] in at least fp32."""
+    def _mix(
+        self, x: Tensor, token: Tensor, expert: Tensor, weight: Tensor, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """The experts held here: x [R, d], pairs with local expert numbers → [R, d], in at least fp32 or ``dtype``."""
         on_host = not prefers_grouped(x)
-        align = row_alignment(x, token.shape[0] / len(self.expert_ids))
-        plan = plan_rows(token, expert, x.shape[0], len(self.expert_ids), align, on_host)
+        held, mean = len(self.expert_ids), token.shape[0] / len(self.expert_ids)
+        align, padding = row_alignment(x, mean), padding_worth_a_batch(x, mean)
+        plan = plan_rows(token, expert, x.shape[0], held, align, on_host, padding)
         out = run_experts(gather_rows(x, plan.tokens), plan, self._stacks, self.training)
-        return mix_rows(out, weight, plan.tokens)
+        return mix_rows(out, weight, plan.tokens, dtype)
 
     @property
     def _stacks(self) -> list[StackedFeedForward]:

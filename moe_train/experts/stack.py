@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe_train.experts.batched import BatchedFeedForward
 from moe_train.experts.feed_forward import Inner, LoopedFeedForward
 from moe_train.experts.grouped import grouped_feed_forward
 from moe_train.experts.parameters import StackedFeedForward
@@ -30,6 +31,8 @@ def _feed_forward(rows: Tensor, plan: RowPlan, stack: StackedFeedForward, traini
     inner = Inner(stack.spec.activation, stack.spec.dropout if training else 0.0)
     if not plan.rows:
         return grouped_feed_forward(rows, w1, b1, w2, b2, plan, inner)
+    if plan.even:
+        return BatchedFeedForward.apply(rows, w1, b1, w2, b2, inner)  # type: ignore[no-any-return, no-untyped-call]
     return LoopedFeedForward.apply(rows, w1, b1, w2, b2, plan, inner)  # type: ignore[no-any-return, no-untyped-call]
 
 

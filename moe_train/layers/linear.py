@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_train.experts.products import affine, prefers_onednn
+from moe_train.experts.products import onednn_linear, prefers_onednn
 
 # oneDNN generates code for every new shape (0.7 ms): below this many FLOPs it cannot win that back.
 _WORTH_IT = 2.5e8
@@ -38,7 +38,7 @@ def _fast(x: Tensor, weight: Tensor) -> bool:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
-        y = affine(x, weight.t(), bias, relu)
+        y = onednn_linear(x, weight.t(), bias, relu)
         ctx.save_for_backward(x, weight, y if relu else None)
         ctx.has_bias = bias is not None
         return y
@@ -49,7 +49,7 @@ class _Linear(torch.autograd.Function):
         x, weight, y = ctx.saved_tensors
         if y is not None:
             grad = torch.ops.aten.threshold_backward(grad, y, 0)
-        by_x = affine(grad, weight, None) if ctx.needs_input_grad[0] else None
+        by_x = onednn_linear(grad, weight, None) if ctx.needs_input_grad[0] else None
         by_weight = grad.t() @ x if ctx.needs_input_grad[1] else None
         by_bias = grad.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
         return by_x, by_weight, by_bias, None

@@ -18,7 +18,7 @@ from moe_train.routing.base import RoutingConfig
 from moe_train.routing.gate import full_precision
 from moe_train.routing.registry import build_router
 from moe_train.routing.soft_moe import SoftMixes, SoftMoEConfig, SoftMoERouter
-from moe_train.routing.types import RoutingStatistics
+from moe_train.routing.types import RoutingStatistics, entropy_sum
 
 
 class SoftLayer(Block):
@@ -61,7 +61,7 @@ def count_mixes(mixes: SoftMixes, load: Tensor, context: BatchContext) -> Routin
         tokens = torch.tensor(context.routing.sentence.shape[0], device=load.device)
         longest = dispatch.amax(1) if dispatch.shape[1] else dispatch.sum(1)  # amax of nothing is an error
         extra = {"dispatch_max": longest.sum(), "combine_max": combine.amax(2).sum(), "slots": load.sum()}
-        return RoutingStatistics(load, load, tokens, torch.special.entr(combine).sum(), extra)
+        return RoutingStatistics(load, load, tokens, entropy_sum(combine), extra)
 
 
 @register_kind("soft")

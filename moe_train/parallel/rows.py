@@ -7,7 +7,7 @@ rows in a fixed order, so it never varies from run to run.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,18 +59,19 @@ def gather_rows(x: Tensor, rows: TokenRows) -> Tensor:
     return _Gather.apply(x, rows)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def mix_rows(values: Tensor, weight: Tensor | None, rows: TokenRows) -> Tensor:
-    """y_t = Σ over rows of token t of weight · value.
+def mix_rows(values: Tensor, weight: Tensor | None, rows: TokenRows, dtype: torch.dtype | None = None) -> Tensor:
+    """y_t = Σ over rows of token t of weight · value, in at least fp32 inside.
 
     Args:
         values: [N, d].
         weight: [P], differentiable; None: all 1.
         rows: whose they are.
+        dtype: what the sums are rounded to at the end; None: not at all.
 
     Returns:
-        [T, d] in at least fp32.
+        [T, d].
     """
-    return _Mix.apply(values, weight, rows)  # type: ignore[no-any-return, no-untyped-call]
+    return _Mix.apply(values, weight, rows, dtype or _wide(values))  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Gather(torch.autograd.Function):
@@ -87,34 +88,40 @@ class _Gather(torch.autograd.Function):
 
 class _Mix(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, weight: Tensor | None, rows: TokenRows) -> Tensor:
+    def forward(ctx: Any, values: Tensor, weight: Tensor | None, rows: TokenRows, dtype: torch.dtype) -> Tensor:
         ctx.rows, ctx.dtype = rows, values.dtype
         ctx.save_for_backward(*(() if weight is None else (values, weight)))
-        return _sum(values.to(torch.promote_types(values.dtype, torch.float32)), weight, rows)
+        return _sum(values.to(_wide(values)), weight, rows).to(dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         saved = ctx.saved_tensors
         if saved:
             values, weight = saved
-            return *_mix_gradients(grad, values, weight, ctx.rows), None
-        return grad.index_select(0, ctx.rows.row_token).to(ctx.dtype), None, None
+            return *_mix_gradients(grad, values, weight, ctx.rows), None, None
+        return grad.index_select(0, ctx.rows.row_token).to(ctx.dtype), None, None, None
+
+
+def _wide(values: Tensor) -> torch.dtype:
+    """The type that sums are taken in."""
+    return torch.promote_types(values.dtype, torch.float32)
 
 
 def _mix_gradients(grad: Tensor, values: Tensor, weight: Tensor, rows: TokenRows) -> tuple[Tensor, Tensor]:
     """Of the values: weight · grad, 0 for padding. Of a weight: the product of its value and the gradient."""
-    row_weight = torch.cat([weight, weight.new_zeros(1)]).to(grad.dtype)[rows.row_pair].unsqueeze(1)
+    wide = _wide(values)
+    row_weight = torch.cat([weight, weight.new_zeros(1)]).to(wide)[rows.row_pair].unsqueeze(1)
     grad_values = torch.empty_like(values)
-    dots = grad.new_empty(values.shape[0])
+    dots = grad.new_empty(values.shape[0], dtype=wide)
     buffers = (values, rows.row_token, row_weight, grad_values, dots)
     pieces = [buffer.split(max(1, _CHUNK // values.shape[1])) for buffer in buffers]
 
-    def work(chunks: Sequence[int]) -> None:
+    def work(chunks: Iterable[int]) -> None:
         for i in chunks:
             value, token, by, grad_value, dot = (piece[i] for piece in pieces)
-            g = grad.index_select(0, token)
-            torch.sum(value.to(g.dtype, copy=True).mul_(g), 1, out=dot)
+            g = grad.index_select(0, token).to(wide)
+            torch.sum(value.to(wide, copy=True).mul_(g), 1, out=dot)
             grad_value.copy_(g.mul_(by))
 
     over_parts(work, [piece.shape[0] for piece in pieces[0]], _FLOPS * values.shape[1])

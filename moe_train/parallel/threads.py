@@ -8,9 +8,10 @@ core, so results do not depend on the number of threads.
 from __future__ import annotations
 
 import functools
+import heapq
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -20,37 +21,36 @@ _WORTHWHILE_FLOPS = 1e7  # below this, handing work over costs more than it save
 _UNEVEN = 1.3  # where the fullest thread has more than this times its share, all threads share every product
 
 
-def over_parts(work: Callable[[Sequence[int]], None], rows: Sequence[int], flops_per_row: float) -> None:
-    """Calls ``work`` on all experts (or other pieces) that have rows, in parts, at the same time where that pays.
+def over_parts(work: Callable[[Iterable[int]], None], rows: Sequence[int], flops_per_row: float) -> None:
+    """Calls ``work`` on all experts (or other pieces) that have rows, in several threads where that pays.
 
     Args:
-        work: gets numbers of experts; parts must not touch the same memory, and gradients are not recorded in it.
+        work: gets numbers of experts, the fullest first; experts must not touch the same memory, and gradients are not
+            recorded in it.
         rows: of each expert.
         flops_per_row: how much work a row is.
     """
-    busy = [e for e, count in enumerate(rows) if count]
-    parts = divide(busy, rows, _threads(sum(rows) * flops_per_row))
-    if len(parts) < 2 or max(sum(rows[e] for e in part) for part in parts) * len(parts) > _UNEVEN * sum(rows):
+    busy = sorted((e for e, count in enumerate(rows) if count), key=lambda e: -rows[e])
+    threads = min(_threads(sum(rows) * flops_per_row), len(busy))
+    if threads < 2 or fullest_part(busy, rows, threads) * threads > _UNEVEN * sum(rows):
         work(busy)
         return
     inference = torch.is_inference_mode_enabled()
+    queue = iter(busy)  # each thread takes the next, so that a slow core takes fewer
 
-    def call(part: Sequence[int]) -> None:
+    def call(_: int) -> None:
         with torch.inference_mode(inference), torch.no_grad():
-            work(part)
+            work(queue)
 
-    list(_executor(len(parts)).map(call, parts))
+    list(_executor(threads).map(call, range(threads)))
 
 
-def divide(experts: Sequence[int], rows: Sequence[int], parts: int) -> list[list[int]]:
-    """Experts in at most ``parts`` parts of about equal rows: the fullest first, each to the emptiest part."""
-    divided: list[list[int]] = [[] for _ in range(max(1, min(parts, len(experts))))]
-    filled = [0] * len(divided)
-    for e in sorted(experts, key=lambda e: -rows[e]):
-        emptiest = filled.index(min(filled))
-        divided[emptiest].append(e)
-        filled[emptiest] += rows[e]
-    return divided
+def fullest_part(experts: Sequence[int], rows: Sequence[int], parts: int) -> int:
+    """Rows of the fullest of ``parts`` parts, where each expert in turn goes to the emptiest."""
+    filled = [0] * parts
+    for e in experts:
+        heapq.heapreplace(filled, filled[0] + rows[e])
+    return max(filled)
 
 
 def _threads(flops: float) -> int:
@@ -71,7 +71,16 @@ def _executor(threads: int) -> ThreadPoolExecutor:
 
 
 def _use_one_core() -> None:
+    """Computes with one core from now on, and makes OpenMP's other threads leave the cores while they have no work.
+
+    After each of its loops, GNU OpenMP's threads wait for the next one awake (7 ms, measured), and our threads would
+    lack their cores. Where it has more threads than there are cores it waits a 300th of that (its GOMP_SPINCOUNT).
+    Hence one loop here over two threads, the second of which then sleeps for good: with those of torch that makes more
+    than there are cores wherever half of the cores or more are in use.
+    """
     torch.get_num_threads()  # a thread's own number is first set from the default, and that only once
+    torch.set_num_threads(2)
+    torch.zeros(1 << 17).add_(1)
     torch.set_num_threads(1)
 
 

@@ -28,7 +28,7 @@ from moe_train.routing.gate import LinearGate, linear_init
 from moe_train.routing.losses import WorldLoad, balance_loss, world_load, z_loss
 from moe_train.routing.perturb import jitter
 from moe_train.routing.registry import register
-from moe_train.routing.token_choice import Scores, TokenChoiceConfig, TokenChoiceRouter, check_top_k
+from moe_train.routing.token_choice import Scores, TokenChoiceConfig, TokenChoiceRouter, best_experts, check_top_k
 from moe_train.routing.types import AuxiliaryLoss, Routing
 
 
@@ -129,7 +129,7 @@ class SamRouter(TokenChoiceRouter):
         levels = self.levels(jitter(x, self.config.jitter, context))
         group = levels.group.detach().argmax(dim=-1, keepdim=True)
         inside = self.by_group(levels.expert.detach()).gather(1, group.unsqueeze(2).expand(-1, 1, self.group_size))
-        best = inside.squeeze(1).topk(self.config.top_k, dim=-1).indices
+        best = best_experts(inside.squeeze(1), self.config.top_k)
         choices = group * self.group_size + best
         weights = levels.expert.gather(1, choices)
         routing = self.finish(Scores(levels.logits[0], levels.expert), choices, weights, context)

@@ -19,6 +19,8 @@ from moe_train.routing.types import AuxiliaryLoss, Routing, assignment_from_choi
 
 Normalise = Literal["none", "before_drop", "after_drop"]
 
+_MAXIMA = 2  # up to which maxima one after another take less time than topk (measured on the CPU: 0.3 to 0.9 of it)
+
 
 @dataclass(frozen=True)
 class TokenChoiceConfig(RoutingConfig):
@@ -63,6 +65,17 @@ def check_top_k(top_k: int, available: int, what: str) -> None:
             f"routing.top_k={top_k} is more than {what}, {available}",
             remedy=f"set routing.top_k to {available} or less",
         )
+
+
+def best_experts(scores: Tensor, k: int) -> Tensor:
+    """The k best columns [T, k] of each row of scores [T, E], the best first."""
+    if k > _MAXIMA:
+        return scores.topk(k, dim=-1).indices
+    found = [scores.max(dim=-1, keepdim=True).indices]
+    while len(found) < k:
+        scores = scores.scatter(1, found[-1], float("-inf"))
+        found.append(scores.max(dim=-1, keepdim=True).indices)
+    return torch.cat(found, dim=1)
 
 
 def normalised(weights: Tensor, present: Tensor | None) -> Tensor:

@@ -21,7 +21,14 @@ from moe_train.routing.draws import counted_uniform
 from moe_train.routing.gate import LinearGate, linear_init
 from moe_train.routing.perturb import SECOND_EXPERT, gumbel, jitter
 from moe_train.routing.registry import register
-from moe_train.routing.token_choice import Normalise, Scores, TokenChoiceConfig, TokenChoiceRouter, check_top_k
+from moe_train.routing.token_choice import (
+    Normalise,
+    Scores,
+    TokenChoiceConfig,
+    TokenChoiceRouter,
+    best_experts,
+    check_top_k,
+)
 from moe_train.routing.types import Routing, RoutingStatistics
 
 SecondExpert = Literal["all", "sampling", "random"]
@@ -126,10 +133,10 @@ def select(steered: Tensor, logits: Tensor, k: int, policy: SecondExpert, contex
         logits: [T, E]; ``sampling`` draws the later choices without replacement from their softmax (Gumbel top-k).
     """
     if policy != "sampling" or k == 1:
-        return steered.topk(k, dim=-1).indices
+        return best_experts(steered, k)
     first = steered.argmax(dim=-1, keepdim=True)
     noisy = (logits + gumbel(context, logits.shape[1])).scatter(1, first, float("-inf"))
-    return torch.cat((first, noisy.topk(k - 1, dim=-1).indices), dim=1)
+    return torch.cat((first, best_experts(noisy, k - 1)), dim=1)
 
 
 def skip_second(choices: Tensor, weights: Tensor, normalise: Normalise, context: RoutingContext) -> Tensor:

@@ -93,6 +93,12 @@ def count_per_expert(ids: Tensor, num_experts: int) -> Tensor:
     return counts.scatter_add_(0, ids.clamp(min=0), torch.ones_like(ids))[1:]
 
 
+def entropy_sum(probabilities: Tensor) -> Tensor:
+    """0-dim: Σ -p log p, in nats. (``torch.special.entr`` takes six times as long on the CPU.)"""
+    p = probabilities.reshape(-1)
+    return -torch.dot(p, p.clamp(min=torch.finfo(p.dtype).tiny).log_())
+
+
 def assignment_from_choices(choices: Tensor, weights: Tensor, kept: Tensor | None = None) -> Assignment:
     """Pairs from a token's choices.
 
@@ -123,6 +129,6 @@ def count_statistics(
         load = requested if kept is None else count_per_expert(torch.where(kept, choices, -1), num_experts)
         entropy = torch.zeros((), device=choices.device)
         if probabilities is not None and probabilities.numel():
-            entropy = torch.special.entr(probabilities).sum()
+            entropy = entropy_sum(probabilities)
         tokens = torch.tensor(choices.shape[0], device=choices.device)
         return RoutingStatistics(load, requested, tokens, entropy, dict(extra or {}))

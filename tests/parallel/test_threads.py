@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -14,21 +16,61 @@ from moe_train.parallel import threads
 from moe_train.routing import Assignment
 
 
-@given(st.lists(st.integers(0, 50), min_size=1, max_size=40), st.integers(1, 6))
-def test_parts_hold_every_busy_expert_once(rows: list[int], parts: int) -> None:
-    busy = [e for e, count in enumerate(rows) if count]
-    divided = threads.divide(busy, rows, parts)
-    assert sorted(e for part in divided for e in part) == busy
-    loads = [sum(rows[e] for e in part) for part in divided]
-    assert max(loads) - min(loads) <= max(rows)
-
-
 @pytest.fixture
 def two_threads() -> object:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
+
+
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=40), st.integers(1, 6))
+def test_the_fullest_part_is_within_one_expert_of_even(rows: list[int], parts: int) -> None:
+    busy = sorted((e for e, count in enumerate(rows) if count), key=lambda e: -rows[e])
+    fullest = threads.fullest_part(busy, rows, parts)
+    assert sum(rows) / parts <= fullest <= sum(rows) / parts + max(rows)
+
+
+@pytest.mark.parametrize(("rows", "threaded"), [([9, 0, 5, 7, 8], True), ([90, 0, 5], False), ([4], False), ([], 0)])
+def test_every_busy_expert_is_taken_once_the_fullest_first(
+    two_threads: None, monkeypatch: pytest.MonkeyPatch, rows: list[int], threaded: bool
+) -> None:
+    monkeypatch.setattr(threads, "_WORTHWHILE_FLOPS", 0.0)
+    parts: list[list[int]] = []
+    threads.over_parts(lambda experts: parts.append(list(experts)), rows, 1.0)
+    assert len(parts) == (2 if threaded else 1)
+    assert sorted(e for part in parts for e in part) == [e for e, count in enumerate(rows) if count]
+    assert all([rows[e] for e in part] == sorted((rows[e] for e in part), reverse=True) for part in parts)
+
+
+ASLEEP = """
+import os, time, torch
+from moe_train.parallel import threads
+torch.set_num_threads(2)
+
+def spent_asleep():
+    torch.zeros(1 << 20).add_(1)
+    before = time.process_time()
+    time.sleep(0.1)
+    return time.process_time() - before
+
+awake = max(spent_asleep() for _ in range(3))
+threads._WORTHWHILE_FLOPS = 0.0
+threads.over_parts(list, [5, 5], 1.0)
+print(awake, min(spent_asleep() for _ in range(3)))
+"""
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores, for two threads to wait awake")
+def test_openmp_does_not_keep_our_threads_from_the_cores() -> None:
+    """After a loop its threads wait awake, unless there are more of them than cores: measured as time on cores."""
+    command = ["taskset", "-c", ",".join(map(str, sorted(os.sched_getaffinity(0))[:2])), sys.executable, "-c", ASLEEP]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_", "KMP_"))}
+    text = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+    awake, asleep = map(float, text.split())
+    if awake < 0.001:
+        pytest.skip("this OpenMP does not wait awake")
+    assert asleep < 0.3 * awake
 
 
 def outcome(seed: int = 0) -> list[torch.Tensor]:

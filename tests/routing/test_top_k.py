@@ -6,9 +6,12 @@ import dataclasses
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from moe_train.errors import ConfigError
 from moe_train.routing import RoutingStatistics, routing_config, strategy
+from moe_train.routing.token_choice import best_experts
 from tests.routing.helpers import batch_context, make_router, pairs_by_token, tokens
 
 
@@ -23,6 +26,15 @@ def test_weights_are_the_chosen_probabilities_over_their_sum() -> None:
     assert torch.equal(routing.choices, experts)
     torch.testing.assert_close(routing.assignment.weight.view(8, 2), best / best.sum(-1, keepdim=True))
     assert routing.assignment.choice_rank.view(8, 2).tolist() == [[0, 1]] * 8
+
+
+@given(st.integers(0, 12), st.integers(1, 6), st.integers(0, 99))
+def test_the_best_are_those_of_a_sort(count: int, k: int, seed: int) -> None:
+    scores = torch.rand(count, 6, generator=torch.Generator().manual_seed(seed))
+    scores[:, 5] = scores[:, 0]  # a tie: either may come first, but each once
+    found = best_experts(scores, k)
+    assert torch.equal(scores.gather(1, found), scores.topk(k).values)
+    assert all(len(set(row)) == k for row in found.tolist())
 
 
 def test_one_expert_is_switch() -> None:

@@ -1,0 +1,52 @@
+"""The feed-forward of all local experts by batched products, where each has equally many rows (padding included).
+
+For many small experts: product by product, calls and remainders cost more than the padding that this needs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from moe_train.experts.feed_forward import Inner
+from moe_train.experts.products import bag_sums, batched_affine
+
+
+class BatchedFeedForward(torch.autograd.Function):
+    """rows [N, d] in expert order, N / E of each → [N, d]. w1 [E, d, h], b1 [E, h], w2 [E, h, d], b2 [E, d]."""
+
+    @staticmethod
+    def forward(  # noqa: D102
+        ctx: Any, rows: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, inner: Inner
+    ) -> Tensor:
+        x = rows.view(w1.shape[0], -1, rows.shape[1])
+        scale = inner.draw(rows, w1.shape[2])
+        scale = None if scale is None else scale.view(*x.shape[:2], -1)
+        hidden, kept = inner.activate(batched_affine(x, w1, b1), scale)
+        ctx.inner, ctx.biased = inner, b1 is not None
+        ctx.save_for_backward(x, w1, w2, scale, kept)
+        return batched_affine(hidden, w2, b2).flatten(0, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
+        x, w1, w2, scale, kept = ctx.saved_tensors
+        inner: Inner = ctx.inner
+        gy = grad.reshape(*x.shape[:2], -1)
+        learns, biased = any(ctx.needs_input_grad[1:5]), ctx.biased and any(ctx.needs_input_grad[1:5])
+        by_w2 = torch.bmm(inner.recall(kept, scale).transpose(1, 2), gy) if learns else None
+        g = inner.backward(torch.bmm(gy, w2.transpose(1, 2)), kept, scale)
+        by_w1 = torch.bmm(x.transpose(1, 2), g) if learns else None
+        by_rows = torch.bmm(g, w1.transpose(1, 2)).flatten(0, 1) if ctx.needs_input_grad[0] else None
+        by_b1, by_b2 = (_sum_of_each(g), _sum_of_each(gy)) if biased else (None, None)
+        return by_rows, by_w1, by_b1, by_w2, by_b2, None
+
+
+def _sum_of_each(grad: Tensor) -> Tensor:
+    """[E, n, m] → [E, m]: over the rows of each expert."""
+    experts, rows, _ = grad.shape
+    every = torch.arange(experts * rows, device=grad.device)
+    return bag_sums(grad.flatten(0, 1), every, torch.arange(experts, device=grad.device) * rows)
