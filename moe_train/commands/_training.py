@@ -17,7 +17,7 @@ from moe_train.commands._app import INTERRUPTED
 from moe_train.config import RunConfig, build, to_mapping
 from moe_train.errors import UserError
 from moe_train.launch.environment import launched_rank, local_rank, under_launcher
-from moe_train.launch.failures import write_failure
+from moe_train.launch.failures import WorkerError, failure_of, out_of_memory, write_failure
 from moe_train.launch.joining import check_devices, joined_world, logging_to, ranks_per_node, world_size
 from moe_train.launch.local import launch
 from moe_train.models.accounting import account
@@ -42,6 +42,8 @@ def train_as_configured(mapping: Mapping[str, Any]) -> float | None:
         if not launched_rank():
             with suppress(OSError):  # such as a full disk
                 write_failure(run_directory() / FAILURE, 0, error)
+        if out_of_memory(error):  # what to do about it must not be lost in the traceback
+            raise WorkerError(failure_of(launched_rank(), error), None) from None
         raise
 
 

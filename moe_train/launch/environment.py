@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import os
 
+JOB = "MOE_TRAIN_JOB"  # names the folder of a job to the processes that moe_train.launch.local starts
+
 
 def under_launcher() -> bool:
     """Whether torchrun or its like has started this process as one of several."""
     return "RANK" in os.environ
+
+
+def under_agent() -> bool:
+    """Whether an agent of torchrun stands by this process: it restarts and ends processes, and tells failures."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and JOB not in os.environ
 
 
 def launched_rank() -> int:

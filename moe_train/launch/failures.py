@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
 import traceback
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from moe_train.errors import UserError
+from moe_train.launch.environment import JOB
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,18 @@ class Failure:
     user: bool = False
     killed: bool = False
 
+    def text(self, log: Path | None = None) -> str:
+        """What the user reads: the cause, the trace, and last, where a long trace cannot hide it, the remedy."""
+        trace = f"\n{self.trace.rstrip()}" if self.trace else ""
+        rest = f"\nIts log: {log}" if log is not None and log.is_file() else ""
+        rest += f"\nWhat to do: {self.remedy}" if self.remedy else ""
+        where = f"{self.where}: " if self.where else ""
+        return f"rank {self.rank} failed first: {where}{self.what}.{trace}{rest}"
+
+    def retold(self) -> Failure:
+        """As another rank tells it: without the trace."""
+        return replace(self, trace="")
+
 
 class WorkerError(Exception):
     """A process that training started has failed, and it is not a mistake of the user's that we know of."""
@@ -42,23 +57,64 @@ class WorkerError(Exception):
         super().__init__(failure, log)
 
     def __str__(self) -> str:
-        failure = self.failure
-        log = f"\nIts log: {self.log}" if self.log is not None and self.log.is_file() else ""
-        trace = f"\n{failure.trace.rstrip()}" if failure.trace else ""
-        remedy = f" {failure.remedy}" if failure.remedy else ""
-        return f"rank {failure.rank} failed first: {failure.what}.{remedy}{trace}{log}"
+        return self.failure.text(self.log)
+
+
+def failure_of(rank: int, error: BaseException) -> Failure:
+    """What is known of an error of this process."""
+    if isinstance(error, WorkerError):
+        return error.failure
+    if isinstance(error, UserError):
+        return Failure(rank, time.time(), error.what, error.where, error.remedy, user=True)
+    trace = "".join(traceback.format_exception(error))
+    what = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
+    remedy = MEMORY if out_of_memory(error) else ""
+    return Failure(rank, time.time(), what, remedy=remedy, trace=trace)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether Python, torch's CPU allocator or a GPU had no memory left."""
+    # By name: this module is read before torch is. GPUs raise torch.OutOfMemoryError, the CPU a RuntimeError.
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return bool(names & {"OutOfMemoryError", "MemoryError"}) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in _NO_MEMORY)
+    )
+
+
+_NO_MEMORY = ("DefaultCPUAllocator", "out of memory", "not enough memory")
+MEMORY = (
+    "Lower training.tokens_per_update or raise training.accumulation (the same update in smaller pieces); set "
+    "training.recompute=true; divide the experts over more ranks (layout.expert_parallel); or take engine=deepspeed, "
+    "which shares out the optimizer's state. moe-plan tells the memory of each beforehand."
+)
 
 
 def write_failure(path: Path, rank: int, error: BaseException) -> None:
     """Called by the failing process, or by its parent, which hands on what it has read."""
-    if isinstance(error, WorkerError):
-        failure = error.failure
-    elif isinstance(error, UserError):
-        failure = Failure(rank, time.time(), error.what, error.where, error.remedy, user=True)
-    else:
-        trace = "".join(traceback.format_exception(error))
-        failure = Failure(rank, time.time(), f"{type(error).__name__}: {error}".splitlines()[0], trace=trace)
-    path.write_text(json.dumps(asdict(failure)), encoding="utf-8")
+    path.write_text(json.dumps(asdict(failure_of(rank, error))), encoding="utf-8")
+
+
+def leave_failure(failure: Failure, rank: int, record: Path | None = None) -> None:
+    """Leaves a failure where whoever started this process looks for it: our own parent, or torchrun's agent.
+
+    Args:
+        record: the run's failure.json, where moe-report looks; None: another rank writes it.
+    """
+    content = json.dumps(asdict(failure))
+    if record is not None:
+        with suppress(OSError):  # such as a full disk
+            record.write_text(content, encoding="utf-8")
+    if JOB in os.environ:
+        failure_file(Path(os.environ[JOB]), rank).write_text(content, encoding="utf-8")
+    elif path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        extra = {"py_callstack": failure.text(), "timestamp": str(int(failure.time))}
+        told = {"message": {"message": failure.text(), "extraInfo": extra}}  # the form that the agent reads
+        Path(path).write_text(json.dumps(told), encoding="utf-8")
+
+
+def failure_file(job: Path, rank: int) -> Path:
+    """Where a rank that :func:`moe_train.launch.local.launch` has started leaves its failure."""
+    return job / f"failure_{rank}.json"
 
 
 def read_failure(path: Path, rank: int, code: int, noticed: float) -> Failure:
@@ -68,10 +124,48 @@ def read_failure(path: Path, rank: int, code: int, noticed: float) -> Failure:
     if code >= 0:
         return Failure(rank, noticed, f"it ended with exit code {code}")
     name = signal.Signals(-code).name
-    remedy = "Perhaps the host ran out of memory: lower training.tokens_per_update or raise training.accumulation."
-    return Failure(rank, noticed, f"it was killed by {name}", remedy=remedy if name == "SIGKILL" else "", killed=True)
+    remedy = _KILLED + MEMORY if name == "SIGKILL" else ""
+    return Failure(rank, noticed, f"it was killed by {name} (exit code {code})", remedy=remedy, killed=True)
+
+
+_KILLED = (
+    "If nobody killed it, the kernel did because the host ran out of memory ('dmesg | grep -i oom' tells, and a "
+    "scheduler's memory limit does the same). "
+)
 
 
 def first_failure(failures: list[Failure]) -> Failure:
     """A killed process comes before its neighbours' errors, otherwise the earliest."""
     return min(failures, key=lambda failure: (not failure.killed, failure.time))
+
+
+_ECHOES = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Timed out waiting",
+    "Socket Timeout",
+)
+
+
+def is_echo(error: BaseException) -> bool:
+    """Whether an error only says that another process has gone, or that a network between them is down."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    return "_DistError" in kinds or "DistError" in kinds or any(word in str(error) for word in _ECHOES)
+
+
+def lost(rank: int, error: BaseException) -> Failure:
+    """The failure of a rank that has lost another one, which left no word."""
+    said = str(error).splitlines()[0]
+    if "Timed out" in said or "Timeout" in said:
+        what = f"a collective that all ranks had entered did not end in time ({said})"
+    else:
+        what = f"its connection to another rank broke ({said})"
+    return Failure(rank, time.time(), what, remedy=_LOST, trace="".join(traceback.format_exception(error)))
+
+
+_LOST = (
+    "The other rank was killed, or its host or the network between the hosts is down: look at the other hosts' screens "
+    "and logs/rank_N.log. Which interface gloo and NCCL take: GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME. "
+    "The same command goes on from the last checkpoint."
+)

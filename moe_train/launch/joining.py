@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -14,9 +14,15 @@ import torch.distributed as dist
 
 from moe_train.config import LaunchConfig
 from moe_train.errors import LaunchError
+from moe_train.launch.board import Board
 from moe_train.launch.environment import launched_per_host, launched_world, local_rank, local_world, under_launcher
+from moe_train.launch.failures import WorkerError, failure_of, is_echo, leave_failure, lost
+from moe_train.launch.standing import FLIGHT_RECORDER, set_time_limit
+from moe_train.launch.watch import MARGIN, watched
 from moe_train.training.world import World
 
+_ECHO_PATIENCE = 3.0  # seconds: whoever has failed first is told of before those that it has torn along
+_MEETING = 120.0  # seconds, at least, for processes to find each other, however short the time limit is
 _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
@@ -60,14 +66,37 @@ def joined_world(config: LaunchConfig, threads: int = 0) -> Iterator[World]:
     before = torch.get_num_threads()
     torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_world()))
     try:
-        if under_launcher():
-            _join(config, device)
-        yield World.current(device)
+        if not under_launcher():
+            yield World.current(device)
+            return
+        _join(config, device)
+        world = World.current(device)
+        board = Board.of(world)
+        watch = watched(world, board, config.timeout_minutes * 60) if world.size > 1 else nullcontext()
+        with watch, _told(world, board):
+            yield world
         # Not after an error: leaving would break the others' connections, and their complaints would come first.
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        dist.destroy_process_group()
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def _told(world: World, board: Board) -> Iterator[None]:
+    """An error that is raised inside is told to the other ranks; an echo of another's becomes that one's."""
+    try:
+        yield
+    except Exception as error:
+        failure = failure_of(world.rank, error)
+        with suppress(dist.DistError, RuntimeError):  # where the store has gone with its host
+            if is_echo(error):
+                failure = board.cause(_ECHO_PATIENCE) or lost(world.rank, error)
+            else:
+                board.tell(failure)
+        leave_failure(failure if failure.rank == world.rank else failure.retold(), world.rank)
+        if is_echo(error):
+            raise WorkerError(failure, None) from error
+        raise
 
 
 def _device(config: LaunchConfig) -> torch.device:
@@ -81,9 +110,11 @@ def _device(config: LaunchConfig) -> torch.device:
 
 def _join(config: LaunchConfig, device: torch.device) -> None:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    timeout = timedelta(minutes=config.timeout_minutes)
+    limit = config.timeout_minutes * 60
+    os.environ.setdefault(FLIGHT_RECORDER, "256")  # collectives remembered: for the name of one that does not end
     try:
-        dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None)
+        meeting = timedelta(seconds=max(limit, _MEETING))
+        dist.init_process_group(backend, timeout=meeting, device_id=device if device.type == "cuda" else None)
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise LaunchError(
@@ -91,6 +122,7 @@ def _join(config: LaunchConfig, device: torch.device) -> None:
             address,
             "check that rank 0 runs, that the port is free and that no firewall stands between the hosts",
         ) from error
+    set_time_limit(set(), timedelta(seconds=limit + MARGIN))
 
 
 @contextmanager

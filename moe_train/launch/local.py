@@ -19,7 +19,8 @@ import torch.distributed as dist
 
 from moe_train.config import LaunchConfig
 from moe_train.errors import LaunchError, UserError
-from moe_train.launch.failures import Failure, WorkerError, first_failure, read_failure
+from moe_train.launch.environment import JOB
+from moe_train.launch.failures import Failure, WorkerError, failure_file, first_failure, read_failure
 from moe_train.training.signals import STOPPING
 
 HOST = "127.0.0.1"
@@ -86,6 +87,7 @@ def _start(job: Path, rank: int, size: int, port: int, logs: Path) -> subprocess
         "LOCAL_WORLD_SIZE": str(size),
         "MASTER_ADDR": HOST,
         "MASTER_PORT": str(port),
+        JOB: str(job),
         "TORCHELASTIC_USE_AGENT_STORE": "True",  # torch's word for: the parent holds the store, all ranks are clients
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // size))),
     }
@@ -131,7 +133,7 @@ def _raise_first_failure(workers: list[subprocess.Popen[bytes]], job: Path, logs
     for rank, worker in enumerate(workers):
         code = worker.poll()
         if code:
-            failures.append(read_failure(job / f"failure_{rank}.json", rank, code, time.time()))
+            failures.append(read_failure(failure_file(job, rank), rank, code, time.time()))
     if not failures:
         return
     first = first_failure(failures)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_train.errors import UserError
-from moe_train.launch.failures import write_failure
+from moe_train.launch.failures import failure_file, write_failure
 
 _PR_SET_PDEATHSIG = 1
 
@@ -32,7 +32,7 @@ def main() -> None:
         result = resolve(content["target"])(**content["arguments"])
         job.joinpath(f"result_{rank}.json").write_text(json.dumps(result), encoding="utf-8")
     except BaseException as error:
-        write_failure(job / f"failure_{rank}.json", rank, error)
+        write_failure(failure_file(job, rank), rank, error)
         if rank and not isinstance(error, UserError):
             traceback.print_exc()  # into this rank's log; rank 0's is shown by the parent if it came first
         sys.stdout.flush()

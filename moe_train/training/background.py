@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moe_train.training.pulse import Pulse
 from moe_train.training.world import World
 
 
@@ -56,9 +57,10 @@ def world_aside(world: World) -> World:
 
     Every rank calls it, like any maker of groups.
     """
+    aside = replace(world, device=torch.device("cpu"), pulse=Pulse())
     if world.size == 1:
-        return replace(world, device=torch.device("cpu"))
-    return replace(world, device=torch.device("cpu"), group=dist.new_group(backend="gloo"))
+        return aside
+    return replace(aside, group=dist.new_group(backend="gloo"))
 
 
 def staged(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

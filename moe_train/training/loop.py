@@ -81,6 +81,7 @@ def train(
         CheckpointError: a checkpoint that cannot be written, or that is damaged where the run should go on from it.
     """
     world = world or World.current()
+    world.pulse.run = folder.path
     parts = _Parts(config, task, folder, world, validate_bleu, account, console if world.main else None)
     loop = _assemble(parts)
     try:
@@ -219,8 +220,10 @@ class Loop:
 
     def _update(self, stop: bool) -> UpdateReport:
         training, done = self.config.training, self.state.update
+        self.world.pulse.mark("reading samples", done + 1)
         plan, samples = self.samples.get(done, last=done + 1 >= training.max_updates)
         lr = learning_rate(training.schedule, training.optimizer.lr, training.max_updates, done + 1)
+        self.world.pulse.mark("computing the update")
         report = self.stepper.run(done, samples, lr, stop)
         self.state.update, self.state.epoch = done + 1, plan.epoch
         applied = report.outcome.applied
@@ -246,6 +249,7 @@ class Loop:
         return self.state.update % every == 0 or self.state.update == last
 
     def _validate(self) -> bool:
+        self.world.pulse.mark("validating")
         with self.counters.paused():
             return self._judged()
 
@@ -260,6 +264,7 @@ class Loop:
         return improved
 
     def _save(self) -> None:
+        self.world.pulse.mark("saving a checkpoint")
         self.state.interval = self.interval.to_json()
         self.keeper.save(self.state)
         if self.world.main and self.traffic.counted:

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moe_train.training.pulse import Pulse
+
 T = TypeVar("T")
 
 
@@ -24,6 +26,7 @@ class World:
         rank: 0 .. size - 1; rank 0 writes files and speaks.
         local_rank: our number on this host, which picks the GPU.
         local_size: processes on this host.
+        pulse: how far this process has come.
     """
 
     rank: int = 0
@@ -32,6 +35,7 @@ class World:
     local_size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     group: dist.ProcessGroup | None = None
+    pulse: Pulse = field(default_factory=Pulse, compare=False, repr=False)
 
     @classmethod
     def current(cls, device: torch.device | str = "cpu") -> World:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import sys
@@ -48,11 +49,37 @@ def fail(rank: int, how: str, others: str = "wait") -> None:
         world.barrier()
 
 
+def hang(rank: int, how: str, minutes: float = 0.1) -> None:
+    """After two collectives rank ``rank`` never comes to the third, for which the others wait."""
+    with joined_world(dataclasses.replace(CONFIG, timeout_minutes=minutes)) as world:
+        world.pulse.mark("warming up", 7)
+        world.barrier()
+        world.barrier()
+        if world.rank == rank:
+            _fall_asleep(how)
+        world.sum(torch.ones(3))
+
+
+def busy(minutes: float) -> float:
+    """All ranks compute for three times the limit, without a collective."""
+    with joined_world(dataclasses.replace(CONFIG, timeout_minutes=minutes)) as world:
+        time.sleep(3 * 60 * minutes)
+        return float(world.sum(torch.tensor([float(world.rank + 1)])))
+
+
+def _fall_asleep(how: str) -> None:
+    if how == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(3600)
+
+
 def _fail(how: str) -> None:
     if how == "defect":
         raise ZeroDivisionError("planted defect")
     if how == "user":
         raise DataError("the planted line is too long", "planted.txt", "shorten it")
+    if how == "memory":
+        torch.empty(1 << 62, dtype=torch.uint8)
     if how == "exit":
         os._exit(7)
     os.kill(os.getpid(), signal.SIGKILL)

@@ -48,6 +48,7 @@ def test_each_rank_has_a_log(tmp_path: Path) -> None:
 def test_nobody_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr("moe_train.launch.joining._MEETING", 1.0)
     config = LaunchConfig(device="cpu", timeout_minutes=0.03)
     with pytest.raises(LaunchError, match=r"127\.0\.0\.1:1: the other processes cannot be found"), joined_world(config):
         pass

@@ -52,7 +52,7 @@ def test_the_first_defect_is_shown_and_the_others_are_ended(tmp_path: Path) -> N
 
 
 def test_an_echo_in_another_rank_does_not_hide_the_cause(tmp_path: Path) -> None:
-    with pytest.raises(WorkerError, match=r"rank 1 failed first: it was killed by SIGKILL.*memory"):
+    with pytest.raises(WorkerError, match=r"(?s)rank 1 failed first: it was killed by SIGKILL.*memory"):
         two("fail", tmp_path, rank=1, how="kill")
 
 

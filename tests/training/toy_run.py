@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import signal
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,8 @@ TARGET = "tests.training.toy_run:run"
 class Trouble(ToyTask):
     """The toy task with one thing that goes wrong when a rank loads the samples of an update.
 
-    ``plan``: {"rank", "update", "what"}: ``kill`` (SIGKILL to itself), ``term`` (SIGTERM to itself), ``raise``, or
-    ``infinite`` (from that update on its loss is infinite).
+    ``plan``: {"rank", "update", "what"}: ``kill`` (SIGKILL to itself), ``term`` (SIGTERM to itself), ``raise``,
+    ``hang``, ``memory``, ``infinite`` (from that update on its loss is infinite) or ``once`` (in that update only).
     """
 
     def __init__(self, config: RunConfig, rank: int, plan: Mapping[str, Any], dropout: float) -> None:
@@ -54,7 +55,13 @@ class Trouble(ToyTask):
             os.kill(os.getpid(), signal.SIGTERM)
         if what == "raise":
             raise ZeroDivisionError("planted")
-        if what == "infinite":
+        if what == "hang":
+            time.sleep(3600)
+        if what == "memory":
+            torch.empty(1 << 62, dtype=torch.uint8)
+        if what == "once":
+            self.plan = {}
+        if what in ("infinite", "once"):
             sample["factor"] = float("inf")
 
 
@@ -68,15 +75,16 @@ def run(
         return dataclasses.asdict(train(config, task, RunFolder(Path(folder)), world=world))
 
 
-def start(config: RunConfig, path: Path, processes: int = 1, **switches: Any) -> Outcome:
-    """Begins or resumes a toy run."""
+def start(config: RunConfig, path: Path, processes: int = 1, minutes: float = 1.0, **switches: Any) -> Outcome:
+    """Begins or resumes a toy run, with a time limit in minutes."""
+    config = dataclasses.replace(config, launch=dataclasses.replace(config.launch, timeout_minutes=minutes))
     folder = RunFolder(path)
     folder.check(config)
     folder.begin(config)
     arguments = {"mapping": to_mapping(config), "folder": str(path), **switches}
     if processes == 1:
         return Outcome(**run(**arguments))
-    launched = dataclasses.replace(config.launch, processes=processes, timeout_minutes=1.0)
+    launched = dataclasses.replace(config.launch, processes=processes)
     return Outcome(**launch(TARGET, arguments, launched, folder.logs)[0])
 
 

@@ -1,0 +1,71 @@
+"""Who keeps the others waiting, judged from what all ranks say of themselves."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+
+from moe_train.launch.failures import Failure
+from moe_train.launch.standing import Beat
+
+
+def culprits(beats: Mapping[int, Beat], silent: Iterable[int]) -> list[int]:
+    """The ranks that hang: those that have fallen silent, else those that others wait for and that wait for nobody.
+
+    Empty where no rank is behind: then all compute, or a collective that all have entered does not end.
+    """
+    if fallen := sorted(silent):
+        return fallen
+    waited_for = {b for a in beats for b in beats if waits(beats[a], beats[b])}
+    return sorted(b for b in waited_for if not any(waits(beats[b], beats[other]) for other in beats))
+
+
+def waits(one: Beat, other: Beat) -> bool:
+    """Whether ``one`` has entered a collective that ``other`` has not come to."""
+    return any(count > other.entered.get(group, count) for group, count in one.entered.items())
+
+
+def failure(beats: Mapping[int, Beat], guilty: Sequence[int], limit: float, condition: str) -> Failure:
+    """What the user reads.
+
+    Args:
+        guilty: :func:`culprits`, not empty.
+        limit: seconds; of ``launch.timeout_minutes``.
+        condition: of the first one's process, as the kernel of its host tells; empty where nobody could look.
+    """
+    first, others = guilty[0], sorted(beats.keys() - set(guilty))
+    also = f" (so do {names(guilty[1:])})" if guilty[1:] else ""
+    where = next((beats[rank].pending for rank in others if beats[rank].pending), "")
+    have = "has" if len(others) == 1 else "have"
+    what = f"it hangs{also}: {names(others)} {have} waited for it for {limit:.0f} s" + (
+        f", in {where}" if where else ""
+    )
+    lines = [*_culprit(beats[first], condition), *(line for rank in others for line in _waiting(beats[rank]))]
+    remedy = (
+        f"See where rank {first} stood, and look at its host ({beats[first].host}: disk, network file system, GPU). "
+        f"If it is only slow, raise launch.timeout_minutes (now {limit / 60:g}). "
+        "The same command goes on from the last checkpoint."
+    )
+    return Failure(first, time.time(), what, remedy=remedy, trace="\n".join(lines))
+
+
+def _culprit(beat: Beat, condition: str) -> list[str]:
+    process = f"process {beat.pid} on {beat.host}" + (f", {condition}" if condition else "")
+    head = f"rank {beat.rank} hangs ({process}): update {beat.update}, {beat.phase}, still for {beat.still:.0f} s, at"
+    return [head, *(f"    {line}" for line in beat.stack)]
+
+
+def _waiting(beat: Beat) -> list[str]:
+    where = f" in {beat.pending}" if beat.pending else ""
+    own = next((line for line in beat.stack if "torch/" not in line), "")
+    return [f"rank {beat.rank} waits{where}: update {beat.update}, {beat.phase}, at {own}"]
+
+
+def names(ranks: Sequence[int]) -> str:
+    """``rank 1``, ``ranks 0 and 2``, ``ranks 0, 1 and 3``; long lists are cut."""
+    if len(ranks) == 1:
+        return f"rank {ranks[0]}"
+    shown = [str(rank) for rank in ranks]
+    if len(shown) > 8:
+        shown = [*shown[:7], f"{len(ranks) - 7} more"]
+    return f"ranks {', '.join(shown[:-1])} and {shown[-1]}"

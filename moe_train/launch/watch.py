@@ -1,0 +1,140 @@
+"""A rank that hangs is found by a time limit, by a thread of each rank that needs no collective.
+
+Each rank tells the store where the processes met how far it has come (:class:`Beat`), every few seconds. One that has
+stood still for ``launch.timeout_minutes`` reads what the others said. Where somebody is behind, or has fallen silent,
+it passes the verdict to all, and every process ends. Ranks that compute for hours while nobody waits are let be.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
+from datetime import timedelta
+from typing import NoReturn
+
+import torch.distributed as dist
+
+from moe_train.launch.board import Board
+from moe_train.launch.environment import under_agent
+from moe_train.launch.failures import Failure, leave_failure
+from moe_train.launch.standing import Beat, beat, born, condition, set_time_limit
+from moe_train.launch.verdict import culprits, failure
+from moe_train.training.run_folder import FAILURE
+from moe_train.training.world import World
+
+MARGIN = 15.0  # seconds that torch's own limits come after ours, since it knows who waits but not for whom
+_SLOWEST, _QUICKEST = 5.0, 0.2  # seconds between beats
+_HEARING = 3.0  # seconds, at least, within which a rank must say something new, or it is silent
+_STILL = 3  # beats without progress until a rank says which collective it stands in
+
+End = Callable[[Failure, bool], NoReturn]
+
+
+@contextmanager
+def watched(world: World, board: Board, limit: float, end: End | None = None) -> Iterator[None]:
+    """While entered, this rank tells how far it has come, and ends with the others when one of them hangs.
+
+    Args:
+        limit: seconds that a rank may wait for the others.
+        end: what to do then: gets the failure, and whether this rank is the one to tell the user. Must not return.
+    """
+    thread = _Watch(world, board, limit, end or _end(world))
+    thread.say()  # so that nobody is unknown to the others, whatever happens next
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.done.set()
+        thread.join(_SLOWEST)
+
+
+class _Watch(threading.Thread):
+    def __init__(self, world: World, board: Board, limit: float, end: End) -> None:
+        super().__init__(name="watch", daemon=True)
+        self.world, self.board, self.limit, self.end = world, board, limit, end
+        # Thousands of ranks share one store: each speaks less often then.
+        self.pause = max(_QUICKEST, min(_SLOWEST, limit / 20), world.size / 400)
+        self.done = threading.Event()
+        self.number = 0
+        self.moved, self.progress = time.monotonic(), (-1, dict[str, int]())
+        self.limited: set[str] = set()
+
+    def run(self) -> None:
+        while not self.done.wait(self.pause):
+            set_time_limit(self.limited, timedelta(seconds=self.limit + MARGIN))
+            # The store may be gone because the run is over, or with the host that held it: torch's own limits remain.
+            with suppress(dist.DistError, RuntimeError):
+                still = self.say()
+                if verdict := self.board.verdict():
+                    self._execute(verdict)
+                if still > self.limit and (found := self._judge()):
+                    self._execute(self.board.first_verdict(found))
+
+    def say(self) -> float:
+        """Tells the others; gives the seconds that this rank has stood still."""
+        still = time.monotonic() - self.moved
+        own = beat(self.world.rank, self.number, still, self.world.pulse, look=still > _STILL * self.pause)
+        progress = self.world.pulse.beats, own.entered
+        if progress != self.progress:
+            self.moved, self.progress, still = time.monotonic(), progress, 0.0
+        self.number += 1
+        self.board.put(f"beat/{own.rank}", json.dumps(asdict(own)))
+        return still
+
+    def _judge(self) -> Failure | None:
+        """Reads what all ranks said, twice: who says nothing new in between is silent."""
+        earlier = self._beats()
+        deadline = time.monotonic() + max(_HEARING, 2.5 * self.pause)
+        while time.monotonic() < deadline:
+            if self.done.wait(self.pause) or self.say() < self.limit:
+                return None
+        later = self._beats()
+        silent = [rank for rank, now in later.items() if now.number == earlier[rank].number]
+        guilty = culprits(later, silent)
+        if not guilty or self.world.rank in guilty:
+            return None
+        return failure(later, guilty, self.limit, self._look(later[guilty[0]]))
+
+    def _beats(self) -> dict[int, Beat]:
+        found = self.board.get_all([f"beat/{rank}" for rank in range(self.world.size)])
+        unknown = Beat(0, -1, 0.0, 0, "getting ready")
+        return {r: Beat(**json.loads(text)) if text else replace(unknown, rank=r) for r, text in enumerate(found)}
+
+    def _look(self, other: Beat) -> str:
+        here = other.host == os.uname().nodename and born(other.pid) in ("", other.born)
+        return condition(other.pid) if here else ""
+
+    def _execute(self, verdict: Failure) -> None:
+        if self.done.is_set():
+            return
+        beats = self._beats()
+        speaker = min(beats.keys() - {verdict.rank}, default=0) == self.world.rank
+        if under_agent() and self.world.rank != verdict.rank:
+            _put_down(beats[verdict.rank])
+        self.end(verdict, speaker)
+
+
+def _put_down(hanging: Beat) -> None:
+    """Ends a process of this host that hangs: torchrun would give it half a minute more."""
+    if hanging.host == os.uname().nodename and born(hanging.pid) == hanging.born:
+        with suppress(ProcessLookupError, PermissionError):
+            os.kill(hanging.pid, signal.SIGKILL)
+
+
+def _end(world: World) -> End:
+    def end(found: Failure, speaker: bool) -> NoReturn:
+        folder = world.pulse.run
+        record = folder / FAILURE if speaker and folder is not None else None
+        leave_failure(found if speaker or not under_agent() else found.retold(), world.rank, record)
+        if speaker and under_agent():
+            print(f"Failed: {found.text()}", file=sys.stderr, flush=True)
+        os._exit(1)  # the main thread stands in a collective, from where nothing brings it back
+
+    return end

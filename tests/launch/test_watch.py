@@ -1,0 +1,62 @@
+"""A rank that hangs, fails or runs out of memory among four, under our own launcher and under torchrun. Real ranks."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+
+import pytest
+
+from moe_train.config import LaunchConfig
+from moe_train.launch.failures import WorkerError
+from moe_train.launch.local import launch
+from tests.launch import torchrun
+
+JOBS = "tests.launch.jobs"
+SLOW = pytest.mark.slow  # half a minute each: the same road for the other kind of hang
+
+
+def hung(text: str, how: str) -> None:
+    """The message of a hang of rank 2, which started when all had done four collectives and made a group's fifth."""
+    assert re.search(
+        r"rank 2 failed first: it hangs: ranks 0, 1 and 3 have waited for it for 6 s, in all_reduce \d", text
+    )
+    assert "in _fall_asleep" in text or how == "stop"  # a stopped process may have said its last word before
+    state = {"sleep": "alive", "stop": "stopped by a signal"}[how]
+    assert re.search(rf"rank 2 hangs \(process \d+ on \S+, {state}.*still for", text)
+    assert len(re.findall(r"rank \d waits in all_reduce \d+ of group 0: update 7, warming up, at", text)) >= 3
+    assert "What to do: See where rank 2 stood" in text and "raise launch.timeout_minutes (now 0.1)" in text
+
+
+@pytest.mark.parametrize("how", ["sleep", pytest.param("stop", marks=SLOW)])
+def test_a_rank_that_hangs_under_our_launcher(how: str, tmp_path: Path) -> None:
+    with pytest.raises(WorkerError) as raised:
+        launch(f"{JOBS}:hang", {"rank": 2, "how": how}, LaunchConfig(processes=4), tmp_path)
+    hung(str(raised.value), how)
+
+
+@pytest.mark.parametrize("how", ["stop", pytest.param("sleep", marks=SLOW)])
+def test_a_rank_that_hangs_under_torchrun(how: str) -> None:
+    """Also the one that is stopped is gone at once: torchrun alone would wait half a minute for it."""
+    done = torchrun.job(4, "hang", 2, how)
+    assert done.returncode == 1
+    hung(done.stderr, how)
+    root_cause = done.stderr.split("Root Cause")[1]
+    assert "rank 2 failed first: it hangs" in root_cause
+
+
+def test_a_rank_out_of_memory_under_torchrun() -> None:
+    """Its cause and what to do are what torchrun shows last."""
+    done = torchrun.job(4, "fail", 2, "memory")
+    root_cause = done.stderr.split("Root Cause")[1]
+    assert done.returncode == 1 and "rank      : 2" in root_cause
+    assert "rank 2 failed first: RuntimeError:" in root_cause and "can't allocate memory" in root_cause
+    assert "What to do: Lower training.tokens_per_update or raise training.accumulation" in root_cause
+
+
+def test_ranks_that_compute_for_longer_than_the_limit_are_let_be(tmp_path: Path) -> None:
+    """Nobody waits for anybody: each rank alone stands still for three times the limit."""
+    started = time.monotonic()
+    assert launch(f"{JOBS}:busy", {"minutes": 0.02}, LaunchConfig(processes=2), tmp_path) == [3.0, 3.0]
+    assert time.monotonic() - started > 3.6
