@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from moe_train.config import ModelConfig
+from moe_train.config import LanguageModelConfig, ModelConfig
+from moe_train.config.plan import PlanImages
 from moe_train.experts import ExpertSpec
 from moe_train.routing import Router, RoutingConfig, routing_config, strategies
 
@@ -62,7 +63,7 @@ class StackShape:
         layers: Transformer layers.
         dense_ffn: how many of them have a dense feed-forward.
         cross: whether each also attends to an encoder's output.
-        is_source: whether its tokens are the source's.
+        is_source: whether its tokens are the source's; those of a model that only encodes are what the batch counts.
         parameters: all that are not experts', embeddings left out.
         flops: forward per token, products with dense weights.
         sparse: its sparse blocks in order.
@@ -84,15 +85,19 @@ class ModelShape:
 
     Attributes:
         config: widths, dropouts, activation.
-        vocabulary: words.
-        stacks: encoder and decoder, or a decoder alone.
+        vocabulary: words, or an image model's classes.
+        stacks: encoder and decoder, or one alone.
         embedding_parameters: each table once, the output's included where it is one of its own.
+        output_flops: forward per token that the batch counts, of the products before and after the layers.
+        sentence_tokens: of every sequence, where the model says so itself: an image's patches.
     """
 
     config: ModelConfig
     vocabulary: int
     stacks: tuple[StackShape, ...]
     embedding_parameters: int
+    output_flops: float
+    sentence_tokens: int | None = None
 
     @property
     def sparse(self) -> tuple[SparseShape, ...]:
@@ -116,11 +121,6 @@ class ModelShape:
         return round(self.dense_parameters + used)
 
     @property
-    def output_flops(self) -> float:
-        """Forward per target token."""
-        return 2.0 * self.vocabulary * self.config.embed_dim
-
-    @property
     def passes(self) -> int:
         """Forward passes over each batch in training (THOR: 2)."""
         return max((block.routing.passes for block in self.sparse), default=1)
@@ -140,28 +140,66 @@ class SizedVocabulary:
         return 1
 
 
-def model_shape(config: ModelConfig, routing: Mapping[str, Any], vocabulary: int) -> ModelShape:
+def model_shape(
+    config: ModelConfig, routing: Mapping[str, Any], vocabulary: int, images: PlanImages | None = None
+) -> ModelShape:
     """The shape of what ``moe-train`` would build.
 
     Args:
-        config: the architecture.
+        config: the architecture: an encoder-decoder, an encoder of text (as a masked language model) or of images.
         routing: the ``routing`` group.
-        vocabulary: words of the joint dictionary.
+        vocabulary: words of the joint dictionary, or classes of images.
+        images: their size, for an image model.
 
     Raises:
         ConfigError: values that cannot be.
     """
+    build = _BUILDERS.get(config.name, _translator)
+    with torch.device("meta"):
+        model, predicted = build(config, routing_config(routing), vocabulary, images or PlanImages())
+    parts = model.parts()
+    stacks = [_stack("encoder", parts.encoder, cross=False, is_source=parts.decoder is not None)]
+    if parts.decoder is not None:
+        stacks.append(_stack("decoder", parts.decoder, cross=True, is_source=False))
+    dense = sum(p.numel() for p in model.parameters() if not getattr(p, "expert", False))
+    return ModelShape(
+        config,
+        vocabulary,
+        tuple(stacks),
+        dense - sum(stack.parameters for stack in stacks),
+        parts.flops_input + predicted * parts.flops_output,
+        getattr(model, "patches", None),
+    )
+
+
+# Each gives a model and the share of the batch's tokens that the output's product is computed for.
+
+
+def _translator(config: ModelConfig, routing: RoutingConfig, vocabulary: int, _: PlanImages) -> tuple[Any, float]:
     from moe_train.models import build_model
 
     words = SizedVocabulary(vocabulary)
-    with torch.device("meta"):
-        model: Any = build_model(config, routing_config(routing), words, words, seed=1)
-    stacks = (_stack("encoder", model.encoder.stack, False), _stack("decoder", model.decoder.stack, True))
-    dense = sum(p.numel() for p in model.parameters() if not getattr(p, "expert", False))
-    return ModelShape(config, vocabulary, stacks, dense - sum(stack.parameters for stack in stacks))
+    return build_model(config, routing, words, words, seed=1), 1.0
 
 
-def _stack(name: str, stack: nn.Module, cross: bool) -> StackShape:
+def _encoder(config: ModelConfig, routing: RoutingConfig, vocabulary: int, _: PlanImages) -> tuple[Any, float]:
+    from moe_train.models.encoder import build_masked_language_model
+
+    model = build_masked_language_model(config, routing, SizedVocabulary(vocabulary), seed=1)
+    return model, LanguageModelConfig().mask_probability
+
+
+def _vision(config: ModelConfig, routing: RoutingConfig, classes: int, images: PlanImages) -> tuple[Any, float]:
+    from moe_train.models.vision import ImageShape, build_vision_model
+
+    shape = ImageShape(images.size, images.size, images.channels, classes)
+    return build_vision_model(config, routing, shape, seed=1), 1.0
+
+
+_BUILDERS = {"encoder": _encoder, "vision_transformer": _vision}
+
+
+def _stack(name: str, stack: nn.Module, *, cross: bool, is_source: bool) -> StackShape:
     from moe_train.layers import CrossAttention, FeedForward, SelfAttention
     from moe_train.models.accounting import sparse_blocks
 
@@ -173,7 +211,7 @@ def _stack(name: str, stack: nn.Module, cross: bool) -> StackShape:
         layers=len(stack.layers),  # type: ignore[arg-type]
         dense_ffn=sum(isinstance(module, FeedForward) for module in shared),
         cross=cross,
-        is_source=not cross,
+        is_source=is_source,
         parameters=sum(p.numel() for p in stack.parameters() if not getattr(p, "expert", False)),
         flops=2.0 * matrices,
         sparse=tuple(
@@ -209,4 +247,4 @@ def decoder_only(config: ModelConfig, routing: Mapping[str, Any], vocabulary: in
         flops,
         (block,) * sparse,
     )
-    return ModelShape(config, vocabulary, (stack,), vocabulary * d)
+    return ModelShape(config, vocabulary, (stack,), vocabulary * d, 2.0 * vocabulary * d)

@@ -82,7 +82,7 @@ def _candidates(config: PlanConfig) -> Iterator[Candidate]:
         for routing, same in possible_routings(config.routing, layout):
             key = str(sorted((k, str(v)) for k, v in routing.items()))
             if key not in shapes:
-                shapes[key] = model_shape(config.model, routing, config.vocabulary)
+                shapes[key] = model_shape(config.model, routing, config.vocabulary, config.images)
             yield estimate(config, layout, shapes[key], routing, same)
 
 
@@ -134,7 +134,7 @@ def estimate(
     config: PlanConfig, layout: LayoutPlan, shape: ModelShape, routing: Mapping[str, Any], same_model: bool = True
 ) -> Candidate:
     """All parts of one layout's cost."""
-    work = workload(config)
+    work = workload(config, shape.sentence_tokens)
     sharding = StateSharding(
         config.engine.name,
         config.engine.zero_stage,
@@ -148,12 +148,12 @@ def estimate(
     return Candidate(layout, routing, same_model, shape, work, traffic, memory, time, fits)
 
 
-def workload(config: PlanConfig) -> Workload:
-    """What one rank does in a step."""
+def workload(config: PlanConfig, sentence_tokens: int | None = None) -> Workload:
+    """What one rank does in a step; ``sentence_tokens`` are the model's own, where it has any."""
     return Workload(
         tokens=config.tokens_per_rank,
         source_ratio=config.batch.source_ratio,
-        sentence_tokens=config.batch.sentence_tokens,
+        sentence_tokens=sentence_tokens or config.batch.sentence_tokens,
         micro_batches=config.training.accumulation,
         precision=config.training.precision,
         recompute=config.training.recompute,

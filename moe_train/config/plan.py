@@ -125,11 +125,24 @@ class PlanBatch:
 
 
 @dataclass(frozen=True)
+class PlanImages:
+    """What an image model sees: squares of ``size`` pixels."""
+
+    size: int = 224
+    channels: int = 3
+
+    def __post_init__(self) -> None:
+        check.positive("images.size", self.size)
+        check.positive("images.channels", self.channels)
+
+
+@dataclass(frozen=True)
 class PlanConfig:
     """Everything that ``moe-plan`` reads. ``routing`` stays a mapping: its dataclass belongs to the strategy.
 
     Attributes:
-        vocabulary: words of the joint dictionary.
+        images: for ``model=vit_…``, whose tokens are patches.
+        vocabulary: words of the joint dictionary; classes, for images.
         alternatives: how many layouts the table shows.
         json: also write everything to this file; ``-`` prints it instead of the tables.
     """
@@ -141,6 +154,7 @@ class PlanConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     training: PlanTraining = field(default_factory=PlanTraining)
     batch: PlanBatch = field(default_factory=PlanBatch)
+    images: PlanImages = field(default_factory=PlanImages)
     vocabulary: int = 32000
     alternatives: int = 6
     json: str | None = None

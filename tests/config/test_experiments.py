@@ -13,9 +13,12 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from moe_train.analysis.cost_shape import model_shape
+from moe_train.analysis.plan import make_plan
+from moe_train.analysis.plan_tables import as_mapping
 from moe_train.commands._app import forget_foreign_schemas
 from moe_train.config import ImageConfig, LanguageModelConfig, RunConfig, build
 from moe_train.config.paths import configs_directory
+from moe_train.config.plan import PlanConfig, PlanImages
 from moe_train.models import build_model
 from moe_train.models.accounting import Accounting, account
 from moe_train.models.encoder import build_masked_language_model
@@ -82,12 +85,57 @@ def test_a_recipe_at_published_size_has_the_paper_s_parameters(name: str) -> Non
         assert found.parameters_total / 1e6 == pytest.approx(millions, rel=0.01), source
 
 
-@pytest.mark.parametrize("name", ["thor_iwslt14", "smoe_m4", "smoe_m15", "smoe_opus100", "sam_base"])
+def images_of(config: RunConfig) -> PlanImages:
+    """What an image recipe's model sees."""
+    return PlanImages(config.task.image_size or 28, config.task.channels or 1)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_moe_plan_sees_the_same_model(name: str) -> None:
     config, entries = composed(name), PAPERS[name][0]
-    shape, found = model_shape(config.model, config.routing, entries), accounted(name, entries)
+    images = images_of(config) if isinstance(config.task, ImageConfig) else None
+    shape, found = model_shape(config.model, config.routing, entries, images), accounted(name, entries)
     assert shape.dense_parameters + shape.expert_parameters == found.parameters_total
     assert shape.active_parameters == pytest.approx(found.parameters_active, rel=0.01)
+    assert sum(stack.is_source for stack in shape.stacks) == (len(shape.stacks) == 2)
+    around = found.flops_output * (
+        0.15 if isinstance(config.task, LanguageModelConfig) else 1.0
+    )  # of masked tokens only
+    if images:
+        around += 2 * config.model.patch_size**2 * images.channels * config.model.embed_dim
+    assert shape.output_flops == pytest.approx(around)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_moe_plan_lays_out_every_recipe(name: str) -> None:
+    """On 64 ranks, with the recipe's own batch: a layout that computes this very model and fits."""
+    config, entries = composed(name), PAPERS[name][0]
+    of_images = isinstance(config.task, ImageConfig)
+    per_item = (config.task.image_size // config.model.patch_size) ** 2 if of_images else 1  # type: ignore[attr-defined]
+    training = config.training
+    plan = make_plan(
+        build(
+            PlanConfig,
+            {
+                "cluster": OmegaConf.to_container(OmegaConf.load(configs_directory() / "cluster" / "dgx_a100.yaml")),
+                "model": dataclasses.asdict(config.model),
+                "routing": config.routing,
+                "layout": {"world": 64},
+                "training": {
+                    "tokens_per_update": training.tokens_per_update * per_item,
+                    "accumulation": training.accumulation,
+                    "precision": training.precision,
+                    "optimizer": training.optimizer.name,
+                },
+                "images": dataclasses.asdict(images_of(config)) if of_images else {},
+                "vocabulary": entries,
+            },
+        )
+    )
+    assert plan.chosen.same_model and plan.chosen.fits and plan.chosen.time.total > 0
+    assert plan.chosen.work.sentence_tokens == (per_item if of_images else 32)
+    numbers = as_mapping(plan)["chosen"]["parameters"]
+    assert numbers["total"] == accounted(name, entries).parameters_total >= numbers["per_rank"]
 
 
 def test_thor_s_experts_have_the_closed_form() -> None:
