@@ -16,11 +16,15 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from study import Budget, Claim, Study, Variant, parsed, parser, wanted
+from study import Budget, Claim, Study, Variant, above, parsed, parser, wanted
 
 from moe_train.analysis.probe import probe_run
 from moe_train.analysis.stability import inter_run_consistency
+from moe_train.config import LanguageModelConfig
+from moe_train.data.folder import DataFolder
+from moe_train.tasks.monolingual_text import MonolingualText, open_text
 
 _CHECKPOINTS = 6
 BUDGETS = {
@@ -67,8 +71,7 @@ def _lower(measure: str, one: str, other: str, place: str, says: str) -> Claim:
     """The claim that a measure is lower for ``one`` than for ``other``."""
 
     def measured(means: Any) -> tuple[str, bool]:
-        first, second = means[one][measure], means[other][measure]
-        return f"{one} {first:.4g}, {other} {second:.4g}", first < second
+        return above(other, means[other][measure], one, means[one][measure], ".3g")
 
     return Claim(f"X-MoE, {place}", says, (one, other), measured)
 
@@ -81,13 +84,11 @@ def _collapse(means: Any) -> tuple[str, bool]:
 
 
 def _consistent(means: Any) -> tuple[str, bool]:
-    switch, xmoe = means["switch"]["consistency"], means["xmoe"]["consistency"]
-    return f"xmoe {xmoe:.3g}, switch {switch:.3g}", xmoe > switch
+    return above("xmoe", means["xmoe"]["consistency"], "switch", means["switch"]["consistency"], ".3g")
 
 
 def _frozen(means: Any) -> tuple[str, bool]:
-    free, frozen = means["xmoe"]["zero_shot_f1"], means["xmoe"]["zero_shot_f1_frozen"]
-    return f"frozen {frozen:.4g}, free {free:.4g}", frozen > free
+    return above("frozen", means["xmoe"]["zero_shot_f1_frozen"], "free", means["xmoe"]["zero_shot_f1"], ".3g")
 
 
 CLAIMS = (
@@ -110,6 +111,9 @@ def main() -> None:
     given = parsed(options, BUDGETS)
     study = Study("masked_lm", "Masked language models: X-MoE against Switch and dense", COLUMNS, CLAIMS, given)
     study.notes.append("a token's class, for the collapse, is the expert it is routed to; means over sparse layers")
+    study.notes.append(
+        f"beside the perplexities: each language's own unigrams have {unigrams(given):.0f}, a mean as theirs"
+    )
     chosen = wanted(VARIANTS, given.only)
     for seed in range(1, given.seeds + 1):
         for variant in chosen:
@@ -126,6 +130,28 @@ def main() -> None:
     for variant in chosen:
         if variant.name != "dense" and given.seeds > 1:
             consistency(study, variant, given)
+
+
+def unigrams(options: Any) -> float:
+    """Mean over languages of the test text's perplexity under the training text's frequencies, one added to each."""
+    folder = DataFolder.open(options.data)
+    entries = folder.dictionary()
+    keys, ids = LanguageModelConfig(sides="target"), (entries.bos(), entries.pad())
+    train, test = (open_text(folder, split, keys, *ids) for split in ("train", "test"))
+    found = []
+    for name in test.names:
+        here, there = (_counts(text, name, len(entries), entries.nspecial) for text in (test, train))
+        found.append(float(np.exp(-(here @ np.log((there + 1) / (there + 1).sum())) / here.sum())))
+    return statistics.fmean(found)
+
+
+def _counts(text: MonolingualText, name: str, size: int, first: int) -> Any:
+    """[V] how often each piece stands in a language's sentences."""
+    counts = np.zeros(size)
+    for items in np.array_split(text.items(name), max(1, len(text.items(name)) // 10_000)):
+        counts += np.bincount(text.tokens(items)[0].ravel(), minlength=size)
+    counts[:first] = 0
+    return counts
 
 
 def pre_training(options: Any, seed: int) -> list[str]:

@@ -32,6 +32,29 @@ from moe_train.training.run_folder import INFO, RunFolder
 Measures = Mapping[str, float | None]
 
 
+class Mean(float):
+    """A mean over seeds that knows its sample standard deviation."""
+
+    deviation: float
+
+    def __new__(cls, value: float, deviation: float = 0.0) -> Mean:
+        """``deviation``: 0 for a single value."""
+        made = super().__new__(cls, value)
+        made.deviation = deviation
+        return made
+
+    def text(self, form: str) -> str:
+        """Such as ``0.42 ± 0.03``."""
+        return f"{self:{form}} ± {self.deviation:{form}}"
+
+
+def above(one: str, first: Mean, other: str, second: Mean, form: str) -> tuple[str, bool]:
+    """The sentence of a comparison, and whether the first is larger. A difference within its spread is called so."""
+    within = abs(first - second) <= (first.deviation**2 + second.deviation**2) ** 0.5
+    said = f"{one} {first.text(form)}, {other} {second.text(form)}"
+    return f"{said}; within the spread" if within else said, first > second
+
+
 @dataclass(frozen=True)
 class Variant:
     """One side of a comparison: its name and what it adds to the common command line."""
@@ -68,7 +91,7 @@ class Claim:
     paper: str
     says: str
     needs: tuple[str, ...]
-    measured: Callable[[Mapping[str, Mapping[str, float]]], tuple[str, bool]]
+    measured: Callable[[Mapping[str, Mapping[str, Mean]]], tuple[str, bool]]
 
 
 @dataclass
@@ -136,9 +159,9 @@ class Study:
             entry["details"] = {**(entry["details"] or {}), **details}
         self.write()
 
-    def means(self) -> dict[str, dict[str, float]]:
+    def means(self) -> dict[str, dict[str, Mean]]:
         """Variant -> measure -> mean over seeds."""
-        return {v: {m: s["mean"] for m, s in found.items()} for v, found in self.summary().items()}
+        return {v: {m: Mean(s["mean"], s["deviation"]) for m, s in f.items()} for v, f in self.summary().items()}
 
     def summary(self) -> dict[str, dict[str, dict[str, Any]]]:
         """Variant -> measure -> mean, standard deviation (of the sample), and the values by seed."""
@@ -213,7 +236,7 @@ def _short(value: float) -> str:
     return f"{value:.1f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def _outcome(claim: Claim, means: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+def _outcome(claim: Claim, means: Mapping[str, Mapping[str, Mean]]) -> dict[str, Any]:
     if any(name not in means for name in claim.needs):
         return {"measured": "not all runs are there yet", "agrees": None}
     try:

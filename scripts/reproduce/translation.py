@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
-from study import Budget, Claim, Study, Variant, parsed, parser, read_lines, wanted
+from study import Budget, Claim, Study, Variant, above, parsed, parser, read_lines, wanted
 
 from moe_train.analysis.report_compare import compare
 from moe_train.analysis.report_runs import read_runs
@@ -86,9 +86,8 @@ def _above(one: str, other: str, paper: str, says: str) -> Claim:
     """The claim that one variant has a higher BLEU than another."""
 
     def measured(means: Any) -> tuple[str, bool]:
-        first, second = means[one]["bleu"], means[other]["bleu"]
-        losses = f"loss {means[one]['loss']:.3f} and {means[other]['loss']:.3f}"
-        return f"{one} {first:.2f}, {other} {second:.2f} BLEU ({losses})", first > second
+        said, agrees = above(one, means[one]["bleu"], other, means[other]["bleu"], ".2f")
+        return f"{said} (loss {means[one]['loss'].text('.3f')} and {means[other]['loss'].text('.3f')})", agrees
 
     return Claim(paper, says, (one, other), measured)
 
@@ -121,6 +120,9 @@ def main() -> None:
     items = given.size.items if given.max_sentences is None else given.max_sentences
     study = Study(given.name, "Translation: THOR, SMoE and SAM against Switch, top-2 and dense", COLUMNS, CLAIMS, given)
     study.notes.append("at equal active compute; THOR trains with two passes over each batch")
+    study.notes.append(
+        f"{items or 'all'} test sentences a direction, beam 4; paired bootstrap against the same seed's Switch"
+    )
     for seed in range(1, given.seeds + 1):
         done: list[Path] = []
         for variant in wanted(variants(width(given)), given.only):
