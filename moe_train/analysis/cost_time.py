@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from moe_train.analysis.cost_memory import StateSharding
 from moe_train.analysis.cost_rows import Flow
 from moe_train.analysis.cost_shape import ModelShape, SparseShape
-from moe_train.analysis.cost_traffic import BYTES, COUNTS, PAIR, WEIGHT, StepTraffic, Workload, ring_crossings
+from moe_train.analysis.cost_traffic import BYTES, PAIR, WEIGHT, StepTraffic, Workload, count_bytes, ring_crossings
 from moe_train.config.plan import ClusterConfig
 from moe_train.parallel.layout_plan import LayoutPlan
 
@@ -135,10 +135,10 @@ def _block_exchange(
     of_rank, of_node = (fullest(block, parts, work) for parts in (plan.expert_parallel, plan.nodes_per_group))
     calls = len({choice.stage for choice in block.router.expected_choices(block.routing)})
     node = across = latency = 0.0
-    for flow in flows:
+    for flow, counts in zip(flows, count_bytes(flows, block.num_experts), strict=True):
         sent = {
             link: tokens * (payloads * flow.rows[link] * row + flow.pairs[link] * (work.forwards * PAIR + WEIGHT))
-            + work.forwards * calls * COUNTS * flow.peers[link]
+            + work.forwards * calls * counts * flow.peers[link]
             for link in flow.rows
         }
         ranks = min(plan.ranks_per_node, plan.world)

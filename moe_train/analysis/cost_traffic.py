@@ -3,12 +3,13 @@
 Per sparse block and micro-batch, in the terms of :mod:`moe_train.parallel.exchange`:
 
 - payload: a row out and a row back forward, the same backward; once more forward where activations are recomputed;
-- metadata: 4 + 4 bytes of numbers and 4 of weight per pair forward, 4 per pair backward, and two 8-byte counts for each
-  member of the group, forward.
+- metadata: 4 + 4 bytes of numbers and 4 of weight per pair forward, 4 per pair backward, and for each member of the
+  group, forward, 8-byte counts: its rows and the pairs of each of its experts (a node's: also the rows of each rank).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -20,7 +21,7 @@ from moe_train.parallel.layout_plan import LayoutPlan
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}
 WEIGHT = 4
 PAIR = 4 + 4 + WEIGHT
-COUNTS = 2 * 8
+COUNT = 8
 
 
 @dataclass(frozen=True)
@@ -132,16 +133,24 @@ def block_traffic(block: SparseShape, flows: tuple[Flow, ...], tokens: float, wo
     row = block.spec.dim * BYTES[work.precision]
     total = {link: LinkTraffic() for link in LINKS}
     exchanges = _exchanges_per_forward(block)
-    for flow in flows:
+    for flow, counts in zip(flows, count_bytes(flows, block.num_experts), strict=True):
         for link in LINKS:
             rows, pairs = tokens * flow.rows[link], tokens * flow.pairs[link]
             total[link] += LinkTraffic(
                 work.forwards * rows,
                 work.forwards * rows,
                 (work.forwards + 1) * 2 * rows * row,
-                pairs * (work.forwards * PAIR + WEIGHT) + work.forwards * exchanges * COUNTS * flow.peers[link],
+                pairs * (work.forwards * PAIR + WEIGHT) + work.forwards * exchanges * counts * flow.peers[link],
             )
     return BlockTraffic(tokens, flows, total)
+
+
+def count_bytes(flows: Sequence[Flow], num_experts: int) -> list[int]:
+    """What each member is told of sizes, step by step (:func:`moe_train.parallel.sizes.agree`)."""
+    members = [sum(flow.peers.values()) for flow in flows]
+    each = [num_experts // math.prod(members[: n + 1]) for n in range(len(members))]
+    ranks = [members[n + 1] if n + 1 < len(members) else 0 for n in range(len(members))]
+    return [COUNT * (1 + behind + experts) for behind, experts in zip(ranks, each, strict=True)]
 
 
 def _exchanges_per_forward(block: SparseShape) -> int:

@@ -15,6 +15,11 @@ def prefers_grouped(like: Tensor) -> bool:
     return like.device.type == "cuda" and like.dtype in (torch.bfloat16, torch.float16) and hasattr(F, "grouped_mm")
 
 
+def can_group(like: Tensor) -> bool:
+    """Whether it can serve at all."""
+    return like.dtype in (torch.float32, torch.bfloat16, torch.float16) and hasattr(F, "grouped_mm")
+
+
 def grouped_feed_forward(
     rows: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, plan: RowPlan, inner: Inner
 ) -> Tensor:

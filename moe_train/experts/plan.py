@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from moe_train.parallel.rows import TokenRows, sort_by_token
+from moe_train.parallel.rows import TokenRows, count_ids, sort_by_token
 
 
 @dataclass(frozen=True)
@@ -56,30 +57,32 @@ def plan_rows(
     num_tokens: int,
     num_experts: int,
     align: int = 1,
-    on_host: bool = True,
+    counts: Sequence[int] | None = None,
     most_padding: float = 0.0,
 ) -> RowPlan:
     """Sorts pairs by expert.
 
     Args:
         token: [P] in 0 .. num_tokens - 1.
-        expert: [P] local ids in 0 .. num_experts - 1.
+        expert: [P] local ids in 0 .. num_experts - 1; without ``counts`` also num_experts, for pairs that belong to
+            none: their rows stand behind all others.
         num_tokens: T.
         num_experts: local experts.
         align: an expert's rows are padded to a multiple of this.
-        on_host: bring the counts to the host, which is a sync; otherwise N is the largest that can be.
-        most_padding: where all experts can have the fullest one's rows with at most this times the pairs, they do.
+        counts: pairs of each expert, where the host knows them; otherwise N is the largest that can be.
+        most_padding: where all experts can have the fullest one's rows with at most this times the pairs, they do (with
+            ``counts`` only).
     """
     pairs = token.shape[0]
     order = torch.argsort(expert, stable=True)
-    counts = torch.bincount(expert, minlength=num_experts)
-    padded = (counts + (align - 1)) // align * align
-    if most_padding and on_host and int(padded.max()) * num_experts <= most_padding * pairs:
-        padded = padded.max().expand_as(padded)
-    shift = (padded.cumsum(0) - padded) - (counts.cumsum(0) - counts)
+    found = count_ids(expert, num_experts + 1)
+    padded = (found + (align - 1)) // align * align
+    rows = tuple(-(-count // align) * align for count in counts) if counts is not None else ()
+    if most_padding and rows and max(rows) * num_experts <= most_padding * pairs:
+        rows, padded = (max(rows),) * num_experts, padded.amax().expand_as(padded)
+    shift = (padded.cumsum(0) - padded) - (found.cumsum(0) - found)
     sorted_row = torch.arange(pairs, device=token.device) + shift[expert[order]]
-    rows = tuple(padded.tolist()) if on_host else ()
-    total = sum(rows) if on_host else pairs + num_experts * (align - 1)
+    total = sum(rows) if counts is not None else pairs + num_experts * (align - 1)
     row_pair = torch.full((total,), pairs, device=token.device)
     row_pair[sorted_row] = order
     row_token = torch.zeros_like(row_pair)
@@ -87,4 +90,4 @@ def plan_rows(
     pair_row = torch.empty_like(order)
     pair_row[order] = sorted_row
     tokens = TokenRows(row_token, row_pair, pair_row, *sort_by_token(pair_row, token, num_tokens))
-    return RowPlan(tokens, padded.cumsum(0).to(torch.int32), rows)
+    return RowPlan(tokens, padded[:-1].cumsum(0).to(torch.int32), rows)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from moe_train.experts import ExpertSpec
+from moe_train.experts import ExpertPool, ExpertSpec
 from moe_train.layers.block import Block
 from moe_train.routing.base import RouterInputs, RoutingConfig
 from moe_train.routing.registry import strategy
@@ -58,6 +58,12 @@ class BlockInputs:
             activation=self.activation,  # type: ignore[arg-type]
             dropout=self.activation_dropout,
         )
+
+
+def build_pool(config: RoutingConfig, inputs: BlockInputs) -> ExpertPool:
+    """The experts of a block."""
+    most = strategy(config.name).router.most_choices(config)
+    return ExpertPool(inputs.expert_spec(config), config.num_experts, inputs.layout, most)
 
 
 BlockBuilder = Callable[[RoutingConfig, BlockInputs], Block]

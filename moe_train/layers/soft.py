@@ -13,7 +13,7 @@ from moe_train.experts import ExpertPool
 from moe_train.experts.parameters import StackedFeedForward, initialise
 from moe_train.layers.block import Block, RoutingRecord
 from moe_train.layers.context import BatchContext
-from moe_train.layers.registry import BlockInputs, register_kind
+from moe_train.layers.registry import BlockInputs, build_pool, register_kind
 from moe_train.routing.base import RoutingConfig
 from moe_train.routing.gate import full_precision
 from moe_train.routing.registry import build_router
@@ -69,7 +69,7 @@ def build_soft(config: RoutingConfig, inputs: BlockInputs) -> SoftLayer:
     """Router and pool of one soft block."""
     router = build_router(config, inputs.for_router())
     assert isinstance(router, SoftMoERouter) and isinstance(config, SoftMoEConfig)
-    pool = ExpertPool(inputs.expert_spec(config), config.num_experts, inputs.layout)
+    pool = build_pool(config, inputs)
     if config.identical_experts:
         stacks = [stack for stack in pool.sublayers if isinstance(stack, StackedFeedForward)]
         initialise(stacks, [0] * len(pool.expert_ids))

@@ -9,7 +9,7 @@ from moe_train.experts import ExpertPool
 from moe_train.layers.block import Block, RoutingRecord
 from moe_train.layers.context import BatchContext
 from moe_train.layers.feed_forward import FeedForward
-from moe_train.layers.registry import BlockInputs, register_kind
+from moe_train.layers.registry import BlockInputs, build_pool, register_kind
 from moe_train.routing.base import Router, RoutingConfig
 from moe_train.routing.registry import build_router
 
@@ -36,10 +36,9 @@ class SparseLayer(Block):
         """x [B, S, d] → (y [B, S, d], its record); padding gets 0."""
         tokens = context.pack(x)
         with torch.autocast(x.device.type, enabled=False):
-            routing = self.router(tokens, context.routing.at_layer(self.layer))
-        y = self.pool(tokens, routing.assignment)
-        if self.shared is not None:
-            y = y + self.shared(tokens)[0]
+            routing = self.router(tokens, context.routing.at_layer(self.layer, self.pool.fixed_size))
+        shared = self.shared
+        y = self.pool(tokens, routing.assignment, None if shared is None else lambda: shared(tokens)[0])
         return context.unpack(y), RoutingRecord(self.layer, routing.losses, routing.statistics, (routing,))
 
 
@@ -47,7 +46,7 @@ class SparseLayer(Block):
 def build_sparse(config: RoutingConfig, inputs: BlockInputs) -> SparseLayer:
     """Router, then pool, of one sparse block."""
     router = build_router(config, inputs.for_router())
-    pool = ExpertPool(inputs.expert_spec(config), config.num_experts, inputs.layout)
+    pool = build_pool(config, inputs)
     shared = None
     if getattr(config, "shared_expert", False):
         spec = pool.spec

@@ -16,7 +16,7 @@ from moe_train.experts import ExpertPool
 from moe_train.layers.block import Block, RoutingRecord
 from moe_train.layers.context import BatchContext
 from moe_train.layers.dropout import dropout
-from moe_train.layers.registry import BlockInputs, register_kind
+from moe_train.layers.registry import BlockInputs, build_pool, register_kind
 from moe_train.routing.base import RoutingConfig
 from moe_train.routing.context import RoutingContext
 from moe_train.routing.registry import build_router
@@ -126,5 +126,5 @@ def build_stratified(config: RoutingConfig, inputs: BlockInputs) -> StratifiedLa
     """Gates and pool of one stratified block."""
     router = build_router(config, inputs.for_router())
     assert isinstance(router, SMoERouter)
-    pool = ExpertPool(inputs.expert_spec(config), config.num_experts, inputs.layout)
+    pool = build_pool(config, inputs)
     return StratifiedLayer(router, pool, inputs.layer, inputs.dropout)

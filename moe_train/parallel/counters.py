@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
+from torch import Tensor
+
 Link = Literal["local", "node", "across"]
 """``local``: stays in the process; ``node``: to another rank of the node; ``across``: to another node."""
 
@@ -35,10 +37,17 @@ class Traffic:
 
 @dataclass
 class TrafficCounters:
-    """Sums of a rank since they were last cleared. Sum them over ranks for the world's traffic."""
+    """Sums of a rank since they were last cleared. Sum them over ranks for the world's traffic.
+
+    Attributes:
+        enabled: whether traffic is counted just now.
+        host_reads: how often a layer has waited for numbers of the device since the counters were made.
+    """
 
     by_link: dict[Link, Traffic] = field(default_factory=lambda: {link: Traffic() for link in LINKS})
     enabled: bool = True
+    host_reads: int = 0
+    _dropped: Tensor | int = 0
 
     @classmethod
     def of_numbers(cls, numbers: Sequence[float]) -> TrafficCounters:
@@ -46,11 +55,13 @@ class TrafficCounters:
         names = [f.name for f in fields(Traffic)]
         parts = [numbers[i * len(names) : (i + 1) * len(names)] for i in range(len(LINKS))]
         named = [dict(zip(names, map(int, part), strict=True)) for part in parts]
-        return cls({link: Traffic(**values) for link, values in zip(LINKS, named, strict=True)})
+        dropped = numbers[len(names) * len(LINKS) :]
+        by_link = {link: Traffic(**values) for link, values in zip(LINKS, named, strict=True)}
+        return cls(by_link, _dropped=int(sum(dropped)))
 
     def numbers(self) -> list[int]:
         """All counts in a fixed order, for a reduction over ranks."""
-        return [value for link in LINKS for value in vars(self.by_link[link]).values()]
+        return [*(value for link in LINKS for value in vars(self.by_link[link]).values()), self.dropped]
 
     def take(self) -> list[int]:
         """:meth:`numbers`, and back to nothing."""
@@ -59,7 +70,8 @@ class TrafficCounters:
         return numbers
 
     def __add__(self, other: TrafficCounters) -> TrafficCounters:
-        return TrafficCounters({link: self.by_link[link] + other.by_link[link] for link in LINKS})
+        by_link = {link: self.by_link[link] + other.by_link[link] for link in LINKS}
+        return TrafficCounters(by_link, _dropped=self.dropped + other.dropped)
 
     @property
     def counted(self) -> bool:
@@ -68,6 +80,7 @@ class TrafficCounters:
 
     def clear(self) -> None:
         """Back to nothing."""
+        self._dropped = 0
         self.by_link.update({link: Traffic() for link in LINKS})
 
     def add(self, links: Sequence[Link], **amounts: Sequence[int]) -> None:
@@ -91,6 +104,21 @@ class TrafficCounters:
             yield
         finally:
             self.enabled = before
+
+    def read(self, values: Tensor) -> list[int]:
+        """Brings a vector to the host: the one place where a layer of experts does."""
+        self.host_reads += 1
+        return [int(value) for value in values.tolist()]
+
+    def add_dropped(self, pairs: Tensor) -> None:
+        """Adds pairs (0-dim, on the device) that an exchange of fixed size had no room for."""
+        if self.enabled:
+            self._dropped = self._dropped + pairs
+
+    @property
+    def dropped(self) -> int:
+        """Pairs that exchanges of fixed size had no room for, since the counters were last cleared; asks the device."""
+        return int(self._dropped)
 
     def as_dict(self) -> dict[str, dict[str, int]]:
         """For the log: link → name → number."""

@@ -4,201 +4,168 @@ A token travels once to each destination that holds any of its experts, with the
 there its outputs are mixed in fp32 and one row comes back. So k experts on one destination cost one row each way
 whatever k is (SAM's promise), and k experts anywhere never more than min(k, destinations) rows.
 
-``all_to_all_single`` only, counts first, one host sync. Every rank runs the same collectives in forward and in
-backward, whatever its share is, so an empty rank cannot make others wait.
+``all_to_all_single`` only, counts first, one host sync for all levels and chunks. Every rank runs the same collectives
+in forward and in backward, whatever its share is, so an empty rank cannot make others wait.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from moe_train.parallel.counters import Link, TrafficCounters
+from moe_train.parallel.flights import Flight, begin, end
 from moe_train.parallel.rows import TokenRows, gather_rows, mix_rows
+from moe_train.parallel.sizes import ChunkSizes, Level, Splits, agree, sort_pairs
 
-Mix = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""(x [R, d], row [P], expert [P], weight [P]) → Σ weight · f_expert(x_row) [R, d] in at least fp32; experts count from
-0 among those that the destination holds."""
+Mix = Callable[[Tensor, Tensor, Tensor, Tensor, Sequence[int] | None], Tensor]
+"""(x [R, d], row [P], expert [P], weight [P], pairs of each expert) → Σ weight · f_expert(x_row) [R, d] in at least
+fp32. Experts count from 0 among those that the destination holds. Where the pairs of each expert are not on the host
+(None) an expert of their number means none at all: such a pair is padding."""
+Carried = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+Beside = Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
-class Peers:
-    """One level of exchange: the members of a group, each a destination.
+class Cargo:
+    """What one chunk sends at one level.
 
     Attributes:
-        group: the process group.
-        links: what lies between this process and each member.
-        counters: where traffic is counted.
+        x: [T, d].
+        rows: which of them go, in the order of the members.
+        weight: [P], in the order of the pairs.
+        meta: [P, 2] int32: the pair's row, counted from its member's first, and its expert, from its member's first.
+        tokens: rows of x that are tokens; one that follows them is for padding.
     """
 
-    group: dist.ProcessGroup
-    links: tuple[Link, ...]
-    counters: TrafficCounters
-
-    @property
-    def size(self) -> int:
-        """Members, this process included."""
-        return len(self.links)
+    x: Tensor
+    rows: TokenRows
+    weight: Tensor
+    meta: Tensor
+    tokens: int
 
 
-@dataclass(frozen=True)
-class _Splits:
-    """Numbers per member, on the host: what goes to it and what comes from it."""
+class Trip:
+    """One chunk on its way: :meth:`depart`, then :meth:`carry`, then :meth:`come_back`, which other chunks may part."""
 
-    send_rows: list[int]
-    send_pairs: list[int]
-    receive_rows: list[int]
-    receive_pairs: list[int]
+    def __init__(self, level: Level, splits: Splits, cargo: Cargo, mix: Carried) -> None:
+        self.level, self.splits, self.cargo, self.mix = level, splits, cargo, mix
+        self._buffers: tuple[Tensor, ...] = ()
+
+    def depart(self) -> None:
+        """Rows, weights and numbers set out."""
+        s, peers = self.splits, self.level.peers
+        self._meta = Flight(peers, s.send_pairs, s.receive_pairs)
+        self._out = (
+            Flight(peers, s.send_rows, s.receive_rows, payload=True),
+            Flight(peers, s.send_pairs, s.receive_pairs),
+        )
+        peers.counters.add(peers.links, dispatched_rows=s.send_rows)
+        received = self._meta.start(self.cargo.meta)
+        self._buffers = (received, *begin(self._out, gather_rows(self.cargo.x, self.cargo.rows), self.cargo.weight))
+
+    def carry(self) -> None:
+        """They arrive, the experts work, and mixed rows set out for home."""
+        s, peers = self.splits, self.level.peers
+        meta, *buffers = self._buffers
+        self._meta.wait()
+        received, weight = end(self._out, *buffers)
+        place, expert = meta.long().unbind(1)
+        mixed = self.mix(received, place + s.first_rows(), expert, weight)
+        self._home = (Flight(peers, s.receive_rows, s.send_rows, payload=True),)
+        peers.counters.add(peers.links, returned_rows=s.receive_rows)
+        self._buffers = begin(self._home, mixed.to(self.cargo.x.dtype))
+
+    def come_back(self) -> Tensor:
+        """y [T, d] in at least fp32."""
+        (returned,) = end(self._home, *self._buffers)
+        return mix_rows(returned, None, self.cargo.rows)[: self.cargo.tokens]
 
 
 def exchange(
-    x: Tensor, token: Tensor, expert: Tensor, weight: Tensor, experts_each: int, mix: Mix, peers: Peers
+    x: Tensor,
+    token: Tensor,
+    expert: Tensor,
+    weight: Tensor,
+    levels: Sequence[Level],
+    mix: Mix,
+    chunks: int = 1,
+    beside: Beside | None = None,
 ) -> Tensor:
     """y_t = Σ over pairs (t, e, w) of w · f_e(x_t), the experts divided over a group.
 
     Args:
         x: [T, d].
         token: [P] int64, row of x.
-        expert: [P] int64; member m holds experts m·experts_each to (m + 1)·experts_each - 1.
+        expert: [P] int64, numbered over the whole group.
         weight: [P], differentiable.
-        experts_each: experts of each member.
+        levels: one step, or two: nodes, then the ranks of a node.
         mix: what a destination does with what arrives.
-        peers: the group.
+        chunks: parts of the tokens that travel one after the other, while others are computed.
+        beside: work that needs none of this, done while the first rows travel; its [T, d] is added.
 
     Returns:
         [T, d] in at least fp32; the payload travels in x's type.
     """
-    if torch.is_grad_enabled() and not x.requires_grad:
-        # All ranks must meet in backward's collectives, also where this one's tokens happen to need no gradient.
-        x = x.detach().requires_grad_()
-    destination = expert // experts_each
-    rows, pair_order, pair_row, send = _rows_of(token, destination, x.shape[0], peers.size)
-    splits = _exchange_counts(send, peers)
-    meta = torch.stack([pair_row, expert[pair_order] % experts_each], 1).to(torch.int32)
-    received_meta = _all_to_all(meta, splits.send_pairs, splits.receive_pairs, peers.group).long()
-    received, received_weight = _dispatch(gather_rows(x, rows), weight[pair_order], splits, peers)
-    row = received_meta[:, 0] + _first_rows(splits, x.device)
-    mixed = mix(received, row, received_meta[:, 1], received_weight)
-    returned = _return(mixed.to(x.dtype), splits, peers)
-    _count(x, weight, splits, peers)
-    return mix_rows(returned, None, rows)
-
-
-@torch.no_grad()
-def _rows_of(
-    token: Tensor, destination: Tensor, num_tokens: int, members: int
-) -> tuple[TokenRows, Tensor, Tensor, Tensor]:
-    """Each (destination, token) once.
-
-    Returns:
-        the rows, in destination order; ``pair_order`` [P], pairs in the same order; ``pair_row`` [P], for each of these
-        its row, counted from the destination's first; rows and pairs per member [members, 2].
-    """
-    key = destination * num_tokens + token
-    pair_order = torch.argsort(key, stable=True)
-    unique, row, _ = torch.unique_consecutive(key[pair_order], return_inverse=True, return_counts=True)
-    row_destination = unique // max(num_tokens, 1)
-    per_row = torch.bincount(row_destination, minlength=members)
-    per_pair = torch.bincount(destination, minlength=members)
-    first = per_row.cumsum(0) - per_row
-    rows = TokenRows.of_tokens(unique - row_destination * num_tokens, num_tokens)
-    return rows, pair_order, row - first[destination[pair_order]], torch.stack([per_row, per_pair], 1)
-
-
-def _first_rows(splits: _Splits, device: torch.device) -> Tensor:
-    """For each pair that arrives, the first row of the member that it comes from."""
-    rows, pairs = torch.tensor([splits.receive_rows, splits.receive_pairs], device=device)
-    return torch.repeat_interleave(rows.cumsum(0) - rows, pairs, output_size=sum(splits.receive_pairs))
-
-
-def _exchange_counts(send: Tensor, peers: Peers) -> _Splits:
-    """The layer's one host sync. send [members, 2]: rows and pairs for each."""
-    received = torch.empty_like(send)
-    dist.all_to_all_single(received, send, group=peers.group)
-    sent, got = torch.stack([send, received]).tolist()
-    return _Splits([r for r, _ in sent], [p for _, p in sent], [r for r, _ in got], [p for _, p in got])
-
-
-def _all_to_all(value: Tensor, send: Sequence[int], receive: Sequence[int], group: dist.ProcessGroup) -> Tensor:
-    result = value.new_empty(sum(receive), *value.shape[1:])
-    dist.all_to_all_single(result, value.contiguous(), list(receive), list(send), group=group)
-    return result
-
-
-class _Dispatch(torch.autograd.Function):
-    """Rows and weights to their destinations. Both gradients always travel back, so that ranks never disagree."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, splits: _Splits, peers: Peers) -> tuple[Tensor, Tensor]:
-        ctx.splits, ctx.peers, ctx.weight_type = splits, peers, weight.dtype
-        return (
-            _all_to_all(rows, splits.send_rows, splits.receive_rows, peers.group),
-            _all_to_all(weight, splits.send_pairs, splits.receive_pairs, peers.group),
-        )
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_rows: Tensor, grad_weight: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        splits: _Splits = ctx.splits
-        peers: Peers = ctx.peers
-        _count_gradients(grad_rows, grad_weight, splits, peers)
-        return (
-            _all_to_all(grad_rows, splits.receive_rows, splits.send_rows, peers.group),
-            _all_to_all(grad_weight, splits.receive_pairs, splits.send_pairs, peers.group),
-            None,
-            None,
-        )
-
-
-class _Return(torch.autograd.Function):
-    """Mixed rows back to where their tokens live."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, splits: _Splits, peers: Peers) -> Tensor:
-        ctx.splits, ctx.peers = splits, peers
-        return _all_to_all(rows, splits.receive_rows, splits.send_rows, peers.group)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        splits: _Splits = ctx.splits
-        peers: Peers = ctx.peers
-        size = grad.shape[1] * grad.element_size()
-        peers.counters.add(peers.links, payload_bytes=[n * size for n in splits.send_rows])
-        return _all_to_all(grad, splits.send_rows, splits.receive_rows, peers.group), None, None
-
-
-def _dispatch(rows: Tensor, weight: Tensor, splits: _Splits, peers: Peers) -> tuple[Tensor, Tensor]:
-    return _Dispatch.apply(rows, weight, splits, peers)  # type: ignore[no-any-return, no-untyped-call]
-
-
-def _return(rows: Tensor, splits: _Splits, peers: Peers) -> Tensor:
-    return _Return.apply(rows, splits, peers)  # type: ignore[no-any-return, no-untyped-call]
-
-
-def _count(x: Tensor, weight: Tensor, splits: _Splits, peers: Peers) -> None:
-    """Forward's traffic: rows out and rows back, numbers and weights of pairs, counts."""
-    size = x.shape[1] * x.element_size()
-    pair = 2 * 4 + weight.element_size()
-    peers.counters.add(
-        peers.links,
-        dispatched_rows=splits.send_rows,
-        returned_rows=splits.receive_rows,
-        payload_bytes=[(n + m) * size for n, m in zip(splits.send_rows, splits.receive_rows, strict=True)],
-        metadata_bytes=[n * pair + 2 * 8 for n in splits.send_pairs],
+    x = joining(x)
+    first, width = levels[0], -(-x.shape[0] // chunks) or 1
+    chunk = token // width
+    bins = chunk * first.peers.size + expert // first.experts_each
+    pairs = sort_pairs(token, bins, x.shape[0], chunks * first.peers.size)
+    sizes = agree(pairs, token, expert, x.shape[0], chunk, chunks, levels)
+    rows, number = ([sum(getattr(s.levels[0], n)) for s in sizes] for n in ("send_rows", "send_pairs"))
+    row_token = token.new_empty(sum(rows)).scatter_(0, pairs.row, token[pairs.order])
+    parts = zip(
+        x.split([max(0, min(width, x.shape[0] - c * width)) for c in range(chunks)]),
+        (row_token % width).split(rows),
+        weight[pairs.order].split(number),
+        _meta(pairs.row_in_member, expert[pairs.order] % first.experts_each).split(number),
+        sizes,
+        strict=True,
     )
+    trips = []
+    for own, row, w, m, size in parts:
+        cargo = Cargo(own, TokenRows.of_tokens(row, own.shape[0]), w, m, own.shape[0])
+        trips.append(Trip(first, size.levels[0], cargo, _next(levels, size, mix)))
+    return travel(trips, beside)
 
 
-def _count_gradients(grad_rows: Tensor, grad_weight: Tensor, splits: _Splits, peers: Peers) -> None:
-    size = grad_rows.shape[1] * grad_rows.element_size()
-    peers.counters.add(
-        peers.links,
-        payload_bytes=[n * size for n in splits.receive_rows],
-        metadata_bytes=[n * grad_weight.element_size() for n in splits.receive_pairs],
-    )
+def joining(x: Tensor) -> Tensor:
+    """x, needing a gradient: all ranks must meet in backward's collectives, whatever this one's tokens need."""
+    return x.detach().requires_grad_() if torch.is_grad_enabled() and not x.requires_grad else x
+
+
+def travel(trips: Sequence[Trip], beside: Beside | None) -> Tensor:
+    """Each chunk's rows travel while the one before is computed, and the first one's while ``beside`` is."""
+    trips[0].depart()
+    aside = beside() if beside is not None else None
+    for number, trip in enumerate(trips):
+        if number + 1 < len(trips):
+            trips[number + 1].depart()
+        trip.carry()
+    parts = [trip.come_back() for trip in trips]
+    y = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return y if aside is None else y + aside
+
+
+def _next(levels: Sequence[Level], size: ChunkSizes, mix: Mix) -> Carried:
+    """What the first destination does: its experts' work, or another exchange with the ranks of its node."""
+    if len(levels) == 1:
+        return lambda x, row, expert, weight: mix(x, row, expert, weight, size.experts)
+    level, splits = levels[1], size.levels[1]
+
+    def pass_on(x: Tensor, row: Tensor, expert: Tensor, weight: Tensor) -> Tensor:
+        pairs = sort_pairs(row, expert // level.experts_each, x.shape[0], level.peers.size)
+        row_token = row.new_empty(sum(splits.send_rows)).scatter_(0, pairs.row, row[pairs.order])
+        meta = _meta(pairs.row_in_member, expert[pairs.order] % level.experts_each)
+        cargo = Cargo(x, TokenRows.of_tokens(row_token, x.shape[0]), weight[pairs.order], meta, x.shape[0])
+        onward = Trip(level, splits, cargo, lambda x, row, expert, weight: mix(x, row, expert, weight, size.experts))
+        return travel([onward], None)
+
+    return pass_on
+
+
+def _meta(row: Tensor, expert: Tensor) -> Tensor:
+    return torch.stack([row, expert], 1).to(torch.int32)

@@ -10,8 +10,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from moe_train.errors import LaunchError
 from moe_train.parallel.counters import TrafficCounters
-from moe_train.parallel.exchange import Peers
+from moe_train.parallel.flights import Peers
 from moe_train.parallel.layout_plan import LayoutPlan
+from moe_train.parallel.options import ExchangeOptions
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class ExpertLayout:
         mesh: (replica, expert), or (replica, node, local) where tokens travel node by node; None for one process alone.
         counters: what the exchanges of this process have sent.
         force_exchange: take the way through the exchange with one rank too (to measure it).
+        options: how exchanges are carried out.
     """
 
     plan: LayoutPlan
@@ -31,6 +33,7 @@ class ExpertLayout:
     mesh: DeviceMesh | None = None
     counters: TrafficCounters = field(default_factory=TrafficCounters)
     force_exchange: bool = False
+    options: ExchangeOptions = field(default_factory=ExchangeOptions)
 
     @classmethod
     def alone(cls) -> ExpertLayout:
@@ -38,7 +41,13 @@ class ExpertLayout:
         return cls(LayoutPlan(1, 1, 1))
 
     @classmethod
-    def build(cls, plan: LayoutPlan, device_type: str = "cpu", force_exchange: bool = False) -> ExpertLayout:
+    def build(
+        cls,
+        plan: LayoutPlan,
+        device_type: str = "cpu",
+        force_exchange: bool = False,
+        options: ExchangeOptions | None = None,
+    ) -> ExpertLayout:
         """Makes the process groups. Every rank of the initialised default group must call it, in the same order.
 
         Raises:
@@ -55,7 +64,7 @@ class ExpertLayout:
             shape = (plan.replicas, plan.nodes_per_group, plan.ranks_per_node)
             names = ("replica", "node", "local")
         mesh = init_device_mesh(device_type, shape, mesh_dim_names=names)
-        return cls(plan, dist.get_rank(), mesh, TrafficCounters(), force_exchange)
+        return cls(plan, dist.get_rank(), mesh, TrafficCounters(), force_exchange, options or ExchangeOptions())
 
     @property
     def exchanges(self) -> bool:

@@ -46,12 +46,25 @@ class TokenRows:
         return cls(row_token, row, row, *sort_by_token(row, row_token, num_tokens))
 
 
+def count_ids(ids: Tensor, size: int) -> Tensor:
+    """[size] int64: how often each number stands in ids, any shape, all in 0 .. size - 1.
+
+    ``bincount`` would let the host wait for a GPU, to learn the largest.
+    """
+    ids = ids.reshape(-1)
+    return torch.zeros(size, dtype=torch.int64, device=ids.device).scatter_add_(0, ids, torch.ones_like(ids))
+
+
 def sort_by_token(pair_row: Tensor, token: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
     """``by_token`` and ``token_start`` from the row [P] and the token [P] of each pair."""
-    sorted_already = token.device.type == "cpu" and bool((token[1:] >= token[:-1]).all())
-    by_token = pair_row if sorted_already else pair_row[torch.argsort(token, stable=True)]
-    per_token = torch.bincount(token, minlength=num_tokens)
+    by_token = pair_row if _in_order(token) else pair_row[torch.argsort(token, stable=True)]
+    per_token = count_ids(token, num_tokens)
     return by_token, per_token.cumsum(0) - per_token
+
+
+def _in_order(token: Tensor) -> bool:
+    """Whether tokens are known to stand in order: on a GPU the host would wait for the answer, so it does not ask."""
+    return token.device.type == "cpu" and bool((token[1:] >= token[:-1]).all())
 
 
 def gather_rows(x: Tensor, rows: TokenRows) -> Tensor:

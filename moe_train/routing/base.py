@@ -145,6 +145,12 @@ class Router(nn.Module):
         return (Choices(1.0, 0, config.num_experts, round(cls.experts_per_token(config))),)
 
     @classmethod
+    def most_choices(cls, config: RoutingConfig) -> int:
+        """Experts that a token has at most in training, in one call of the pool."""
+        choices = cls.expected_choices(config)
+        return max(config.num_experts if c.independent else round(c.picks) for c in choices)
+
+    @classmethod
     def fullest_share(cls, config: RoutingConfig, parts: int) -> float:
         """Expected share of a layer's rows that the fullest of ``parts`` equal parts of the experts gets in training.
 

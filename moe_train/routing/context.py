@@ -61,6 +61,8 @@ class RoutingContext:
         layer: number of the sparse block in the model, encoder first.
         training: dropout, jitter, capacity policies and draws may depend on it.
         ranks: who shares the micro-batch.
+        fixed_size: the assignment's size must not depend on what is dropped (see
+            :func:`moe_train.routing.types.assignment_from_choices`).
     """
 
     sentence: Tensor
@@ -75,10 +77,11 @@ class RoutingContext:
     layer: int = 0
     training: bool = False
     ranks: Ranks = field(default_factory=Alone)
+    fixed_size: bool = False
 
-    def at_layer(self, layer: int) -> RoutingContext:
+    def at_layer(self, layer: int, fixed_size: bool = False) -> RoutingContext:
         """The same tokens, seen by another sparse block."""
-        return dataclasses.replace(self, layer=layer)
+        return dataclasses.replace(self, layer=layer, fixed_size=fixed_size)
 
     def select(self, rows: Tensor) -> RoutingContext:
         """The context of some tokens only; ``rows`` [R] int64, increasing (SMoE's later strata)."""

@@ -117,7 +117,7 @@ class TokenChoiceRouter(Router):
             weights = normalised(weights, kept)
         weights = mask_outputs(weights, self.config.expert_output_masking, context)
         return Routing(
-            assignment=assignment_from_choices(choices, weights, kept),
+            assignment=assignment_from_choices(choices, weights, kept, context.fixed_size),
             choices=choices,
             kept=torch.ones_like(choices, dtype=torch.bool) if kept is None else kept,
             losses=self.losses(scores, choices, context),

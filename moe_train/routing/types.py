@@ -99,7 +99,9 @@ def entropy_sum(probabilities: Tensor) -> Tensor:
     return -torch.dot(p, p.clamp(min=torch.finfo(p.dtype).tiny).log_())
 
 
-def assignment_from_choices(choices: Tensor, weights: Tensor, kept: Tensor | None = None) -> Assignment:
+def assignment_from_choices(
+    choices: Tensor, weights: Tensor, kept: Tensor | None = None, fixed_size: bool = False
+) -> Assignment:
     """Pairs from a token's choices.
 
     Args:
@@ -107,13 +109,16 @@ def assignment_from_choices(choices: Tensor, weights: Tensor, kept: Tensor | Non
         weights: [T, k] fp32.
         kept: [T, k] bool, false wherever the id is negative; None keeps every choice (then shapes stay static and no
             host sync is needed).
+        fixed_size: choices that are not kept stay as pairs of expert -1, so that no host sync is needed either.
     """
     tokens, k = choices.shape
     token = torch.arange(tokens, device=choices.device).unsqueeze(1).expand(tokens, k)
     rank = torch.arange(k, device=choices.device).unsqueeze(0).expand(tokens, k)
-    if kept is None:
-        return Assignment(token.reshape(-1), choices.reshape(-1), weights.reshape(-1), rank.reshape(-1))
-    return Assignment(token[kept], choices[kept], weights[kept], rank[kept])
+    if kept is None or fixed_size:
+        carried = choices if kept is None else torch.where(kept, choices, -1)
+        return Assignment(token.reshape(-1), carried.reshape(-1), weights.reshape(-1), rank.reshape(-1))
+    pair = kept.reshape(-1).nonzero().squeeze(1)
+    return Assignment(*(value.reshape(-1)[pair] for value in (token, choices, weights, rank)))
 
 
 def count_statistics(

@@ -40,7 +40,8 @@ class Interval:
     def line(self) -> dict[str, Any]:
         """Losses per token in nats, the gradient norm's mean, the speed (target tokens a second), the experts' load.
 
-        Where experts are divided over ranks, also the traffic between these, by link, all ranks together.
+        Where experts are divided over ranks, also the traffic between these, by link, all ranks together, and the pairs
+        that exchanges of fixed size had no room for.
         """
         if self._sums is None:
             return {}
@@ -49,6 +50,8 @@ class Interval:
         content["words_per_second"] = self._tokens / max(self._seconds, 1e-9)
         if self._traffic.counted:
             content["traffic"] = self._traffic.as_dict()
+        if self._traffic.dropped:
+            content["exchange_dropped"] = self._traffic.dropped
         return content | describe_routing(self._sums.routing())
 
     def to_json(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from moe_train.config.placement import place
 from moe_train.errors import ConfigError
 from moe_train.parallel.layout import ExpertLayout
 from moe_train.parallel.layout_plan import LayoutPlan, plan_layout
+from moe_train.parallel.options import ExchangeOptions
 from moe_train.routing import RoutingConfig, decoder_config, resolve, routing_config, strategy
 from moe_train.training.world import World
 
@@ -97,7 +98,14 @@ def build_layout(config: RunConfig, world: World) -> ExpertLayout:
     Raises:
         ConfigError: as :func:`plan_run`.
     """
-    return ExpertLayout.build(plan_run(config, world.size, world.local_size), world.device.type)
+    plan = plan_run(config, world.size, world.local_size)
+    return ExpertLayout.build(plan, world.device.type, options=exchange_options(config))
+
+
+def exchange_options(config: RunConfig) -> ExchangeOptions:
+    """How exchanges are carried out in training; evaluation takes the plain way, which drops nothing."""
+    layout = config.layout
+    return ExchangeOptions(layout.overlap, layout.chunks, layout.fixed_rows)
 
 
 def pictures(config: RunConfig, plan: LayoutPlan, most_lines: int = 40) -> list[str]:

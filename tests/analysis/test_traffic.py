@@ -82,7 +82,7 @@ def test_sams_rows_do_not_grow_with_k(measured: dict[str, Measured]) -> None:
 def test_metadata_stands_apart_and_grows_with_pairs(measured: dict[str, Measured]) -> None:
     for k in (1, 2, 4):
         sent = measured[f"sam ranks {k}"].by_link
-        pairs, counts = 4 * 16 * 64 * k, 4 * 4 * 16
+        pairs, counts = 4 * 16 * 64 * k, 4 * 4 * 8 * (1 + 4)
         assert sum(traffic["metadata_bytes"] for traffic in sent.values()) == 16 * pairs + counts
         assert sum(traffic["payload_bytes"] for traffic in sent.values()) == 4 * (4 * 16 * 64) * 256 * 4
 

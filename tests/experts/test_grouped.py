@@ -31,7 +31,8 @@ def test_equals_the_loop(kind: dict, pairs: int, monkeypatch: pytest.MonkeyPatch
 
 def test_rows_without_a_host_sync_are_the_same_rows() -> None:
     assignment = random_assignment(9, 5, 23, 4)
-    host, device = (plan_rows(assignment.token, assignment.expert, 9, 5, 4, on_host) for on_host in (True, False))
+    counts = torch.bincount(assignment.expert, minlength=5).tolist()
+    host, device = (plan_rows(assignment.token, assignment.expert, 9, 5, 4, known) for known in (counts, None))
     held = sum(host.rows)
     assert device.rows == () and torch.equal(host.ends, device.ends)
     assert torch.equal(host.tokens.pair_row, device.tokens.pair_row)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from moe_train.experts import ExpertPool, ExpertSpec
 from moe_train.parallel.gradients import gradient_norm, reduce_expert_gradients
 from moe_train.parallel.layout import ExpertLayout
 from moe_train.parallel.layout_plan import plan_layout
+from moe_train.parallel.options import ExchangeOptions
 from moe_train.routing import Assignment
 
 
@@ -23,7 +24,9 @@ class Case:
 
     Attributes:
         shares: tokens of each rank, in world order.
-        choices: pairs per token, drawn without repetition; or how else, see :func:`choices`.
+        routing: how the top_k experts of a token are drawn, see :meth:`choose`.
+        options: how the exchange is carried out; ``beside`` adds a product that it may overlap with.
+        most: experts of a token at most, told to the pool.
     """
 
     shares: tuple[int, ...]
@@ -35,11 +38,13 @@ class Case:
     seed: int = 0
     spec: tuple[tuple[str, Any], ...] = ()
     recompute: bool = False
+    options: ExchangeOptions = field(default_factory=ExchangeOptions)
+    beside: bool = False
 
     def pool(self, layout: ExpertLayout | None = None) -> ExpertPool:
         torch.manual_seed(self.seed)
         spec = ExpertSpec(**{"dim": self.dim, "hidden": 16, **dict(self.spec)})
-        return ExpertPool(spec, self.num_experts, layout).to(self.dtype)
+        return ExpertPool(spec, self.num_experts, layout, self.top_k).to(self.dtype)
 
     def batch(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x [T, d], choices [T, k], weights [T, k], gradient of y [T, d] of the whole world."""
@@ -72,6 +77,8 @@ class Outcome:
     experts: dict[str, dict[int, Tensor]]
     norm: float
     traffic: dict[str, dict[str, int]]
+    reads: int
+    dropped: int
 
 
 def carry_out(case: Case, layout: ExpertLayout | None, share: slice) -> Outcome:
@@ -83,7 +90,9 @@ def carry_out(case: Case, layout: ExpertLayout | None, share: slice) -> Outcome:
     token = torch.arange(x.shape[0]).repeat_interleave(case.top_k)
     pairs = Assignment(token, choices.reshape(-1), weights.reshape(-1), torch.zeros_like(token))
     pool.layout.counters.clear()
-    y = checkpoint(pool, x, pairs, use_reentrant=False) if case.recompute else pool(x, pairs)
+    before = pool.layout.counters.host_reads
+    beside = (lambda: x * x.sum(1, keepdim=True)) if case.beside else None
+    y = checkpoint(pool, x, pairs, use_reentrant=False) if case.recompute else pool(x, pairs, beside)
     y.backward(grad)
     reduce_expert_gradients(pool.parameters(), pool.layout)
     experts = {
@@ -93,13 +102,15 @@ def carry_out(case: Case, layout: ExpertLayout | None, share: slice) -> Outcome:
     }
     norm = float(gradient_norm(pool.parameters(), pool.layout))
     assert x.grad is not None and weights.grad is not None
-    return Outcome(y.detach(), x.grad, weights.grad, experts, norm, pool.layout.counters.as_dict())
+    counters = pool.layout.counters
+    reads = counters.host_reads - before
+    return Outcome(y.detach(), x.grad, weights.grad, experts, norm, counters.as_dict(), reads, counters.dropped)
 
 
 def on_rank(case: Case, expert_parallel: int, ranks_per_node: int, two_level: bool) -> Outcome:
     """This rank's share, under a layout."""
     plan = plan_layout(dist.get_world_size(), ranks_per_node, expert_parallel, case.num_experts, two_level)
-    layout = ExpertLayout.build(plan)
+    layout = ExpertLayout.build(plan, options=case.options)
     start = sum(case.shares[: layout.rank])
     return carry_out(case, layout, slice(start, start + case.shares[layout.rank]))
 

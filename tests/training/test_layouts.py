@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from moe_train.config import LayoutConfig, RunConfig, build
 from moe_train.errors import ConfigError
 from moe_train.parallel.counters import TrafficCounters
-from moe_train.training.layouts import layout_warnings, pictures, plan_run, settle
+from moe_train.parallel.options import ExchangeOptions
+from moe_train.training.layouts import exchange_options, layout_warnings, pictures, plan_run, settle
 from moe_train.training.run_folder import differing_keys
 
 
@@ -68,6 +70,17 @@ def test_what_cannot_be_is_refused_with_what_would_work(
 def test_negative_sizes_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"layout.expert_parallel' must not be negative"):
         LayoutConfig(expert_parallel=-1)
+
+
+def test_how_exchanges_go_is_the_layouts_to_say() -> None:
+    asked = config(expert_parallel=2, overlap=True, chunks=3, fixed_rows=64)
+    assert exchange_options(asked) == ExchangeOptions(overlap=True, chunks=3, fixed_rows=64)
+    with pytest.raises(
+        ConfigError, match=r"layout.fixed_rows.*one step.*Set layout.fixed_rows=0 or layout.two_level=false"
+    ):
+        LayoutConfig("two_level", 4, 2, True, fixed_rows=64)
+    with pytest.raises(ConfigError, match=r"layout.chunks"):
+        LayoutConfig(chunks=0)
 
 
 def test_groups_by_place_become_a_number_once() -> None:
@@ -136,8 +149,10 @@ def test_one_picture_for_each_number_of_experts() -> None:
 def test_counters_travel_as_numbers() -> None:
     one = TrafficCounters()
     one.add(("local", "node", "across"), dispatched_rows=(1, 2, 3), metadata_bytes=(4, 5, 6))
+    one.add_dropped(torch.tensor(7))
     numbers = one.numbers()
-    assert len(numbers) == 12 and TrafficCounters.of_numbers([float(n) for n in numbers]).as_dict() == one.as_dict()
+    assert len(numbers) == 13 and TrafficCounters.of_numbers(numbers).dropped == 7
+    assert TrafficCounters.of_numbers([float(n) for n in numbers]).as_dict() == one.as_dict()
     both = one + TrafficCounters.of_numbers(one.take())
     assert both.as_dict()["across"] == {
         "dispatched_rows": 3,
@@ -145,4 +160,4 @@ def test_counters_travel_as_numbers() -> None:
         "payload_bytes": 0,
         "metadata_bytes": 6,
     }
-    assert both.counted and not one.counted
+    assert both.counted and not one.counted and (both.dropped, one.dropped) == (7, 0)
