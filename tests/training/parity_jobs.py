@@ -54,6 +54,10 @@ class Case:
         updates: for each update its micro-batches, each the indices of the world's sentences.
         expert_parallel, ranks_per_node, two_level: the layout; ranks_per_node 0: one node.
         skewed: all tokens go to one expert (switch) or group (SAM).
+        shares: one process takes the shares that so many ranks would have one after the other, as micro-batches of
+            their own: what is counted within a rank is then counted within a share. 0: micro-batches stay whole.
+        engine: keys of the engine; DeepSpeed runs in fp32.
+        dtype: of parameters and products.
     """
 
     routing: dict[str, Any]
@@ -66,6 +70,9 @@ class Case:
     lr: float = 0.2
     optimizer: str = "sgd"
     model: dict[str, Any] = field(default_factory=dict)
+    shares: int = 0
+    engine: dict[str, Any] = field(default_factory=dict)
+    dtype: torch.dtype = torch.float64
 
 
 @dataclass(frozen=True)
@@ -126,17 +133,20 @@ def _train(path: str, case: Case) -> Result:
     if together:
         layout = layout_of(case.expert_parallel, case.ranks_per_node, case.two_level)
     task = _task(path, case)
-    module: Any = task.build_model(layout).double().train()
+    module: Any = task.build_model(layout).to(case.dtype).train()
     module.set_ranks(shared_ranks() if together else Alone())
     if case.skewed:
         _skew(module)
-    engine = build_engine(EngineInputs(module, EngineConfig(), task.config.training, world, layout))
+    engine = build_engine(EngineInputs(module, EngineConfig(**case.engine), task.config.training, world, layout))
     layout.counters.clear()
     stepper = Stepper(engine, task.build_criterion(), world, task.config.seed, layout.counters)
-    outputs = _outputs(task, module, case.updates[0][0], world)
+    updates = [[part for batch in batches for part in _shares(batch, case)] for batches in case.updates]
+    outputs: dict[int, Tensor] = {}
+    for batch in _shares(case.updates[0][0], case):
+        outputs |= _outputs(task, module, batch, world)
     layout.counters.clear()
     reports, states = [], []
-    for number, micro_batches in enumerate(case.updates):
+    for number, micro_batches in enumerate(updates):
         samples = [task.train_sample(_share(batch, world)) for batch in micro_batches]
         reports.append(stepper.run(number, samples, case.lr, stop=False))
         if number in (0, len(case.updates) - 1):
@@ -169,6 +179,10 @@ def _skew(module: nn.Module) -> None:
         if hasattr(getattr(layer, "block", None), "router") and norm is not None:
             norm.weight.mul_(1e-3)
             norm.bias.add_(torch.linspace(-1, 1, norm.bias.shape[0]))
+
+
+def _shares(batch: tuple[int, ...], case: Case) -> list[tuple[int, ...]]:
+    return [batch[rank :: case.shares] for rank in range(case.shares)] if case.shares else [batch]
 
 
 def _share(batch: tuple[int, ...], world: World) -> Indices:

@@ -112,10 +112,15 @@ def test_bf16_computes_as_ddp_does_and_keeps_routers_in_fp32(worlds: Worlds) -> 
         assert_close(tensors, want.tensors, bound=5e-3)
 
 
-WAYS = [
+WAYS = [  # (world, engine, expert_parallel), twice: both directions between (4, 4) and (2, 2), (2, 1), (1, 1)
+    (4, zero(1), 4, 2, zero(2), 2),
+    (4, zero(2), 4, 2, zero(1), 1),
+    (4, zero(2), 4, 1, zero(1), 1),
+    (2, zero(2), 2, 4, zero(1), 4),
+    (2, zero(1), 1, 4, zero(2), 4),
+    (1, zero(2), 1, 4, zero(1), 4),
     (2, DDP, 1, 4, zero(2), 2),
-    (4, zero(2), 2, 2, DDP, 2),
-    (4, zero(1), 4, 2, zero(2), 1),
+    (4, zero(2), 4, 2, DDP, 2),
     (2, zero(2), 2, 2, zero(0), 1),
 ]
 
