@@ -41,10 +41,9 @@ def check(worlds: Worlds, data: DataFolder, names: list[str], layout: str, stage
     cases = [dataclasses.replace(asked(name, engine=engine), **keys) for name in names]
     found: list[list[Result]] = [[] for _ in range(world)]
     for first in range(0, len(cases), IN_STEP):
-        for results, new in zip(
-            found, worlds(world).run(train_all, str(data.path), cases[first : first + IN_STEP]), strict=True
-        ):
-            results += new
+        new = worlds(world).run(train_all, str(data.path), cases[first : first + IN_STEP])
+        for results, more in zip(found, new, strict=True):
+            results += more
     for number, name in enumerate(names):
         try:
             compare([results[number] for results in found], alone(str(data.path), name), 1e-5)
