@@ -71,8 +71,9 @@ def test_frozen_experts_still_pass_gradients_to_tokens() -> None:
 def test_padding_is_even_within_its_bound_else_as_before(experts: list[int], align: int, most: float) -> None:
     expert = torch.tensor(experts)
     token = torch.arange(len(experts))
-    plan = plan_rows(token, expert, len(experts), 4, align, most_padding=most)
-    own = plan_rows(token, expert, len(experts), 4, align)
+    counts = torch.bincount(expert, minlength=4).tolist()
+    plan = plan_rows(token, expert, len(experts), 4, align, counts, most)
+    own = plan_rows(token, expert, len(experts), 4, align, counts)
     assert all(rows % align == 0 for rows in plan.rows)
     fits = 4 * max(own.rows) <= most * len(experts)
     assert plan.rows == ((max(own.rows),) * 4 if fits else own.rows)

@@ -51,8 +51,9 @@ def check(worlds: Worlds, data: DataFolder, names: list[str], layout: str, stage
             raise AssertionError(f"{name}, {layout}, ZeRO {stage}: {error}") from error
 
 
-def test_four_strategies_under_zero_2(worlds: Worlds, tiny_data: DataFolder) -> None:
-    check(worlds, tiny_data, ["switch", "smoe", "sam", "thor by token"], "2 ranks", 2)
+def test_five_strategies_under_zero_2(worlds: Worlds, tiny_data: DataFolder) -> None:
+    """X-MoE and Soft MoE have parameters that are single numbers."""
+    check(worlds, tiny_data, ["smoe", "xmoe", "sam", "thor by token", "soft_moe"], "2 ranks", 2)
 
 
 @pytest.mark.slow

@@ -148,11 +148,29 @@ def _initialise(inputs: EngineInputs) -> tuple[Any, torch.optim.Optimizer]:
     optimizer = (_cpu_adam if offload else build_optimizer)(inputs.module, inputs.training.optimizer)
     if divided(inputs.module, inputs.layout):
         experts_apart(optimizer, inputs.layout)
-    with experts_made_known(inputs.module, inputs.layout):
+    with experts_made_known(inputs.module, inputs.layout), numbers_apart(inputs.module):
         engine, *_ = library.initialize(
             model=inputs.module, optimizer=optimizer, config=deepspeed_config(inputs.config, inputs.training)
         )
     return engine, optimizer
+
+
+@contextmanager
+def numbers_apart(module: nn.Module) -> Iterator[None]:
+    """While entered, DeepSpeed leaves parameters without a dimension (a temperature, a scale) as they are.
+
+    It broadcasts parameters as bytes, and torch refuses to see a single number so (DeepSpeed 0.19): ranks get rank 0's
+    from us. The mark is that of its own parameters that are not to be broadcast.
+    """
+    numbers = [parameter for parameter in module.parameters() if parameter.dim() == 0]
+    for number in numbers:
+        number.ds_optim_param = True  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        for number in numbers:
+            del number.ds_optim_param
+            dist.broadcast(number.data, src=0)
 
 
 def _cpu_adam(module: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
