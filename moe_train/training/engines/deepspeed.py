@@ -169,7 +169,7 @@ def numbers_apart(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         for number in numbers:
-            del number.ds_optim_param
+            del number.ds_optim_param  # type: ignore[attr-defined]
             dist.broadcast(number.data, src=0)
 
 
