@@ -15,8 +15,6 @@ from typing import Any
 
 from study import Budget, Claim, Mean, Study, Variant, above, parsed, parser, read_lines, wanted
 
-from moe_train.analysis.probe import probe_run
-
 BUDGETS = {
     "full": Budget(
         updates=4000,
@@ -130,7 +128,7 @@ def common(options: Any, seed: int) -> list[str]:
 def measure(study: Study, folder: Path) -> tuple[dict[str, float | None], Any]:
     """Measures and details of a run."""
     test = study.evaluate(folder)
-    probed = probe_run(folder, max_sentences=256)["checkpoints"]
+    probed = study.probe(folder, max_sentences=256)["checkpoints"]
     last = probed[max(probed, key=int)]
     drops = [layer["dropped_fraction"] for layer in last.values() if "dropped_fraction" in layer]
     valid, train = read_lines(folder / "valid.jsonl"), read_lines(folder / "train.jsonl")

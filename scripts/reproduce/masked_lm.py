@@ -13,6 +13,7 @@ the consistency between runs, the first seed's sparse models are fine-tuned with
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ import numpy as np
 import torch
 from study import Budget, Claim, Study, Variant, above, parsed, parser, wanted
 
-from moe_train.analysis.probe import probe_run
 from moe_train.analysis.stability import inter_run_consistency
 from moe_train.config import LanguageModelConfig
 from moe_train.data.folder import DataFolder
@@ -109,7 +109,8 @@ def main() -> None:
     options.add_argument("--texts", default="data/sections11", help="labelled texts: {train,valid,test}.XX.tsv")
     options.add_argument("--fine-tune-updates", type=int, default=200, help="updates of a fine-tuning (default: 200)")
     given = parsed(options, BUDGETS)
-    study = Study("masked_lm", "Masked language models: X-MoE against Switch and dense", COLUMNS, CLAIMS, given)
+    title = "Masked language models: X-MoE against Switch and dense"
+    study = Study("masked_lm", title, COLUMNS, CLAIMS, given, more=along_training)
     study.notes.append("a token's class, for the collapse, is the expert it is routed to; means over sparse layers")
     study.notes.append(
         f"beside the perplexities: each language's own unigrams have {unigrams(given):.0f}, a mean as theirs"
@@ -182,7 +183,7 @@ def tuning(options: Any, seed: int, start: Path, variant: Variant, suffix: str) 
 def pre_trained(study: Study, folder: Path) -> tuple[dict[str, float | None], dict[str, Any]]:
     """Perplexity on the test split, and X-MoE's measures along training."""
     test = study.evaluate(folder, checkpoint="last", max_sentences=study.options.size.items)
-    probed = probe_run(folder, max_sentences=60)
+    probed = study.probe(folder, max_sentences=60)
     series = [_mean(layers, "collapse_by_expert") for layers in probed["checkpoints"].values()]
     ratios = [ratio for layer in probed["fluctuation"].values() for ratio in layer]
     measures = {
@@ -193,6 +194,42 @@ def pre_trained(study: Study, folder: Path) -> tuple[dict[str, float | None], di
     }
     by_language = {name: entry["ppl"] for name, entry in test["sets"].items()}
     return measures, {"perplexity": by_language, "probe": probed, "load": test["routing"]}
+
+
+def along_training(runs: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Tables by checkpoint: collapse with either class, and tokens that changed their expert since the one before."""
+    lines: list[str] = []
+    for heading, series in (
+        ("Tr(Σ_W Σ_B⁺), a token's class is its expert", _collapse_along("collapse_by_expert")),
+        ("Tr(Σ_W Σ_B⁺), a token's class is its vocabulary id", _collapse_along("collapse_by_token")),
+        ("tokens that changed their expert since the checkpoint before", _fluctuation_along),
+    ):
+        by_variant: dict[str, list[dict[str, float]]] = {}
+        for run in runs.values():
+            if found := series(run["details"]["probe"]):
+                by_variant.setdefault(run["variant"], []).append(found)
+        updates = sorted({update for found in by_variant.values() for run in found for update in run}, key=int)
+        lines += ["", f"Along training: {heading} (means over seeds and sparse layers)."] if updates else []
+        lines += ["", f"| update | {' | '.join(updates)} |", "|---|" + "---:|" * len(updates)] if updates else []
+        for variant, found in by_variant.items():
+            values = ([run[update] for run in found if update in run] for update in updates)
+            cells = (f"{statistics.fmean(there):.3g}" if there else "" for there in values)
+            lines.append(f"| {variant} | {' | '.join(cells)} |")
+    return lines[1:]
+
+
+def _collapse_along(measure: str) -> Callable[[Mapping[str, Any]], dict[str, float]]:
+    def series(probed: Mapping[str, Any]) -> dict[str, float]:
+        means = {update: _mean(layers, measure) for update, layers in probed["checkpoints"].items()}
+        return {update: mean for update, mean in means.items() if mean is not None}
+
+    return series
+
+
+def _fluctuation_along(probed: Mapping[str, Any]) -> dict[str, float]:
+    layers = list(probed["fluctuation"].values())
+    later = list(probed["checkpoints"])[1:] if layers else []
+    return {update: statistics.fmean([ratios[n] for ratios in layers]) for n, update in enumerate(later)}
 
 
 def transferred(study: Study, folder: Path, suffix: str) -> tuple[dict[str, float | None], Any]:

@@ -2,6 +2,7 @@
 
     python scripts/reproduce/translation.py --data data-bin/parallel15 --seeds 2
     python scripts/reproduce/translation.py --data data-bin/parallel15 --budget small --threads 1
+    python scripts/reproduce/translation.py --data data-bin/parallel15 --budget gpu --languages all --name on_gpu
 
 Experts are narrower where a token passes several, so that all models cost what the dense one costs: top-2 halves them,
 SMoE's two strata of top-2 make 1.5 passes of two, SAM with k experts takes a k-th of the width and k times as many.
@@ -30,7 +31,7 @@ BUDGETS = {
         updates=2500,
         words=(
             *("training.tokens_per_update=4096", "training.optimizer.lr=0.003", "training.schedule.warmup_updates=200"),
-            *("model.embed_dim=192", "model.ffn_dim=768", "model.dropout=0.05"),
+            *("model=tiny", "model.embed_dim=192", "model.ffn_dim=768", "model.dropout=0.05"),
         ),
         items=150,
         takes="about half an hour each on two cores, THOR's twice that",
@@ -39,10 +40,20 @@ BUDGETS = {
         updates=700,
         words=(
             *("training.tokens_per_update=1024", "training.optimizer.lr=0.006", "training.schedule.warmup_updates=50"),
-            *("model.embed_dim=64", "model.ffn_dim=192", "model.dropout=0", "training.max_sentence_tokens=64"),
+            *("model=tiny", "model.embed_dim=64", "model.ffn_dim=192", "model.dropout=0"),
+            "training.max_sentence_tokens=64",
         ),
         items=60,
         takes="into English only, about a minute and a half each on one core, THOR's twice that",
+    ),
+    "gpu": Budget(
+        updates=20_000,
+        words=(
+            *("training.tokens_per_update=32768", "training.optimizer.lr=0.0007"),
+            *("training.schedule.warmup_updates=2000", "training.precision=bf16", "model=base"),
+        ),
+        items=0,
+        takes="not run yet: needs a GPU",
     ),
 }
 
@@ -112,7 +123,6 @@ CLAIMS = (
 def main() -> None:
     """Trains, translates, compares; writes ``translation.json`` and ``translation.md``."""
     options = parser(__doc__ or "", "data-bin/parallel15", 2, BUDGETS)
-    options.add_argument("--model", default="tiny", help="the model's size; tiny has the budget's widths")
     options.add_argument("--languages", default=",".join(LANGUAGES), help="with English; all: those of the data")
     options.add_argument("--max-sentences", type=int, help="of each test direction (0: all; default: the budget's)")
     options.add_argument("--name", default="translation", help="of the results, where several are kept")
@@ -134,14 +144,9 @@ def main() -> None:
 
 
 def width(options: Any) -> int:
-    """Of the dense feed-forward."""
-    found = [word.partition("=")[2] for word in sizes(options) if word.startswith("model.ffn_dim=")]
-    return int(found[-1] if found else OmegaConf.load(MODELS / f"{options.model}.yaml").ffn_dim)
-
-
-def sizes(options: Any) -> list[str]:
-    """The budget's words; the model's widths among them are tiny's."""
-    return [word for word in options.size.words if options.model == "tiny" or not word.startswith("model.")]
+    """Of the dense feed-forward: the budget's, or its model's own."""
+    given = {key: value for key, _, value in (word.partition("=") for word in options.size.words)}
+    return int(given.get("model.ffn_dim") or OmegaConf.load(MODELS / f"{given['model']}.yaml").ffn_dim)
 
 
 def common(options: Any, seed: int) -> list[str]:
@@ -150,8 +155,8 @@ def common(options: Any, seed: int) -> list[str]:
     both = [f"{code}-en" for code in names] + [f"en-{code}" for code in names if options.budget != "small"]
     directions = "" if options.languages == "all" else ",".join(both)
     return [
-        *(f"model={options.model}", f"data={options.data}", f"seed={seed}", f"task.directions=[{directions}]"),
-        *("training.schedule.name=linear", "training.temperature=2", *sizes(options)),
+        *(f"data={options.data}", f"seed={seed}", f"task.directions=[{directions}]", *options.size.words),
+        *("training.schedule.name=linear", "training.temperature=2"),
         *(f"training.max_updates={options.updates}", f"training.threads={options.threads}"),
         *("training.checkpoint.keep=1", f"training.checkpoint.every_updates={max(1, options.updates // 2)}"),
         *("training.validation.max_sentences=50", f"training.validation.every_updates={max(1, options.updates // 3)}"),

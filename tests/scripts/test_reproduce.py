@@ -90,6 +90,28 @@ def test_claims_are_read_off_the_means(load: Any, tmp_path: Path) -> None:
     assert content["machine"]["cores"] and content["commit"] and str(tmp_path) not in json.dumps(content["command"])
 
 
+def test_measures_along_training_are_means_of_seeds_and_layers(load: Any) -> None:
+    def run(variant: str, first: float, last: float) -> dict[str, Any]:
+        layers = {"0": {"collapse_by_expert": first - 1}, "1": {"collapse_by_expert": first + 1}}
+        checkpoints = {"9": layers, "10": {"0": {"collapse_by_expert": last}, "1": {}}}
+        probe = {"checkpoints": checkpoints, "fluctuation": {"0": [0.1], "1": [0.3]}}
+        return {"variant": variant, "details": {"probe": probe}}
+
+    dense = {"variant": "dense", "details": {"probe": {"checkpoints": {"9": {}, "10": {}}, "fluctuation": {}}}}
+    runs = {"a": run("switch", 4.0, 3.0), "b": run("switch", 6.0, 5.0), "c": run("xmoe", 4.0, 8.0), "d": dense}
+    lines = load("masked_lm").along_training(runs)
+    assert lines.count("| update | 9 | 10 |") == 1 and lines.count("| update | 10 |") == 1
+    assert "| switch | 5 | 4 |" in lines and "| xmoe | 4 | 8 |" in lines and "| switch | 0.2 |" in lines
+
+
+def test_a_difference_within_its_spread_is_called_so(load: Any) -> None:
+    study = load("study")
+    above, mean = study.above, study.Mean
+    assert above("a", mean(2.0, 0.3), "b", mean(1.0, 0.4), ".1f") == ("a 2.0 ± 0.3, b 1.0 ± 0.4", True)
+    said, agrees = above("a", mean(1.0, 0.8), "b", mean(2.0, 0.6), ".1f")
+    assert said.endswith("within the spread") and not agrees
+
+
 @pytest.mark.slow  # two processes
 def test_a_comparison_runs_and_does_not_repeat_itself(
     load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

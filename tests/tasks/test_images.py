@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -172,3 +173,12 @@ def test_moe_train_says_what_is_wrong(squares: Path, tmp_path: Path) -> None:
     assert code == 2 and "patches of 3 pixels do not fill images of 8 x 8" in said
     code, said = here(command(squares, tmp_path / "run", 5, "model=tiny"), tmp_path)
     assert code == 2 and "not for images" in said
+    code, said = here(command(squares, tmp_path / "run", 5, "task.image_size=12"), tmp_path)
+    assert code == 2 and "images of 8 x 8 pixels, not 12 x 12 as task.image_size says" in said
+    cut = tmp_path / "cut"
+    shutil.copytree(squares, cut)
+    labels = cut / "train-labels-idx1-ubyte"
+    labels.write_bytes(labels.read_bytes()[:-1])
+    code, said = here(command(cut, tmp_path / "run", 5), tmp_path)
+    assert code == 2 and f"{labels.name}: the IDX file is cut short" in " ".join(said.split())
+    assert not (tmp_path / "run" / "checkpoints").exists()  # nothing was started

@@ -252,5 +252,10 @@ def test_fine_tuning_s_mistakes_are_said(pretrained: Path, tmp_path: Path) -> No
         stream.write("door without a tab\n")
     code, said = fine_tune(tmp_path / "texts", pretrained, tmp_path / "run")
     assert code == 2 and "valid.en.tsv, line 17: a line without a tab" in " ".join(said.split())
+    write_texts(tmp_path / "labels")
+    with (tmp_path / "labels" / "test.de.tsv").open("a") as stream:
+        stream.write("friut\teinen roten Apfel\n")
+    code, said = fine_tune(tmp_path / "labels", pretrained, tmp_path / "run")
+    assert code == 2 and "test.de.tsv, line 17: unknown label 'friut'" in " ".join(said.split())
     code, said = fine_tune(tmp_path / "texts2", pretrained, tmp_path / "run")
     assert code == 2 and "no such folder of labelled texts" in said
