@@ -47,16 +47,24 @@ def expert_importance(combine: Tensor, num_experts: int) -> Tensor:
     return per_expert / per_expert.sum().clamp(min=torch.finfo(torch.float64).tiny)
 
 
-def mix_statistics(dispatch: Tensor, combine: Tensor, num_experts: int) -> dict[str, float]:
-    """Means of these measures over the sentences of D and C, [B, m, s] each, without padding.
+def mix_statistics(
+    dispatch: Tensor, combine: Tensor, num_experts: int, padding: Tensor | None = None
+) -> dict[str, float]:
+    """Means of these measures over the real tokens and the slots of D and C, [B, m, s] each.
 
     ``tokens_per_slot`` and ``slots_per_token`` (for 90 % of the weight), ``weak_tokens`` (the share of tokens that
     count less than a quarter of the mean), ``expert_importance_max`` (times E: 1 where all count alike).
+
+    Args:
+        padding: [B, m], true where there is no token: neither D nor C has weight there.
     """
+    real = torch.ones(dispatch.shape[:2], dtype=torch.bool) if padding is None else ~padding
     importance = expert_importance(combine, num_experts)
+    # A token's mean contribution is 1 among the real ones of its sentence, not among all m.
+    counted = token_contributions(dispatch) * (real.sum(1, keepdim=True) / real.shape[1])
     return {
-        "tokens_per_slot": float(needed_for_share(dispatch, -2).double().mean()),
-        "slots_per_token": float(needed_for_share(combine, -1).double().mean()),
-        "weak_tokens": float((token_contributions(dispatch) < 0.25).double().mean()),
+        "tokens_per_slot": float(needed_for_share(dispatch, -2)[real.any(1)].double().mean()),
+        "slots_per_token": float(needed_for_share(combine, -1)[real].double().mean()),
+        "weak_tokens": float((counted[real] < 0.25).double().mean()),
         "expert_importance_max": float(importance.max() * num_experts),
     }

@@ -24,6 +24,8 @@ from moe_train.layers import Block, RoutingRecord, SoftLayer, StratifiedLayer, r
 from moe_train.layers.context import BatchContext
 from moe_train.models.accounting import sparse_blocks
 
+_OFTEN = 10  # a token seen less often says little of its capacity
+
 
 @dataclass
 class LayerProbe:
@@ -84,9 +86,9 @@ def _note(layer: LayerProbe, block: Block, x: Tensor, context: BatchContext, rec
     layer.language.append(context.routing.language.cpu())
     layer.token_id.append(context.routing.token_id.cpu())
     if isinstance(block, SoftLayer):
-        if context.padding is None:  # sentences of one length: otherwise means would count padding
-            mixes = block.router.mixes(x, None)
-            layer.mixes.append(mix_statistics(mixes.dispatch.cpu(), mixes.combine.cpu(), layer.num_experts))
+        mixes = block.router.mixes(x, context.padding)
+        padding = None if context.padding is None else context.padding.cpu()
+        layer.mixes.append(mix_statistics(mixes.dispatch.cpu(), mixes.combine.cpu(), layer.num_experts, padding))
         return
     first = record.routing[0]
     layer.choices.append(first.choices.cpu())
@@ -99,7 +101,8 @@ def describe(layer: LayerProbe) -> dict[str, Any]:
     """The measures of one block, ready for JSON.
 
     ``collapse_by_expert`` and ``collapse_by_token``: Tr(Σ_W Σ_B⁺) with the routed expert and the vocabulary id as the
-    class; ``load``, ``load_by_language``; ``dropped_fraction``; with strata ``requested_capacity``, by language too.
+    class; ``load``, ``load_by_language``; ``dropped_fraction``; with strata ``requested_capacity``, by language too,
+    and by vocabulary id for those that occur at least ten times.
     """
     states, language, token = (torch.cat(part) for part in (layer.states, layer.language, layer.token_id))
     content: dict[str, Any] = {"tokens": states.shape[0]}
@@ -124,6 +127,8 @@ def describe(layer: LayerProbe) -> dict[str, Any]:
         passes = torch.cat(layer.passes)
         content["requested_capacity"] = float(passes.double().mean())
         content["requested_capacity_by_language"] = mean_by_label(passes, language)
+        often = torch.bincount(token)[token] >= _OFTEN
+        content["requested_capacity_by_token"] = mean_by_label(passes[often], token[often])
     return content
 
 

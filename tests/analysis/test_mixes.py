@@ -35,3 +35,13 @@ def test_of_uniform_and_of_hard_mixes() -> None:
     assert found["tokens_per_slot"] == found["slots_per_token"] == 1.0 and found["weak_tokens"] == 0.0
     collapsed = torch.zeros(1, 4, 4).index_fill(1, torch.tensor([0]), 1.0)
     assert mix_statistics(collapsed, hard, 4)["weak_tokens"] == 0.75
+
+
+def test_padding_counts_for_nothing() -> None:
+    generator = torch.Generator().manual_seed(3)
+    dispatch = torch.softmax(torch.randn(2, 6, 4, generator=generator), dim=1)
+    combine = torch.softmax(torch.randn(2, 6, 4, generator=generator), dim=2)
+    longer = [torch.nn.functional.pad(mix, (0, 0, 0, 3)) for mix in (dispatch, combine)]
+    padding = torch.arange(9).expand(2, 9) >= 6
+    assert mix_statistics(*longer, 2, padding) == pytest.approx(mix_statistics(dispatch, combine, 2))
+    assert mix_statistics(*longer, 2)["weak_tokens"] > mix_statistics(dispatch, combine, 2)["weak_tokens"]

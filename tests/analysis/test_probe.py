@@ -49,6 +49,8 @@ def test_strata_tell_the_capacity_that_tokens_request() -> None:
     assert 1.0 <= content["requested_capacity"] <= 2.0
     by_language = content["requested_capacity_by_language"]
     assert content["requested_capacity"] == pytest.approx((5 * by_language[0] + 3 * by_language[1]) / 8)
+    often = describe(probe(model, [sample()] * 6)[0])["requested_capacity_by_token"]
+    assert set(often) == {0, 2} and content["requested_capacity_by_token"] == {}  # twice a batch, the others once
 
 
 def test_soft_blocks_tell_of_their_mixes() -> None:
@@ -57,6 +59,8 @@ def test_soft_blocks_tell_of_their_mixes() -> None:
     content = describe(probe(model, [images])[0])
     assert 1.0 <= content["tokens_per_slot"] <= 6.0 and 1.0 <= content["slots_per_token"] <= 6.0
     assert content["tokens"] == 24 and "load" not in content
+    text = describe(probe(language_model({"name": "soft_moe", "num_experts": 2}), [sample()])[0])
+    assert text["tokens"] == 8 and 1.0 <= text["tokens_per_slot"] <= 5.0  # sentences of 5 and of 3, padding left out
 
 
 def test_expert_choice_counts_tokens_that_nobody_takes() -> None:
