@@ -33,18 +33,39 @@ def _absent(marker: str) -> str | None:
     return None
 
 
+def _required(marker: str) -> bool:
+    """Whether a skip would be a failure, as in the continuous integration."""
+    return bool(os.environ.get(f"REQUIRE_{marker.upper()}"))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for marker in ("gpu", "slurm", "network"):
         marked = [item for item in items if item.get_closest_marker(marker)]
-        if marked and (reason := _absent(marker)):
+        if marked and not _required(marker) and (reason := _absent(marker)):
             for item in marked:
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for marker in ("gpu", "slurm", "network"):
+        if item.get_closest_marker(marker) and _required(marker) and (reason := _absent(marker)):
+            pytest.fail(f"{reason}; REQUIRE_{marker.upper()} is set")
 
 
 @pytest.fixture(autouse=True)
 def _outside_any_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     """A torchrun or Slurm step around the tests must not make them ranks of it."""
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID"):
+    for name in (
+        "RANK",
+        "LOCAL_RANK",
+        "WORLD_SIZE",
+        "LOCAL_WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "SLURM_PROCID",
+        "SLURM_STEP_NUM_TASKS",
+        "SUBMITIT_EXECUTOR",
+    ):
         monkeypatch.delenv(name, raising=False)
 
 

@@ -38,7 +38,7 @@ def run(*command: str | Path, cwd: Path, env: dict[str, str] | None = None) -> s
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The built wheel, made from a copy of what is in the checkout, as a source distribution would carry it."""
     root, copy = Path(__file__).parents[1], tmp_path_factory.mktemp("source")
-    for name in ("moe_train", "configs"):
+    for name in ("moe_train", "hydra_plugins", "configs"):
         shutil.copytree(root / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "hatch_build.py", "README.md", "LICENSE", ".gitignore"):
         shutil.copy(root / name, copy / name)
@@ -51,7 +51,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_wheel_holds_the_whole_package_and_every_config(wheel: Path, root: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    modules = {str(path.relative_to(root)) for path in root.glob("moe_train/**/*.py")}
+    modules = {
+        str(path.relative_to(root)) for room in ("moe_train", "hydra_plugins") for path in root.glob(f"{room}/**/*.py")
+    }
     configs = {f"moe_train/{path.relative_to(root)}" for path in root.glob("configs/**/*.yaml")}
     assert modules and configs
     assert modules | configs | {"moe_train/py.typed"} <= names

@@ -13,27 +13,27 @@ from typing import Any, NoReturn
 import hydra
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
-from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from rich.console import Console
 
-from moe_train.commands._overrides import check_overrides
+from moe_train.commands._overrides import check_launcher, check_overrides
 from moe_train.config.paths import configs_directory
 from moe_train.errors import ConfigError, UserError
 from moe_train.launch.environment import launched_rank
 from moe_train.launch.failures import WorkerError
+from moe_train.launch.schemas import forget_foreign_schemas
+from moe_train.launch.slurm import take_place
 
 Callback = Callable[[dict[str, Any]], Any]
-INTERRUPTED = 75  # sysexits.h: EX_TEMPFAIL
 
 
 def run_app(config_name: str, callback: Callback) -> None:
     """Runs ``callback`` on the composed config, as a Hydra 1.3 app (``-m``, ``--cfg job``, ``hydra.*`` and so on work).
 
-    Under torchrun only rank 0 is a Hydra app, with a run folder; the other ranks compose the same config and no more.
+    Under torchrun or srun only rank 0 is a Hydra app, with a run folder; the others compose the same config and no more.
 
     Args:
         config_name: a file of ``configs/``, without its suffix.
@@ -44,6 +44,9 @@ def run_app(config_name: str, callback: Callback) -> None:
     arguments = get_args_parser().parse_args(sys.argv[1:])
     try:
         check_overrides(arguments.config_name or config_name, arguments.overrides, arguments.config_dir)
+        forget_foreign_schemas()  # of the plugins that Hydra has found by now
+        check_launcher(arguments.overrides, arguments.multirun)
+        take_place()
         if launched_rank():
             _follow(arguments, config_name, callback)
             return
@@ -73,6 +76,7 @@ def plain(config: DictConfig) -> dict[str, Any]:
 def _job(callback: Callback) -> Callable[[DictConfig], Any]:
     def moe_train_job(config: DictConfig) -> Any:
         try:
+            take_place()  # where submitit has started this process: every rank is a Hydra job then
             return callback(plain(config))
         except (UserError, WorkerError) as error:
             if HydraConfig.get().mode == RunMode.MULTIRUN:
@@ -84,22 +88,14 @@ def _job(callback: Callback) -> Callable[[DictConfig], Any]:
     return moe_train_job
 
 
-def forget_foreign_schemas() -> None:
-    """Leaves Hydra's own entries in its process-wide store of schemas.
-
-    Importing fairseq puts dozens there, ``task/translation`` among them, and Hydra would hold our files of the same
-    name against them. Our configs are checked by :func:`moe_train.config.build` instead.
-    """
-    repository = ConfigStore.instance().repo
-    for name in [name for name in repository if name not in ("hydra", "_dummy_empty_config_.yaml")]:
-        del repository[name]
-
-
 def _follow(arguments: Any, config_name: str, callback: Callback) -> None:
     if arguments.cfg or arguments.help or arguments.info is not None:
         return
     if arguments.multirun:
-        raise ConfigError("a sweep cannot run under torchrun", remedy="leave out torchrun and set launch.processes=N")
+        raise ConfigError(
+            "a sweep cannot run under torchrun or srun",
+            remedy="leave it out and set launch.processes=N or hydra/launcher=…",
+        )
     search = [f"hydra.searchpath=[file://{arguments.config_dir}]"] if arguments.config_dir else []
     with initialize_config_dir(str(configs_directory()), version_base="1.3"):
         config = compose(arguments.config_name or config_name, overrides=[*arguments.overrides, *search])

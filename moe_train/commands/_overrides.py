@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -16,7 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from moe_train.config.paths import configs_directory
-from moe_train.errors import ConfigError, did_you_mean
+from moe_train.errors import ConfigError, MissingDependency, did_you_mean
 
 
 def check_overrides(config_name: str, overrides: Sequence[str], config_dir: str | None = None) -> None:
@@ -41,6 +42,26 @@ def check_overrides(config_name: str, overrides: Sequence[str], config_dir: str 
     for override in parsed:
         if override.key_or_group not in groups:
             _check_key(override, keys, groups)
+
+
+def check_launcher(overrides: Sequence[str], multirun: bool) -> None:
+    """Refuses a launcher that would not be asked, and one that is not installed.
+
+    Raises:
+        ConfigError: ``hydra/launcher=…`` without ``-m``.
+        MissingDependency: submitit's launchers without submitit.
+    """
+    chosen = [word.partition("=")[2] for word in overrides if word.startswith("hydra/launcher=")]
+    if not chosen or chosen[-1] == "basic":
+        return
+    if not multirun and "hydra.mode=MULTIRUN" not in overrides:
+        raise ConfigError(
+            "a launcher is only asked in a sweep", f"hydra/launcher={chosen[-1]}", "add -m, for one job too"
+        )
+    if chosen[-1].startswith("submitit") and find_spec("submitit") is None:
+        raise MissingDependency(
+            "submitit is not installed", f"hydra/launcher={chosen[-1]}", "pip install 'moe_train[slurm]'"
+        )
 
 
 def _composed(config_name: str, words: list[str]) -> DictConfig:

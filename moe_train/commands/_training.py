@@ -10,16 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from rich.console import Console
 
-from moe_train.commands._app import INTERRUPTED
 from moe_train.config import RunConfig, build, to_mapping
 from moe_train.errors import UserError
 from moe_train.launch.environment import launched_rank, local_rank, under_launcher
 from moe_train.launch.failures import WorkerError, failure_of, out_of_memory, write_failure
 from moe_train.launch.joining import check_devices, joined_world, logging_to, ranks_per_node, world_size
 from moe_train.launch.local import launch
+from moe_train.launch.requeue import leave_saved
 from moe_train.models.accounting import account
 from moe_train.tasks import TaskData, build_task, locate_data, open_data
 from moe_train.training import Outcome, RunFolder, World, train
@@ -53,12 +52,16 @@ def _checked_and_trained(mapping: Mapping[str, Any]) -> float | None:
         config = read_config(mapping)
         check_devices(config.launch)
         config, data = checked(config, folder)
-    if under_launcher() or folder is None:
-        outcome = joined(to_mapping(config), folder)
-    else:
-        outcome = on_this_host(config, data, folder)
-    if outcome.status == "interrupted" and not _in_sweep():
-        sys.exit(INTERRUPTED)
+    try:
+        if under_launcher() or folder is None:
+            outcome = joined(to_mapping(config), folder)
+        else:
+            outcome = on_this_host(config, data, folder)
+    except SystemExit as left:  # asked to stop before there was anything to save
+        leave_saved(int(left.code or 0))
+        raise
+    if outcome.status == "interrupted":
+        leave_saved()
     return outcome.best
 
 
@@ -173,7 +176,3 @@ def _train(config: RunConfig, data: Any, folder: RunFolder, world: World) -> Out
             account=lambda module: account(module).to_mapping(),
             console=Console(),
         )
-
-
-def _in_sweep() -> bool:
-    return not launched_rank() and HydraConfig.get().mode == RunMode.MULTIRUN

@@ -157,7 +157,7 @@ class RunConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
-    resume: Literal["auto", "never", "must"] = "auto"
+    resume: Literal["auto", "never", "must", "missing"] = "auto"
 
     def __post_init__(self) -> None:
         check.not_negative("seed", self.seed)

@@ -97,7 +97,8 @@ class RunFolder:
         """Whether this config may begin or go on here, by the key ``resume``.
 
         ``auto``: begins in a new folder, goes on in an unfinished one or where ``training.max_updates`` was raised;
-        ``never``: only begins; ``must``: only goes on (and has nothing to do where the run is finished).
+        ``never``: only begins; ``must``: only goes on (and has nothing to do where the run is finished);
+        ``missing``: as ``auto``, with nothing to do where the run is finished.
 
         Raises:
             ConfigError: a finished run; a run with another config (the keys are named) or other data.
@@ -114,11 +115,11 @@ class RunFolder:
                 "resume=never, but the folder holds a run", str(self.path), "choose another hydra.run.dir=…"
             )
         self._check_same(config, data_fingerprint)
-        if self.finished and config.resume != "must" and not self.extended_by(config):
+        if self.finished and config.resume not in ("must", "missing") and not self.extended_by(config):
             raise ConfigError(
                 f"the run in this folder is finished ({self.info.get('update')} updates)",
                 str(self.path),
-                "raise training.max_updates to train on, or choose another hydra.run.dir=…",
+                "raise training.max_updates to train on, choose another hydra.run.dir=…, or leave it: resume=missing",
             )
 
     def extended_by(self, config: RunConfig) -> bool:

@@ -7,11 +7,11 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)  # USR2: submitit's
 
 
 class StopSignals:
-    """While entered, SIGTERM, SIGINT and SIGUSR1 set ``received``; a second SIGINT interrupts at once.
+    """While entered, SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 set ``received``; a second SIGINT interrupts at once.
 
     Outside the main thread Python cannot install handlers, then nothing changes.
     """

@@ -9,11 +9,12 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from moe_train.commands._app import forget_foreign_schemas, plain
+from moe_train.commands._app import plain
 from moe_train.commands._overrides import check_overrides
 from moe_train.config import RunConfig, build
 from moe_train.config.paths import configs_directory
 from moe_train.errors import ConfigError
+from moe_train.launch.schemas import forget_foreign_schemas
 from moe_train.routing import routing_config
 
 

@@ -15,10 +15,10 @@ from torch import nn
 from moe_train.analysis.cost_shape import model_shape
 from moe_train.analysis.plan import make_plan
 from moe_train.analysis.plan_tables import as_mapping
-from moe_train.commands._app import forget_foreign_schemas
 from moe_train.config import ImageConfig, LanguageModelConfig, RunConfig, build
 from moe_train.config.paths import configs_directory
 from moe_train.config.plan import PlanConfig, PlanImages
+from moe_train.launch.schemas import forget_foreign_schemas
 from moe_train.models import build_model
 from moe_train.models.accounting import Accounting, account
 from moe_train.models.encoder import build_masked_language_model

@@ -1,0 +1,31 @@
+"""Network interfaces of this host."""
+
+from __future__ import annotations
+
+import fcntl
+import socket
+import struct
+
+_SIOCGIFADDR = 0x8915  # linux/sockios.h
+
+
+def interface_towards(host: str) -> str | None:
+    """The interface whose address this host uses to reach ``host``, such as ``eth0``; None where that is not known.
+
+    Nothing is sent: connecting a datagram socket only looks the route up (IPv4).
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((host, 9))
+        except OSError:
+            return None
+        own = probe.getsockname()[0]
+        return next((name for _, name in socket.if_nameindex() if _address(probe, name) == own), None)
+
+
+def _address(probe: socket.socket, interface: str) -> str | None:
+    try:
+        found = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", interface.encode()[:15]))
+    except OSError:  # it has none
+        return None
+    return socket.inet_ntoa(found[20:24])

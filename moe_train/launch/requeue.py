@@ -1,0 +1,35 @@
+"""A run was asked to stop and has saved: it leaves with a code that says so, or goes back into the queue."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+from moe_train.launch.environment import launched_rank
+from moe_train.launch.slurm import job_state
+
+INTERRUPTED = 75  # sysexits.h: EX_TEMPFAIL
+
+
+def leave_saved(code: int = INTERRUPTED) -> None:
+    """Ends the process, or asks submitit to have its job started again.
+
+    submitit's protocol: rank 0 pickles the call anew and requeues the job (Slurm starts it again, or submitit's local
+    controller does), which then goes on in the same run folder. Its own handler of ``SIGUSR2`` does all that; during
+    updates the signal was ours, so that the update could end and be saved: here it is handed on. The other ranks only
+    return, for rank 0 must be the first to go. A job that Slurm has already ended (cancelled, or preempted without time
+    to spare, when Slurm requeues by itself) is left alone.
+
+    Raises:
+        SystemExit: always, but for ranks other than 0 of a job of submitit's.
+        UncompletedJobError: (submitit's) the job has reached its limit more often than ``max_num_timeout``.
+    """
+    executor = os.environ.get("SUBMITIT_EXECUTOR")
+    if executor is None:
+        sys.exit(code)
+    if launched_rank():
+        return
+    if executor != "slurm" or job_state(os.environ["SLURM_JOB_ID"]) == "RUNNING":
+        signal.raise_signal(signal.Signals[f"SIG{os.environ.get('SUBMITIT_PREEMPT_SIGNAL', 'USR2')}"])
+    sys.exit(code)

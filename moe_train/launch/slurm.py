@@ -1,0 +1,127 @@
+"""What Slurm and submitit tell a process about its job: its place among the ranks, and whether the job still runs.
+
+torch.distributed reads torchrun's variables (RANK, WORLD_SIZE, MASTER_ADDR …). A task of ``srun`` finds the same facts
+in Slurm's variables, one of submitit's local executor in submitit's. Needs no torch.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Mapping
+
+from moe_train.errors import LaunchError
+from moe_train.launch.environment import under_launcher
+from moe_train.launch.interfaces import interface_towards
+
+_FIRST_PORT, _PORTS = 20000, 12000  # below the range from which kernels hand out ports
+_PATIENCE = 60  # seconds for a controller that is busy
+
+
+def take_place() -> None:
+    """Where this process is one task of several, sets torchrun's variables; else, or under torchrun, does nothing.
+
+    MASTER_ADDR and MASTER_PORT stay as they are where they are set; GLOO_SOCKET_IFNAME too, and becomes the interface
+    that reaches MASTER_ADDR otherwise: gloo would take the one that the host's name resolves to, if it does.
+
+    Raises:
+        LaunchError: Slurm does not say where the first task is.
+    """
+    if under_launcher():
+        return
+    place = _task_of_slurm(os.environ) or _task_of_submitit(os.environ)
+    if place is None:
+        return
+    met = {name: os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT") if name in os.environ}
+    os.environ.update({**place, **met})
+    if "GLOO_SOCKET_IFNAME" not in os.environ and (name := interface_towards(os.environ["MASTER_ADDR"])):
+        os.environ["GLOO_SOCKET_IFNAME"] = name
+
+
+def _task_of_slurm(told: Mapping[str, str]) -> dict[str, str] | None:
+    """A batch script or an interactive shell is no task of several, whatever its job has been given."""
+    if int(told.get("SLURM_STEP_NUM_TASKS", "1")) < 2:
+        return None
+    node = int(told["SLURM_NODEID"])
+    address = told.get("MASTER_ADDR") or node_address(first_node(told["SLURM_STEP_NODELIST"]))
+    number = int(told["SLURM_JOB_ID"]) * 16 + int(told["SLURM_STEP_ID"])
+    return {
+        "RANK": told["SLURM_PROCID"],
+        "WORLD_SIZE": told["SLURM_STEP_NUM_TASKS"],
+        "LOCAL_RANK": told["SLURM_LOCALID"],
+        "LOCAL_WORLD_SIZE": str(tasks_per_node(told["SLURM_STEP_TASKS_PER_NODE"])[node]),
+        "MASTER_ADDR": address,
+        "MASTER_PORT": _port(number),
+    }
+
+
+def _task_of_submitit(told: Mapping[str, str]) -> dict[str, str] | None:
+    """submitit's local executor: ``tasks_per_node`` processes of one host."""
+    if told.get("SUBMITIT_EXECUTOR") != "local" or int(told.get("SUBMITIT_LOCAL_NTASKS", "1")) < 2:
+        return None
+    tasks = told["SUBMITIT_LOCAL_NTASKS"]
+    return {
+        "RANK": told["SUBMITIT_LOCAL_GLOBALID"],
+        "WORLD_SIZE": tasks,
+        "LOCAL_RANK": told["SUBMITIT_LOCAL_LOCALID"],
+        "LOCAL_WORLD_SIZE": tasks,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": _port(int(told["SUBMITIT_LOCAL_JOB_ID"])),
+    }
+
+
+def _port(number: int) -> str:
+    """The same for all tasks of a job, and another for its neighbours."""
+    return str(_FIRST_PORT + number % _PORTS)
+
+
+def tasks_per_node(text: str) -> list[int]:
+    """Slurm's short form: ``2(x3),1`` is ``[2, 2, 2, 1]``."""
+    counts: list[int] = []
+    for number, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
+        counts += [int(number)] * int(times or 1)
+    return counts
+
+
+def first_node(nodes: str) -> str:
+    """The first of ``n[1-3,7]``.
+
+    Raises:
+        LaunchError: scontrol is not there or does not answer.
+    """
+    return _scontrol("show", "hostnames", nodes).split()[0]
+
+
+def node_address(node: str) -> str:
+    """Where a node can be reached: its name need not resolve.
+
+    Raises:
+        LaunchError: scontrol is not there or does not answer.
+    """
+    found = re.search(r"\bNodeAddr=(\S+)", _scontrol("show", "node", node))
+    return found.group(1) if found else node
+
+
+def job_state(job: str) -> str:
+    """``RUNNING``, also while a preempted job has time to save; ``CANCELLED``, ``COMPLETING`` … once Slurm ends it.
+
+    Raises:
+        LaunchError: scontrol is not there or does not answer.
+    """
+    found = re.search(r"\bJobState=(\w+)", _scontrol("show", "job", job))
+    return found.group(1) if found else "UNKNOWN"
+
+
+def _scontrol(*words: str) -> str:
+    try:
+        done = subprocess.run(
+            ["scontrol", "--oneliner", *words], capture_output=True, text=True, timeout=_PATIENCE, check=True
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise LaunchError(
+            f"Slurm's scontrol does not answer ({error})",
+            f"scontrol {' '.join(words)}",
+            "export MASTER_ADDR and MASTER_PORT in the job's script, or put scontrol on its PATH",
+        ) from error
+    return done.stdout

@@ -1,0 +1,80 @@
+# What train.sbatch and sweep.sbatch share; sourced by them. The batch shell is told before the job must go, passes it on
+# to the ranks, which end their update and save, and puts the job back into the queue. It goes on in the same run folder.
+#
+#   LAUNCHER=srun      a task of Slurm's is a rank (default)
+#   LAUNCHER=torchrun  a task per node, which starts SLURM_GPUS_ON_NODE or PROCESSES ranks
+#   EVALUATE=test      translates and scores that split when training is finished
+#   MAX_REQUEUES=100   times that the job goes back into the queue
+set -uo pipefail
+
+if [[ -f .venv/bin/activate ]]; then source .venv/bin/activate; fi # else what was on PATH when the job was submitted
+
+# Node names need not resolve: addresses come from Slurm. All ranks meet at the first node.
+address_of() { scontrol --oneliner show node "$1" | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2; }
+MASTER_ADDR=$(address_of "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n1)")
+MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000)) # below the ports that kernels hand out
+export MASTER_ADDR MASTER_PORT
+# The ranks find gloo's interface themselves: the one that reaches MASTER_ADDR. NCCL looks for the fastest one; where it
+# finds the wrong one, name it: export NCCL_SOCKET_IFNAME=ib0 (and GLOO_SOCKET_IFNAME) before sbatch.
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun has not taken it from the job since Slurm 22.05
+
+asked=
+stop() {
+    asked=yes
+    echo "asked to stop at $(date +%T): the ranks save"
+    scancel --signal=TERM "$SLURM_JOB_ID" # to every task; a TERM to srun itself would have it kill them
+}
+trap stop USR1 TERM
+
+# Runs a command of moe_train's on all ranks; wait comes back early when a signal arrives.
+on_all_ranks() {
+    local module=$1 step code
+    shift
+    if [[ ${LAUNCHER:-srun} == torchrun ]]; then
+        srun --wait=60 --ntasks-per-node=1 --ntasks="$SLURM_JOB_NUM_NODES" bash -c '
+            address=$(scontrol --oneliner show node "$SLURMD_NODENAME" | grep -o "NodeAddr=[^ ]*" | cut -d= -f2)
+            exec torchrun --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="${PROCESSES:-${SLURM_GPUS_ON_NODE:-1}}" \
+                --rdzv-id="$SLURM_JOB_ID.$SLURM_RESTART_COUNT" --rdzv-backend=c10d --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT" \
+                --rdzv-conf="is_host=$((SLURM_NODEID == 0))" --local-addr="$address" -m "$@"' torchrun "$module" "$@" &
+    else
+        srun --wait=60 python -m "$module" "$@" &
+    fi
+    step=$!
+    wait "$step"
+    code=$?
+    while kill -0 "$step" 2>/dev/null; do
+        wait "$step"
+        code=$?
+    done
+    return "$code"
+}
+
+# A job that Slurm ends itself (cancelled, or preempted without time to spare) is left to it.
+still_ours() { scontrol --oneliner show job "$SLURM_JOB_ID" | grep -q 'JobState=RUNNING'; }
+
+requeue() {
+    if ((${SLURM_RESTART_COUNT:-0} >= ${MAX_REQUEUES:-100})); then
+        echo "was requeued ${SLURM_RESTART_COUNT} times: not again (MAX_REQUEUES)"
+    elif still_ours; then
+        echo "back into the queue"
+        scontrol requeue "$SLURM_JOB_ID"
+    fi
+}
+
+# Trains in a folder, evaluates where that is wanted; ends the script. 75: asked to stop, saved.
+train_in() {
+    local folder=$1 code
+    shift
+    # missing: a job that comes back after training was finished has only to evaluate.
+    on_all_ranks moe_train.commands.train resume=missing "$@" hydra.run.dir="$folder"
+    code=$?
+    if ((code == 0)) && [[ -n ${EVALUATE:-} ]]; then
+        on_all_ranks moe_train.commands.evaluate run="$folder" split="$EVALUATE"
+        code=$?
+    fi
+    if ((code != 0)) && [[ -n $asked || $code -eq 75 ]]; then
+        requeue
+        exit 75
+    fi
+    exit "$code"
+}

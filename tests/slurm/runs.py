@@ -1,0 +1,108 @@
+"""Small runs on the cluster, and a hand on their processes."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from moe_train.data.folder import DataFolder
+from tests.slurm.cluster import Cluster
+
+ROOT = Path(__file__).resolve().parents[2]
+PATIENCE = 240.0  # seconds for what takes ten on a machine that does nothing else
+# Two ranks, 20 updates, a checkpoint nowhere but at the end: what a signal does not save is lost and would show.
+SMALL = [
+    *("model.embed_dim=32", "model.ffn_dim=64", "model.num_heads=2", "routing.num_experts=4"),
+    *("training.max_updates=20", "training.tokens_per_update=600", "training.log_every=2", "training.threads=1"),
+    *("training.checkpoint.every_updates=100", "training.validation.every_updates=20", "training.optimizer.lr=0.01"),
+    *("training.schedule.warmup_updates=5", "training.validation.max_sentences=10"),
+]
+
+
+def keys(data: DataFolder, *more: str) -> list[str]:
+    """Of a small run."""
+    return [f"data={data.path}", *SMALL, *more]
+
+
+def moe_train(*words: str, cwd: Path, environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
+    """The command, under way."""
+    command = [sys.executable, "-m", "moe_train.commands.train", *words]
+    return subprocess.Popen(
+        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def ended(command: subprocess.Popen[str], code: int = 0, timeout: float = PATIENCE) -> str:
+    """What it said; it must leave with ``code``."""
+    said, _ = command.communicate(timeout=timeout)
+    assert command.returncode == code, said
+    return said
+
+
+def until(is_so: Callable[[], object], what: str, timeout: float = PATIENCE) -> None:
+    """Waits."""
+    deadline = time.monotonic() + timeout
+    while not is_so():
+        assert time.monotonic() < deadline, f"waited {timeout} s for {what}"
+        time.sleep(0.1)
+
+
+def processes(word: str) -> list[int]:
+    """Python processes with a word in their command line."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            program, *arguments = path.read_bytes().decode(errors="replace").split("\0")
+        except OSError:
+            continue
+        if "python" in program and any(word in argument for argument in arguments):
+            found.append(int(path.parent.name))
+    return found
+
+
+def holders(file: Path) -> list[int]:
+    """Processes that have a file open."""
+    found = set()
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        try:
+            if os.readlink(link) == str(file):
+                found.add(int(link.parts[2]))
+        except OSError:
+            continue
+    return sorted(found)
+
+
+@contextmanager
+def held_at_first_line(folder: Path, word: str, number: int) -> Iterator[None]:
+    """Once the run has logged, its ``number`` processes stand still inside; so what comes in here finds it training."""
+    until((folder / "train.jsonl").is_file, f"the first log line in {folder}")
+    held = processes(word)
+    assert len(held) == number
+    for process in held:
+        os.kill(process, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for process in held:
+            os.kill(process, signal.SIGCONT)
+
+
+def preempt(cluster: Cluster, job: str) -> str:
+    """A more urgent job that wants all of both nodes, once Slurm has told ``job``; the urgent one's number."""
+    urgent = cluster.submit("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true")
+    until(lambda: cluster.show(job)["PreemptTime"] != "None", f"the preemption of {job}")
+    return urgent
+
+
+def sessions(said: str) -> list[tuple[int, int]]:
+    """From a run's output: (update at which a session stopped, update from which the next went on)."""
+    stopped = [int(number) for number in re.findall(r"asked to stop: saved update (\d+)", said)]
+    resumed = [int(number) for number in re.findall(r"goes on from +update (\d+)", said)]
+    return list(zip(stopped, resumed, strict=True))

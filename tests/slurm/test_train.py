@@ -1,0 +1,95 @@
+"""Training on two nodes of a real Slurm: by sbatch and by submitit, preempted, out of time. Always the same bits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from moe_train.data.folder import DataFolder
+from moe_train.training.checkpoints import CheckpointStore
+from tests.slurm.cluster import Cluster
+from tests.slurm.runs import ROOT, ended, held_at_first_line, keys, moe_train, preempt, processes, sessions, until
+from tests.training.toy_run import assert_same_bits, final_tensors, lines
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
+TRAIN = str(ROOT / "scripts" / "slurm" / "train.sbatch")
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory, tiny_data: DataFolder) -> Path:
+    """A run of two processes on one host that nobody disturbs."""
+    path = tmp_path_factory.mktemp("unbroken")
+    ended(moe_train(*keys(tiny_data, f"hydra.run.dir={path}/run", "launch.processes=2"), cwd=path))
+    return path / "run"
+
+
+def check(folder: Path, unbroken: Path, said: str) -> None:
+    """Finished in two sessions, nothing lost between them, and nothing to be seen of it in the end."""
+    ((stopped, resumed),) = sessions(said)
+    assert 2 <= stopped == resumed < 20
+    assert_same_bits(final_tensors(folder), final_tensors(unbroken))
+    for name in ("train.jsonl", "valid.jsonl"):
+        assert lines(folder, name) == lines(unbroken, name) and lines(folder, name)
+    assert json.loads((folder / "run.json").read_text())["status"] == "finished"
+
+
+def submit(cluster: Cluster, data: DataFolder, folder: Path, *options: str, more: tuple[str, ...] = ()) -> str:
+    """Two nodes, a rank on each, by the script that users take."""
+    exported = f"--export=ALL,RUN={folder}"
+    output = f"--output={folder.parent}/%j.out"
+    return cluster.submit(
+        exported, output, "--nodes=2", "--ntasks-per-node=1", *options, TRAIN, *keys(data, *more), cwd=ROOT
+    )
+
+
+def test_sbatch_on_two_nodes_preempted(cluster: Cluster, tiny_data: DataFolder, unbroken: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    job = submit(cluster, tiny_data, folder)
+    with held_at_first_line(folder, f"hydra.run.dir={folder}", 2):
+        urgent = preempt(cluster, job)
+    cluster.wait_for(urgent, "COMPLETED")
+    assert json.loads((folder / "run.json").read_text())["status"] == "interrupted"
+    assert cluster.wait_for(job, "COMPLETED", "FAILED")["Restarts"] == "1"
+    said = (tmp_path / f"{job}.out").read_text()
+    assert "back into the queue" in said
+    check(folder, unbroken, said)
+    assert {path.name for path in (folder / "logs").iterdir()} == {"rank_0.log", "rank_1.log"}
+
+
+def test_submitit_on_two_nodes_preempted(
+    cluster: Cluster, tiny_data: DataFolder, unbroken: Path, tmp_path: Path
+) -> None:
+    sweep = tmp_path / "sweep"
+    launcher = ["hydra/launcher=submitit_slurm", "hydra.launcher.nodes=2", "hydra.launcher.tasks_per_node=1"]
+    words = keys(tiny_data, f"hydra.sweep.dir={sweep}", *launcher)
+    command = moe_train("-m", *words, cwd=tmp_path)
+    with held_at_first_line(sweep / "0", str(sweep / ".submitit"), 2):
+        job = job_of(sweep)
+        urgent = preempt(cluster, job)
+    cluster.wait_for(urgent, "COMPLETED")
+    assert cluster.wait_for(job, "COMPLETED", "FAILED")["Restarts"] == "1"
+    assert "job 0: done" in ended(command)
+    check(sweep / "0", unbroken, (sweep / ".submitit" / job / f"{job}_0_log.out").read_text())
+
+
+def job_of(sweep: Path) -> str:
+    """The number that submitit's folder is named after."""
+    (folder,) = (path for path in (sweep / ".submitit").iterdir() if path.name.isdigit())
+    return folder.name
+
+
+def test_a_cancelled_job_saves_and_stays_out_of_the_queue(
+    cluster: Cluster, tiny_data: DataFolder, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    job = submit(cluster, tiny_data, folder, more=("training.max_updates=100000",))
+    until((folder / "train.jsonl").is_file, "the first log line")
+    cluster.run("scancel", job)
+    shown = cluster.wait_for(job, "CANCELLED")
+    until(lambda: not processes(f"hydra.run.dir={folder}"), "the end of the ranks")
+    assert shown["Restarts"] == "0"
+    info = json.loads((folder / "run.json").read_text())
+    assert info["status"] == "interrupted"
+    assert CheckpointStore(folder / "checkpoints").resolve("last").name == f"step_{info['update']}"
