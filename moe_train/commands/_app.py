@@ -33,7 +33,7 @@ Callback = Callable[[dict[str, Any]], Any]
 def run_app(config_name: str, callback: Callback) -> None:
     """Runs ``callback`` on the composed config, as a Hydra 1.3 app (``-m``, ``--cfg job``, ``hydra.*`` and so on work).
 
-    Under torchrun or srun only rank 0 is a Hydra app, with a run folder; the others compose the same config and no more.
+    Under torchrun or srun only rank 0 is a Hydra app, with a run folder; the others compose the config and no more.
 
     Args:
         config_name: a file of ``configs/``, without its suffix.

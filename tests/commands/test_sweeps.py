@@ -1,0 +1,87 @@
+"""``moe-train -m`` in this process: a failure takes nothing with it, Optuna minimises, folders are one's own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+from moe_train.data.folder import DataFolder
+from moe_train.training import RunFolder
+from tests.commands.test_train import here
+from tests.slurm.runs import keys
+
+SHORT = ("training.max_updates=2", "training.validation.every_updates=2")
+
+
+def sweep_words(data: DataFolder, sweep: Path, *more: str) -> list[str]:
+    return ["-m", *keys(data, *SHORT), f"hydra.sweep.dir={sweep}", *more]
+
+
+def statuses(sweep: Path) -> dict[str, str]:
+    return {path.parent.name: json.loads(path.read_text())["status"] for path in sweep.glob("*/run.json")}
+
+
+def test_a_job_that_fails_loses_no_other_and_is_run_again(tiny_data: DataFolder, tmp_path: Path) -> None:
+    sweep = tmp_path / "sweep"
+    blocked = sweep / "0" / "checkpoints"
+    blocked.parent.mkdir(parents=True)
+    blocked.write_text("in the way")
+    words = sweep_words(tiny_data, sweep, "seed=1,2")
+    code, said = here(words, tmp_path)
+    assert code == 1 and "Error executing job" in said and statuses(sweep) == {"1": "finished"}
+    blocked.unlink()
+    assert here([*words, "resume=missing"], tmp_path)[0] == 0
+    assert statuses(sweep) == {"0": "finished", "1": "finished"}
+    assert len(RunFolder(sweep / "1").info["sessions"]) == 1
+
+
+def test_optuna_looks_for_the_lowest_validation_loss(tiny_data: DataFolder, tmp_path: Path) -> None:
+    sweep = tmp_path / "sweep"
+    optuna = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=1"]
+    rate = "training.optimizer.lr=choice(0.00001,0.01)"
+    words = [word for word in sweep_words(tiny_data, sweep, *optuna) if not word.startswith("training.optimizer")]
+    code, said = here([*words, rate], tmp_path)
+    assert code == 0, said
+    losses = [json.loads(path.read_text())["best"] for path in sweep.glob("*/run.json")]
+    found = yaml.safe_load((sweep / "optimization_results.yaml").read_text())
+    assert len(losses) == 3 and found["best_value"] == min(losses)
+
+
+def test_two_starts_in_the_same_second_have_folders_of_their_own(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "moe_train.commands.train", "data=x", "--cfg", "hydra", "--resolve", "--package"]
+    both = [
+        subprocess.Popen([*command, f"hydra.{kind}"], stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+        for kind in ("run", "run", "sweep", "sweep")
+    ]
+    folders = [yaml.safe_load(process.communicate(timeout=200)[0])["dir"] for process in both]
+    assert len(set(folders)) == 4, folders
+    assert all(len(folder.rpartition("-")[2]) == len("123456") for folder in folders)
+
+
+def test_two_starts_in_one_folder_never_share_it(tiny_data: DataFolder, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    words = [*keys(tiny_data, *SHORT), f"hydra.run.dir={folder}"]
+    with RunFolder(folder).claimed():
+        code, said = here(words, tmp_path)
+    assert code == 2 and "another process is training in this folder" in said
+    assert here(words, tmp_path)[0] == 0
+
+
+def test_a_finished_folder_is_refused_or_left_alone_by_an_explicit_key(tiny_data: DataFolder, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    words = [*keys(tiny_data, *SHORT), f"hydra.run.dir={folder}"]
+    assert here(words, tmp_path)[0] == 0
+    code, said = here(words, tmp_path)
+    assert code == 2 and "is finished (2 updates)" in said and "resume=missing" in said
+    for key in ("missing", "must"):
+        assert here([*words, f"resume={key}"], tmp_path) == (0, "")
+    assert len(RunFolder(folder).info["sessions"]) == 1
+
+
+def test_a_launcher_that_would_not_be_asked_is_refused(tiny_data: DataFolder, tmp_path: Path) -> None:
+    code, said = here([*keys(tiny_data, *SHORT), "hydra/launcher=submitit_slurm"], tmp_path)
+    assert code == 2 and "hydra/launcher=submitit_slurm: a launcher is only asked in a sweep. Add -m" in said
