@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from rich import box
 from rich.table import Table
@@ -34,9 +34,13 @@ def present_groups(runs: Sequence[RunReport]) -> list[str]:
     return [name for name in GROUPS if name in present]
 
 
-def cost_cells(run: RunReport) -> list[str]:
-    """A row of the first table: what it is, and what it costs."""
-    strategy = " ".join([run.strategy or "?", *(w for w in run.overrides if _tells(w))])
+def cost_cells(run: RunReport, common: Collection[str] = ()) -> list[str]:
+    """A row of the first table: what it is, and what it costs.
+
+    Args:
+        common: words of the command line that every run has; they tell none from the others.
+    """
+    strategy = " ".join([run.strategy or "?", *(_short(w) for w in run.overrides if _tells(w) and w not in common)])
     return [
         run.name,
         strategy,
@@ -48,6 +52,17 @@ def cost_cells(run: RunReport) -> list[str]:
         "-" if run.words_per_second is None else f"{run.words_per_second:,.0f}",
         "-" if run.loss is None else f"{run.loss:.4f}",
     ]
+
+
+def common_words(runs: Sequence[RunReport]) -> set[str]:
+    """The words of the command line that all of several runs have."""
+    return set.intersection(*(set(run.overrides) for run in runs)) if len(runs) > 1 else set()
+
+
+def _short(override: str) -> str:
+    """``num_experts=8`` for ``routing.num_experts=8``: leaderboard.csv has the whole key."""
+    key, is_set, value = override.partition("=")
+    return f"{key.rpartition('.')[2]}{is_set}{value}"
 
 
 def _tells(override: str) -> bool:
@@ -79,9 +94,9 @@ def score_cells(run: RunReport, group: str, comparisons: Comparisons) -> tuple[s
 
 def cost_table(runs: Sequence[RunReport]) -> Table:
     """Runs and what they cost."""
-    table = _table(_COSTS)
+    table = _table([name.replace("/", "\n/") for name in _COSTS])
     for run in ranked(runs):
-        table.add_row(*cost_cells(run), style="dim" if run.failed else None)
+        table.add_row(*cost_cells(run, common_words(runs)), style="dim" if run.failed else None)
     return table
 
 
@@ -100,7 +115,7 @@ def score_table(runs: Sequence[RunReport], comparisons: Comparisons) -> Table:
 def _table(columns: Sequence[str]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for name in columns:
-        right = name in _RIGHT
+        right = name.replace("\n", "") in _RIGHT
         table.add_column(name, justify="right" if right else "left", overflow="fold", no_wrap=right)
     return table
 
@@ -178,7 +193,7 @@ def directions_csv(runs: Sequence[RunReport], comparisons: Comparisons) -> str:
 
 def to_markdown(runs: Sequence[RunReport], comparisons: Comparisons) -> str:
     """Both tables, failures and the explanation."""
-    parts = ["# Leaderboard", "", *_markdown(_COSTS, [cost_cells(run) for run in ranked(runs)])]
+    parts = ["# Leaderboard", "", *_markdown(_COSTS, [cost_cells(run, common_words(runs)) for run in ranked(runs)])]
     rows = []
     for group in present_groups(runs):
         for run in ranked(runs):
