@@ -12,6 +12,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from rich.console import Console
 
+from moe_train.commands._scoring import check_scoring, score_when_finished
 from moe_train.config import RunConfig, build, to_mapping
 from moe_train.errors import UserError
 from moe_train.launch.environment import launched_rank, local_rank, under_launcher
@@ -51,12 +52,14 @@ def _checked_and_trained(mapping: Mapping[str, Any]) -> float | None:
     with _said_once():
         config = read_config(mapping)
         check_devices(config.launch)
+        check_scoring(config)
         config, data = checked(config, folder)
     try:
         if under_launcher() or folder is None:
             outcome = joined(to_mapping(config), folder)
         else:
             outcome = on_this_host(config, data, folder)
+            score_when_finished(config, folder, World())
     except SystemExit as left:  # asked to stop before there was anything to save
         leave_saved(int(left.code or 0))
         raise
@@ -144,7 +147,9 @@ def joined(mapping: Mapping[str, Any], own: RunFolder | None) -> Outcome:
             return _begin(folder, config, data)
 
         nothing_to_do = world.broadcast(everywhere(world, ready))
-        return nothing_to_do or _train(config, data, folder, world)
+        outcome = nothing_to_do or _train(config, data, folder, world)
+        score_when_finished(config, folder, world)
+        return outcome
 
 
 def _begin(folder: RunFolder, config: RunConfig, data: TaskData) -> Outcome | None:

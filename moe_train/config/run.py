@@ -158,6 +158,7 @@ class RunConfig:
     search: SearchConfig = field(default_factory=SearchConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     resume: Literal["auto", "never", "must", "missing"] = "auto"
+    evaluate: Literal["test", "valid"] | None = None
 
     def __post_init__(self) -> None:
         check.not_negative("seed", self.seed)

@@ -173,8 +173,9 @@ def _left_alone(job: SweepJob) -> JobReturn | None:
         return None
     from moe_train.training.run_folder import RunFolder  # needs torch
 
-    folder = RunFolder(job.folder)
-    if not (folder.exists and folder.finished) or _told(job.folder) != _telling(job.overrides):
+    folder, split = RunFolder(job.folder), job.config.get("evaluate")
+    done = folder.exists and folder.finished and (split is None or (job.folder / f"{split}.json").is_file())
+    if not done or _told(job.folder) != _telling(job.overrides):
         return None
     return job.result(JobStatus.COMPLETED, folder.info.get("best"))
 

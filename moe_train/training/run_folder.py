@@ -19,7 +19,7 @@ CONFIG, INFO, TRAIN, VALID = "config.json", "run.json", "train.jsonl", "valid.js
 FAILURE = "failure.json"  # why the last session ended, where it failed; older than run.json: a session before that
 FINISHED = ("finished", "stopped_early")
 # Keys that may differ between the sessions of one run: they change where it runs, how long, and what it keeps.
-FREE = ("launch", "layout", "engine", "resume", "search", "data")
+FREE = ("launch", "layout", "engine", "resume", "search", "data", "evaluate")
 FREE_TRAINING = ("max_updates", "threads", "checkpoint")
 
 
@@ -115,7 +115,8 @@ class RunFolder:
                 "resume=never, but the folder holds a run", str(self.path), "choose another hydra.run.dir=…"
             )
         self._check_same(config, data_fingerprint)
-        if self.finished and config.resume not in ("must", "missing") and not self.extended_by(config):
+        more = self.extended_by(config) or self.unscored(config)
+        if self.finished and config.resume not in ("must", "missing") and not more:
             raise ConfigError(
                 f"the run in this folder is finished ({self.info.get('update')} updates)",
                 str(self.path),
@@ -125,6 +126,10 @@ class RunFolder:
     def extended_by(self, config: RunConfig) -> bool:
         """Whether ``config`` wants more updates than the run has done."""
         return config.training.max_updates > int(self.info.get("update", 0))
+
+    def unscored(self, config: RunConfig) -> bool:
+        """Whether ``config`` wants scores that are not there, such as after an end between training and evaluation."""
+        return config.evaluate is not None and not (self.path / f"{config.evaluate}.json").is_file()
 
     def _check_same(self, config: RunConfig, data_fingerprint: str) -> None:
         before = self._config_file()

@@ -3,7 +3,6 @@
 #
 #   LAUNCHER=srun      a task of Slurm's is a rank (default)
 #   LAUNCHER=torchrun  a task per node, which starts SLURM_GPUS_ON_NODE or PROCESSES ranks
-#   EVALUATE=test      translates and scores that split when training is finished
 #   MAX_REQUEUES=100   times that the job goes back into the queue
 set -uo pipefail
 
@@ -26,18 +25,17 @@ stop() {
 }
 trap stop USR1 TERM
 
-# Runs a command of moe_train's on all ranks; wait comes back early when a signal arrives.
+# moe-train on all ranks; wait comes back early when a signal arrives.
 on_all_ranks() {
-    local module=$1 step code
-    shift
+    local step code
     if [[ ${LAUNCHER:-srun} == torchrun ]]; then
         srun --wait=60 --ntasks-per-node=1 --ntasks="$SLURM_JOB_NUM_NODES" bash -c '
             address=$(scontrol --oneliner show node "$SLURMD_NODENAME" | grep -o "NodeAddr=[^ ]*" | cut -d= -f2)
             exec torchrun --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="${PROCESSES:-${SLURM_GPUS_ON_NODE:-1}}" \
-                --rdzv-id="$SLURM_JOB_ID.$SLURM_RESTART_COUNT" --rdzv-backend=c10d --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT" \
-                --rdzv-conf="is_host=$((SLURM_NODEID == 0))" --local-addr="$address" -m "$@"' torchrun "$module" "$@" &
+                --rdzv-id="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" --rdzv-backend=c10d --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT" \
+                --rdzv-conf="is_host=$((SLURM_NODEID == 0))" --local-addr="$address" -m moe_train.commands.train "$@"' torchrun "$@" &
     else
-        srun --wait=60 python -m "$module" "$@" &
+        srun --wait=60 python -m moe_train.commands.train "$@" &
     fi
     step=$!
     wait "$step"
@@ -61,17 +59,12 @@ requeue() {
     fi
 }
 
-# Trains in a folder, evaluates where that is wanted; ends the script. 75: asked to stop, saved.
+# Trains in a folder and ends the script. 75: asked to stop, saved.
 train_in() {
     local folder=$1 code
     shift
-    # missing: a job that comes back after training was finished has only to evaluate.
-    on_all_ranks moe_train.commands.train resume=missing "$@" hydra.run.dir="$folder"
+    on_all_ranks "$@" hydra.run.dir="$folder"
     code=$?
-    if ((code == 0)) && [[ -n ${EVALUATE:-} ]]; then
-        on_all_ranks moe_train.commands.evaluate run="$folder" split="$EVALUATE"
-        code=$?
-    fi
     if ((code != 0)) && [[ -n $asked || $code -eq 75 ]]; then
         requeue
         exit 75

@@ -51,6 +51,18 @@ def test_optuna_looks_for_the_lowest_validation_loss(tiny_data: DataFolder, tmp_
     assert len(losses) == 3 and found["best_value"] == min(losses)
 
 
+def test_a_run_is_scored_when_it_is_finished(tiny_data: DataFolder, tmp_path: Path) -> None:
+    """Also where training was finished before, and by the same command; never twice."""
+    folder = tmp_path / "run"
+    words = [*keys(tiny_data, *SHORT), f"hydra.run.dir={folder}", "task.directions=[en-de]", "search.beam=1"]
+    assert here(words, tmp_path)[0] == 0 and not (folder / "valid.json").exists()
+    assert here([*words, "evaluate=valid"], tmp_path)[0] == 0
+    scores = json.loads((folder / "valid.json").read_text())
+    assert list(scores["directions"]) == ["en-de"] and len(RunFolder(folder).info["sessions"]) == 1
+    code, said = here([*words, "evaluate=valid"], tmp_path)
+    assert code == 2 and "is finished" in said
+
+
 def test_two_starts_in_the_same_second_have_folders_of_their_own(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "moe_train.commands.train", "data=x", "--cfg", "hydra", "--resolve", "--package"]
     both = [

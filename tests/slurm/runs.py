@@ -80,25 +80,29 @@ def holders(file: Path) -> list[int]:
 
 
 @contextmanager
-def held_at_first_line(folder: Path, word: str, number: int) -> Iterator[None]:
-    """Once the run has logged, its ``number`` processes stand still inside; so what comes in here finds it training."""
+def held_at_first_line(folder: Path, word: str, number: int) -> Iterator[list[int]]:
+    """Once the run has logged, its ``number`` processes stand still inside: what comes then finds it training."""
     until((folder / "train.jsonl").is_file, f"the first log line in {folder}")
     held = processes(word)
     assert len(held) == number
     for process in held:
         os.kill(process, signal.SIGSTOP)
     try:
-        yield
+        yield held
     finally:
         for process in held:
             os.kill(process, signal.SIGCONT)
 
 
-def preempt(cluster: Cluster, job: str) -> str:
-    """A more urgent job that wants all of both nodes, once Slurm has told ``job``; the urgent one's number."""
-    urgent = cluster.submit("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true")
-    until(lambda: cluster.show(job)["PreemptTime"] != "None", f"the preemption of {job}")
-    return urgent
+def has_been_told(process: int) -> bool:
+    """Whether a signal waits for a process that stands still."""
+    status = Path(f"/proc/{process}/status").read_text()
+    return any(int(mask, 16) for mask in re.findall(r"^(?:Sig|Shd)Pnd:\s*(\w+)", status, flags=re.MULTILINE))
+
+
+def urgent_job(cluster: Cluster) -> str:
+    """The number of a job that wants all of both nodes at once, and is done in a moment."""
+    return cluster.submit("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true")
 
 
 def sessions(said: str) -> list[tuple[int, int]]:

@@ -42,7 +42,7 @@ def test_three_strategies_as_one_array(cluster: Cluster, tiny_data: DataFolder, 
     assert "3 of 3 jobs to slurm" in said and "job 1 (routing=switch): done" in said
     jobs = {path.name for path in (sweep / ".submitit").iterdir() if path.is_dir()}
     (array,) = {name.partition("_")[0] for name in jobs}
-    assert jobs == {f"{array}_{task}" for task in range(3)}
+    assert jobs == {array, *(f"{array}_{task}" for task in range(3))}
     runs, markdown = leaderboard(sweep)
     assert [(run.strategy, run.status, run.update) for run in runs] == [(name, "finished", 4) for name in names]
     assert all(f"| {name} | finished | 4 |" in markdown for name in names)
@@ -60,8 +60,9 @@ def test_an_array_of_sbatch(cluster: Cluster, tiny_data: DataFolder, tmp_path: P
     file, sweep = tmp_path / "sweep.txt", tmp_path / "sweep"
     file.write_text("seed=1\nseed=2 training.clip_norm=-1\n")
     script = str(ROOT / "scripts" / "slurm" / "sweep.sbatch")
-    options = ["--array=1-2", f"--export=ALL,SWEEP={sweep},EVALUATE=valid", f"--output={tmp_path}/%a.out"]
-    job = cluster.submit(*options, script, str(file), *keys(tiny_data, *SHORT), cwd=ROOT)
+    options = ["--array=1-2", f"--export=ALL,SWEEP={sweep}", f"--output={tmp_path}/%a.out"]
+    scored = ["evaluate=test", "search.beam=1", "task.directions=[en-de]"]
+    job = cluster.submit(*options, script, str(file), *keys(tiny_data, *SHORT, *scored), cwd=ROOT)
     cluster.wait_for(f"{job}_1", "COMPLETED", "FAILED")
     cluster.wait_for(f"{job}_2", "COMPLETED", "FAILED")
     runs, markdown = leaderboard(sweep)

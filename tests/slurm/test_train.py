@@ -10,7 +10,18 @@ import pytest
 from moe_train.data.folder import DataFolder
 from moe_train.training.checkpoints import CheckpointStore
 from tests.slurm.cluster import Cluster
-from tests.slurm.runs import ROOT, ended, held_at_first_line, keys, moe_train, preempt, processes, sessions, until
+from tests.slurm.runs import (
+    ROOT,
+    ended,
+    has_been_told,
+    held_at_first_line,
+    keys,
+    moe_train,
+    processes,
+    sessions,
+    until,
+    urgent_job,
+)
 from tests.training.toy_run import assert_same_bits, final_tensors, lines
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
@@ -47,8 +58,9 @@ def submit(cluster: Cluster, data: DataFolder, folder: Path, *options: str, more
 def test_sbatch_on_two_nodes_preempted(cluster: Cluster, tiny_data: DataFolder, unbroken: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     job = submit(cluster, tiny_data, folder)
-    with held_at_first_line(folder, f"hydra.run.dir={folder}", 2):
-        urgent = preempt(cluster, job)
+    with held_at_first_line(folder, f"hydra.run.dir={folder}", 2) as ranks:
+        urgent = urgent_job(cluster)
+        until(lambda: all(map(has_been_told, ranks)), "the signal at preemption")
     cluster.wait_for(urgent, "COMPLETED")
     assert json.loads((folder / "run.json").read_text())["status"] == "interrupted"
     assert cluster.wait_for(job, "COMPLETED", "FAILED")["Restarts"] == "1"
@@ -65,9 +77,9 @@ def test_submitit_on_two_nodes_preempted(
     launcher = ["hydra/launcher=submitit_slurm", "hydra.launcher.nodes=2", "hydra.launcher.tasks_per_node=1"]
     words = keys(tiny_data, f"hydra.sweep.dir={sweep}", *launcher)
     command = moe_train("-m", *words, cwd=tmp_path)
-    with held_at_first_line(sweep / "0", str(sweep / ".submitit"), 2):
-        job = job_of(sweep)
-        urgent = preempt(cluster, job)
+    with held_at_first_line(sweep / "0", str(sweep / ".submitit"), 2) as ranks:
+        job, urgent = job_of(sweep), urgent_job(cluster)
+        until(lambda: all(map(has_been_told, ranks)), "the signal at preemption")
     cluster.wait_for(urgent, "COMPLETED")
     assert cluster.wait_for(job, "COMPLETED", "FAILED")["Restarts"] == "1"
     assert "job 0: done" in ended(command)
@@ -93,3 +105,28 @@ def test_a_cancelled_job_saves_and_stays_out_of_the_queue(
     info = json.loads((folder / "run.json").read_text())
     assert info["status"] == "interrupted"
     assert CheckpointStore(folder / "checkpoints").resolve("last").name == f"step_{info['update']}"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_two_nodes_out_of_time(cluster: Cluster, tiny_data: DataFolder, unbroken: Path, tmp_path: Path) -> None:
+    """By sbatch and by submitit, side by side; most of three minutes are Slurm's shortest limits passing."""
+    folder, sweep = tmp_path / "run", tmp_path / "sweep"
+    by_sbatch = submit(cluster, tiny_data, folder, "--time=3", "--signal=B:USR1@60")
+    launcher = ["hydra/launcher=submitit_slurm", "hydra.launcher.nodes=2", "hydra.launcher.timeout_min=3"]
+    words = keys(tiny_data, f"hydra.sweep.dir={sweep}", *launcher, "hydra.launcher.signal_delay_s=60")
+    command = moe_train("-m", *words, cwd=tmp_path)
+    output = tmp_path / f"{by_sbatch}.out"
+    with (
+        held_at_first_line(folder, f"hydra.run.dir={folder}", 2) as ranks,
+        held_at_first_line(sweep / "0", str(sweep / ".submitit"), 2) as others,
+    ):
+        by_submitit = job_of(sweep)
+        until(lambda: all(map(has_been_told, [*ranks, *others])), "the signals before the limit")
+    for job in (by_sbatch, by_submitit):
+        assert cluster.wait_for(job, "COMPLETED", "FAILED", timeout=900)["Restarts"] == "1"
+    ended(command)
+    check(folder, unbroken, output.read_text())
+    said = (sweep / ".submitit" / by_submitit / f"{by_submitit}_0_log.out").read_text()
+    check(sweep / "0", unbroken, said)
+    assert "this job is timed-out" in (sweep / ".submitit" / by_submitit / f"{by_submitit}_0_log.err").read_text()

@@ -1,0 +1,61 @@
+"""Scoring a run: what ``moe-evaluate`` does, and ``moe-train evaluate=test`` when training is finished."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from moe_train.config import RunConfig
+from moe_train.config.evaluation import EvaluateConfig
+from moe_train.errors import ConfigError
+from moe_train.evaluation.evaluate import evaluate
+from moe_train.evaluation.measured import measure, show_measures
+from moe_train.evaluation.table import show
+from moe_train.launch.environment import under_launcher
+from moe_train.training.run_folder import RunFolder
+from moe_train.training.world import World
+
+
+def score(config: EvaluateConfig, world: World) -> float:
+    """Evaluates and prints the table; every rank calls it.
+
+    Returns:
+        The average chrF++, or the first of the task's own measures.
+    """
+    if not RunFolder.open(config.run).config.task.translates:
+        measured = measure(config)
+        show_measures(measured, Console())
+        return next(iter(measured["average"].values()))
+    results = evaluate(config, Console(stderr=True) if world.main else None)
+    if world.main:
+        show(results, Console())
+    return results.average().chrf
+
+
+def score_when_finished(config: RunConfig, folder: RunFolder, world: World) -> None:
+    """As ``evaluate`` wants it, unless it has been done. The experts stay divided as they were in training."""
+    if config.evaluate is None or not folder.finished or not folder.unscored(config):
+        return
+    score(
+        EvaluateConfig(
+            run=str(folder.path),
+            split=config.evaluate,
+            search=config.search,
+            launch=config.launch,
+            expert_parallel=max(1, config.layout.expert_parallel),
+        ),
+        world,
+    )
+
+
+def check_scoring(config: RunConfig) -> None:
+    """Refuses what could not be scored at the end.
+
+    Raises:
+        ConfigError: a launcher's ranks and a task that only one process measures.
+    """
+    if config.evaluate is not None and under_launcher() and not config.task.translates:
+        raise ConfigError(
+            f"task={config.task.name} is measured by one process",
+            f"evaluate={config.evaluate}",
+            "leave it out here and run moe-evaluate when training is finished",
+        )
