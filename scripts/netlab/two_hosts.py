@@ -174,7 +174,7 @@ def layers_shape(variant: Mapping[str, Any], content: Mapping[str, Any]) -> Any:
     router = d * EXPERTS + (EXPERTS if variant["routing"]["name"] == "sam" else 0)
     block = SparseShape(config, ExpertSpec(d, content["hidden"]), router)
     stack = StackShape("layers", 0, 0, False, False, count * (router + 2 * d), 0.0, (block,) * count)
-    return ModelShape(ModelConfig(embed_dim=d), 0, (stack,), 0)
+    return ModelShape(ModelConfig(embed_dim=d), 0, (stack,), 0, 0.0)
 
 
 def layout(variant: Mapping[str, Any]) -> Any:
