@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -14,10 +15,11 @@ from safetensors import safe_open
 
 from moe_train.commands.export import main
 from moe_train.config import SearchConfig
-from moe_train.config.evaluation import ExportConfig
+from moe_train.config.evaluation import EvaluateConfig, ExportConfig
 from moe_train.data.folder import DataFolder
 from moe_train.errors import CheckpointError, ConfigError
 from moe_train.evaluation.decoding import Translator
+from moe_train.evaluation.evaluate import evaluate
 from moe_train.evaluation.export import INDEX, export_run
 from moe_train.evaluation.loading import LoadedRun, load_run
 from moe_train.training.initial import initialise_from
@@ -77,6 +79,20 @@ def test_another_run_can_begin_with_it(made: Path, exported: Path) -> None:
     assert initialise_from(model, str(exported)) == exported
     want = model_tensors(load_run(made).model)
     assert all(torch.equal(tensor, want[name]) for name, tensor in model_tensors(model).items())
+
+
+def test_it_is_evaluated_as_the_run_is(made: Path, exported: Path, tiny_data: DataFolder, tmp_path: Path) -> None:
+    """With sentences from elsewhere, since it has none; what evaluation writes does not harm it."""
+    copy = Path(shutil.copytree(exported, tmp_path / "copy"))
+    search = SearchConfig(beam=2, max_length_ratio=0.5, max_length_offset=5, batch_tokens=160)
+    scores = [
+        evaluate(
+            EvaluateConfig(str(run), data=str(tiny_data.path), directions=("de-en",), max_sentences=6, search=search)
+        ).directions["de-en"].scores
+        for run in (made, copy)
+    ]  # fmt: skip
+    assert scores[0] == scores[1] and (copy / "test.json").is_file()
+    assert load_run(copy).config.routing["name"] == "top_k"
 
 
 def test_damage_is_named(made: Path, tmp_path: Path) -> None:

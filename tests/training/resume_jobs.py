@@ -44,10 +44,12 @@ class InDouble(TranslationTask):
         return super().build_model(layout).double()
 
 
-def go(data: str, folder: str, routing: dict[str, Any], layout: dict[str, Any], updates: int) -> dict[str, Any]:
+def go(
+    data: str, folder: str, routing: dict[str, Any], layout: dict[str, Any], updates: int, **training: Any
+) -> dict[str, Any]:
     """Begins or goes on, on every rank of the default group or alone; gives run.json."""
     mapping = {"data": data, "model": MODEL, "routing": routing, "layout": layout}
-    config = build(RunConfig, {**mapping, "training": {**TRAINING, "max_updates": updates}})
+    config = build(RunConfig, {**mapping, "training": {**TRAINING, "max_updates": updates, **training}})
     world, run, opened = World.current(), RunFolder(Path(folder)), DataFolder.open(data)
     if world.main:
         plan = plan_run(config, world.size, world.local_size)
@@ -57,3 +59,8 @@ def go(data: str, folder: str, routing: dict[str, Any], layout: dict[str, Any], 
     config = world.broadcast(config)
     train(config, InDouble(config, opened), run, world=world)
     return run.info
+
+
+def go_from(data: str, folder: str, routing: dict[str, Any], layout: dict[str, Any], source: str) -> dict[str, Any]:
+    """One update that changes next to nothing, from the weights of another run or export."""
+    return go(data, folder, routing, layout, 1, init_from=source, optimizer={"name": "sgd", "lr": 1e-12})

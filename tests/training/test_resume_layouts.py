@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 
+from moe_train.config.evaluation import ExportConfig
 from moe_train.data.folder import DataFolder
+from moe_train.evaluation.export import export_run
 from moe_train.training.checkpoints import CheckpointStore
 from moe_train.training.tensor_files import load_tensors, shapes
 from tests.distributed.world import Worlds
-from tests.training.resume_jobs import go
+from tests.training.resume_jobs import go, go_from
 from tests.training.toy_run import lines
 
 SAM = {"name": "sam", "num_experts": 8, "top_k": 1, "num_groups": "rank"}
@@ -80,6 +82,19 @@ def test_from_fewer_ranks_to_four(
     start(worlds, tiny_data, run, first, FIXED, 3)
     assert start(worlds, tiny_data, run, (4, 4), FIXED, 6)["update"] == 6
     check(run, unbroken)
+
+
+def test_an_export_starts_a_run_at_any_layout(worlds: Worlds, tiny_data: DataFolder, tmp_path: Path) -> None:
+    """safetensors out of a run on two ranks, into one on four; an export is fp32."""
+    start(worlds, tiny_data, tmp_path / "first", (2, 2), FIXED, 2)
+    exported = export_run(ExportConfig(str(tmp_path / "first"), str(tmp_path / "exported"), checkpoint="last"))
+    arguments = (str(tiny_data.path), str(tmp_path / "second"), FIXED, {"expert_parallel": 4}, str(exported))
+    worlds(4).run(go_from, *arguments)
+    first, second = tensors(tmp_path / "first"), tensors(tmp_path / "second")
+    names = [name for name in first if name.startswith("model.")]
+    assert len({name for name in names if ".fc1_weight.@" in name}) == 2 * 8 * 1
+    difference = {name: second[name] - first[name] for name in names}
+    assert norm(difference) <= 1e-6 * norm({name: first[name] for name in names})
 
 
 def test_traffic_is_logged_and_told(worlds: Worlds, tiny_data: DataFolder, tmp_path: Path) -> None:
