@@ -24,6 +24,8 @@ from study import Budget, Claim, Study, Variant, above, parsed, parser, wanted
 from moe_train.analysis.stability import inter_run_consistency
 from moe_train.config import LanguageModelConfig
 from moe_train.data.folder import DataFolder
+from moe_train.data.labelled import LabelledTexts
+from moe_train.tasks.classification import TRANSLATED
 from moe_train.tasks.monolingual_text import MonolingualText, open_text
 
 _CHECKPOINTS = 6
@@ -115,6 +117,7 @@ def main() -> None:
     study.notes.append(
         f"beside the perplexities: each language's own unigrams have {unigrams(given):.0f}, a mean as theirs"
     )
+    study.notes.append(f"beside the zero-shot scores: guessing every class alike has {guessing(given):.3f}")
     chosen = wanted(VARIANTS, given.only)
     for seed in range(1, given.seeds + 1):
         for variant in chosen:
@@ -143,6 +146,20 @@ def unigrams(options: Any) -> float:
     for name in test.names:
         here, there = (_counts(text, name, len(entries), entries.nspecial) for text in (test, train))
         found.append(float(np.exp(-(here @ np.log((there + 1) / (there + 1).sum())) / here.sum())))
+    return statistics.fmean(found)
+
+
+def guessing(options: Any) -> float:
+    """Mean over the zero-shot languages of the macro-F1 of guesses that have nothing to do with the text.
+
+    A class of share p among K has precision p and recall 1 / K.
+    """
+    data, found = LabelledTexts.open(options.texts, ["en"]), []
+    for name, file in data.splits["test"].items():
+        labels = np.array(file.labels[: options.size.items or None])
+        shares = np.bincount(labels, minlength=len(data.classes)) / len(labels)
+        if name != "en" and not name.endswith(TRANSLATED):
+            found.append(float(np.mean(2 * shares / (len(shares) * shares + 1))))
     return statistics.fmean(found)
 
 
