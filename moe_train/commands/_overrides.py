@@ -19,6 +19,8 @@ from omegaconf import DictConfig, OmegaConf
 from moe_train.config.paths import configs_directory
 from moe_train.errors import ConfigError, MissingDependency, did_you_mean
 
+_NOTHING = "<nothing>"
+
 
 def check_overrides(config_name: str, overrides: Sequence[str], config_dir: str | None = None) -> None:
     """Refuses keys, groups and options that do not exist.
@@ -38,10 +40,13 @@ def check_overrides(config_name: str, overrides: Sequence[str], config_dir: str 
         groups = dict(_groups(loader))
         chosen = [_check_group(override, groups) for override in parsed if override.key_or_group in groups]
         config = _composed(config_name, [*search, *(word for word in chosen if word)])
-    keys = sorted(_keys(OmegaConf.to_container(config, resolve=False)))  # type: ignore[arg-type]
-    for override in parsed:
-        if override.key_or_group not in groups:
-            _check_key(override, keys, groups)
+        keys = sorted(_keys(OmegaConf.to_container(config, resolve=False)))  # type: ignore[arg-type]
+        for override in parsed:
+            if override.key_or_group not in groups and not _is_known(override, keys):
+                key = override.key_or_group.split("@", 1)[0]
+                group = key.partition(".")[0]
+                options = {o: _composed(config_name, [*search, f"{group}={o}"]) for o in groups.get(group, ())}
+                raise _unknown(key, keys, groups, options)
 
 
 def check_launcher(overrides: Sequence[str], multirun: bool) -> None:
@@ -120,19 +125,32 @@ def _values(override: Override) -> Iterable[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _check_key(override: Override, keys: Sequence[str], groups: Mapping[str, list[str]]) -> None:
+def _is_known(override: Override, keys: Sequence[str]) -> bool:
+    """Whether the key exists, or is to be added."""
     key = override.key_or_group.split("@", 1)[0]
-    if (
-        override.is_add()
-        or override.is_force_add()
-        or key in keys
-        or any(known.startswith(f"{key}.") for known in keys)
-    ):
-        return
+    added = override.is_add() or override.is_force_add()
+    return added or key in keys or any(known.startswith(f"{key}.") for known in keys)
+
+
+def _unknown(
+    key: str, keys: Sequence[str], groups: Mapping[str, list[str]], options: Mapping[str, DictConfig]
+) -> ConfigError:
+    """What to say of a key that is not there.
+
+    Args:
+        options: the config with each option of the key's group.
+    """
+    group = key.partition(".")[0]
+    owners = [name for name, config in options.items() if OmegaConf.select(config, key, default=_NOTHING) != _NOTHING]
+    if owners:
+        return ConfigError(
+            f"unknown key '{key}': it belongs to {', '.join(f'{group}={name}' for name in owners)}",
+            remedy=f"leave it out, or choose {'one of these' if len(owners) > 1 else f'{group}={owners[0]}'}",
+        )
     values = [known for known in keys if not any(other.startswith(f"{known}.") for other in keys)]
     if parent := next((known for known in values if key.startswith(f"{known}.")), ""):
-        raise ConfigError(f"unknown key '{key}'", remedy=f"'{parent}' is a value, not a group: set {parent}=…")
-    raise ConfigError(f"unknown key '{key}'", remedy=_near(key, keys, groups))
+        return ConfigError(f"unknown key '{key}'", remedy=f"'{parent}' is a value, not a group: set {parent}=…")
+    return ConfigError(f"unknown key '{key}'", remedy=_near(key, keys, groups))
 
 
 def _near(key: str, keys: Sequence[str], groups: Mapping[str, list[str]]) -> str:

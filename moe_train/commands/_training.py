@@ -178,6 +178,6 @@ def _train(config: RunConfig, data: Any, folder: RunFolder, world: World) -> Out
             folder,
             world=world,
             validate_bleu=validate_bleu,
-            account=lambda module: account(module).to_mapping(),
+            account=lambda module, pairs_per_token: account(module, pairs_per_token).to_mapping(),
             console=Console(),
         )

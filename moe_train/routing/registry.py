@@ -68,7 +68,20 @@ def routing_config(keys: Mapping[str, Any]) -> RoutingConfig:
     if not name:
         known = did_you_mean("", _STRATEGIES)
         raise ConfigError("the routing group names no strategy", remedy=f"set routing=…; {known}")
-    return build(strategy(str(name)).config, keys, "routing")
+    return _built(strategy(str(name)), keys, "routing")
+
+
+def _built(target: Strategy, keys: Mapping[str, Any], where: str) -> RoutingConfig:
+    """The strategy's config; a key that only others have is refused with their names."""
+    own = {f.name for f in dataclasses.fields(target.config)}
+    for key in keys:
+        owners = [s.name for s in _STRATEGIES.values() if key in {f.name for f in dataclasses.fields(s.config)}]
+        if key not in own and owners:
+            raise ConfigError(
+                f"'{where}.{key}' is a key of {', '.join(sorted(owners))}, not of {target.name}",
+                remedy=f"leave {where}.{key} out, or choose another strategy",
+            )
+    return build(target.config, keys, where)
 
 
 def resolve(keys: Mapping[str, Any], *, ranks: int, nodes: int) -> dict[str, Any]:
@@ -101,7 +114,7 @@ def decoder_config(config: RoutingConfig) -> RoutingConfig:
         target = strategy(str(keys.get("name", "")))
         shared = {f.name for f in dataclasses.fields(RoutingConfig)} - {"name", "decoder"}
         inherited = {n: getattr(config, n) for n in shared}
-        chosen = build(target.config, {**inherited, **keys}, "routing.decoder")
+        chosen = _built(target, {**inherited, **keys}, "routing.decoder")
     strategy(chosen.name).router.check_decoder(chosen)
     return chosen
 

@@ -24,7 +24,8 @@ from moe_train.training.run_folder import RunFolder
 from moe_train.training.state import RunState
 from moe_train.training.world import World
 
-Account = Callable[[nn.Module], Mapping[str, Any]]
+#: Closed forms of a model's size and cost, with the pairs per token that were counted in its sparse blocks, if any.
+Account = Callable[[nn.Module, Mapping[int, float]], Mapping[str, Any]]
 _PACKAGES = ("torch", "fairseq", "deepspeed", "hydra-core", "sacrebleu", "sentencepiece", "safetensors", "numpy")
 
 
@@ -70,13 +71,24 @@ def sizes(module: nn.Module, account: Account | None) -> dict[str, Any]:
     """``parameters`` (total, and active per token where there is an account of it) and ``flops_per_token``."""
     if account is None:
         return {"parameters": {"total": sum(p.numel() for p in module.parameters())}}
-    counted = account(module)
+    counted = account(module, {})
     names = {"total": "parameters_total", "active": "parameters_active", "experts": "parameters_experts"}
     return {
         "parameters": {short: counted[name] for short, name in names.items()},
         "flops_per_token": counted["flops_per_token"],
         "accounting": counted,
     }
+
+
+def measured_flops(module: nn.Module, account: Account | None, pairs_per_token: Mapping[str, float]) -> float | None:
+    """FLOPs of a token's forward pass as it was routed; None where nothing was, or nobody can tell.
+
+    Args:
+        pairs_per_token: of a line of train.jsonl.
+    """
+    if account is None or not pairs_per_token:
+        return None
+    return float(account(module, {int(layer): pairs for layer, pairs in pairs_per_token.items()})["flops_per_token"])
 
 
 def versions() -> dict[str, str]:

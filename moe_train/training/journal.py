@@ -81,14 +81,15 @@ def per_token(scalars: Mapping[str, float]) -> dict[str, Any]:
 
 
 def describe_routing(layers: Mapping[int, RoutingStatistics]) -> dict[str, Any]:
-    """Load of each expert as a fraction, its peak over the mean, dead experts, drops, and entropy per token (nats)."""
+    """Experts' load as a fraction, its peak over the mean, dead experts, drops; pairs and entropy (nats) per token."""
     if not layers:
         return {}
-    load, peak, entropy, dead, dropped, requested = {}, {}, {}, 0, 0.0, 0.0
+    load, peak, pairs, entropy, dead, dropped, requested = {}, {}, {}, {}, 0, 0.0, 0.0
     for layer, statistics in layers.items():
         carried = float(statistics.load.sum())
         load[str(layer)] = (statistics.load.double() / max(carried, 1.0)).tolist()
         peak[str(layer)] = float(statistics.load.max()) * len(statistics.load) / max(carried, 1.0)
+        pairs[str(layer)] = carried / max(float(statistics.tokens), 1.0)
         entropy[str(layer)] = float(statistics.entropy / statistics.tokens.clamp(min=1))
         dead += int((statistics.load == 0).sum())
         dropped += float(statistics.dropped)
@@ -96,6 +97,7 @@ def describe_routing(layers: Mapping[int, RoutingStatistics]) -> dict[str, Any]:
     return {
         "load": load,
         "load_max_over_mean": peak,
+        "pairs_per_token": pairs,
         "router_entropy": entropy,
         "dead_experts": dead,
         "dropped": int(dropped),

@@ -19,7 +19,7 @@ from moe_train.parallel.layout import ExpertLayout
 from moe_train.parallel.ranks import ProcessRanks
 from moe_train.routing.context import Alone, Ranks
 from moe_train.training import best, guard
-from moe_train.training.about import Account, describe_run, summary
+from moe_train.training.about import Account, describe_run, measured_flops, summary
 from moe_train.training.background import world_aside
 from moe_train.training.checkpoints import CheckpointStore
 from moe_train.training.engines import Engine, EngineInputs, build_engine
@@ -144,6 +144,7 @@ def _assemble(given: _Parts) -> Loop:
         interval=Interval.from_json(state.interval, world.device),
         counters=layout.counters,
         validate_bleu=given.validate_bleu,
+        account=given.account,
     )
 
 
@@ -174,7 +175,8 @@ def _engine(given: _Parts, ranks: Ranks, layout: ExpertLayout) -> Engine:
 class Loop:
     """The parts of a run, put together. One object per session; :meth:`run` is called once.
 
-    ``counters``: of this rank's exchanges; ``traffic``: what all ranks sent in the ``counted`` updates of this session.
+    ``counters``: of this rank's exchanges; ``traffic``: what all ranks sent in the ``counted`` updates of this session;
+    ``flops``: of a token's forward pass, as it was routed before the last log line.
     """
 
     config: RunConfig
@@ -190,8 +192,10 @@ class Loop:
     interval: Interval
     counters: TrafficCounters
     validate_bleu: ValidateBleu | None = None
+    account: Account | None = None
     traffic: TrafficCounters = field(default_factory=TrafficCounters)
     counted: int = 0
+    flops: float | None = None
 
     def run(self) -> Outcome:
         """Until the last update, patience, or a signal."""
@@ -238,6 +242,8 @@ class Loop:
     def _log(self, lr: float) -> None:
         line = {"update": self.state.update, "epoch": self.state.epoch, **self.interval.line(), "lr": lr}
         line["skipped"] = self.state.skipped
+        if flops := measured_flops(self.stepper.engine.module, self.account, line.get("pairs_per_token", {})):
+            line["flops_per_token"] = self.flops = flops
         if unit := getattr(self.samples.task, "unit", None):  # one target each
             line[f"{unit}_per_second"] = line["words_per_second"]
         self.interval = Interval()
@@ -279,6 +285,8 @@ class Loop:
             self.folder.describe(
                 status=status, update=self.state.update, best=self.state.best, best_update=self.state.best_update
             )
+            if self.flops is not None:
+                self.folder.describe(flops_per_token_measured=self.flops)
         self.display.say(_FAREWELL[status].format(update=self.state.update, folder=self.folder.path))
         self.world.barrier()
 

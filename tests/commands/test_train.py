@@ -79,6 +79,8 @@ def test_the_run_folder(two: Path) -> None:
     info = json.loads((two / "run.json").read_text())
     assert info["status"] == "finished" and info["world"]["processes"] == 2
     assert 0 < info["parameters"]["active"] < info["parameters"]["total"] and info["flops_per_token"] > 0
+    assert all(pairs == 1 for pairs in trained[-1]["pairs_per_token"].values())  # Switch, dropless
+    assert info["flops_per_token_measured"] == trained[-1]["flops_per_token"] == info["flops_per_token"]
     assert "update 20" in (two / "logs" / "rank_1.log").read_text()
     assert (two / ".hydra" / "overrides.yaml").is_file() and list((two / "tensorboard").iterdir())
     assert CheckpointStore(two / "checkpoints").resolve("best").name == "step_20"
@@ -185,6 +187,17 @@ def test_a_damaged_checkpoint_is_named(one: Path, tiny_data: DataFolder, tmp_pat
         (["training.clip_norm=-1"], ["'training.clip_norm' must not be negative"]),
         (["training.max_updates=many"], ["'training.max_updates' must be a whole number, not 'many'"]),
         (["routing=expert_choice", "routing.decoder=null"], ["expert_choice looks at later tokens", "routing.decoder"]),
+        (["routing=soft_moe", "routing.decoder=null"], ["soft_moe looks at later tokens", "routing.decoder=top_k"]),
+        (["routing=smoe", "routing.strata=[4,12]"], ["routing.strata=[4, 12] sum to 16", "routing.num_experts=8"]),
+        (["routing=sam", "routing.num_groups=4", "routing.top_k=3"], ["routing.top_k=3 is more than", "of a group"]),
+        (["routing=sam", "routing.num_groups=3"], ["routing.num_groups=3 does not divide routing.num_experts=8"]),
+        (["routing=top_k", "routing.top_k=9"], ["routing.top_k=9 is more than routing.num_experts, 8"]),
+        (["routing=switch", "routing.capacity_factor=-1"], ["'routing.capacity_factor' must be above 0, not -1"]),
+        (["routing=expert_choice", "routing.capacity_factor=-1"], ["'routing.capacity_factor' must be above 0"]),
+        (["routing=thor", "routing.inferrence=token"], ["unknown key 'routing.inferrence'", "'routing.inference'"]),
+        (["routing=thor", "routing.inference=tokens"], ["'routing.inference' cannot be 'tokens'", "'token'"]),
+        (["routing=switch", "routing.strata=[4,4]"], ["unknown key 'routing.strata'", "belongs to routing=smoe"]),
+        (["routing=swich"], ["there is no routing 'swich'", "'switch'"]),
         (["model.embed_dim=33"], ["not divisible"]),
         (["launch.processes=2", "layout.expert_parallel=3"], ["above the 2 ranks", "layout.expert_parallel to 1 or 2"]),
     ],

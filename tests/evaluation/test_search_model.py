@@ -9,7 +9,7 @@ from torch import Tensor
 from moe_train.config import ModelConfig, SearchConfig
 from moe_train.evaluation.beam_search import BeamSearch
 from moe_train.models import build_model
-from moe_train.routing import routing_config
+from moe_train.routing import Router, Routing, RoutingContext, routing_config
 from moe_train.routing.context import Alone
 from tests.evaluation.recurrent import dictionary
 
@@ -76,6 +76,28 @@ def test_batch_mates_and_beams_change_no_routing(strategy: str) -> None:
         alone = {name: value[row : row + 1] for name, value in data.items()}
         alone["src_tokens"] = alone["src_tokens"][:, :length]
         assert search(alone).best() == [together[row]]
+
+
+def test_a_sentence_keeps_its_experts_through_the_search() -> None:
+    """THOR's Dispatch(s): one expert per sentence and layer, whatever its beams do and whoever leaves the batch."""
+    built, data = model("thor"), batch([12, 5, 9, 7, 11, 6])
+    drawn: dict[tuple[int, int], set[int]] = {}
+    steps = 0
+
+    def note(_: torch.nn.Module, given: tuple[Tensor, RoutingContext], routing: Routing) -> None:
+        nonlocal steps
+        context, steps = given[1], steps + 1
+        for uid, expert in zip(context.sentence_uid.tolist(), routing.choices[:, 0].tolist(), strict=True):
+            drawn.setdefault((context.layer, uid), set()).add(expert)
+
+    for module in built.modules():
+        if isinstance(module, Router):
+            module.register_forward_hook(note)
+    BeamSearch(built, WORDS, SearchConfig(beam=4, max_length_ratio=1.0, max_length_offset=6))(data)
+    assert steps > 4 * 5 and len(drawn) == 4 * 6  # four sparse layers, six sentences
+    assert all(len(experts) == 1 for experts in drawn.values())
+    for layer in range(4):
+        assert len(set.union(*(drawn[layer, uid] for uid in data["sentence_uid"].tolist()))) > 1
 
 
 def test_the_sentence_decides_random_routing() -> None:

@@ -79,6 +79,19 @@ def test_recomputation_gives_the_same_gradients(case: str) -> None:
 
 
 @every
+def test_gradients_against_finite_differences(case: str) -> None:
+    """Router, pool and what composes them, every parameter, with the auxiliary losses of training."""
+    layer, x = make(case), inputs(2, 3).requires_grad_()
+    padding = torch.tensor([[False, False, False], [False, False, True]])
+
+    def function(x: Tensor, *_: Tensor) -> Tensor:
+        y, auxiliary = run(layer, x, padding)
+        return torch.cat((y[~padding].reshape(-1), auxiliary.reshape(1).to(y.dtype)))
+
+    assert torch.autograd.gradcheck(function, (x, *layer.parameters()), eps=1e-7, atol=1e-5, fast_mode=True)
+
+
+@every
 def test_an_empty_batch_reaches_every_expert(case: str) -> None:
     layer, x = make(case), inputs(0, 3)
     y, auxiliary = run(layer, x)
@@ -95,6 +108,22 @@ def test_frozen_blocks_do_not_learn_but_still_teach_what_is_below(case: str) -> 
     y, auxiliary = run(layer, x)
     (y.sum() + auxiliary).backward()
     assert x.grad is not None and torch.isfinite(x.grad).all()
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c != "dense"])
+def test_frozen_blocks_keep_every_bit_through_an_optimizers_steps(case: str) -> None:
+    """Weight decay, moments and the balancing bias too, while what stands below learns (X-MoE §3.3)."""
+    below, layer, x = nn.Linear(DIM, DIM).double(), make(case, frozen=True), inputs(2, 5)
+    optimizer = torch.optim.AdamW([*below.parameters(), *layer.parameters()], lr=0.1, weight_decay=0.1)
+    before, weight = {n: v.clone() for n, v in layer.state_dict().items()}, below.weight.detach().clone()
+    for update in range(3):
+        layer.settings.update = update
+        y, record = layer(below(x))
+        (y.square().sum() + record.total_loss).backward()
+        optimizer.step()
+        layer.block.router.after_update(record.statistics)
+    assert all(torch.equal(before[n], v) for n, v in layer.state_dict().items())
+    assert not torch.equal(below.weight, weight)
 
 
 def test_a_shared_expert_is_passed_by_every_token() -> None:

@@ -29,12 +29,23 @@ class Words:
         return PAD
 
 
-#: What a strategy needs besides its name and four experts.
+#: What a strategy needs besides its name and four experts; then strategies with other options than the defaults.
 _KEYS: dict[str, dict[str, Any]] = {
     "smoe": {"strata": [2, 2]},
     "sam": {"num_groups": 2, "top_k": 2},
-    "dense": {},
+    "expert_choice": {"decoder": "top_k"},
+    "soft_moe": {"decoder": "top_k"},
+    "random by sentence": {"name": "random", "draw": "sentence"},
+    "sam of two matrices": {"name": "sam", "num_groups": 2, "matrices": "two"},
+    "smoe, official": {"name": "smoe", "strata": [1, 1, 2], "norm": "official", "normalise": "after_drop"},
+    "thor by token": {"name": "thor", "inference": "token"},
+    "thor by position": {"name": "thor", "inference": "position"},
+    "thor, ensemble": {"name": "thor", "inference": "ensemble"},
+    "top_k, DeepSeek": {"name": "top_k", "scores": "sigmoid", "balancing_bias_rate": 0.01, "shared_expert": True},
+    "xmoe, torchscale": {"name": "xmoe", "mode": "torchscale"},
+    "xmoe, sub-layers": {"name": "xmoe", "expert_sublayers": 3, "gate": "sigmoid"},
 }
+VARIANTS = [name for name in _KEYS if name not in strategies()]
 
 
 def routing_keys(name: str) -> dict[str, Any]:
@@ -46,7 +57,7 @@ def causal_strategies() -> list[str]:
     names = []
     for name in sorted(strategies()):
         try:
-            decoder_config(routing_config(routing_keys(name)))
+            decoder_config(routing_config({**routing_keys(name), "decoder": None}))
         except ConfigError:
             continue
         names.append(name)

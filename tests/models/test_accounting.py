@@ -108,6 +108,12 @@ def test_thors_formula(experts: int) -> None:
     assert thor.parameters_active == dense.parameters_total
 
 
+def test_thor_has_nothing_to_route_with() -> None:
+    names = [name for name, _ in small_model("thor").named_parameters()]
+    assert any("pool" in name for name in names)
+    assert not [name for name in names if any(word in name for word in ("gate", "router", "wg"))]
+
+
 @pytest.mark.parametrize(("size", "parameters"), [("S", 933), ("B", 3700)])
 def test_soft_moes_vision_transformers(size: str, parameters: float) -> None:
     """Puigcerver et al., tables 1 and 8: 128 experts in the second half, and JFT's 29,593 classes."""

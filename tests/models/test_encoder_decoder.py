@@ -10,9 +10,12 @@ from torch import Tensor
 
 from moe_train.errors import ConfigError, DataError
 from moe_train.models import TransformerModel
-from tests.models.helpers import PAD, causal_strategies, facts, sentences, small_model
+from moe_train.routing import strategies
+from tests.models.helpers import PAD, VARIANTS, causal_strategies, facts, sentences, small_model
 
 CAUSAL = causal_strategies()
+DECODERS = [*CAUSAL, *VARIANTS]
+EVERY = [*sorted(strategies()), *VARIANTS]  # what decoders refuse stands in the encoder
 
 
 def full(model: TransformerModel, source: Tensor, target: Tensor, **who: Tensor) -> Tensor:
@@ -21,8 +24,13 @@ def full(model: TransformerModel, source: Tensor, target: Tensor, **who: Tensor)
     return logits
 
 
-@pytest.mark.parametrize("norm_order", ["pre", "post"])
-@pytest.mark.parametrize("name", CAUSAL)
+def test_what_sees_later_tokens_is_not_among_them() -> None:
+    assert set(strategies()) - set(CAUSAL) == {"expert_choice", "soft_moe"}
+
+
+@pytest.mark.parametrize(
+    ("name", "norm_order"), [(n, "pre") for n in DECODERS] + [(n, "post") for n in CAUSAL], ids=str
+)
 def test_steps_give_the_logits_of_the_full_pass(name: str, norm_order: str) -> None:
     model, source, target, who = (
         small_model(name, norm_order=norm_order),
@@ -113,7 +121,7 @@ def test_beams_of_a_sentence_cannot_continue_another() -> None:
         state.reorder(torch.tensor([0, 2, 2, 3]))
 
 
-@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("name", DECODERS)
 def test_a_later_token_changes_nothing_earlier(name: str) -> None:
     model, source, target, who = small_model(name), sentences([5, 5]), sentences([6, 6]), facts(2)
     changed = target.clone()
@@ -123,7 +131,7 @@ def test_a_later_token_changes_nothing_earlier(name: str) -> None:
     assert (before[:, 4] - after[:, 4]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("name", EVERY)
 def test_a_sentence_does_not_depend_on_its_batch_mates(name: str) -> None:
     model, source, target, who = small_model(name), sentences([4, 9, 6]), sentences([5, 8, 3]), facts(3)
     together = full(model, source, target, **who)
@@ -138,7 +146,7 @@ def test_a_source_may_be_padded_on_the_left() -> None:
     torch.testing.assert_close(full(model, left, target), full(model, right, target), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("name", EVERY)
 def test_recomputation_changes_no_gradient(name: str) -> None:
     model = small_model(name, dropout=0.1, attention_dropout=0.1).train()
     source, target, who = sentences([5, 3]), sentences([4, 6]), facts(2)

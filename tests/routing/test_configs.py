@@ -53,6 +53,13 @@ def test_an_unknown_strategy_is_answered_with_near_names() -> None:
         routing_config({})
 
 
+def test_a_key_of_another_strategy_is_answered_with_its_owner() -> None:
+    with pytest.raises(ConfigError, match=r"'routing\.strata' is a key of smoe, not of switch"):
+        routing_config({"name": "switch", "strata": [4, 4]})
+    with pytest.raises(ConfigError, match=r"'routing\.decoder\.num_groups' is a key of sam, not of top_k"):
+        decoder_config(routing_config({"name": "switch", "decoder": {"name": "top_k", "num_groups": 4}}))
+
+
 def test_the_decoder_inherits_what_both_strategies_have() -> None:
     config = routing_config({"name": "switch", "num_experts": 12, "expert_ffn_dim": 64, "decoder": "top_k"})
     chosen = decoder_config(config)

@@ -94,6 +94,19 @@ def test_evaluation_takes_the_best_whatever_the_policy(policy: str) -> None:
     assert pairs_by_token(chosen, 50) == pairs_by_token(make_router("top_k")(x, context), 50)
 
 
+def test_the_balance_loss_looks_at_first_choices() -> None:
+    """GShard's c_e, before drops; top-3 of one gate has the same as top-1."""
+    x, context = tokens(30), batch_context([30], training=True)
+    routers = [make_router("top_k", top_k=k, capacity_factor=0.5, normalise="none") for k in (1, 3)]
+    routers[1].load_state_dict(routers[0].state_dict())
+    one, three = (router(x, context) for router in routers)
+    assert int(three.statistics.dropped) > 0
+    torch.testing.assert_close(three.losses["balance_loss"].value, one.losses["balance_loss"].value)
+    p = probabilities_of(routers[0], x)
+    first = torch.bincount(p.argmax(-1), minlength=8) / 30
+    torch.testing.assert_close(one.losses["balance_loss"].value, 8 * (first * p.mean(0)).sum())
+
+
 def test_sigmoid_scores_are_independent_of_each_other() -> None:
     router, x = make_router("top_k", scores="sigmoid", normalise="none"), tokens(6)
     best = torch.sigmoid(x @ router.gate.weight.T).topk(2).values

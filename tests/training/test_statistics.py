@@ -71,6 +71,7 @@ def test_routing_is_described_by_fractions() -> None:
     assert line["load_max_over_mean"]["3"] == pytest.approx(8 / 3)
     assert line["dead_experts"] == 2 and line["dropped"] == 1 and line["dropped_fraction"] == 0.25
     assert line["router_entropy"]["3"] == pytest.approx(1.3863, abs=1e-4)
+    assert line["pairs_per_token"] == {"3": 0.75}  # three of four tokens, one was dropped
     assert describe_routing({}) == {}
 
 
