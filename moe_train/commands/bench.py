@@ -1,4 +1,7 @@
-"""``moe-bench layer``: how fast one sparse layer is on this machine, against the bare products and against peers."""
+"""``moe-bench``: how fast our layers are on this machine, against bare products, peers, and the dense model.
+
+``moe-bench layer`` times one sparse layer, ``moe-bench inference`` THOR beside the dense model of equal sizes.
+"""
 
 from __future__ import annotations
 
@@ -8,83 +11,165 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from moe_train.analysis.bench_layer import DTYPES, SHAPES, BenchRow, LayerShape, bench_layer
 from moe_train.analysis.bench_peers import PEERS
+from moe_train.config import ModelConfig, build
+from moe_train.config.paths import configs_directory
+from moe_train.experts.products import processor_maker
+from moe_train.training.about import commit
+from moe_train.training.integrity import replace_text
+
+Lines = list[list[str]]
 
 
 def main() -> None:
     """Entry point."""
-    arguments = _parser().parse_args()
-    torch.set_num_threads(arguments.threads)
-    console = Console()
-    plan = [(shape, dtype) for shape in arguments.shape or SHAPES for dtype in arguments.dtype]
-    rows = [
-        bench_layer(shape, dtype, arguments.rounds, arguments.peers)
-        for shape, dtype in track(plan, "timing", console=Console(stderr=True), transient=True)
+    given = _parser().parse_args()
+    torch.set_num_threads(given.threads)
+    given.run(given)
+
+
+def run_layer(given: argparse.Namespace) -> None:
+    """``moe-bench layer``."""
+    plan = [(shape, dtype) for shape in given.shape or SHAPES for dtype in given.dtype]
+    rows = [bench_layer(shape, dtype, given.rounds, given.peers) for shape, dtype in _tracked(plan)]
+    title = "One sparse layer, forward + backward"
+    notes = ["median ms; skew: fullest expert / mean; ratio: ours / bmm; beside a peer's time: ours / peer"]
+    absent = {name: reason for row in rows for name, reason in row.absent.items()}
+    notes += [f"{name} took no part: {reason}" for name, reason in absent.items()]
+    _report(given, title, layer_lines(rows), notes, rows)
+
+
+def run_inference(given: argparse.Namespace) -> None:
+    """``moe-bench inference``."""
+    from moe_train.analysis.bench_inference import Workload, bench_inference
+
+    keys = OmegaConf.to_container(OmegaConf.load(configs_directory() / "model" / f"{given.model}.yaml"))
+    assert isinstance(keys, dict)
+    sizes = {str(key): value for key, value in keys.items()}
+    model = build(ModelConfig, {**sizes, "sparse_layers": given.sparse_layers}, "model")
+    work = Workload(length=given.length, beam=given.beam, steps=given.steps, vocabulary=given.vocabulary)
+    rows = []
+    for sentences in _tracked(given.sentences):
+        batch = dataclasses.replace(work, sentences=sentences)
+        rows += bench_inference(model, given.experts, batch, given.rounds)
+    lines = [["task", "sentences", "THOR draws by", "dense", "THOR", "ratio"]]
+    for row in rows:
+        times = [f"{row.milliseconds[name]:.1f}" for name in ("dense", "thor")]
+        lines.append([row.task, str(row.sentences), row.inference, *times, f"{row.ratio:.3f}"])
+    title = f"THOR with {given.experts} experts at inference, model={given.model}"
+    notes = [
+        f"median ms; search: beam {work.beam}, {work.steps} tokens; forward: {work.length} tokens on either side; "
+        f"{work.vocabulary} words; ratio: THOR / dense"
     ]
-    console.print(table(rows))
-    for name, reason in {k: v for row in rows for k, v in row.absent.items()}.items():
-        console.print(f"{name} took no part: {reason}")
-    if arguments.json:
-        _write(arguments.json, rows, arguments.threads)
+    _report(given, title, lines, notes, rows)
 
 
-def table(rows: Sequence[BenchRow]) -> Table:
-    """What is printed: a row per shape and type."""
-    result = Table(
-        title="One sparse layer, forward + backward",
-        caption="median ms; skew: fullest expert / mean; ratio: ours / bmm; beside a peer's time: ours / peer",
-    )
+def layer_lines(rows: Sequence[BenchRow]) -> Lines:
+    """A head, and a line per shape and type."""
     peers = [name for name in PEERS if any(name in row.milliseconds for row in rows)]
-    for name in ("tokens, d, hidden, experts, k", "type", "skew", "bmm", "ours", "ratio", *peers):
-        result.add_column(name, justify="right", no_wrap=name == "ratio")
+    lines = [["tokens, d, hidden, experts, k", "type", "skew", "bmm", "ours", "ratio", *peers]]
     for row in rows:
         sizes = ", ".join(str(n) for n in dataclasses.astuple(row.shape))
         times = [f"{row.milliseconds['bmm']:.1f}", f"{row.milliseconds['ours']:.1f}", f"{row.ratio:.2f}"]
         others = [
             f"{row.milliseconds[n]:.1f} ({row.over_peers[n]:.2f})" if n in row.milliseconds else "-" for n in peers
         ]
-        result.add_row(sizes, row.dtype, f"{row.skew:.2f}", *times, *others)
+        lines.append([sizes, row.dtype, f"{row.skew:.2f}", *times, *others])
+    return lines
+
+
+def table(title: str, lines: Lines, notes: Sequence[str]) -> Table:
+    """What is printed."""
+    result = Table(title=title, caption="\n".join(notes))
+    for name in lines[0]:
+        result.add_column(name, justify="right", no_wrap=name == "ratio")
+    for line in lines[1:]:
+        result.add_row(*line)
     return result
 
 
+def markdown(title: str, lines: Lines, notes: Sequence[str], about: dict[str, Any]) -> str:
+    """The same as a page."""
+    head, *body = (f"| {' | '.join(line)} |" for line in lines)
+    rule = "|" + "---:|" * len(lines[0])
+    made = f"`{about['command']}`, {about['threads']} threads, {about['processor']}, torch {about['torch']}"
+    return "\n".join([f"# {title}", "", f"{made}, commit {about['commit']}.", "", head, rule, *body, "", *notes, ""])
+
+
+def _report(given: argparse.Namespace, title: str, lines: Lines, notes: Sequence[str], rows: Sequence[Any]) -> None:
+    Console().print(table(title, lines, notes))
+    about = {
+        "command": " ".join(["moe-bench", *(word for word in sys.argv[1:])]),
+        "commit": commit(),
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "processor": _processor(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "threads": given.threads,
+    }
+    content = json.dumps({**about, "rows": [dataclasses.asdict(row) for row in rows]}, indent=2) + "\n"
+    if given.json:
+        replace_text(given.json, content)
+    if given.out:
+        given.out.mkdir(parents=True, exist_ok=True)
+        replace_text(given.out / f"{given.what}.json", content)
+        replace_text(given.out / f"{given.what}.md", markdown(title, lines, notes, about))
+
+
+def _processor() -> str:
+    return f"{processor_maker() or platform.processor() or platform.machine()} with {os.cpu_count()} cores"
+
+
+def _tracked(plan: Sequence[Any]) -> Iterable[Any]:
+    return track(plan, "timing", console=Console(stderr=True), transient=True)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="moe-bench", description=__doc__)
-    layer = parser.add_subparsers(dest="what", required=True).add_parser(
+    parser = argparse.ArgumentParser(prog="moe-bench", description=__doc__, formatter_class=_Raw)
+    what = parser.add_subparsers(dest="what", required=True)
+    layer = what.add_parser(
         "layer", help="a row per shape and type; ratio = time over the bare batched products of the same experts"
     )
     layer.add_argument(
         "--shape", type=LayerShape.parse, action="append", metavar="T,D,H,E,K", help="tokens,dim,hidden,experts,k"
     )
     layer.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES))
-    layer.add_argument("--rounds", type=int, default=9, help="how often each contender runs")
-    layer.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     layer.add_argument("--peers", nargs="*", choices=list(PEERS), default=list(PEERS), help="none: --peers")
-    layer.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
+    layer.set_defaults(run=run_layer)
+    inference = what.add_parser(
+        "inference", help="a row per task, batch and way to draw; ratio = THOR's time over the dense model's"
+    )
+    models = sorted(path.stem for path in (configs_directory() / "model").glob("*.yaml"))
+    inference.add_argument("--model", choices=models, default="iwslt")
+    inference.add_argument("--sparse-layers", default="even", help="as model.sparse_layers (default: THOR's even ones)")
+    inference.add_argument("--experts", type=int, default=4)
+    inference.add_argument("--sentences", type=int, nargs="+", default=[1, 8, 32, 64], help="batch sizes")
+    inference.add_argument("--length", type=int, default=24, help="tokens of a sentence")
+    inference.add_argument("--beam", type=int, default=4)
+    inference.add_argument("--steps", type=int, default=16, help="tokens that a search writes")
+    inference.add_argument("--vocabulary", type=int, default=8000)
+    inference.set_defaults(run=run_inference)
+    for each in (layer, inference):
+        each.add_argument("--rounds", type=int, default=9, help="how often each contender runs")
+        each.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
+        each.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
+        each.add_argument("--out", type=Path, metavar="FOLDER", help=f"write {'{layer,inference}.{json,md}'} there")
     return parser
 
 
-def _write(path: Path, rows: Sequence[BenchRow], threads: int) -> None:
-    content: dict[str, Any] = {
-        "command": " ".join(["moe-bench", *sys.argv[1:]]),
-        "torch": torch.__version__,
-        "machine": platform.machine(),
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-        "threads": threads,
-        "rows": [dataclasses.asdict(row) for row in rows],
-    }
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+class _Raw(argparse.RawDescriptionHelpFormatter):
+    """Keeps the description's lines."""
 
 
 if __name__ == "__main__":
