@@ -7,7 +7,9 @@ to stop by a signal, everything saved: the same command goes on.
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
@@ -22,8 +24,10 @@ from rich.console import Console
 from moe_train.commands._overrides import check_launcher, check_overrides
 from moe_train.config.paths import configs_directory
 from moe_train.errors import ConfigError, UserError
-from moe_train.launch.environment import launched_rank
+from moe_train.launch.elastic import folder_words, note_folder
+from moe_train.launch.environment import launched_rank, under_launcher
 from moe_train.launch.failures import WorkerError
+from moe_train.launch.leaving import leave
 from moe_train.launch.schemas import forget_foreign_schemas
 from moe_train.launch.slurm import take_place
 
@@ -31,6 +35,21 @@ Callback = Callable[[dict[str, Any]], Any]
 
 
 def run_app(config_name: str, callback: Callback) -> None:
+    """Runs a command (:func:`_run`); a rank that fails under a launcher leaves without waiting for the others."""
+    try:
+        _run(config_name, callback)
+    except SystemExit as end:
+        if under_launcher() and end.code:
+            leave(end.code if isinstance(end.code, int) else 1)
+        raise
+    except Exception:
+        if not under_launcher():
+            raise
+        traceback.print_exc()
+        leave(1)
+
+
+def _run(config_name: str, callback: Callback) -> None:
     """Runs ``callback`` on the composed config, as a Hydra 1.3 app (``-m``, ``--cfg job``, ``hydra.*`` and so on work).
 
     Under torchrun or srun only rank 0 is a Hydra app, with a run folder; the others compose the config and no more.
@@ -52,8 +71,11 @@ def run_app(config_name: str, callback: Callback) -> None:
             return
     except (UserError, WorkerError) as error:
         _leave(error)
-    job = hydra.main(version_base="1.3", config_path=str(configs_directory()), config_name=config_name)(_job(callback))
-    job()
+    typed = sys.argv
+    if not arguments.multirun:
+        sys.argv = [*typed, *folder_words(arguments.overrides)]
+    job = _job(callback, typed, arguments.overrides)
+    hydra.main(version_base="1.3", config_path=str(configs_directory()), config_name=config_name)(job)()
 
 
 def plain(config: DictConfig) -> dict[str, Any]:
@@ -73,10 +95,13 @@ def plain(config: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in content.items()}
 
 
-def _job(callback: Callback) -> Callable[[DictConfig], Any]:
+def _job(callback: Callback, typed: list[str], words: list[str]) -> Callable[[DictConfig], Any]:
     def moe_train_job(config: DictConfig) -> Any:
+        sys.argv = typed  # what the user typed, for whoever records it
         try:
             take_place()  # where submitit has started this process: every rank is a Hydra job then
+            if HydraConfig.get().mode == RunMode.RUN:
+                note_folder(words, Path(HydraConfig.get().runtime.output_dir))
             return callback(plain(config))
         except (UserError, WorkerError) as error:
             if HydraConfig.get().mode == RunMode.MULTIRUN:

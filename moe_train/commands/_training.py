@@ -15,6 +15,7 @@ from rich.console import Console
 from moe_train.commands._scoring import check_scoring, score_when_finished
 from moe_train.config import RunConfig, build, to_mapping
 from moe_train.errors import UserError
+from moe_train.launch.elastic import restarted
 from moe_train.launch.environment import launched_rank, local_rank, under_launcher
 from moe_train.launch.failures import WorkerError, failure_of, out_of_memory, write_failure
 from moe_train.launch.joining import check_devices, joined_world, logging_to, ranks_per_node, world_size
@@ -144,7 +145,8 @@ def joined(mapping: Mapping[str, Any], own: RunFolder | None) -> Outcome:
             if not world.main:
                 return None
             held.enter_context(folder.claimed())
-            return _begin(folder, config, data)
+            goes_on = restarted() and folder.exists  # a finished run included, where a rank was lost on its way out
+            return _begin(folder, dataclasses.replace(config, resume="must") if goes_on else config, data)
 
         nothing_to_do = world.broadcast(everywhere(world, ready))
         outcome = nothing_to_do or _train(config, data, folder, world)

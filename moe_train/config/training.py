@@ -47,12 +47,14 @@ class CheckpointConfig:
     """When checkpoints are written and which are kept. ``last`` and ``best`` are always kept.
 
     ``average`` = number of last checkpoints whose mean is written as ``averaged`` at the end (0: none).
+    ``damaged``: where the newest one is damaged a run refuses to go on (``refuse``) or takes the one before (``skip``).
     """
 
     every_updates: int = 1000
     keep: int = 3
     average: int = 0
     asynchronous: bool = False
+    damaged: Literal["refuse", "skip"] = "refuse"
 
     def __post_init__(self) -> None:
         check.positive("training.checkpoint.every_updates", self.every_updates)

@@ -12,9 +12,19 @@ def under_launcher() -> bool:
     return "RANK" in os.environ
 
 
+def has_our_parent() -> bool:
+    """Whether moe_train.launch.local has started this process, and tells the user why it ended."""
+    return JOB in os.environ
+
+
 def under_agent() -> bool:
     """Whether an agent of torchrun stands by this process: it restarts and ends processes, and tells failures."""
-    return "TORCHELASTIC_RUN_ID" in os.environ and JOB not in os.environ
+    return "TORCHELASTIC_RUN_ID" in os.environ and not has_our_parent()
+
+
+def agent_holds_store() -> bool:
+    """Whether the store where ranks meet is the launcher's, and so outlives them."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def launched_rank() -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -15,8 +15,18 @@ import torch.distributed as dist
 from moe_train.config import LaunchConfig
 from moe_train.errors import LaunchError
 from moe_train.launch.board import Board
-from moe_train.launch.environment import launched_per_host, launched_world, local_rank, local_world, under_launcher
+from moe_train.launch.environment import (
+    agent_holds_store,
+    launched_per_host,
+    launched_world,
+    local_rank,
+    local_world,
+    under_agent,
+    under_launcher,
+)
 from moe_train.launch.failures import WorkerError, failure_of, is_echo, leave_failure, lost
+from moe_train.launch.leaving import within
+from moe_train.launch.meeting import fresh_store
 from moe_train.launch.standing import FLIGHT_RECORDER, set_time_limit
 from moe_train.launch.watch import MARGIN, watched
 from moe_train.training.world import World
@@ -88,11 +98,10 @@ def _told(world: World, board: Board) -> Iterator[None]:
         yield
     except Exception as error:
         failure = failure_of(world.rank, error)
-        with suppress(dist.DistError, RuntimeError):  # where the store has gone with its host
-            if is_echo(error):
-                failure = board.cause(_ECHO_PATIENCE) or lost(world.rank, error)
-            else:
-                board.tell(failure)
+        if is_echo(error):
+            failure = within(2 * _ECHO_PATIENCE, lambda: board.cause(_ECHO_PATIENCE)) or lost(world.rank, error)
+        else:
+            within(_ECHO_PATIENCE, lambda: board.tell(failure))
         leave_failure(failure if failure.rank == world.rank else failure.retold(), world.rank)
         if is_echo(error):
             raise WorkerError(failure, None) from error
@@ -114,7 +123,12 @@ def _join(config: LaunchConfig, device: torch.device) -> None:
     os.environ.setdefault(FLIGHT_RECORDER, "256")  # collectives remembered: for the name of one that does not end
     try:
         meeting = timedelta(seconds=max(limit, _MEETING))
-        dist.init_process_group(backend, timeout=meeting, device_id=device if device.type == "cuda" else None)
+        store, rank, size = None, -1, -1  # torch reads the environment
+        if under_agent() and agent_holds_store():
+            rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+            store = fresh_store(rank, size, meeting)
+        gpu = device if device.type == "cuda" else None
+        dist.init_process_group(backend, timeout=meeting, device_id=gpu, store=store, rank=rank, world_size=size)
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise LaunchError(

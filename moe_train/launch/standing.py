@@ -137,9 +137,10 @@ def born(pid: int) -> str:
 def condition(pid: int) -> str:
     """What the kernel says of a process of this host."""
     stat = _stat(pid)
-    return _CONDITIONS.get(stat[0], "alive") if stat else "gone"
+    return _CONDITIONS.get(stat[0], ALIVE) if stat else "gone"
 
 
+ALIVE = "alive"
 _CONDITIONS = {
     "T": "stopped by a signal (SIGSTOP)",
     "t": "stopped by a debugger",

@@ -22,9 +22,10 @@ from typing import NoReturn
 import torch.distributed as dist
 
 from moe_train.launch.board import Board
-from moe_train.launch.environment import under_agent
+from moe_train.launch.environment import has_our_parent
 from moe_train.launch.failures import Failure, leave_failure
-from moe_train.launch.standing import Beat, beat, born, condition, set_time_limit
+from moe_train.launch.leaving import leave
+from moe_train.launch.standing import ALIVE, Beat, beat, born, condition, set_time_limit
 from moe_train.launch.verdict import culprits, failure
 from moe_train.training.run_folder import FAILURE
 from moe_train.training.world import World
@@ -100,29 +101,33 @@ class _Watch(threading.Thread):
         guilty = culprits(later, silent)
         if not guilty or self.world.rank in guilty:
             return None
-        return failure(later, guilty, self.limit, self._look(later[guilty[0]]))
+        first = guilty[0]
+        return failure(later, guilty, self.limit, self._look(later[first], first in silent))
 
     def _beats(self) -> dict[int, Beat]:
         found = self.board.get_all([f"beat/{rank}" for rank in range(self.world.size)])
         unknown = Beat(0, -1, 0.0, 0, "getting ready")
         return {r: Beat(**json.loads(text)) if text else replace(unknown, rank=r) for r, text in enumerate(found)}
 
-    def _look(self, other: Beat) -> str:
+    def _look(self, other: Beat, silent: bool) -> str:
         here = other.host == os.uname().nodename and born(other.pid) in ("", other.born)
-        return condition(other.pid) if here else ""
+        known = condition(other.pid) if here else ""
+        if silent and known in ("", ALIVE):
+            return "silent: it is stuck, or its host or the network between the hosts is down"
+        return known
 
     def _execute(self, verdict: Failure) -> None:
         if self.done.is_set():
             return
         beats = self._beats()
         speaker = min(beats.keys() - {verdict.rank}, default=0) == self.world.rank
-        if under_agent() and self.world.rank != verdict.rank:
+        if not has_our_parent() and self.world.rank != verdict.rank:
             _put_down(beats[verdict.rank])
         self.end(verdict, speaker)
 
 
 def _put_down(hanging: Beat) -> None:
-    """Ends a process of this host that hangs: torchrun would give it half a minute more."""
+    """Ends a process of this host that hangs: launchers give it half a minute more, or for ever."""
     if hanging.host == os.uname().nodename and born(hanging.pid) == hanging.born:
         with suppress(ProcessLookupError, PermissionError):
             os.kill(hanging.pid, signal.SIGKILL)
@@ -132,9 +137,9 @@ def _end(world: World) -> End:
     def end(found: Failure, speaker: bool) -> NoReturn:
         folder = world.pulse.run
         record = folder / FAILURE if speaker and folder is not None else None
-        leave_failure(found if speaker or not under_agent() else found.retold(), world.rank, record)
-        if speaker and under_agent():
+        leave_failure(found if speaker or has_our_parent() else found.retold(), world.rank, record)
+        if speaker and not has_our_parent():
             print(f"Failed: {found.text()}", file=sys.stderr, flush=True)
-        os._exit(1)  # the main thread stands in a collective, from where nothing brings it back
+        leave(1)  # the main thread stands in a collective, from where nothing brings it back
 
     return end

@@ -18,6 +18,7 @@ from typing import Any
 
 from moe_train.errors import UserError
 from moe_train.launch.failures import failure_file, write_failure
+from moe_train.launch.leaving import leave
 
 _PR_SET_PDEATHSIG = 1
 
@@ -35,9 +36,7 @@ def main() -> None:
         write_failure(failure_file(job, rank), rank, error)
         if rank and not isinstance(error, UserError):
             traceback.print_exc()  # into this rank's log; rank 0's is shown by the parent if it came first
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(2 if isinstance(error, UserError) else 1)  # a process group may hang in its destructor
+        leave(2 if isinstance(error, UserError) else 1)
 
 
 def resolve(target: str) -> Callable[..., Any]:

@@ -105,7 +105,10 @@ class CheckpointStore:
                 integrity.check_files(earlier)
             except CheckpointError:
                 continue
-            return f"the one before it, {earlier.name}, is whole: remove {damaged} to go on from there"
+            return (
+                f"the one before it, {earlier.name}, is whole: remove {damaged}, or set "
+                "training.checkpoint.damaged=skip, to go on from there"
+            )
         return "no other checkpoint of this run is whole: train again in another run folder"
 
     # -- writing ---------------------------------------------------------------------------------------------------
@@ -159,6 +162,16 @@ class CheckpointStore:
             partial.unlink(missing_ok=True)
             partial.symlink_to(self.path(update).name)
             os.replace(partial, self.folder / name)
+
+    def set_aside(self, path: Path) -> None:
+        """Renames a damaged checkpoint, so that the run no longer sees it. Every rank calls it."""
+        aside = path.with_name(f"{path.name}.damaged")
+
+        def rename() -> None:
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(path, aside)
+
+        self._on_main(rename)
 
     def prune(self, keep: int) -> None:
         """Removes all but the ``keep`` newest checkpoints and the best one. Rank 0 does it."""

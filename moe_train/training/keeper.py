@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moe_train.config import CheckpointConfig
+from moe_train.errors import CheckpointError
 from moe_train.training.background import Background, staged
 from moe_train.training.checkpoints import CheckpointStore, everywhere, load_model, read_state
 from moe_train.training.engines import Engine
@@ -30,6 +31,7 @@ class Keeper:
         store: where to; its world must not be the loop's where writing is asynchronous (:func:`world_aside`).
         about: what every checkpoint says of its origin (config digest, world).
         background: the thread.
+        aside: what was wrong with checkpoints that :meth:`restore` has skipped.
     """
 
     store: CheckpointStore
@@ -37,6 +39,7 @@ class Keeper:
     config: CheckpointConfig
     about: Mapping[str, Any]
     background: Background = field(default_factory=Background)
+    aside: list[str] = field(default_factory=list)
 
     def due(self, update: int) -> bool:
         """Whether the schedule asks for a checkpoint after this update."""
@@ -92,13 +95,14 @@ class Keeper:
     def restore(self) -> RunState | None:
         """Loads the newest checkpoint into model and optimizer; None where there is none.
 
+        With ``config.damaged=skip`` the newest one that is whole; newer ones keep their files under another name.
+
         Raises:
-            CheckpointError: it is damaged, or of another model.
+            CheckpointError: it is damaged (all of them are), or of another model.
         """
-        latest = self.store.world.broadcast(self.store.latest())
+        latest = self._whole()
         if latest is None:
             return None
-        self.store.verify(latest)
         load_model(latest, self.engine.module)
         optimizer = empty_optimizer_state(self.engine.module, shapes(latest))
         load_tensors(latest, optimizer_tensors(self.engine.module, optimizer))
@@ -106,6 +110,21 @@ class Keeper:
         state = RunState.from_json(read_state(latest))
         self.engine.load_state(state.engine)
         return state
+
+    def _whole(self) -> Path | None:
+        updates = self.store.world.broadcast(self.store.updates())
+        for number in reversed(updates):
+            path = self.store.path(number)
+            try:
+                self.store.verify(path)
+            except CheckpointError as error:
+                if self.config.damaged == "refuse" or number == updates[0]:
+                    raise
+                self.store.set_aside(path)
+                self.aside.append(f"{error.where}: {error.what}; {path.name} was set aside as {path.name}.damaged")
+            else:
+                return path
+        return None
 
     def average(self, update: int) -> Path | None:
         """Writes ``averaged``: the mean of the model over the last ``config.average`` checkpoints.

@@ -128,6 +128,8 @@ def _assemble(given: _Parts) -> Loop:
     if world.main:
         describe_run(folder, config, engine.module, world, state.update, given.account, layout.plan)
     if given.screen is not None:
+        for text in keeper.aside:
+            given.screen.print(f"[yellow]note:[/] {escape(text)}", highlight=False, soft_wrap=True)
         given.screen.print(summary(folder, config, state, samples.batches))
         _say_layout(given, layout)
     return Loop(

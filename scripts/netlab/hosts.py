@@ -84,6 +84,10 @@ class Hosts:
                 limit = ["tbf", "rate", rate, "burst", "64kb", "latency", "200ms"]
                 _run("tc", "-n", name, "qdisc", "add", "dev", "eth0", "root", *limit)
 
+    def link(self, state: str) -> None:
+        """Takes the last host's link ``down`` at the bridge, or ``up`` again; both ends keep their connections."""
+        _run("ip", "-n", self.hub, "link", "set", f"port{len(self.names) - 1}", state)
+
     def start(
         self, host: int, command: Sequence[str], environment: Mapping[str, str] | None = None, **options: Any
     ) -> subprocess.Popen[str]:

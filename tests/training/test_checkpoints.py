@@ -8,6 +8,7 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from tests.training.toy import EXPERTS, ToyModel
 from tests.training.toy_run import assert_same_bits, weights
 
 
-def keeper(folder: Path, **keys: int) -> Keeper:
+def keeper(folder: Path, **keys: Any) -> Keeper:
     torch.manual_seed(1)
     engine = build_engine(EngineInputs(ToyModel(0.0), EngineConfig(), TrainingConfig(), World()))
     return Keeper(CheckpointStore(folder), engine, CheckpointConfig(**keys), {"world": 1})
@@ -131,6 +132,30 @@ def test_damage_is_named_and_the_one_before_is_offered(filled: Keeper, damage: s
     with pytest.raises(CheckpointError):
         filled.restore()
     assert filled.store.resolve("2").name == "step_2"
+
+
+@pytest.mark.parametrize("damage", ["cut short", "one byte flipped"])
+def test_a_damaged_one_can_be_skipped(filled: Keeper, damage: str) -> None:
+    """The run goes on from the newest whole one, to the same bits; the damaged one is kept under another name."""
+    store = filled.store
+    victim = files(store.path(3))[0]
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(bytes(content[:-9]) if damage == "cut short" else bytes(content))
+    again = keeper(store.folder, damaged="skip")
+    state = again.restore()
+    assert state is not None and state.update == 2
+    assert store.updates() == [1, 2] and files(store.folder / "step_3.damaged")
+    assert str(victim) in again.aside[0] and "set aside as step_3.damaged" in again.aside[0]
+    step(again)
+    assert_same_bits(weights(again.engine.module), weights(filled.engine.module))
+
+
+def test_skipping_never_begins_anew(filled: Keeper) -> None:
+    for update in (1, 2, 3):
+        files(filled.store.path(update))[0].write_bytes(b"")
+    with pytest.raises(CheckpointError, match="step_1"):
+        keeper(filled.store.folder, damaged="skip").restore()
 
 
 def test_only_a_whole_one_is_offered(filled: Keeper) -> None:

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Trains on several hosts under torchrun: run the same line on each of them, from the same folder of a shared file system.
+#
+#   NNODES=4 HEAD=node1:29400 JOB=wmt-sam scripts/torchrun/multi_node.sh data=data-bin/mine model=base routing=sam
+#
+# HEAD   host:port of one of the hosts, which the others can reach; the processes meet there
+# JOB    a name of this job, the same on all hosts and of no other job
+# NPROC  processes on each host (all GPUs)
+# LOCAL  this host's address, where its name does not resolve
+# NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME  the interface to use, where a host has several (docs/faults.md)
+set -euo pipefail
+
+: "${NNODES:?how many hosts}" "${HEAD:?host:port where they meet}" "${JOB:?a name of this job}"
+gpus() { command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus | wc -l || echo 1; }
+options=()
+[[ -z ${LOCAL:-} ]] || options+=(--local-addr="$LOCAL")
+
+exec torchrun --nnodes="$NNODES" --nproc-per-node="${NPROC:-$(gpus)}" --max-restarts="${MAX_RESTARTS:-0}" \
+    --rdzv-backend=c10d --rdzv-endpoint="$HEAD" --rdzv-id="$JOB" "${options[@]}" -m moe_train.commands.train "$@"
