@@ -24,6 +24,7 @@ from moe_train.data.folder import DataFolder
 from moe_train.parallel.gradients import is_expert, same_on_replicas
 from moe_train.parallel.layout import ExpertLayout
 from moe_train.parallel.layout_plan import plan_layout
+from moe_train.parallel.options import ExchangeOptions
 from moe_train.parallel.ranks import ProcessRanks
 from moe_train.routing.context import Alone
 from moe_train.tasks.translation import TranslationTask
@@ -53,6 +54,7 @@ class Case:
         routing: the group's keys.
         updates: for each update its micro-batches, each the indices of the world's sentences.
         expert_parallel, ranks_per_node, two_level: the layout; ranks_per_node 0: one node.
+        options: how its exchanges are carried out.
         skewed: all tokens go to one expert (switch) or group (SAM).
         shares: one process takes the shares that so many ranks would have one after the other, as micro-batches of
             their own: what is counted within a rank is then counted within a share. 0: micro-batches stay whole.
@@ -65,6 +67,7 @@ class Case:
     expert_parallel: int = 1
     ranks_per_node: int = 0
     two_level: bool = False
+    options: ExchangeOptions = field(default_factory=ExchangeOptions)
     skewed: bool = False
     clip_norm: float = 0.5
     lr: float = 0.2
@@ -103,10 +106,11 @@ def opened(path: str) -> DataFolder:
 
 
 @cache
-def layout_of(expert_parallel: int, ranks_per_node: int, two_level: bool) -> ExpertLayout:
+def layout_of(expert_parallel: int, ranks_per_node: int, two_level: bool, options: ExchangeOptions) -> ExpertLayout:
     """Process groups are made once in a call; the world closes them after it."""
     world = dist.get_world_size()
-    return ExpertLayout.build(plan_layout(world, ranks_per_node or world, expert_parallel, [], two_level))
+    plan = plan_layout(world, ranks_per_node or world, expert_parallel, [], two_level)
+    return ExpertLayout.build(plan, options=options)
 
 
 @cache
@@ -131,7 +135,7 @@ def _train(path: str, case: Case) -> Result:
     world = World.current()
     layout = ExpertLayout.alone()
     if together:
-        layout = layout_of(case.expert_parallel, case.ranks_per_node, case.two_level)
+        layout = layout_of(case.expert_parallel, case.ranks_per_node, case.two_level, case.options)
     task = _task(path, case)
     module: Any = task.build_model(layout).to(case.dtype).train()
     module.set_ranks(shared_ranks() if together else Alone())

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from typing import Any
 
 import pytest
 
 from moe_train.data.folder import DataFolder
+from moe_train.parallel.options import ExchangeOptions
 from tests.distributed.world import Worlds
 from tests.training.parity_jobs import Case, compare, train, train_all
 
@@ -39,7 +41,15 @@ def drawn(seed: int, worlds: tuple[int, ...]) -> tuple[int, Case]:
             "norm_order": draw.choice(["pre", "post"]),
         },
     )
+    if draw.random() < 0.5:
+        case = dataclasses.replace(case, options=_options(draw))
     return world, case
+
+
+def _options(draw: random.Random) -> ExchangeOptions:
+    """Fixed sizes have room for every token of the largest micro-batch, twice."""
+    room = draw.choice([0, 0, 2 * 9 * 64])
+    return ExchangeOptions(overlap=draw.random() < 0.5, chunks=draw.choice([1, 2, 3]), fixed_rows=room)
 
 
 def _routing(draw: random.Random, expert_parallel: int) -> dict[str, Any]:
