@@ -152,7 +152,7 @@ class _WeightGradients:
         if self.b1 is None:
             return self.w1, None, self.w2, None
         every = torch.arange(grad.shape[0], device=grad.device)
-        starts = torch.tensor(self.plan.starts, device=grad.device)
+        starts = torch.cat([self.plan.ends.new_zeros(1), self.plan.ends[:-1]]).long()
         return self.w1, self.b1, self.w2, bag_sums(grad, every, starts)
 
 

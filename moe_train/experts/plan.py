@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -28,11 +27,6 @@ class RowPlan:
     tokens: TokenRows
     ends: Tensor
     rows: tuple[int, ...]
-
-    @property
-    def starts(self) -> tuple[int, ...]:
-        """First row of each local expert."""
-        return (0, *accumulate(self.rows))[:-1]
 
     @property
     def even(self) -> bool:

@@ -58,7 +58,7 @@ def count_mixes(mixes: SoftMixes, load: Tensor, context: BatchContext) -> Routin
     """
     with torch.no_grad():
         combine, dispatch = mixes.combine, mixes.dispatch
-        tokens = torch.tensor(context.routing.sentence.shape[0], device=load.device)
+        tokens = torch.full((), context.routing.sentence.shape[0], device=load.device)
         longest = dispatch.amax(1) if dispatch.shape[1] else dispatch.sum(1)  # amax of nothing is an error
         extra = {"dispatch_max": longest.sum(), "combine_max": combine.amax(2).sum(), "slots": load.sum()}
         return RoutingStatistics(load, load, tokens, entropy_sum(combine), extra)

@@ -51,7 +51,7 @@ def serve(choices: Tensor, order: Tensor, capacity: Tensor | float, num_experts:
 
 def group_tokens(choices: Tensor, context: RoutingContext, group: Group) -> Tensor:
     """0-dim fp64: the tokens that share a capacity."""
-    tokens = torch.tensor(choices.shape[0], dtype=torch.float64, device=choices.device)
+    tokens = torch.full((), choices.shape[0], dtype=torch.float64, device=choices.device)
     return context.ranks.sum(tokens) if shared_by_ranks(context, group) else tokens
 
 

@@ -49,7 +49,7 @@ def _hash_number(value: int) -> int:
 
 def combine(state: Tensor, part: Tensor | int) -> Tensor:
     """Absorbs one more coordinate into a hash state (broadcasting)."""
-    part = part if isinstance(part, Tensor) else torch.tensor(part, device=state.device)
+    part = part if isinstance(part, Tensor) else torch.full((), part, device=state.device)
     return hash64(state ^ hash64(part))
 
 

@@ -33,7 +33,7 @@ def world_load(choices: Tensor, num_experts: int, ranks: Ranks) -> WorldLoad:
         choices: [T] or [T, k]; -1 is no choice, of a token that counts all the same.
     """
     counts = count_per_expert(choices.detach(), num_experts)
-    own = torch.tensor([choices.shape[0]], device=counts.device)
+    own = torch.full((1,), choices.shape[0], device=counts.device)
     total = ranks.sum(torch.cat((counts, own))).to(torch.float64)
     tokens = total[-1].clamp(min=1)
     return WorldLoad(total[:-1] / tokens, tokens)

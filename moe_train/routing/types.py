@@ -135,5 +135,5 @@ def count_statistics(
         entropy = torch.zeros((), device=choices.device)
         if probabilities is not None and probabilities.numel():
             entropy = entropy_sum(probabilities)
-        tokens = torch.tensor(choices.shape[0], device=choices.device)
+        tokens = torch.full((), choices.shape[0], device=choices.device)  # torch.tensor would wait for a GPU
         return RoutingStatistics(load, requested, tokens, entropy, dict(extra or {}))

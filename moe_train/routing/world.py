@@ -61,4 +61,4 @@ def world_order(context: RoutingContext) -> WorldOrder:
 
 def world_tokens(rows: Tensor, ranks: Ranks) -> Tensor:
     """0-dim int64: rows over all ranks."""
-    return ranks.sum(torch.tensor(rows.shape[0], device=rows.device))
+    return ranks.sum(torch.full((), rows.shape[0], device=rows.device))

@@ -26,8 +26,8 @@ IN_STEP = 5  # trainings that ranks run in one call, which has its time
 
 
 @cache
-def alone(path: str, name: str) -> Result:
-    return train(path, asked(name))
+def alone(path: str, name: str, **changes: Any) -> Result:
+    return train(path, asked(name, **changes))
 
 
 def asked(name: str, **changes: Any) -> Case:
@@ -35,10 +35,10 @@ def asked(name: str, **changes: Any) -> Case:
     return case(name, dtype=torch.float32, lr=0.05, **changes)
 
 
-def check(worlds: Worlds, data: DataFolder, names: list[str], layout: str, stage: int) -> None:
+def check(worlds: Worlds, data: DataFolder, names: list[str], layout: str, stage: int, **changes: Any) -> None:
     world, keys = WORLDS[layout]
     engine = {"name": "deepspeed", "zero_stage": stage}
-    cases = [dataclasses.replace(asked(name, engine=engine), **keys) for name in names]
+    cases = [dataclasses.replace(asked(name, engine=engine, **changes), **keys) for name in names]
     found: list[list[Result]] = [[] for _ in range(world)]
     for first in range(0, len(cases), IN_STEP):
         new = worlds(world).run(train_all, str(data.path), cases[first : first + IN_STEP])
@@ -46,7 +46,7 @@ def check(worlds: Worlds, data: DataFolder, names: list[str], layout: str, stage
             results += more
     for number, name in enumerate(names):
         try:
-            compare([results[number] for results in found], alone(str(data.path), name), 1e-5)
+            compare([results[number] for results in found], alone(str(data.path), name, **changes), 1e-5)
         except AssertionError as error:
             raise AssertionError(f"{name}, {layout}, ZeRO {stage}: {error}") from error
 
@@ -54,6 +54,11 @@ def check(worlds: Worlds, data: DataFolder, names: list[str], layout: str, stage
 def test_five_strategies_under_zero_2(worlds: Worlds, tiny_data: DataFolder) -> None:
     """X-MoE and Soft MoE have parameters that are single numbers."""
     check(worlds, tiny_data, ["smoe", "xmoe", "sam", "thor by token", "soft_moe"], "2 ranks", 2)
+
+
+def test_all_tokens_on_one_rank_under_zero_1(worlds: Worlds, tiny_data: DataFolder) -> None:
+    assert alone(str(tiny_data.path), "switch", skewed=True).load == 1.0
+    check(worlds, tiny_data, ["switch", "sam"], "2 ranks", 1, skewed=True)
 
 
 @pytest.mark.slow
