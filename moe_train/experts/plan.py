@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_train.parallel.rows import TokenRows, count_ids, sort_by_token
+from moe_train.parallel.rows import TokenRows, count_ids, one_pair_each, sort_by_token
 
 
 @dataclass(frozen=True)
@@ -83,5 +83,6 @@ def plan_rows(
     row_token[sorted_row] = token[order]
     pair_row = torch.empty_like(order)
     pair_row[order] = sorted_row
-    tokens = TokenRows(row_token, row_pair, pair_row, *sort_by_token(pair_row, token, num_tokens))
+    by_token = sort_by_token(pair_row, token, num_tokens)
+    tokens = TokenRows(row_token, row_pair, pair_row, *by_token, one_pair_each(token, num_tokens))
     return RowPlan(tokens, padded[:-1].cumsum(0).to(torch.int32), rows)

@@ -131,6 +131,7 @@ def batch_context(
         seed=settings.seed,
         update=settings.update if training else 0,
         training=training,
+        first_pass=info.pass_index is None,
         ranks=settings.ranks,
     )
     return BatchContext(batch, length, real, padding, routing)

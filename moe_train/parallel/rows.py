@@ -31,6 +31,7 @@ class TokenRows:
         pair_row: [P] int64, row of each weight.
         by_token: [P] int64, rows in token order, without padding.
         token_start: [T] int64, where each token's rows start in ``by_token``.
+        single: each token is known to have exactly one row (and pair t to be token t's): sums are moves.
     """
 
     row_token: Tensor
@@ -38,6 +39,7 @@ class TokenRows:
     pair_row: Tensor
     by_token: Tensor
     token_start: Tensor
+    single: bool = False
 
     @classmethod
     def of_tokens(cls, row_token: Tensor, num_tokens: int) -> TokenRows:
@@ -65,6 +67,13 @@ def sort_by_token(pair_row: Tensor, token: Tensor, num_tokens: int) -> tuple[Ten
 def _in_order(token: Tensor) -> bool:
     """Whether tokens are known to stand in order: on a GPU the host would wait for the answer, so it does not ask."""
     return token.device.type == "cpu" and bool((token[1:] >= token[:-1]).all())
+
+
+def one_pair_each(token: Tensor, num_tokens: int) -> bool:
+    """Whether pair t is token t's, for every t; False where finding out would wait for a device."""
+    if token.shape[0] != num_tokens or token.device.type != "cpu":
+        return False
+    return torch.equal(token, torch.arange(num_tokens, device=token.device))
 
 
 def gather_rows(x: Tensor, rows: TokenRows) -> Tensor:
@@ -104,6 +113,8 @@ class _Mix(torch.autograd.Function):
     def forward(ctx: Any, values: Tensor, weight: Tensor | None, rows: TokenRows, dtype: torch.dtype) -> Tensor:
         ctx.rows, ctx.dtype = rows, values.dtype
         ctx.save_for_backward(*(() if weight is None else (values, weight)))
+        if rows.single and weight is not None and not any(ctx.needs_input_grad) and bool((weight == 1).all()):
+            weight = None  # at inference: without a gate there is nothing to multiply
         return _sum(values.to(_wide(values)), weight, rows).to(dtype)
 
     @staticmethod
@@ -145,5 +156,8 @@ def _sum(values: Tensor, weight: Tensor | None, rows: TokenRows) -> Tensor:
     """[T, d]: the (weighted) sum of each token's rows of values [N, d]."""
     if rows.by_token.numel() == 0:
         return values.new_zeros(rows.token_start.shape[0], values.shape[1])
+    if rows.single:
+        moved = values.index_select(0, rows.by_token)
+        return moved if weight is None else moved.mul_(weight.to(values.dtype).unsqueeze(1))
     by = None if weight is None else weight[rows.row_pair[rows.by_token]].to(values.dtype)
     return torch.embedding_bag(values, rows.by_token, rows.token_start, False, 0, False, by)[0]

@@ -60,6 +60,7 @@ class RoutingContext:
         update: optimizer updates done so far; 0 in evaluation.
         layer: number of the sparse block in the model, encoder first.
         training: dropout, jitter, capacity policies and draws may depend on it.
+        first_pass: all of ``pass_index`` is known to be 0, which spares draws a coordinate.
         ranks: who shares the micro-batch.
         fixed_size: the assignment's size must not depend on what is dropped (see
             :func:`moe_train.routing.types.assignment_from_choices`).
@@ -76,6 +77,7 @@ class RoutingContext:
     update: int = 0
     layer: int = 0
     training: bool = False
+    first_pass: bool = False
     ranks: Ranks = field(default_factory=Alone)
     fixed_size: bool = False
 

@@ -47,10 +47,11 @@ def _hash_number(value: int) -> int:
     return value ^ (value >> 31)
 
 
-def combine(state: Tensor, part: Tensor | int) -> Tensor:
+def combine(state: Tensor | int, part: Tensor | int) -> Tensor:
     """Absorbs one more coordinate into a hash state (broadcasting)."""
-    part = part if isinstance(part, Tensor) else torch.full((), part, device=state.device)
-    return hash64(state ^ hash64(part))
+    if not isinstance(part, Tensor):
+        part = torch.full((), part, device=state.device if isinstance(state, Tensor) else None)
+    return hash64(hash64(part) ^ state)
 
 
 def uniform_from(state: Tensor) -> Tensor:
@@ -71,13 +72,17 @@ def counted(context: RoutingContext, stream: int, *, per: str = "token") -> Tens
     """
     if per not in ("token", "sentence", "position", "batch"):
         raise ValueError(f"draws are per token, sentence, position or batch, not per {per!r}")
-    state = torch.full_like(context.pass_index, hash_numbers(context.seed, context.update, context.layer, stream))
-    state = combine(state, context.pass_index)
+    coordinates = (context.seed, context.update, context.layer, stream)
+    state: Tensor | int
+    if context.first_pass:
+        state = hash_numbers(*coordinates, 0)
+    else:
+        state = combine(hash_numbers(*coordinates), context.pass_index)
     if per in ("token", "sentence"):
         state = combine(state, context.sentence_uid)
     if per in ("token", "position"):
         state = combine(state, context.position)
-    return state
+    return state if isinstance(state, Tensor) else torch.full_like(context.pass_index, state)
 
 
 def counted_uniform(context: RoutingContext, stream: int, width: int = 1, *, per: str = "token") -> Tensor:

@@ -173,3 +173,23 @@ def test_meta_device_builds_nothing() -> None:
     with torch.device("meta"):
         pool = ExpertPool(ExpertSpec(dim=512, hidden=2048), 128)
     assert sum(p.numel() for p in pool.parameters()) == 128 * pool.spec.parameters
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("ones", [True, False])
+@pytest.mark.parametrize("permuted", [True, False])
+def test_one_pair_per_token_is_the_same_by_moves_as_by_sums(dtype: torch.dtype, ones: bool, permuted: bool) -> None:
+    pool = pool_of(0, 3, dtype)
+    x = torch.randn(9, 6, dtype=dtype, requires_grad=True)
+    token = torch.tensor([4, 1, 8, 0, 3, 7, 2, 6, 5]) if permuted else torch.arange(9)
+    weight = (torch.ones(9) if ones else torch.rand(9)).requires_grad_()
+    pairs = Assignment(token, torch.tensor([0, 2, 2, 0, 1, 1, 1, 2, 0]), weight, torch.zeros_like(token))
+    y, plain = pool(x, pairs), mix(pool.double(), x.double(), pairs)
+    tolerance = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 0.05, "atol": 0.02}
+    torch.testing.assert_close(y.double(), plain, **tolerance)
+    got = torch.autograd.grad(plain.square().sum(), [x, weight])
+    pool = pool.to(dtype)
+    for one, other in zip(torch.autograd.grad(pool(x, pairs).square().sum(), [x, weight]), got, strict=True):
+        torch.testing.assert_close(one.double(), other.double(), **tolerance)
+    with torch.no_grad():  # where nothing is to be multiplied, nothing is
+        torch.testing.assert_close(pool(x, pairs), y)

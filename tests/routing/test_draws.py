@@ -53,6 +53,14 @@ def test_draws_follow_tokens_wherever_they_stand(order: list[int]) -> None:
         assert torch.equal(counted(context, 1, per=per)[rows], counted(moved, 1, per=per))
 
 
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=4), number, st.integers(0, 9))
+def test_what_is_known_of_the_pass_changes_no_draw(lengths: list[int], seed: int, update: int) -> None:
+    context = batch_context(lengths, seed=seed, update=update)
+    known = dataclasses.replace(context, first_pass=True)
+    for per in ("token", "sentence", "position", "batch"):
+        assert torch.equal(counted(context, 3, per=per), counted(known, 3, per=per))
+
+
 def test_who_shares_a_draw() -> None:
     context = batch_context([4, 4])
     shared = {p: len(counted(context, 1, per=p).unique()) for p in ("token", "sentence", "position", "batch")}
