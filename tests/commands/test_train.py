@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -120,13 +121,45 @@ def test_sigterm_saves_and_says_how_to_go_on(tiny_data: DataFolder, tmp_path: Pa
     assert CheckpointStore(folder / "checkpoints").resolve("last").name == f"step_{update}"
 
 
-def test_under_torchrun_all_ranks_share_one_folder(two: Path, tiny_data: DataFolder, tmp_path: Path) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
-    command = [*torchrun, *words(tiny_data, tmp_path / "run")[2:]]
-    run([word for word in command if not word.startswith("hydra.run.dir")], tmp_path)
-    (folder,) = (tmp_path / "outputs").glob("*/*")
+def under_torchrun(data: DataFolder, cwd: Path, *options: str, **keys: object) -> subprocess.Popen[str]:
+    """Two ranks in the default run folder."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *options, "-m"]
+    changes = [f"{key}={value}" for key, value in keys.items()]
+    command = [*torchrun, *(word for word in words(data, cwd)[2:] if not word.startswith("hydra.run.dir")), *changes]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=cwd)
+    deadline = time.monotonic() + 200
+    while not any(log.read_text() for log in cwd.glob("outputs/[0-9]*/*/train.jsonl")):
+        assert time.monotonic() < deadline and running.poll() is None
+        time.sleep(0.01)
+    return running
+
+
+def test_a_worker_killed_under_torchrun(two: Path, tiny_data: DataFolder, tmp_path: Path) -> None:
+    """All ranks share one folder, the default one, and so do both lives; the end has the bits of an unbroken run."""
+    running = under_torchrun(tiny_data, tmp_path, "--max-restarts=2")
+    worker = subprocess.run(["pgrep", "-P", str(running.pid)], capture_output=True, text=True, check=True)
+    os.kill(int(worker.stdout.split()[-1]), signal.SIGKILL)
+    out, _ = running.communicate(timeout=250)
+    assert running.returncode == 0, out
+    (folder,) = (tmp_path / "outputs").glob("[0-9]*/*")
     assert_same_bits(final_tensors(folder), final_tensors(two))
+    assert lines(folder) == lines(two)
     assert {path.name for path in (folder / "logs").iterdir()} == {"rank_0.log", "rank_1.log"}
+    sessions = json.loads((folder / "run.json").read_text())["sessions"]
+    assert len(sessions) == 2 and not any("hydra.run.dir" in word for word in sessions[1]["command"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_torchrun_asked_to_stop(number: signal.Signals, tiny_data: DataFolder, tmp_path: Path) -> None:
+    """Its agent passes the signal on and waits until the workers have saved. Half a minute."""
+    running = under_torchrun(tiny_data, tmp_path, **{"training.max_updates": 5000})
+    running.send_signal(number)
+    out, _ = running.communicate(timeout=100)
+    (folder,) = (tmp_path / "outputs").glob("[0-9]*/*")
+    info = json.loads((folder / "run.json").read_text())
+    assert running.returncode == 1 and info["status"] == "interrupted", out
+    assert CheckpointStore(folder / "checkpoints").resolve("last").name == f"step_{info['update']}"
 
 
 def test_a_sweep_in_one_process(tiny_data: DataFolder, tmp_path: Path) -> None:
@@ -166,6 +199,23 @@ def test_a_folder_that_cannot_be_gone_on_in(
 ) -> None:
     code, said = here(words(tiny_data, one, *changes)[3:], tmp_path)
     assert code == 2 and all(message in said for message in messages), said
+
+
+def test_a_damaged_checkpoint_is_skipped_where_the_key_says_so(
+    two: Path, tiny_data: DataFolder, tmp_path: Path
+) -> None:
+    """Nothing is lost beyond the last whole one, and the end has the same bits."""
+    folder = tmp_path / "run"
+    shutil.copytree(two, folder, symlinks=True)
+    shard = next((folder / "checkpoints" / "step_20").glob("*.safetensors"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(bytes(content))
+    keys = ["training.max_updates=21", "training.checkpoint.damaged=skip", "training.validation.every_updates=10"]
+    run(words(tiny_data, folder, "launch.processes=2", *keys), tmp_path)
+    sessions = json.loads((folder / "run.json").read_text())["sessions"]
+    assert sessions[-1]["from_update"] == 16 and (folder / "checkpoints" / "step_20.damaged").is_dir()
+    assert_same_bits(final_tensors(folder, "step_20"), final_tensors(two))
 
 
 def test_a_damaged_checkpoint_is_named(one: Path, tiny_data: DataFolder, tmp_path: Path) -> None:
