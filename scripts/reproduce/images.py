@@ -13,7 +13,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from study import Budget, Claim, Mean, Study, Variant, above, parsed, parser, read_lines, wanted
+from measures import Mean, above
+from study import Budget, Claim, Study, Variant, parsed, parser, read_lines, wanted
 
 BUDGETS = {
     "full": Budget(

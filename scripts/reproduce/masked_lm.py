@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from study import Budget, Claim, Study, Variant, above, parsed, parser, wanted
+from measures import above
+from study import Budget, Claim, Study, Variant, parsed, parser, wanted
 
 from moe_train.analysis.stability import inter_run_consistency
 from moe_train.config import LanguageModelConfig
@@ -245,7 +246,7 @@ def _collapse_along(measure: str) -> Callable[[Mapping[str, Any]], dict[str, flo
 
 def _fluctuation_along(probed: Mapping[str, Any]) -> dict[str, float]:
     layers = list(probed["fluctuation"].values())
-    later = list(probed["checkpoints"])[1:] if layers else []
+    later = sorted(probed["checkpoints"], key=int)[1:] if layers else []  # JSON may have sorted them as words
     return {update: statistics.fmean([ratios[n] for ratios in layers]) for n, update in enumerate(later)}
 
 

@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measures import Mean, rounded, spread
 from page import markdown
 
 from moe_train.analysis.probe import probe_run
@@ -32,29 +32,6 @@ from moe_train.training.integrity import replace_text
 from moe_train.training.run_folder import INFO, RunFolder
 
 Measures = Mapping[str, float | None]
-
-
-class Mean(float):
-    """A mean over seeds that knows its sample standard deviation."""
-
-    deviation: float
-
-    def __new__(cls, value: float, deviation: float = 0.0) -> Mean:
-        """``deviation``: 0 for a single value."""
-        made = super().__new__(cls, value)
-        made.deviation = deviation
-        return made
-
-    def text(self, form: str) -> str:
-        """Such as ``0.42 ± 0.03``."""
-        return f"{self:{form}} ± {self.deviation:{form}}"
-
-
-def above(one: str, first: Mean, other: str, second: Mean, form: str) -> tuple[str, bool]:
-    """The sentence of a comparison, and whether the first is larger. A difference within its spread is called so."""
-    within = abs(first - second) <= (first.deviation**2 + second.deviation**2) ** 0.5
-    said = f"{one} {first.text(form)}, {other} {second.text(form)}"
-    return f"{said}; within the spread" if within else said, first > second
 
 
 @dataclass(frozen=True)
@@ -201,16 +178,10 @@ class Study:
             "claims": self.outcomes(),
             "summary": self.summary(),
             "notes": self.notes,
-            "runs": self.runs,
+            "runs": {name: {**run, "details": rounded(run["details"])} for name, run in self.runs.items()},
         }
         replace_text(folder / f"{self.name}.json", json.dumps(content, indent=1, sort_keys=True) + "\n")
         replace_text(folder / f"{self.name}.md", markdown(content, self.columns, self.more(self.runs)))
-
-
-def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Mean, sample standard deviation (0 for one value) and the values."""
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return {"mean": statistics.fmean(values), "deviation": deviation, "values": list(values)}
 
 
 def _outdated(path: Path, folder: Path) -> bool:

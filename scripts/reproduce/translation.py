@@ -17,8 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from measures import above
 from omegaconf import OmegaConf
-from study import Budget, Claim, Study, Variant, above, parsed, parser, read_lines, wanted
+from study import Budget, Claim, Study, Variant, parsed, parser, read_lines, wanted
 
 from moe_train.analysis.report_compare import compare
 from moe_train.analysis.report_runs import read_runs

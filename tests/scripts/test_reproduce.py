@@ -30,7 +30,7 @@ def options(folder: Path) -> argparse.Namespace:
 
 
 def run_of(variant: str, seed: int, **measures: float) -> dict[str, Any]:
-    return {"variant": variant, "seed": seed, "measures": measures, "seconds": 60.0}
+    return {"variant": variant, "seed": seed, "measures": measures, "seconds": 60.0, "details": {"share": [1 / 3]}}
 
 
 def collapse(last: float) -> dict[str, float]:
@@ -38,9 +38,9 @@ def collapse(last: float) -> dict[str, float]:
 
 
 def test_spread(load: Any) -> None:
-    found = load("study").spread([1.0, 2.0, 3.0])
+    found = load("measures").spread([1.0, 2.0, 3.0])
     assert found == {"mean": 2.0, "deviation": 1.0, "values": [1.0, 2.0, 3.0]}
-    assert load("study").spread([4.0])["deviation"] == 0.0
+    assert load("measures").spread([4.0])["deviation"] == 0.0
 
 
 def test_words_of_the_command_line_lose_this_machine_s_folders(load: Any) -> None:
@@ -87,13 +87,14 @@ def test_claims_are_read_off_the_means(load: Any, tmp_path: Path) -> None:
     content = json.loads((tmp_path / "results" / "masked_lm.json").read_text())
     assert "| xmoe | 2 | 19 ± 1.414 |" in page and "| **no** |" in page and "| open |" in page and "| yes |" in page
     assert content["summary"]["xmoe"]["perplexity"]["values"] == [18.0, 20.0]
+    assert content["runs"]["dense-s1"]["details"] == {"share": [0.33333]}
     assert content["machine"]["cores"] and content["commit"] and str(tmp_path) not in json.dumps(content["command"])
 
 
 def test_measures_along_training_are_means_of_seeds_and_layers(load: Any) -> None:
     def run(variant: str, first: float, last: float) -> dict[str, Any]:
         layers = {"0": {"collapse_by_expert": first - 1}, "1": {"collapse_by_expert": first + 1}}
-        checkpoints = {"9": layers, "10": {"0": {"collapse_by_expert": last}, "1": {}}}
+        checkpoints = {"10": {"0": {"collapse_by_expert": last}, "1": {}}, "9": layers}
         probe = {"checkpoints": checkpoints, "fluctuation": {"0": [0.1], "1": [0.3]}}
         return {"variant": variant, "details": {"probe": probe}}
 
@@ -105,8 +106,8 @@ def test_measures_along_training_are_means_of_seeds_and_layers(load: Any) -> Non
 
 
 def test_a_difference_within_its_spread_is_called_so(load: Any) -> None:
-    study = load("study")
-    above, mean = study.above, study.Mean
+    measures = load("measures")
+    above, mean = measures.above, measures.Mean
     assert above("a", mean(2.0, 0.3), "b", mean(1.0, 0.4), ".1f") == ("a 2.0 ± 0.3, b 1.0 ± 0.4", True)
     said, agrees = above("a", mean(1.0, 0.8), "b", mean(2.0, 0.6), ".1f")
     assert said.endswith("within the spread") and not agrees

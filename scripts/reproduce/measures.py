@@ -1,0 +1,45 @@
+"""Numbers of comparisons: means that know their spread, what is said of two of them, and how many digits are kept."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+class Mean(float):
+    """A mean over seeds that knows its sample standard deviation."""
+
+    deviation: float
+
+    def __new__(cls, value: float, deviation: float = 0.0) -> Mean:
+        """``deviation``: 0 for a single value."""
+        made = super().__new__(cls, value)
+        made.deviation = deviation
+        return made
+
+    def text(self, form: str) -> str:
+        """Such as ``0.42 ± 0.03``."""
+        return f"{self:{form}} ± {self.deviation:{form}}"
+
+
+def above(one: str, first: Mean, other: str, second: Mean, form: str) -> tuple[str, bool]:
+    """The sentence of a comparison, and whether the first is larger. A difference within its spread is called so."""
+    within = abs(first - second) <= (first.deviation**2 + second.deviation**2) ** 0.5
+    said = f"{one} {first.text(form)}, {other} {second.text(form)}"
+    return f"{said}; within the spread" if within else said, first > second
+
+
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """Mean, sample standard deviation (0 for one value) and the values."""
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return {"mean": statistics.fmean(values), "deviation": deviation, "values": list(values)}
+
+
+def rounded(value: Any) -> Any:
+    """Plain values with numbers of five digits: files of results stay readable."""
+    if isinstance(value, Mapping):
+        return {key: rounded(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [rounded(entry) for entry in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
