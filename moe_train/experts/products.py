@@ -13,8 +13,9 @@ from torch import Tensor
 _ONEDNN_CONTRACTION = 512
 
 _TILE = 32  # rows and columns of the matrix units that multiply 16-bit types (AMX)
-_SMALL = 512  # mean rows up to which a product's own overhead weighs more than padding (measured)
-_PADDING = 1.3  # how many times the rows one batched product may have, to be faster than product by product (measured)
+# Mean rows up to which padding costs less than a product apiece, and how much of it: measured at 128 rows, where 1.25 pays,
+# and at 1,024, where it does not (docs/decisions/0008).
+_SMALL, _PADDING = 512, 1.3
 
 
 @functools.cache
@@ -41,7 +42,7 @@ def processor_maker() -> str:
 def prefers_onednn(like: Tensor) -> bool:
     """Whether oneDNN's fp32 linear serves here. Where a build lacks it, ``torch.mm`` does.
 
-    On the CPUs measured it is 1.0 to 1.4 times as fast as the BLAS behind ``torch.mm`` where the weight stands as in
+    On the CPUs measured it is 0.9 to 1.4 times as fast as the BLAS behind ``torch.mm`` where the weight stands as in
     ``nn.Linear``, and it adds bias and ReLU on the way out. (In bf16 ``torch.mm`` is oneDNN already.)
     """
     return like.device.type == "cpu" and like.dtype == torch.float32 and has_onednn_linear()
