@@ -13,8 +13,8 @@ from torch import Tensor
 _ONEDNN_CONTRACTION = 512
 
 _TILE = 32  # rows and columns of the matrix units that multiply 16-bit types (AMX)
-# Mean rows up to which padding costs less than a product apiece, and how much of it: measured at 128 rows, where 1.25 pays,
-# and at 1,024, where it does not (docs/decisions/0008).
+# Mean rows up to which padding costs less than a product apiece, and how much of it: measured at 128 rows, where 1.25
+# pays, and at 1,024, where it does not (docs/decisions/0008).
 _SMALL, _PADDING = 512, 1.3
 
 

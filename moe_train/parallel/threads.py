@@ -73,8 +73,8 @@ def _executor(threads: int) -> ThreadPoolExecutor:
 def _use_one_core() -> None:
     """Computes with one core from now on, and makes OpenMP's other threads leave the cores while they have no work.
 
-    After each of its loops, GNU OpenMP's threads wait for the next one awake (5 to 7 ms, measured), and our threads would
-    lack their cores. Where it has more threads than there are cores it waits a 300th of that (its GOMP_SPINCOUNT).
+    After each of its loops, GNU OpenMP's threads wait for the next one awake (5 to 7 ms, measured), and our threads
+    would lack their cores. With more threads than there are cores it waits a 300th of that (its GOMP_SPINCOUNT).
     Hence one loop here over two threads, the second of which then sleeps for good: with those of torch that makes more
     than there are cores wherever half of the cores or more are in use.
     """
