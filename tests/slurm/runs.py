@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 
 from moe_train.data.folder import DataFolder
@@ -54,19 +55,6 @@ def until(is_so: Callable[[], object], what: str, timeout: float = PATIENCE) -> 
         time.sleep(0.1)
 
 
-def processes(word: str) -> list[int]:
-    """Python processes with a word in their command line."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            program, *arguments = path.read_bytes().decode(errors="replace").split("\0")
-        except OSError:
-            continue
-        if "python" in program and any(word in argument for argument in arguments):
-            found.append(int(path.parent.name))
-    return found
-
-
 def holders(file: Path) -> list[int]:
     """Processes that have a file open."""
     found = set()
@@ -80,11 +68,14 @@ def holders(file: Path) -> list[int]:
 
 
 @contextmanager
-def held_at_first_line(folder: Path, word: str, number: int) -> Iterator[list[int]]:
-    """Once the run has logged, its ``number`` processes stand still inside: what comes then finds it training."""
+def held_at_first_line(folder: Path, ranks: int = 2) -> Iterator[list[int]]:
+    """Once the run has logged, its ranks stand still inside: whatever comes then finds them training.
+
+    Gives their processes.
+    """
     until((folder / "train.jsonl").is_file, f"the first log line in {folder}")
-    held = processes(word)
-    assert len(held) == number
+    held = [process for rank in range(ranks) for process in holders(folder / "logs" / f"rank_{rank}.log")]
+    assert len(held) == ranks
     for process in held:
         os.kill(process, signal.SIGSTOP)
     try:
@@ -103,6 +94,18 @@ def has_been_told(process: int) -> bool:
 def urgent_job(cluster: Cluster) -> str:
     """The number of a job that wants all of both nodes at once, and is done in a moment."""
     return cluster.submit("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true")
+
+
+def show_cost(folder: Path, told: float) -> None:
+    """Prints what an interruption cost on this machine (pytest -s), from rank 0's log; no test judges seconds.
+
+    Args:
+        told: when the ranks were let go with the signal in their hands, as time.time() gives it.
+    """
+    log = (folder / "logs" / "rank_0.log").read_text().splitlines()
+    place = next(number for number, line in enumerate(log) if "asked to stop: saved update" in line)
+    saved, again = (datetime.fromisoformat(log[number][:19]).timestamp() for number in (place, place + 1))
+    print(f"\n{folder}: saved {saved - told:.0f} s after the signal, training again {again - told:.0f} s after it")
 
 
 def sessions(said: str) -> list[tuple[int, int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,11 @@ from tests.slurm.runs import (
     ended,
     has_been_told,
     held_at_first_line,
+    holders,
     keys,
     moe_train,
-    processes,
     sessions,
+    show_cost,
     until,
     urgent_job,
 )
@@ -58,15 +60,17 @@ def submit(cluster: Cluster, data: DataFolder, folder: Path, *options: str, more
 def test_sbatch_on_two_nodes_preempted(cluster: Cluster, tiny_data: DataFolder, unbroken: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     job = submit(cluster, tiny_data, folder)
-    with held_at_first_line(folder, f"hydra.run.dir={folder}", 2) as ranks:
+    with held_at_first_line(folder) as ranks:
         urgent = urgent_job(cluster)
         until(lambda: all(map(has_been_told, ranks)), "the signal at preemption")
+    told = time.time()
     cluster.wait_for(urgent, "COMPLETED")
     assert json.loads((folder / "run.json").read_text())["status"] == "interrupted"
     assert cluster.wait_for(job, "COMPLETED", "FAILED")["Restarts"] == "1"
     said = (tmp_path / f"{job}.out").read_text()
     assert "back into the queue" in said
     check(folder, unbroken, said)
+    show_cost(folder, told)
     assert {path.name for path in (folder / "logs").iterdir()} == {"rank_0.log", "rank_1.log"}
 
 
@@ -77,13 +81,15 @@ def test_submitit_on_two_nodes_preempted(
     launcher = ["hydra/launcher=submitit_slurm", "hydra.launcher.nodes=2", "hydra.launcher.tasks_per_node=1"]
     words = keys(tiny_data, f"hydra.sweep.dir={sweep}", *launcher)
     command = moe_train("-m", *words, cwd=tmp_path)
-    with held_at_first_line(sweep / "0", str(sweep / ".submitit"), 2) as ranks:
+    with held_at_first_line(sweep / "0") as ranks:
         job, urgent = job_of(sweep), urgent_job(cluster)
         until(lambda: all(map(has_been_told, ranks)), "the signal at preemption")
+    told = time.time()
     cluster.wait_for(urgent, "COMPLETED")
     assert cluster.wait_for(job, "COMPLETED", "FAILED")["Restarts"] == "1"
     assert "job 0: done" in ended(command)
     check(sweep / "0", unbroken, (sweep / ".submitit" / job / f"{job}_0_log.out").read_text())
+    show_cost(sweep / "0", told)
 
 
 def job_of(sweep: Path) -> str:
@@ -100,11 +106,28 @@ def test_a_cancelled_job_saves_and_stays_out_of_the_queue(
     until((folder / "train.jsonl").is_file, "the first log line")
     cluster.run("scancel", job)
     shown = cluster.wait_for(job, "CANCELLED")
-    until(lambda: not processes(f"hydra.run.dir={folder}"), "the end of the ranks")
+    until(lambda: not holders(folder / ".lock"), "the end of the ranks")
     assert shown["Restarts"] == "0"
     info = json.loads((folder / "run.json").read_text())
     assert info["status"] == "interrupted"
     assert CheckpointStore(folder / "checkpoints").resolve("last").name == f"step_{info['update']}"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_torchrun_on_two_nodes_preempted(
+    cluster: Cluster, tiny_data: DataFolder, unbroken: Path, tmp_path: Path
+) -> None:
+    """The same with an agent of torchrun on each node between Slurm and the rank; under a minute on a free machine."""
+    folder = tmp_path / "run"
+    options = [f"--export=ALL,RUN={folder},LAUNCHER=torchrun", f"--output={tmp_path}/%j.out", "--nodes=2"]
+    job = cluster.submit(*options, TRAIN, *keys(tiny_data), cwd=ROOT)
+    with held_at_first_line(folder) as ranks:
+        urgent = urgent_job(cluster)
+        until(lambda: all(map(has_been_told, ranks)), "the signal at preemption")
+    cluster.wait_for(urgent, "COMPLETED")
+    assert cluster.wait_for(job, "COMPLETED", "FAILED")["Restarts"] == "1"
+    check(folder, unbroken, (tmp_path / f"{job}.out").read_text())
 
 
 @pytest.mark.slow
@@ -118,8 +141,8 @@ def test_two_nodes_out_of_time(cluster: Cluster, tiny_data: DataFolder, unbroken
     command = moe_train("-m", *words, cwd=tmp_path)
     output = tmp_path / f"{by_sbatch}.out"
     with (
-        held_at_first_line(folder, f"hydra.run.dir={folder}", 2) as ranks,
-        held_at_first_line(sweep / "0", str(sweep / ".submitit"), 2) as others,
+        held_at_first_line(folder) as ranks,
+        held_at_first_line(sweep / "0") as others,
     ):
         by_submitit = job_of(sweep)
         until(lambda: all(map(has_been_told, [*ranks, *others])), "the signals before the limit")
