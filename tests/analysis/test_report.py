@@ -176,6 +176,20 @@ def test_the_leaderboard(sweep: Path, tmp_path: Path) -> None:
     assert (sweep / "9" / "report.html").is_file()
 
 
+def test_the_leaderboard_fits_a_terminal(tmp_path: Path) -> None:
+    """80 columns, whole names, and no word that every run has."""
+    for number, (strategy, experts) in enumerate([("dense", 8), ("expert_choice", 16)]):
+        words = (f"routing={strategy}", f"routing.num_experts={experts}", "training.optimizer.lr=0.0012", "model=iwslt")
+        scored(overridden(trained(tmp_path / str(number), strategy), *words), 0.6, seed=number)
+    screen = io.StringIO()
+    make_report(ReportConfig((str(tmp_path),), html=False, samples=50), Console(file=screen, width=80))
+    table = screen.getvalue().split("directions")[0]
+    assert max(map(len, table.splitlines())) <= 80
+    assert all(word in table for word in ("expert_choice", "num_experts=16", "finished", "2.50M", "words", "loss"))
+    assert "iwslt" not in table and "lr=" not in table
+    assert "routing.num_experts=16" in (tmp_path / "leaderboard.csv").read_text()
+
+
 def test_the_page(sweep: Path) -> None:
     page = run_page(read_run(sweep / "1", "1 <best>"))
     assert "1 &lt;best&gt;" in page and "<best>" not in page

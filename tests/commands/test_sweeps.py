@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import yaml
@@ -12,12 +15,13 @@ import yaml
 from moe_train.data.folder import DataFolder
 from moe_train.training import RunFolder
 from tests.commands.test_train import here
-from tests.slurm.runs import keys
+from tests.slurm.runs import keys, until
 
 SHORT = ("training.max_updates=2", "training.validation.every_updates=2")
 
 
 def sweep_words(data: DataFolder, sweep: Path, *more: str) -> list[str]:
+    """What comes last counts."""
     return ["-m", *keys(data, *SHORT), f"hydra.sweep.dir={sweep}", *more]
 
 
@@ -37,6 +41,20 @@ def test_a_job_that_fails_loses_no_other_and_is_run_again(tiny_data: DataFolder,
     assert here([*words, "resume=missing"], tmp_path)[0] == 0
     assert statuses(sweep) == {"0": "finished", "1": "finished"}
     assert len(RunFolder(sweep / "1").info["sessions"]) == 1
+
+
+def test_a_signal_saves_the_run_and_ends_the_sweep(tiny_data: DataFolder, tmp_path: Path) -> None:
+    sweep = tmp_path / "sweep"
+
+    def stop() -> None:
+        until((sweep / "0" / "train.jsonl").is_file, "the first log line")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    stopping = threading.Thread(target=stop)
+    stopping.start()
+    code, _ = here(sweep_words(tiny_data, sweep, "seed=1,2", "training.max_updates=100000"), tmp_path)
+    stopping.join()
+    assert code == 75 and statuses(sweep) == {"0": "interrupted"}
 
 
 def test_optuna_looks_for_the_lowest_validation_loss(tiny_data: DataFolder, tmp_path: Path) -> None:
