@@ -20,22 +20,19 @@ _PATIENCE = 60  # seconds for a controller that is busy
 
 
 def take_place() -> None:
-    """Where this process is one task of several, sets torchrun's variables; else, or under torchrun, does nothing.
+    """Where this process is one task of several, sets torchrun's variables, unless torchrun has.
 
-    MASTER_ADDR and MASTER_PORT stay as they are where they are set; GLOO_SOCKET_IFNAME too, and becomes the interface
-    that reaches MASTER_ADDR otherwise: gloo would take the one that the host's name resolves to, if it does.
+    MASTER_ADDR and MASTER_PORT stay as they are where they are set. GLOO_SOCKET_IFNAME, under torchrun too, stays or
+    becomes the interface that reaches MASTER_ADDR: gloo would take the one that the host's name resolves to, if any.
 
     Raises:
         LaunchError: Slurm does not say where the first task is.
     """
-    if under_launcher():
-        return
-    place = _task_of_slurm(os.environ) or _task_of_submitit(os.environ)
-    if place is None:
-        return
+    place = {} if under_launcher() else _task_of_slurm(os.environ) or _task_of_submitit(os.environ) or {}
     met = {name: os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT") if name in os.environ}
     os.environ.update({**place, **met})
-    if "GLOO_SOCKET_IFNAME" not in os.environ and (name := interface_towards(os.environ["MASTER_ADDR"])):
+    unsaid = under_launcher() and "MASTER_ADDR" in os.environ and "GLOO_SOCKET_IFNAME" not in os.environ
+    if unsaid and (name := interface_towards(os.environ["MASTER_ADDR"])):
         os.environ["GLOO_SOCKET_IFNAME"] = name
 
 

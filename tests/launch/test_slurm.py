@@ -66,18 +66,20 @@ def test_what_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found == ["10.0.0.1", "12345", "ib0"] and os.environ["RANK"] == "4"
 
 
-@pytest.mark.parametrize(
-    "change",
-    [{"SLURM_STEP_NUM_TASKS": "1"}, {"RANK": "0", "WORLD_SIZE": "2"}],
-    ids=["one task", "under torchrun"],
-)
-def test_nothing_is_touched(change: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    told(monkeypatch, **TOLD)
-    for name, value in change.items():
-        monkeypatch.setenv(name, value)
+def test_one_task_is_none_of_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    told(monkeypatch, **{**TOLD, "SLURM_STEP_NUM_TASKS": "1"})
     before = dict(os.environ)
     take_place()
     assert dict(os.environ) == before
+
+
+def test_torchrun_inside_a_task_has_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    told(monkeypatch, **TOLD)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    before = dict(os.environ)
+    take_place()
+    assert dict(os.environ) == {**before, "GLOO_SOCKET_IFNAME": "lo"}
 
 
 def test_the_script_of_a_job_is_no_task(monkeypatch: pytest.MonkeyPatch) -> None:

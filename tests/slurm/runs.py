@@ -18,11 +18,11 @@ from tests.slurm.cluster import Cluster
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 240.0  # seconds for what takes ten on a machine that does nothing else
-# Two ranks, 20 updates, a checkpoint nowhere but at the end: what a signal does not save is lost and would show.
+# Two ranks, 40 updates, a checkpoint nowhere but at the end: what a signal does not save is lost and would show.
 SMALL = [
     *("model.embed_dim=32", "model.ffn_dim=64", "model.num_heads=2", "routing.num_experts=4"),
-    *("training.max_updates=20", "training.tokens_per_update=600", "training.log_every=2", "training.threads=1"),
-    *("training.checkpoint.every_updates=100", "training.validation.every_updates=20", "training.optimizer.lr=0.01"),
+    *("training.max_updates=40", "training.tokens_per_update=600", "training.log_every=2", "training.threads=1"),
+    *("training.checkpoint.every_updates=100", "training.validation.every_updates=40", "training.optimizer.lr=0.01"),
     *("training.schedule.warmup_updates=5", "training.validation.max_sentences=10"),
 ]
 
@@ -52,7 +52,7 @@ def until(is_so: Callable[[], object], what: str, timeout: float = PATIENCE) -> 
     deadline = time.monotonic() + timeout
     while not is_so():
         assert time.monotonic() < deadline, f"waited {timeout} s for {what}"
-        time.sleep(0.1)
+        time.sleep(0.02)
 
 
 def holders(file: Path) -> list[int]:

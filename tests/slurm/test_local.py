@@ -29,6 +29,6 @@ def test_a_job_that_makes_room(ranks: str, tiny_data: DataFolder, tmp_path: Path
     assert "job 0: done" in ended(command)
     (said,) = (sweep / ".submitit").glob("*/*_0_log.out")
     ((stopped, resumed),) = sessions(said.read_text())
-    assert 2 <= stopped == resumed < 20
+    assert 2 <= stopped == resumed < 40
     assert_same_bits(final_tensors(sweep / "0"), final_tensors(tmp_path / "unbroken"))
     assert lines(sweep / "0") == lines(tmp_path / "unbroken")
