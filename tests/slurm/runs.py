@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -82,12 +82,16 @@ def held_at_first_line(folder: Path, ranks: int = 2) -> Iterator[list[int]]:
         yield held
     finally:
         for process in held:
-            os.kill(process, signal.SIGCONT)
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGCONT)
 
 
 def has_been_told(process: int) -> bool:
-    """Whether a signal waits for a process that stands still."""
-    status = Path(f"/proc/{process}/status").read_text()
+    """Whether a signal waits for a process that stands still. Slurm may let it go with it, and it has left since."""
+    try:
+        status = Path(f"/proc/{process}/status").read_text()
+    except FileNotFoundError:
+        return True
     return any(int(mask, 16) for mask in re.findall(r"^(?:Sig|Shd)Pnd:\s*(\w+)", status, flags=re.MULTILINE))
 
 
