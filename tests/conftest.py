@@ -12,6 +12,7 @@ import pytest
 
 from moe_train.data.folder import DataFolder
 from tests.distributed.world import Worlds
+from tests.required import is_required, skip_or_fail
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -33,23 +34,18 @@ def _absent(marker: str) -> str | None:
     return None
 
 
-def _required(marker: str) -> bool:
-    """Whether a skip would be a failure, as in the continuous integration."""
-    return bool(os.environ.get(f"REQUIRE_{marker.upper()}"))
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for marker in ("gpu", "slurm", "network"):
         marked = [item for item in items if item.get_closest_marker(marker)]
-        if marked and not _required(marker) and (reason := _absent(marker)):
+        if marked and not is_required(marker) and (reason := _absent(marker)):
             for item in marked:
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     for marker in ("gpu", "slurm", "network"):
-        if item.get_closest_marker(marker) and _required(marker) and (reason := _absent(marker)):
-            pytest.fail(f"{reason}; REQUIRE_{marker.upper()} is set")
+        if item.get_closest_marker(marker) and is_required(marker) and (reason := _absent(marker)):
+            skip_or_fail(marker, reason)
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.required import skip_or_fail
 from tests.training.toy_run import assert_same_bits, final_tensors, lines
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,7 +25,7 @@ def hosts() -> Iterator[Any]:
     """Two network hosts on a bridge."""
     kind = runpy.run_path(str(ROOT / "scripts" / "netlab" / "hosts.py"))["Hosts"]
     if reason := kind.why_not():
-        pytest.skip(f"no network hosts: {reason}")
+        skip_or_fail("network", f"no network hosts: {reason}")
     with kind(2, subnet="10.213.9") as made:
         yield made
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import runpy
 import subprocess
 import sys
@@ -12,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from tests.required import skip_or_fail
+
 LAB = Path(__file__).resolve().parents[2] / "scripts" / "netlab"
 pytestmark = [pytest.mark.network, pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -19,7 +20,7 @@ pytestmark = [pytest.mark.network, pytest.mark.slow, pytest.mark.timeout(1800)]
 def two_hosts(*words: str) -> dict[str, Any]:
     """The report of the script, or a skip with the reason."""
     if reason := runpy.run_path(str(LAB / "hosts.py"))["Hosts"].why_not():
-        (pytest.fail if os.environ.get("REQUIRE_NETWORK") else pytest.skip)(f"no network hosts: {reason}")
+        skip_or_fail("network", f"no network hosts: {reason}")
     command = [sys.executable, str(LAB / "two_hosts.py"), *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1700, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

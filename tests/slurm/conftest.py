@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.required import skip_or_fail
 from tests.slurm.cluster import Cluster
 
 
@@ -16,7 +16,7 @@ from tests.slurm.cluster import Cluster
 def whole_cluster() -> Iterator[Cluster]:
     """Two nodes; a skip where they cannot be, which is a failure where REQUIRE_SLURM is set."""
     if reason := Cluster.why_not():
-        (pytest.fail if os.environ.get("REQUIRE_SLURM") else pytest.skip)(f"no Slurm here: {reason}")
+        skip_or_fail("slurm", f"no Slurm here: {reason}")
     # Not below pytest's folder, which munge finds too private: nobody else can enter it.
     with tempfile.TemporaryDirectory(prefix="moe_train-slurm-") as folder, Cluster(Path(folder)) as cluster:
         yield cluster
