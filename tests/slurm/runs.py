@@ -32,12 +32,20 @@ def keys(data: DataFolder, *more: str) -> list[str]:
     return [f"data={data.path}", *SMALL, *more]
 
 
-def moe_train(*words: str, cwd: Path, environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
-    """The command, under way."""
+def moe_train(*words: str, cwd: Path) -> subprocess.Popen[str]:
+    """The command, started."""
     command = [sys.executable, "-m", "moe_train.commands.train", *words]
-    return subprocess.Popen(
-        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@contextmanager
+def under_way(*words: str, cwd: Path) -> Iterator[subprocess.Popen[str]]:
+    """The command, for as long as the block lasts."""
+    command = moe_train(*words, cwd=cwd)
+    try:
+        yield command
+    finally:
+        command.kill()
 
 
 def ended(command: subprocess.Popen[str], code: int = 0, timeout: float = PATIENCE) -> str:

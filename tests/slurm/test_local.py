@@ -9,7 +9,17 @@ from pathlib import Path
 import pytest
 
 from moe_train.data.folder import DataFolder
-from tests.slurm.runs import ended, has_been_told, held_at_first_line, holders, keys, moe_train, sessions, until
+from tests.slurm.runs import (
+    ended,
+    has_been_told,
+    held_at_first_line,
+    holders,
+    keys,
+    moe_train,
+    sessions,
+    under_way,
+    until,
+)
 from tests.training.toy_run import assert_same_bits, final_tensors, lines
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
@@ -21,12 +31,12 @@ def test_a_job_that_makes_room(ranks: str, tiny_data: DataFolder, tmp_path: Path
     ended(moe_train(*keys(tiny_data, f"hydra.run.dir={tmp_path}/unbroken", "launch.processes=2"), cwd=tmp_path))
     sweep = tmp_path / "sweep"
     launcher = [f"hydra.sweep.dir={sweep}", "hydra/launcher=submitit_local", ranks]
-    command = moe_train("-m", *keys(tiny_data, *launcher), cwd=tmp_path)
-    with held_at_first_line(sweep / "0") as held:
-        for process in holders(sweep / "0" / ".lock"):
-            os.kill(process, signal.SIGUSR2)
-        until(lambda: any(map(has_been_told, held)), "the signal")
-    assert "job 0: done" in ended(command)
+    with under_way("-m", *keys(tiny_data, *launcher), cwd=tmp_path) as command:
+        with held_at_first_line(sweep / "0") as held:
+            for process in holders(sweep / "0" / ".lock"):
+                os.kill(process, signal.SIGUSR2)
+            until(lambda: any(map(has_been_told, held)), "the signal")
+        assert "job 0: done" in ended(command)
     (said,) = (sweep / ".submitit").glob("*/*_0_log.out")
     ((stopped, resumed),) = sessions(said.read_text())
     assert 2 <= stopped == resumed < 40

@@ -16,7 +16,7 @@ from moe_train.config.evaluation import ReportConfig
 from moe_train.data.folder import DataFolder
 from moe_train.training.run_folder import RunFolder
 from tests.slurm.cluster import Cluster
-from tests.slurm.runs import ROOT, ended, holders, keys, moe_train, until
+from tests.slurm.runs import ROOT, ended, holders, keys, moe_train, under_way, until
 
 SHORT = ("training.max_updates=4", "training.validation.every_updates=4")
 
@@ -85,10 +85,10 @@ def test_jobs_of_this_host_that_fail_and_die(tiny_data: DataFolder, tmp_path: Pa
     """One job fails, one is killed outright: the third goes on, both causes are named, and only these two run again."""
     sweep = tmp_path / "sweep"
     words = planted(tiny_data, sweep, seeds=3, at_a_time=2)
-    running = moe_train("-m", *words, cwd=tmp_path)
-    until(lambda: holders(sweep / "1" / ".lock"), "the second job's begin")
-    os.kill(holders(sweep / "1" / ".lock")[0], signal.SIGKILL)
-    said = ended(running, code=1)
+    with under_way("-m", *words, cwd=tmp_path) as command:
+        until(lambda: holders(sweep / "1" / ".lock"), "the second job's begin")
+        os.kill(holders(sweep / "1" / ".lock")[0], signal.SIGKILL)
+        said = ended(command, code=1)
     assert "2 of 3 jobs failed (0, 1)" in said and "job 2 (seed=2): done" in said
     runs, markdown = leaderboard(sweep)
     assert [(run.name, run.status) for run in runs] == [("0", "failed"), ("1", "failed"), ("2", "finished")]

@@ -21,6 +21,7 @@ from tests.slurm.runs import (
     moe_train,
     sessions,
     show_cost,
+    under_way,
     until,
     urgent_job,
 )
@@ -80,14 +81,14 @@ def test_submitit_on_two_nodes_preempted(
     sweep = tmp_path / "sweep"
     launcher = ["hydra/launcher=submitit_slurm", "hydra.launcher.nodes=2", "hydra.launcher.tasks_per_node=1"]
     words = keys(tiny_data, f"hydra.sweep.dir={sweep}", *launcher)
-    command = moe_train("-m", *words, cwd=tmp_path)
-    with held_at_first_line(sweep / "0") as ranks:
-        job, urgent = job_of(sweep), urgent_job(cluster)
-        until(lambda: all(map(has_been_told, ranks)), "the signal at preemption")
-    told = time.time()
-    cluster.wait_for(urgent, "COMPLETED")
-    assert cluster.wait_for(job, "COMPLETED", "FAILED")["Restarts"] == "1"
-    assert "job 0: done" in ended(command)
+    with under_way("-m", *words, cwd=tmp_path) as command:
+        with held_at_first_line(sweep / "0") as ranks:
+            job, urgent = job_of(sweep), urgent_job(cluster)
+            until(lambda: all(map(has_been_told, ranks)), "the signal at preemption")
+        told = time.time()
+        cluster.wait_for(urgent, "COMPLETED")
+        assert cluster.wait_for(job, "COMPLETED", "FAILED")["Restarts"] == "1"
+        assert "job 0: done" in ended(command)
     check(sweep / "0", unbroken, (sweep / ".submitit" / job / f"{job}_0_log.out").read_text())
     show_cost(sweep / "0", told)
 
@@ -138,17 +139,14 @@ def test_two_nodes_out_of_time(cluster: Cluster, tiny_data: DataFolder, unbroken
     by_sbatch = submit(cluster, tiny_data, folder, "--time=3", "--signal=B:USR1@60")
     launcher = ["hydra/launcher=submitit_slurm", "hydra.launcher.nodes=2", "hydra.launcher.timeout_min=3"]
     words = keys(tiny_data, f"hydra.sweep.dir={sweep}", *launcher, "hydra.launcher.signal_delay_s=60")
-    command = moe_train("-m", *words, cwd=tmp_path)
     output = tmp_path / f"{by_sbatch}.out"
-    with (
-        held_at_first_line(folder) as ranks,
-        held_at_first_line(sweep / "0") as others,
-    ):
-        by_submitit = job_of(sweep)
-        until(lambda: all(map(has_been_told, [*ranks, *others])), "the signals before the limit")
-    for job in (by_sbatch, by_submitit):
-        assert cluster.wait_for(job, "COMPLETED", "FAILED", timeout=900)["Restarts"] == "1"
-    ended(command)
+    with under_way("-m", *words, cwd=tmp_path) as command:
+        with held_at_first_line(folder) as ranks, held_at_first_line(sweep / "0") as others:
+            by_submitit = job_of(sweep)
+            until(lambda: all(map(has_been_told, [*ranks, *others])), "the signals before the limit")
+        for job in (by_sbatch, by_submitit):
+            assert cluster.wait_for(job, "COMPLETED", "FAILED", timeout=900)["Restarts"] == "1"
+        ended(command)
     check(folder, unbroken, output.read_text())
     said = (sweep / ".submitit" / by_submitit / f"{by_submitit}_0_log.out").read_text()
     check(sweep / "0", unbroken, said)
