@@ -86,6 +86,8 @@ def training_text(line: Mapping[str, Any]) -> str:
             parts.append(f"{line['dead_experts']} dead experts")
         if line["dropped"]:
             parts.append(f"dropped {line['dropped_fraction']:.1%}")
+    if line.get("exchange_dropped"):
+        parts.append(f"{line['exchange_dropped']:,} pairs beyond layout.fixed_rows")
     if line.get("skipped"):
         parts.append(f"{line['skipped']} skipped")
     return ", ".join(parts)

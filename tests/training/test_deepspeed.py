@@ -72,6 +72,7 @@ def test_adam(worlds: Worlds, stage: int, expert_parallel: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(("stage", "expert_parallel"), [(1, 1), (2, 2)])
 def test_offloaded_adam(worlds: Worlds, stage: int, expert_parallel: int) -> None:
     """Slow because DeepSpeed's CPU Adam is compiled for it, once on a machine."""
