@@ -86,6 +86,7 @@ def held_at_first_line(folder: Path, ranks: int = 2) -> Iterator[list[int]]:
     assert len(held) == ranks
     for process in held:
         os.kill(process, signal.SIGSTOP)
+    until(lambda: all("State:\tT" in Path(f"/proc/{process}/status").read_text() for process in held), "the halt")
     try:
         yield held
     finally:
@@ -95,12 +96,13 @@ def held_at_first_line(folder: Path, ranks: int = 2) -> Iterator[list[int]]:
 
 
 def has_been_told(process: int) -> bool:
-    """Whether a signal waits for a process that stands still. Slurm may let it go with it, and it has left since."""
+    """Whether a process that stands still has a signal waiting, or no longer stands still: Slurm sends CONT, too."""
     try:
         status = Path(f"/proc/{process}/status").read_text()
     except FileNotFoundError:
         return True
-    return any(int(mask, 16) for mask in re.findall(r"^(?:Sig|Shd)Pnd:\s*(\w+)", status, flags=re.MULTILINE))
+    waiting = re.findall(r"^(?:Sig|Shd)Pnd:\s*(\w+)", status, flags=re.MULTILINE)
+    return "State:\tT" not in status or any(int(mask, 16) for mask in waiting)
 
 
 def urgent_job(cluster: Cluster) -> str:
