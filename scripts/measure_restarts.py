@@ -37,29 +37,30 @@ PLAIN = [
     *("model.dropout=0", "model.attention_dropout=0", "training.optimizer.name=sgd", "training.optimizer.lr=0.1"),
     *("training.schedule.name=constant", "training.schedule.warmup_updates=0"),
 ]
-QUICK = ["--rdzv-conf=keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout=3", "--monitor-interval=0.2"]
+SCRIPTS = Path(__file__).resolve().parent / "torchrun"
 PATIENCE = 240.0
 
 
 class Job:
-    """A training job of one or more agents in a folder of its own."""
+    """A training job of one or more agents in a folder of its own.
 
-    def __init__(self, folder: Path, words: Sequence[str], agents: Sequence[Sequence[str]]) -> None:
+    Args:
+        script: of ``scripts/torchrun``.
+        settings: what the script reads from the environment.
+    """
+
+    def __init__(self, folder: Path, words: Sequence[str], script: str, agents: int = 1, **settings: object) -> None:
         self.folder = folder
         folder.mkdir(parents=True)
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # where torchrun is
+        environment = {**os.environ, "PATH": path, **{name: str(value) for name, value in settings.items()}}
+        command = [str(SCRIPTS / script), *words]
         self.agents = []
-        for number, options in enumerate(agents):
-            command = [
-                sys.executable,
-                "-m",
-                "torch.distributed.run",
-                *options,
-                "-m",
-                "moe_train.commands.train",
-                *words,
-            ]
+        for number in range(agents):
             with folder.joinpath(f"agent_{number}.log").open("wb") as log:
-                agent = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, start_new_session=True)
+                agent = subprocess.Popen(
+                    command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True
+                )
             self.agents.append(agent)
 
     def __enter__(self) -> Job:
@@ -71,7 +72,7 @@ class Job:
 
     def kill(self, agent: subprocess.Popen[bytes]) -> None:
         """An agent and its workers at once, as when a host goes down."""
-        for pid in [agent.pid, *children(agent.pid)]:
+        for pid in [agent.pid, *children(agent.pid)] if agent.poll() is None else []:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         agent.wait()
@@ -143,9 +144,8 @@ def lose_workers(words: Sequence[str], folder: Path, updates: int, seed: int) ->
     """Three workers, one after the other."""
     draw = random.Random(seed)
     losses = sorted(draw.sample(range(2, updates - 1), 3))
-    options = ["--standalone", "--nproc-per-node=2", "--max-restarts=3", "--monitor-interval=0.2"]
     figures = []
-    with Job(folder / "broken", words, [options]) as job:
+    with Job(folder / "broken", words, "single_node.sh", NPROC=2, MAX_RESTARTS=3) as job:
         for number, update in enumerate(losses, 1):
             job.wait_for(update, number)
             victim = draw.choice(sorted(children(job.agents[0].pid)))
@@ -177,9 +177,8 @@ def lose_host(words: Sequence[str], folder: Path, updates: int, seed: int) -> di
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=hosts", "--local-addr=127.0.0.1"]
-    options = ["--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=3", *meeting, *QUICK]
-    with Job(folder / "broken", words, [options, options]) as job:
+    meeting = {"HEAD": f"127.0.0.1:{port}", "JOB": "hosts", "LOCAL": "127.0.0.1", "LOST_AFTER": 3}
+    with Job(folder / "broken", words, "elastic.sh", 2, NNODES="1:2", NPROC=1, **meeting) as job:
         job.wait_for(update)
         job.kill(job.agents[1])
         figures = resumed(job, 1)
@@ -190,7 +189,7 @@ def lose_host(words: Sequence[str], folder: Path, updates: int, seed: int) -> di
 
 def compared(job: Job, words: Sequence[str], folder: Path) -> dict[str, Any]:
     """The parameters at the end, and the log, beside those of two processes that nothing happened to."""
-    with Job(folder / "whole", words, [["--standalone", "--nproc-per-node=2"]]) as whole:
+    with Job(folder / "whole", words, "single_node.sh", NPROC=2) as whole:
         whole.finish()
         one, other = parameters(job.run), parameters(whole.run)
         bits = one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)

@@ -152,7 +152,10 @@ def test_constraints_pin_every_requirement(root: Path) -> None:
     assert f"TORCH=torch=={pins['torch']}" in root.joinpath("scripts/setup.sh").read_text()
 
 
-SCRIPTS = ["scripts/setup.sh", "scripts/test.sh", "scripts/quickstart.sh", "scripts/wheelhouse.sh", ".ci/run"]
+SCRIPTS = [
+    *("scripts/setup.sh", "scripts/test.sh", "scripts/quickstart.sh", "scripts/wheelhouse.sh", ".ci/run"),
+    *(f"scripts/torchrun/{name}.sh" for name in ("single_node", "multi_node", "elastic")),
+]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

