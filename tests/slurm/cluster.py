@@ -170,7 +170,7 @@ class Cluster:
         shown = self.run("scontrol", "--oneliner", "show", "job", job).stdout.splitlines()[0]
         return dict(re.findall(r"(\S+?)=(\S*)", shown))
 
-    def wait_for(self, job: str, *states: str, timeout: float = 240) -> dict[str, str]:
+    def wait_for(self, job: str, *states: str, timeout: float = 600) -> dict[str, str]:
         """Until the job is in one of the states; what ``show`` says then. A requeued job need not wait its 120 s."""
         deadline = time.monotonic() + timeout
         while (shown := self.show(job))["JobState"] not in states:

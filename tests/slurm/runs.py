@@ -17,7 +17,7 @@ from moe_train.data.folder import DataFolder
 from tests.slurm.cluster import Cluster
 
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE = 240.0  # seconds for what takes ten on a machine that does nothing else
+PATIENCE = 600.0  # seconds for what takes ten on a machine that does nothing else
 # Two ranks, 40 updates, a checkpoint nowhere but at the end: what a signal does not save is lost and would show.
 SMALL = [
     *("model.embed_dim=32", "model.ffn_dim=64", "model.num_heads=2", "routing.num_experts=4"),
@@ -50,7 +50,11 @@ def under_way(*words: str, cwd: Path) -> Iterator[subprocess.Popen[str]]:
 
 def ended(command: subprocess.Popen[str], code: int = 0, timeout: float = PATIENCE) -> str:
     """What it said; it must leave with ``code``."""
-    said, _ = command.communicate(timeout=timeout)
+    try:
+        said, _ = command.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        command.kill()
+        raise
     assert command.returncode == code, said
     return said
 
