@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from typing import Any
 
@@ -45,8 +46,7 @@ def check_overrides(config_name: str, overrides: Sequence[str], config_dir: str 
             if override.key_or_group not in groups and not _is_known(override, keys):
                 key = override.key_or_group.split("@", 1)[0]
                 group = key.partition(".")[0]
-                options = {o: _composed(config_name, [*search, f"{group}={o}"]) for o in groups.get(group, ())}
-                raise _unknown(key, keys, groups, options)
+                raise _unknown(key, keys, groups, dict(_with_each(config_name, search, group, groups.get(group, []))))
 
 
 def check_launcher(overrides: Sequence[str], multirun: bool) -> None:
@@ -67,6 +67,15 @@ def check_launcher(overrides: Sequence[str], multirun: bool) -> None:
         raise MissingDependency(
             "submitit is not installed", f"hydra/launcher={chosen[-1]}", "pip install 'moe_train[slurm]'"
         )
+
+
+def _with_each(
+    config_name: str, search: list[str], group: str, options: Sequence[str]
+) -> Iterator[tuple[str, DictConfig]]:
+    """The config with each option of a group; nothing where this command does not have the group."""
+    for option in options:
+        with suppress(ConfigError):
+            yield option, _composed(config_name, [*search, f"{group}={option}"])
 
 
 def _composed(config_name: str, words: list[str]) -> DictConfig:

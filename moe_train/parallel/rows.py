@@ -65,15 +65,20 @@ def sort_by_token(pair_row: Tensor, token: Tensor, num_tokens: int) -> tuple[Ten
 
 
 def _in_order(token: Tensor) -> bool:
-    """Whether tokens are known to stand in order: on a GPU the host would wait for the answer, so it does not ask."""
-    return token.device.type == "cpu" and bool((token[1:] >= token[:-1]).all())
+    """Whether tokens are known to stand in order."""
+    return _free_to_ask(token) and bool((token[1:] >= token[:-1]).all())
 
 
 def one_pair_each(token: Tensor, num_tokens: int) -> bool:
-    """Whether pair t is token t's, for every t; False where finding out would wait for a device."""
-    if token.shape[0] != num_tokens or token.device.type != "cpu":
+    """Whether pair t is known to be token t's, for every t."""
+    if token.shape[0] != num_tokens or not _free_to_ask(token):
         return False
     return torch.equal(token, torch.arange(num_tokens, device=token.device))
+
+
+def _free_to_ask(numbers: Tensor) -> bool:
+    """Whether the host learns what stands there without waiting for a device."""
+    return numbers.device.type == "cpu"
 
 
 def gather_rows(x: Tensor, rows: TokenRows) -> Tensor:

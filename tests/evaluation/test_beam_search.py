@@ -81,7 +81,7 @@ def test_same_hypotheses_as_fairseq(symbols: int, beam: int, penalty: float) -> 
 
 @pytest.mark.parametrize("beam", [1, 5])
 def test_batch_mates_change_nothing(beam: int) -> None:
-    model = Recurrent(50)
+    model = Recurrent(50).double()  # one row and many round differently: in fp32 that may decide a near tie
     batch = model.sample(LENGTHS)
     together = search(model, batch, beam=beam)
     for row, length in enumerate(LENGTHS):
