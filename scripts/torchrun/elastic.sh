@@ -15,4 +15,4 @@ rdzv=join_timeout=600,last_call_timeout=5,keep_alive_interval=2,keep_alive_max_a
 export MAX_RESTARTS="${MAX_RESTARTS:-3}" TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-30}"
 # torchrun takes each option from PET_… too (--rdzv-conf, --monitor-interval).
 PET_RDZV_CONF=$rdzv PET_MONITOR_INTERVAL=0.5 exec "$(dirname "${BASH_SOURCE[0]}")/multi_node.sh" \
-    "$@" training.checkpoint.damaged=skip
+    training.checkpoint.damaged=skip "$@"
