@@ -15,7 +15,7 @@ from moe_train.launch.failures import Failure
 from moe_train.training.world import World
 
 _PATIENCE = timedelta(seconds=10)
-_VERDICT, _FAILURE = "verdict", "failure"
+_VERDICT, _FAILURE, _SHOWN = "verdict", "failure", "shown"
 
 
 class Board:
@@ -59,6 +59,16 @@ class Board:
     def first_verdict(self, failure: Failure) -> Failure:
         """Puts a verdict, unless there is one; gives the one that holds."""
         return self._first(_VERDICT, failure)
+
+    def shown(self) -> None:
+        """Says that the user has been told the verdict."""
+        self._store.set(_SHOWN, "1")
+
+    def wait_until_shown(self, patience: float) -> None:
+        """Returns once the user has been told the verdict, after ``patience`` seconds at most."""
+        deadline = time.monotonic() + patience
+        while not self._store.check([_SHOWN]) and time.monotonic() < deadline:
+            time.sleep(0.05)
 
     def tell(self, failure: Failure) -> None:
         """Says why this rank ends, unless another one has said so before."""

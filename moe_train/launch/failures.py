@@ -106,10 +106,21 @@ def leave_failure(failure: Failure, rank: int, record: Path | None = None) -> No
             record.write_text(content, encoding="utf-8")
     if JOB in os.environ:
         failure_file(Path(os.environ[JOB]), rank).write_text(content, encoding="utf-8")
-    elif path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        extra = {"py_callstack": failure.text(), "timestamp": str(int(failure.time))}
-        told = {"message": {"message": failure.text(), "extraInfo": extra}}  # the form that the agent reads
-        Path(path).write_text(json.dumps(told), encoding="utf-8")
+    elif path := agents_file():
+        tell_agent(failure, Path(path))
+
+
+def agents_file() -> str:
+    """Where torchrun's agent looks for the cause when this process has ended; empty without an agent."""
+    return os.environ.get("TORCHELASTIC_ERROR_FILE", "")
+
+
+def tell_agent(failure: Failure, path: Path) -> None:
+    """Writes a failure in the form that torchrun's agent reads and shows under "Root Cause"."""
+    extra = {"py_callstack": failure.text(), "timestamp": str(int(failure.time))}
+    partial = path.with_name(f".{path.name}.{os.getpid()}")  # two ranks of a host may tell it at the same time
+    partial.write_text(json.dumps({"message": {"message": failure.text(), "extraInfo": extra}}), encoding="utf-8")
+    os.replace(partial, path)
 
 
 def failure_file(job: Path, rank: int) -> Path:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch.distributed import distributed_c10d
 
+from moe_train.launch.failures import agents_file
 from moe_train.training.pulse import Pulse
 
 FLIGHT_RECORDER = "TORCH_FR_BUFFER_SIZE"  # torch's own record of collectives; off for gloo unless this is set
@@ -43,6 +44,7 @@ class Beat:
         pending: the first collective that it has entered and not left; said once it has stood still for some beats.
         stack: ``file:line in function``, innermost first: of the main thread, then of others that do something.
         host, pid, born: who to look for; ``born`` tells a process from a later one with its number.
+        report: the file of this host where its agent looks for why it ended.
     """
 
     rank: int
@@ -56,6 +58,7 @@ class Beat:
     host: str = ""
     pid: int = 0
     born: str = ""
+    report: str = ""
 
 
 def beat(rank: int, number: int, still: float, pulse: Pulse, look: bool) -> Beat:
@@ -76,6 +79,7 @@ def beat(rank: int, number: int, still: float, pulse: Pulse, look: bool) -> Beat
         host=socket.gethostname(),
         pid=os.getpid(),
         born=born(os.getpid()),
+        report=agents_file(),
     )
 
 

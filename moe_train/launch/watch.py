@@ -13,17 +13,17 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from datetime import timedelta
-from typing import NoReturn
+from pathlib import Path
 
 import torch.distributed as dist
 
 from moe_train.launch.board import Board
 from moe_train.launch.environment import has_our_parent
-from moe_train.launch.failures import Failure, leave_failure
+from moe_train.launch.failures import Failure, leave_failure, tell_agent
 from moe_train.launch.leaving import leave
 from moe_train.launch.standing import ALIVE, Beat, beat, born, condition, set_time_limit
 from moe_train.launch.verdict import culprits, failure
@@ -35,18 +35,15 @@ _SLOWEST, _QUICKEST = 5.0, 0.2  # seconds between beats
 _HEARING = 3.0  # seconds, at least, within which a rank must say something new, or it is silent
 _STILL = 3  # beats without progress until a rank says which collective it stands in
 
-End = Callable[[Failure, bool], NoReturn]
-
 
 @contextmanager
-def watched(world: World, board: Board, limit: float, end: End | None = None) -> Iterator[None]:
+def watched(world: World, board: Board, limit: float) -> Iterator[None]:
     """While entered, this rank tells how far it has come, and ends with the others when one of them hangs.
 
     Args:
         limit: seconds that a rank may wait for the others.
-        end: what to do then: gets the failure, and whether this rank is the one to tell the user. Must not return.
     """
-    thread = _Watch(world, board, limit, end or _end(world))
+    thread = _Watch(world, board, limit)
     thread.say()  # so that nobody is unknown to the others, whatever happens next
     thread.start()
     try:
@@ -57,9 +54,9 @@ def watched(world: World, board: Board, limit: float, end: End | None = None) ->
 
 
 class _Watch(threading.Thread):
-    def __init__(self, world: World, board: Board, limit: float, end: End) -> None:
+    def __init__(self, world: World, board: Board, limit: float) -> None:
         super().__init__(name="watch", daemon=True)
-        self.world, self.board, self.limit, self.end = world, board, limit, end
+        self.world, self.board, self.limit = world, board, limit
         # Thousands of ranks share one store: each speaks less often then.
         self.pause = max(_QUICKEST, min(_SLOWEST, limit / 20), world.size / 400)
         self.done = threading.Event()
@@ -121,25 +118,30 @@ class _Watch(threading.Thread):
             return
         beats = self._beats()
         speaker = min(beats.keys() - {verdict.rank}, default=0) == self.world.rank
+        self._tell(verdict, speaker)
+        with suppress(dist.DistError, RuntimeError):  # the first end makes an agent end the rest, the speaker too
+            self.board.shown() if speaker else self.board.wait_until_shown(_HEARING)
         if not has_our_parent() and self.world.rank != verdict.rank:
-            _put_down(beats[verdict.rank])
-        self.end(verdict, speaker)
-
-
-def _put_down(hanging: Beat) -> None:
-    """Ends a process of this host that hangs: launchers give it half a minute more, or for ever."""
-    if hanging.host == os.uname().nodename and born(hanging.pid) == hanging.born:
-        with suppress(ProcessLookupError, PermissionError):
-            os.kill(hanging.pid, signal.SIGKILL)
-
-
-def _end(world: World) -> End:
-    def end(found: Failure, speaker: bool) -> NoReturn:
-        folder = world.pulse.run
-        record = folder / FAILURE if speaker and folder is not None else None
-        leave_failure(found if speaker or has_our_parent() else found.retold(), world.rank, record)
-        if speaker and not has_our_parent():
-            print(f"Failed: {found.text()}", file=sys.stderr, flush=True)
+            _put_down(beats[verdict.rank], verdict)
         leave(1)  # the main thread stands in a collective, from where nothing brings it back
 
-    return end
+    def _tell(self, found: Failure, speaker: bool) -> None:
+        folder = self.world.pulse.run
+        record = folder / FAILURE if speaker and folder is not None else None
+        with suppress(OSError):  # such as a full disk: it must end all the same
+            leave_failure(found if speaker or has_our_parent() else found.retold(), self.world.rank, record)
+        if speaker and not has_our_parent():
+            print(f"Failed: {found.text()}", file=sys.stderr, flush=True)
+
+
+def _put_down(hanging: Beat, verdict: Failure) -> None:
+    """Ends a process of this host that hangs: launchers give it half a minute more, or for ever.
+
+    The cause is left in its name: its agent may notice its end before that of those who waited for it.
+    """
+    if hanging.host == os.uname().nodename and born(hanging.pid) == hanging.born:
+        with suppress(OSError):  # it has gone, is not ours, or the disk is full
+            if hanging.report:
+                tell_agent(verdict.retold(), Path(hanging.report))
+        with suppress(ProcessLookupError, PermissionError):
+            os.kill(hanging.pid, signal.SIGKILL)
