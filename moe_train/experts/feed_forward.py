@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from moe_train.experts.plan import RowPlan
 from moe_train.experts.products import affine, affine_into, bag_sums, outer_into
 from moe_train.experts.spec import Activation
+from moe_train.parallel.memory import empty_like
 from moe_train.parallel.threads import over_parts
 
 
@@ -84,7 +85,7 @@ class LoopedFeedForward(torch.autograd.Function):
         plan: RowPlan,
         inner: Inner,
     ) -> Tensor:
-        out = torch.empty_like(rows)
+        out = empty_like(rows)
         scale = inner.draw(rows, w1.shape[2])
         x, y, scales = _split(rows, plan), _split(out, plan), _split(scale, plan)
         first, second, bias1, bias2 = _each(w1, plan), _each(w2, plan), _each(b1, plan), _each(b2, plan)
@@ -108,7 +109,7 @@ class LoopedFeedForward(torch.autograd.Function):
         inner: Inner = ctx.inner
         grad = grad.contiguous()
         weights = _WeightGradients(w1, w2, ctx.biased, plan) if any(ctx.needs_input_grad[1:5]) else None
-        grad_rows = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
+        grad_rows = empty_like(rows) if ctx.needs_input_grad[0] else None
         x, gx, gy, scales = (_split(buffer, plan) for buffer in (rows, grad_rows, grad, scale))
         first, second = _each(w1.transpose(1, 2), plan), _each(w2.transpose(1, 2), plan)
 
@@ -130,7 +131,7 @@ class _WeightGradients:
     """The stacked gradients, filled expert by expert; experts without rows stand at zero."""
 
     def __init__(self, w1: Tensor, w2: Tensor, biased: bool, plan: RowPlan) -> None:
-        self.w1, self.w2 = torch.empty_like(w1), torch.empty_like(w2)
+        self.w1, self.w2 = empty_like(w1), empty_like(w2)
         self.each_w1, self.each_w2 = _each(self.w1, plan), _each(self.w2, plan)
         for e, count in enumerate(plan.rows):
             if count == 0:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_train.parallel.rows import TokenRows, count_ids, one_pair_each, sort_by_token
+from moe_train.parallel.rows import TokenRows, count_ids
 
 
 @dataclass(frozen=True)
@@ -74,15 +74,16 @@ def plan_rows(
     rows = tuple(-(-count // align) * align for count in counts) if counts is not None else ()
     if most_padding and rows and max(rows) * num_experts <= most_padding * pairs:
         rows, padded = (max(rows),) * num_experts, padded.amax().expand_as(padded)
+    ends = padded[:-1].cumsum(0).to(torch.int32)
+    if counts is not None and rows == tuple(counts):
+        return RowPlan(TokenRows.of_order(order, token, num_tokens), ends, rows)
+    total = sum(rows) if counts is not None else pairs + num_experts * (align - 1)
     shift = (padded.cumsum(0) - padded) - (found.cumsum(0) - found)
     sorted_row = torch.arange(pairs, device=token.device) + shift[expert[order]]
-    total = sum(rows) if counts is not None else pairs + num_experts * (align - 1)
     row_pair = torch.full((total,), pairs, device=token.device)
     row_pair[sorted_row] = order
     row_token = torch.zeros_like(row_pair)
     row_token[sorted_row] = token[order]
     pair_row = torch.empty_like(order)
     pair_row[order] = sorted_row
-    by_token = sort_by_token(pair_row, token, num_tokens)
-    tokens = TokenRows(row_token, row_pair, pair_row, *by_token, one_pair_each(token, num_tokens))
-    return RowPlan(tokens, padded[:-1].cumsum(0).to(torch.int32), rows)
+    return RowPlan(TokenRows.of_pairs(row_token, row_pair, pair_row, token, num_tokens), ends, rows)

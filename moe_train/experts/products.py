@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from moe_train.parallel.memory import empty
+
 # Below this many rows BLAS, straight into its place, beats oneDNN and a copy for a weight gradient (measured).
 _ONEDNN_CONTRACTION = 512
 
@@ -127,9 +129,16 @@ def outer_into(out: Tensor, x: Tensor, grad: Tensor) -> None:
         torch.mm(x.t(), grad, out=out)
 
 
+def batched(x: Tensor, w: Tensor) -> Tensor:
+    """x @ w of every expert at once. x [E, n, k], w [E, k, m]."""
+    return torch.bmm(x, w, out=empty((*x.shape[:2], w.shape[2]), x))
+
+
 def batched_affine(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
     """x @ w + bias of every expert at once. x [E, n, k], w [E, k, m], bias [E, m]."""
-    return torch.bmm(x, w) if bias is None else torch.baddbmm(bias.unsqueeze(1), x, w)
+    if bias is None:
+        return batched(x, w)
+    return torch.baddbmm(bias.unsqueeze(1), x, w, out=empty((*x.shape[:2], w.shape[2]), x))
 
 
 def bag_sums(x: Tensor, rows: Tensor, starts: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ rows in a fixed order, so it never varies from run to run.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_train.parallel.threads import over_parts
-
-_CHUNK = 131072  # numbers that are weighted at a time, so that fp32 copies stay in cache
-_FLOPS = 2.0  # of weighting a number: threads pay only where there are very many
+_HALF = (torch.bfloat16, torch.float16)
+_SUM = 0  # of torch's modes to reduce a bag
 
 
 @dataclass(frozen=True)
@@ -45,7 +42,23 @@ class TokenRows:
     def of_tokens(cls, row_token: Tensor, num_tokens: int) -> TokenRows:
         """Rows without padding: row_token [N], every row its own weight."""
         row = torch.arange(row_token.shape[0], device=row_token.device)
-        return cls(row_token, row, row, *sort_by_token(row, row_token, num_tokens))
+        return cls(row_token, row, row, *_sort_by_token(row, row_token, num_tokens))
+
+    @classmethod
+    def of_order(cls, order: Tensor, token: Tensor, num_tokens: int) -> TokenRows:
+        """Rows without padding: row n is pair ``order[n]``, a permutation of the pairs [P], whose tokens are given."""
+        pair_row = torch.empty_like(order)
+        pair_row[order] = torch.arange(order.shape[0], device=order.device)
+        return cls.of_pairs(token[order], order, pair_row, token, num_tokens)
+
+    @classmethod
+    def of_pairs(
+        cls, row_token: Tensor, row_pair: Tensor, pair_row: Tensor, token: Tensor, num_tokens: int
+    ) -> TokenRows:
+        """From both ways between rows and pairs, and the token [P] of each pair."""
+        if _one_pair_each(token, num_tokens):
+            return cls(row_token, row_pair, pair_row, pair_row, token, True)
+        return cls(row_token, row_pair, pair_row, *_sort_by_token(pair_row, token, num_tokens))
 
 
 def count_ids(ids: Tensor, size: int) -> Tensor:
@@ -54,10 +67,12 @@ def count_ids(ids: Tensor, size: int) -> Tensor:
     ``bincount`` would let the host wait for a GPU, to learn the largest.
     """
     ids = ids.reshape(-1)
+    if _free_to_ask(ids):
+        return torch.bincount(ids, minlength=size)
     return torch.zeros(size, dtype=torch.int64, device=ids.device).scatter_add_(0, ids, torch.ones_like(ids))
 
 
-def sort_by_token(pair_row: Tensor, token: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+def _sort_by_token(pair_row: Tensor, token: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
     """``by_token`` and ``token_start`` from the row [P] and the token [P] of each pair."""
     by_token = pair_row if _in_order(token) else pair_row[torch.argsort(token, stable=True)]
     per_token = count_ids(token, num_tokens)
@@ -69,7 +84,7 @@ def _in_order(token: Tensor) -> bool:
     return _free_to_ask(token) and bool((token[1:] >= token[:-1]).all())
 
 
-def one_pair_each(token: Tensor, num_tokens: int) -> bool:
+def _one_pair_each(token: Tensor, num_tokens: int) -> bool:
     """Whether pair t is known to be token t's, for every t."""
     if token.shape[0] != num_tokens or not _free_to_ask(token):
         return False
@@ -110,7 +125,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _sum(grad.contiguous(), None, ctx.rows), None
+        return _sum(grad.contiguous(), None, ctx.rows, grad.dtype), None
 
 
 class _Mix(torch.autograd.Function):
@@ -120,7 +135,7 @@ class _Mix(torch.autograd.Function):
         ctx.save_for_backward(*(() if weight is None else (values, weight)))
         if rows.single and weight is not None and not any(ctx.needs_input_grad) and bool((weight == 1).all()):
             weight = None  # at inference: without a gate there is nothing to multiply
-        return _sum(values.to(_wide(values)), weight, rows).to(dtype)
+        return _sum(values, weight, rows, dtype)
 
     @staticmethod
     @once_differentiable
@@ -139,30 +154,49 @@ def _wide(values: Tensor) -> torch.dtype:
 
 def _mix_gradients(grad: Tensor, values: Tensor, weight: Tensor, rows: TokenRows) -> tuple[Tensor, Tensor]:
     """Of the values: weight · grad, 0 for padding. Of a weight: the product of its value and the gradient."""
-    wide = _wide(values)
-    row_weight = torch.cat([weight, weight.new_zeros(1)]).to(wide)[rows.row_pair].unsqueeze(1)
-    grad_values = torch.empty_like(values)
-    dots = grad.new_empty(values.shape[0], dtype=wide)
-    buffers = (values, rows.row_token, row_weight, grad_values, dots)
-    pieces = [buffer.split(max(1, _CHUNK // values.shape[1])) for buffer in buffers]
-
-    def work(chunks: Iterable[int]) -> None:
-        for i in chunks:
-            value, token, by, grad_value, dot = (piece[i] for piece in pieces)
-            g = grad.index_select(0, token).to(wide)
-            torch.sum(value.to(wide, copy=True).mul_(g), 1, out=dot)
-            grad_value.copy_(g.mul_(by))
-
-    over_parts(work, [piece.shape[0] for piece in pieces[0]], _FLOPS * values.shape[1])
-    return grad_values, dots[rows.pair_row].to(weight.dtype)
+    grad = grad.contiguous()
+    row = torch.arange(values.shape[0], device=values.device)
+    of_row = torch.cat([weight, weight.new_zeros(1)])[rows.row_pair]
+    return _bags(grad, rows.row_token, row, of_row, values.dtype), _dots(grad, values, rows).to(weight.dtype)
 
 
-def _sum(values: Tensor, weight: Tensor | None, rows: TokenRows) -> Tensor:
-    """[T, d]: the (weighted) sum of each token's rows of values [N, d]."""
-    if rows.by_token.numel() == 0:
-        return values.new_zeros(rows.token_start.shape[0], values.shape[1])
+def _dots(grad: Tensor, values: Tensor, rows: TokenRows) -> Tensor:
+    """[P], in at least fp32: each pair's row of values [N, d] times its token's row of grad [T, d]."""
+    token, wide = rows.row_token[rows.pair_row], _wide(values)
+    unused = rows.token_start
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(  # type: ignore[no-any-return]
+        grad.to(wide), values.to(wide), rows.pair_row, unused, token, _SUM
+    )
+
+
+def _sum(values: Tensor, weight: Tensor | None, rows: TokenRows, dtype: torch.dtype) -> Tensor:
+    """[T, d]: the (weighted) sum of each token's rows of values [N, d], in at least fp32 and then rounded to dtype."""
     if rows.single:
         moved = values.index_select(0, rows.by_token)
-        return moved if weight is None else moved.mul_(weight.to(values.dtype).unsqueeze(1))
-    by = None if weight is None else weight[rows.row_pair[rows.by_token]].to(values.dtype)
-    return torch.embedding_bag(values, rows.by_token, rows.token_start, False, 0, False, by)[0]
+        return (moved if weight is None else weight.to(_wide(values)).unsqueeze(1) * moved).to(dtype)
+    by = None if weight is None else weight[rows.row_pair[rows.by_token]]
+    return _bags(values, rows.by_token, rows.token_start, by, dtype)
+
+
+def _bags(values: Tensor, ids: Tensor, starts: Tensor, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """[bags, d]: bag i is the (weighted) sum of the rows ``ids[starts[i]:starts[i + 1]]`` of values [N, d].
+
+    The sums are taken in at least fp32 and then rounded to ``dtype``.
+    """
+    if ids.numel() == 0:
+        return values.new_zeros(starts.shape[0], values.shape[1], dtype=dtype)
+    if dtype != values.dtype:
+        values = values.to(_wide(values))  # the kernel rounds to the type that it reads
+    elif weight is not None and values.dtype in _HALF:
+        ids, starts, weight = ids.repeat_interleave(2), 2 * starts, _halves(weight, dtype)
+    by = None if weight is None else weight.to(values.dtype)
+    return torch.embedding_bag(values, ids, starts, False, _SUM, False, by)[0].to(dtype)
+
+
+def _halves(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """[2 P]: each weight [P] as two numbers of a 16-bit type that add up to it, its rounding and what that left.
+
+    The kernel wants weights in the type of the rows, and adds up in fp32.
+    """
+    high = weight.to(dtype)
+    return torch.stack((high, (weight - high).to(dtype)), dim=1).view(-1)

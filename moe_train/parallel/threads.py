@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-_WORTHWHILE_FLOPS = 1e7  # below this, handing work over costs more than it saves
+_WORTHWHILE_FLOPS = 1e8  # below this, handing work over costs more than it saves
 _UNEVEN = 1.3  # where the fullest thread has more than this times its share, all threads share every product
 
 
