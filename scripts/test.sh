@@ -16,7 +16,7 @@ export PATH="$PWD/.venv/bin:$PATH"
 export OMP_NUM_THREADS=1
 
 if (($# == 0)); then
-    # Two workers, a file at a time: more would only crowd each other's processes.
-    set -- --numprocesses=2 --dist=loadfile --cov=moe_train --cov-report=term
+    # Two workers, a file at a time, in the order of tests/conftest.py: more would only crowd each other's processes.
+    set -- --numprocesses=2 --dist=loadfile --no-loadscope-reorder --cov=moe_train --cov-report=term
 fi
 exec .venv/bin/python -m pytest -m "not slow" "$@"

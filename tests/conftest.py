@@ -21,6 +21,32 @@ hypothesis.settings.register_profile("search", deadline=None, max_examples=1000,
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "moe_train"))
 
 
+# Files of a minute or more, longest first: begun last, one of them would keep one worker busy while the others idle.
+LONGEST = (
+    "commands/test_train.py",
+    "slurm/test_sweeps.py",
+    "slurm/test_train.py",
+    "test_fairseq_compat.py",
+    "training/test_exact_resume.py",
+    "training/test_deepspeed.py",
+    "launch/test_watch.py",
+    "commands/test_fairseq.py",
+    "evaluation/test_evaluate.py",
+    "analysis/test_report.py",
+    "commands/test_overrides.py",
+    "commands/test_sweeps.py",
+    "commands/test_train_deepspeed.py",
+    "training/test_asynchronous.py",
+    "test_code_style.py",
+)
+
+
+def _turn(item: pytest.Item) -> int:
+    """When a test's file is begun: the longest in their order, then all others in pytest's."""
+    file = item.path.relative_to(ROOT / "tests").as_posix()
+    return LONGEST.index(file) if file in LONGEST else len(LONGEST)
+
+
 def _absent(marker: str) -> str | None:
     """Why tests with ``marker`` cannot run here."""
     if marker == "gpu":
@@ -35,6 +61,7 @@ def _absent(marker: str) -> str | None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=_turn)
     for marker in ("gpu", "slurm", "network"):
         marked = [item for item in items if item.get_closest_marker(marker)]
         if marked and not is_required(marker) and (reason := _absent(marker)):

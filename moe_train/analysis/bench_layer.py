@@ -17,36 +17,11 @@ import torch
 from torch import Tensor
 
 from moe_train.analysis.bench_peers import PEERS, BareProducts, Contender, Ours
+from moe_train.analysis.bench_shape import LayerShape
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LEAST_SKEW = 1.2
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
-
-
-@dataclass(frozen=True)
-class LayerShape:
-    """Sizes of a layer and its batch."""
-
-    tokens: int
-    dim: int
-    hidden: int
-    num_experts: int
-    top_k: int
-
-    @classmethod
-    def parse(cls, text: str) -> LayerShape:
-        """From ``tokens,dim,hidden,experts,k``.
-
-        Raises:
-            ValueError: not five whole numbers.
-        """
-        return cls(*(int(part) for part in text.split(",")))
-
-    def __str__(self) -> str:
-        return f"{self.tokens} x {self.dim}, {self.num_experts} of {self.hidden}, k={self.top_k}"
-
-
-SHAPES = (LayerShape(4096, 512, 1024, 64, 2), LayerShape(2048, 256, 1024, 32, 2), LayerShape(4096, 512, 2048, 8, 2))
 
 
 @dataclass(frozen=True)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe_train.analysis.bench_shape import LayerShape
 from moe_train.layers.moe_layer import MoELayer
-
-if TYPE_CHECKING:
-    from moe_train.analysis.bench_layer import LayerShape
 
 
 class Contender(Protocol):

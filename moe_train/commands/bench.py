@@ -21,8 +21,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from moe_train.analysis.bench_layer import DTYPES, SHAPES, BenchRow, LayerShape, bench_layer
+from moe_train.analysis.bench_layer import DTYPES, BenchRow, bench_layer
 from moe_train.analysis.bench_peers import PEERS
+from moe_train.analysis.bench_shape import SHAPES, LayerShape
 from moe_train.config import ModelConfig, build
 from moe_train.config.paths import configs_directory
 from moe_train.experts.products import processor_maker
@@ -154,7 +155,9 @@ def _parser() -> argparse.ArgumentParser:
     inference.add_argument("--model", choices=models, default="iwslt")
     inference.add_argument("--sparse-layers", default="even", help="as model.sparse_layers (default: THOR's even ones)")
     inference.add_argument("--experts", type=int, default=4)
-    inference.add_argument("--sentences", type=int, nargs="+", default=[1, 8, 32, 64], help="batch sizes")
+    inference.add_argument(
+        "--sentences", type=int, nargs="+", default=[1, 8, 32, 170], help="batch sizes (170: moe-evaluate's)"
+    )
     inference.add_argument("--length", type=int, default=24, help="tokens of a sentence")
     inference.add_argument("--beam", type=int, default=4)
     inference.add_argument("--steps", type=int, default=16, help="tokens that a search writes")
