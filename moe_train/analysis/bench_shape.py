@@ -1,0 +1,31 @@
+"""The sizes at which a sparse layer is timed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Sizes of a layer and its batch."""
+
+    tokens: int
+    dim: int
+    hidden: int
+    num_experts: int
+    top_k: int
+
+    @classmethod
+    def parse(cls, text: str) -> LayerShape:
+        """From ``tokens,dim,hidden,experts,k``.
+
+        Raises:
+            ValueError: not five whole numbers.
+        """
+        return cls(*(int(part) for part in text.split(",")))
+
+    def __str__(self) -> str:
+        return f"{self.tokens} x {self.dim}, {self.num_experts} of {self.hidden}, k={self.top_k}"
+
+
+SHAPES = (LayerShape(4096, 512, 1024, 64, 2), LayerShape(2048, 256, 1024, 32, 2), LayerShape(4096, 512, 2048, 8, 2))
