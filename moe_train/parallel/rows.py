@@ -14,7 +14,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moe_train.parallel.memory import empty
+
 _HALF = (torch.bfloat16, torch.float16)
+_CHUNK = 262144  # numbers that are widened at a time, so that their fp32 copies stay in cache
 _SUM = 0  # of torch's modes to reduce a bag
 
 
@@ -162,10 +165,21 @@ def _mix_gradients(grad: Tensor, values: Tensor, weight: Tensor, rows: TokenRows
 
 def _dots(grad: Tensor, values: Tensor, rows: TokenRows) -> Tensor:
     """[P], in at least fp32: each pair's row of values [N, d] times its token's row of grad [T, d]."""
-    token, wide = rows.row_token[rows.pair_row], _wide(values)
-    unused = rows.token_start
+    wide = _wide(values)
+    if grad.dtype != wide:
+        grad = empty(grad.shape, grad.new_empty(0, dtype=wide)).copy_(grad)
+    if values.dtype == wide or not _free_to_ask(values):
+        return _dots_of(grad, values.to(wide), rows.pair_row, rows.row_token[rows.pair_row])
+    step, row = max(1, _CHUNK // values.shape[1]), torch.arange(values.shape[0], device=values.device)
+    pieces = zip(values.split(step), rows.row_token.split(step), strict=True)
+    dots = [_dots_of(grad, value.to(wide), row[: token.shape[0]], token) for value, token in pieces]
+    return torch.cat(dots)[rows.pair_row]
+
+
+def _dots_of(grad: Tensor, values: Tensor, row: Tensor, token: Tensor) -> Tensor:
+    """[n]: row ``row[i]`` of values times row ``token[i]`` of grad."""
     return torch.ops.aten._embedding_bag_per_sample_weights_backward(  # type: ignore[no-any-return]
-        grad.to(wide), values.to(wide), rows.pair_row, unused, token, _SUM
+        grad, values, row, row, token, _SUM
     )
 
 
