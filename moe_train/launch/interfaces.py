@@ -7,6 +7,17 @@ import socket
 import struct
 
 _SIOCGIFADDR = 0x8915  # linux/sockios.h
+_ELSEWHERE = "192.0.2.1"  # an address of nobody's (RFC 5737): the way there is the way out of this host
+
+
+def interface_between_hosts(host: str) -> str | None:
+    """The interface that reaches the job's first host, and from that host, the others.
+
+    On Debian a host's own name often stands for 127.0.1.1: there its loopback would be found, which reaches nobody
+    else, so the interface of the default route is taken.
+    """
+    name = interface_towards(host)
+    return interface_towards(_ELSEWHERE) if name == "lo" else name
 
 
 def interface_towards(host: str) -> str | None:

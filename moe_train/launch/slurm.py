@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 from moe_train.errors import LaunchError
 from moe_train.launch.environment import under_launcher
-from moe_train.launch.interfaces import interface_towards
+from moe_train.launch.interfaces import interface_between_hosts, interface_towards
 
 _FIRST_PORT, _PORTS = 20000, 12000  # below the range from which kernels hand out ports
 _PATIENCE = 60  # seconds for a controller that is busy
@@ -32,8 +32,14 @@ def take_place() -> None:
     met = {name: os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT") if name in os.environ}
     os.environ.update({**place, **met})
     unsaid = under_launcher() and "MASTER_ADDR" in os.environ and "GLOO_SOCKET_IFNAME" not in os.environ
-    if unsaid and (name := interface_towards(os.environ["MASTER_ADDR"])):
+    if unsaid and (name := _interface(os.environ)):
         os.environ["GLOO_SOCKET_IFNAME"] = name
+
+
+def _interface(told: Mapping[str, str]) -> str | None:
+    """The interface for gloo."""
+    one_host = told.get("LOCAL_WORLD_SIZE") in (None, told.get("WORLD_SIZE"))
+    return (interface_towards if one_host else interface_between_hosts)(told["MASTER_ADDR"])
 
 
 def _task_of_slurm(told: Mapping[str, str]) -> dict[str, str] | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from moe_train.errors import LaunchError
-from moe_train.launch.interfaces import interface_towards
+from moe_train.launch.interfaces import interface_between_hosts, interface_towards
 from moe_train.launch.slurm import job_state, node_address, take_place, tasks_per_node
 
 TOLD = {
@@ -54,7 +54,7 @@ def test_a_task_of_srun(slurm_around: None, monkeypatch: pytest.MonkeyPatch) -> 
     take_place()
     assert [os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")] == list("4501")
     assert os.environ["MASTER_ADDR"] == "127.0.0.1" and 20000 <= int(os.environ["MASTER_PORT"]) < 32000
-    assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
+    assert os.environ.get("GLOO_SOCKET_IFNAME") == interface_between_hosts("127.0.0.1") != "lo"  # of several hosts
 
 
 def test_what_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,3 +114,14 @@ def test_no_slurm_to_ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_the_interface_that_reaches_a_host() -> None:
     assert interface_towards("127.0.0.1") == "lo" and interface_towards("no.such.host.invalid") is None
+
+
+@pytest.mark.parametrize("hosts", [1, 2])
+def test_a_first_host_that_calls_itself_loopback(hosts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Debian's do: 127.0.1.1 serves on one host only, and reaches no other."""
+    told(monkeypatch, MASTER_ADDR="127.0.1.1")
+    for name, value in {"RANK": "0", "WORLD_SIZE": str(2 * hosts), "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    take_place()
+    taken = os.environ.get("GLOO_SOCKET_IFNAME")
+    assert taken == "lo" if hosts == 1 else taken == interface_between_hosts("127.0.1.1") != "lo"
