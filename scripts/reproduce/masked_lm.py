@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from measures import above
+from measures import Verdict, above
 from study import Budget, Claim, Study, Variant, parsed, parser, wanted
 
 from moe_train.analysis.stability import inter_run_consistency
@@ -70,24 +70,24 @@ COLUMNS = (
 def _lower(measure: str, one: str, other: str, place: str, says: str) -> Claim:
     """The claim that a measure is lower for ``one`` than for ``other``."""
 
-    def measured(means: Any) -> tuple[str, bool]:
+    def measured(means: Any) -> tuple[str, Verdict]:
         return above(other, means[other][measure], one, means[one][measure], ".3g")
 
     return Claim(f"X-MoE, {place}", says, (one, other), measured)
 
 
-def _collapse(means: Any) -> tuple[str, bool]:
+def _collapse(means: Any) -> tuple[str, Verdict]:
     change = {name: means[name]["collapse_last"] / means[name]["collapse_first"] for name in ("switch", "xmoe")}
     return f"switch x{change['switch']:.3g} along training, xmoe x{change['xmoe']:.3g}", change["xmoe"] > change[
         "switch"
     ]
 
 
-def _consistent(means: Any) -> tuple[str, bool]:
+def _consistent(means: Any) -> tuple[str, Verdict]:
     return above("xmoe", means["xmoe"]["consistency"], "switch", means["switch"]["consistency"], ".3g")
 
 
-def _frozen(means: Any) -> tuple[str, bool]:
+def _frozen(means: Any) -> tuple[str, Verdict]:
     return above("frozen", means["xmoe"]["zero_shot_f1_frozen"], "free", means["xmoe"]["zero_shot_f1"], ".3g")
 
 

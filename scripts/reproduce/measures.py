@@ -23,11 +23,14 @@ class Mean(float):
         return f"{self:{form}} ± {self.deviation:{form}}"
 
 
-def above(one: str, first: Mean, other: str, second: Mean, form: str) -> tuple[str, bool]:
-    """The sentence of a comparison, and whether the first is larger. A difference within its spread is called so."""
+Verdict = bool | None  # whether a claim is seen to hold; None: what was measured does not decide it
+
+
+def above(one: str, first: Mean, other: str, second: Mean, form: str) -> tuple[str, Verdict]:
+    """The sentence of a comparison, and whether the first is larger; undecided where both lie within the spread."""
     within = abs(first - second) <= (first.deviation**2 + second.deviation**2) ** 0.5
     said = f"{one} {first.text(form)}, {other} {second.text(form)}"
-    return f"{said}; within the spread" if within else said, first > second
+    return (f"{said}; within the spread", None) if within else (said, first > second)
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:

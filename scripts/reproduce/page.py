@@ -12,7 +12,7 @@ def markdown(content: Mapping[str, Any], columns: Sequence[tuple[str, str]], mor
     """The results as a page: claims beside what was measured, a row per variant, ``more``, how it was made."""
     lines = [f"# {content['title']}", "", "| paper | claim | measured here | agrees |", "|---|---|---|---|"]
     for claim in content["claims"]:
-        agrees = {None: "open", True: "yes", False: "**no**"}[claim["agrees"]]
+        agrees = "**no**" if claim["agrees"] == "no" else claim["agrees"]
         lines.append(f"| {claim['paper']} | {claim['says']} | {claim['measured']} | {agrees} |")
     shown = [(m, head) for m, head in columns if any(m in found for found in content["summary"].values())]
     lines += ["", "Mean ± standard deviation over seeds.", ""]

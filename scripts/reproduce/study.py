@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measures import Mean, rounded, spread
+from measures import Mean, Verdict, rounded, spread
 from page import markdown
 
 from moe_train.analysis.probe import probe_run
@@ -64,13 +64,14 @@ class Claim:
     """What a paper says, and how the same is read off the means of the variants.
 
     Attributes:
-        measured: gives a sentence and whether it agrees; called where every variant that it needs has results.
+        measured: gives a sentence and whether it agrees (None: undecided); called where all variants that it needs have
+            results.
     """
 
     paper: str
     says: str
     needs: tuple[str, ...]
-    measured: Callable[[Mapping[str, Mapping[str, Mean]]], tuple[str, bool]]
+    measured: Callable[[Mapping[str, Mapping[str, Mean]]], tuple[str, Verdict]]
 
 
 @dataclass
@@ -191,12 +192,12 @@ def _outdated(path: Path, folder: Path) -> bool:
 
 def _outcome(claim: Claim, means: Mapping[str, Mapping[str, Mean]]) -> dict[str, Any]:
     if any(name not in means for name in claim.needs):
-        return {"measured": "not all runs are there yet", "agrees": None}
+        return {"measured": "not all runs are there yet", "agrees": "open"}
     try:
         measured, agrees = claim.measured(means)
     except KeyError as missing:
-        return {"measured": f"{missing} was not measured", "agrees": None}
-    return {"measured": measured, "agrees": bool(agrees)}
+        return {"measured": f"{missing} was not measured", "agrees": "open"}
+    return {"measured": measured, "agrees": {None: "undecided", True: "yes", False: "no"}[agrees]}
 
 
 def plain_word(word: str) -> str:

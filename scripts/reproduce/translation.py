@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from measures import above
+from measures import Verdict, above
 from omegaconf import OmegaConf
 from study import Budget, Claim, Study, Variant, parsed, parser, read_lines, wanted
 
@@ -97,17 +97,18 @@ COLUMNS = (
 def _above(one: str, other: str, paper: str, says: str) -> Claim:
     """The claim that one variant has a higher BLEU than another."""
 
-    def measured(means: Any) -> tuple[str, bool]:
+    def measured(means: Any) -> tuple[str, Verdict]:
         said, agrees = above(one, means[one]["bleu"], other, means[other]["bleu"], ".2f")
         return f"{said} (loss {means[one]['loss'].text('.3f')} and {means[other]['loss'].text('.3f')})", agrees
 
     return Claim(paper, says, (one, other), measured)
 
 
-def _more_is_better(means: Any) -> tuple[str, bool]:
+def _more_is_better(means: Any) -> tuple[str, Verdict]:
     scores, losses = ([means[f"sam_{k}"][measure] for k in (1, 2, 4)] for measure in ("bleu", "loss"))
     both = (", ".join(f"{value:.{digits}f}" for value in values) for values, digits in ((scores, 2), (losses, 3)))
-    return "k = 1, 2, 4: {} BLEU (loss {})".format(*both), scores[0] < scores[1] < scores[2]
+    _, last_above_first = above("4", scores[2], "1", scores[0], ".2f")
+    return "k = 1, 2, 4: {} BLEU (loss {})".format(*both), last_above_first and scores[0] < scores[1] < scores[2]
 
 
 CLAIMS = (
