@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_train.errors import ConfigError
@@ -14,7 +14,16 @@ from moe_train.routing import build_router, resolve, routing_config, strategy
 from moe_train.routing.base import RouterInputs
 from moe_train.routing.losses import WorldLoad, balance_loss
 from moe_train.routing.sam import alignment
-from tests.routing.helpers import assert_same_pairs, batch_context, make_router, pairs_by_token, tokens
+from tests.routing.helpers import (
+    DIM,
+    assert_same_pairs,
+    batch_context,
+    make_experts,
+    make_router,
+    mix,
+    pairs_by_token,
+    tokens,
+)
 
 shapes = st.sampled_from([(8, 4, 2), (8, 2, 4), (12, 3, 2), (6, 6, 1), (6, 1, 3), (9, 3, 3)])
 both_forms = pytest.mark.parametrize("matrices", ["shared", "two"])
@@ -37,43 +46,90 @@ def test_all_experts_of_a_token_stand_in_one_group(shape: tuple[int, int, int], 
     torch.testing.assert_close(inside.topk(k).values, levels.expert.gather(1, routing.choices))
 
 
-def test_one_expert_per_group_is_switch() -> None:
-    sam, switch, x = make_router("sam", num_groups=8, top_k=1), make_router("switch"), tokens(20)
-    switch.gate.weight.data.copy_(sam.gate.weight)
-    context = batch_context([20], training=True)
+def gate_of(router: Any, two: str) -> torch.nn.Parameter:
+    """The matrix that decides: the shared one, or that of the level ``two``."""
+    weight: torch.nn.Parameter = (router.gate if router.config.matrices == "shared" else getattr(router, two)).weight
+    return weight
+
+
+def outcome(router: Any, gate: torch.nn.Parameter, x: torch.Tensor) -> list[torch.Tensor]:
+    """The layer's outputs, and gradients of tokens, gate and experts."""
+    experts, x = make_experts(router.num_experts), x.clone().requires_grad_()
+    y = mix(x, router(x, batch_context([x.shape[0]], training=True)).assignment, experts)
+    objective = (y * torch.linspace(-1, 1, DIM, dtype=y.dtype)).sum() + y.square().sum()
+    return [y, *torch.autograd.grad(objective, [x, gate, *experts])]
+
+
+@given(st.integers(1, 9), st.sampled_from(["shared", "two"]), st.integers(1, 20), st.integers(0, 200))
+@settings(max_examples=25)
+def test_one_expert_per_group_is_switch(num_experts: int, matrices: str, count: int, seed: int) -> None:
+    """k = 1 and G = E: the same outputs, gradients and balance."""
+    keys = {"num_experts": num_experts, "num_groups": num_experts, "top_k": 1, "matrices": matrices}
+    sam, switch = make_router("sam", seed=seed, **keys), make_router("switch", num_experts=num_experts)
+    x, gate = tokens(count, seed=seed), gate_of(sam, "switch")
+    switch.gate.weight.data.copy_(gate)
+    torch.testing.assert_close(outcome(sam, gate, x), outcome(switch, switch.gate.weight, x), rtol=1e-9, atol=1e-12)
+    context = batch_context([count], training=True)
     found, expected = sam(x, context), switch(x, context)
-    assert_same_pairs(found, expected, 20)
+    assert_same_pairs(found, expected, count)
     for name in ("balance_loss", "group_balance_loss"):
         torch.testing.assert_close(found.losses[name].value, expected.losses["balance_loss"].value)
-
-
-def test_one_group_is_flat_top_k_with_nothing_to_align() -> None:
-    sam, flat, x = (
-        make_router("sam", num_groups=1, top_k=3),
-        make_router("top_k", top_k=3, normalise="none"),
-        tokens(20),
-    )
-    flat.gate.weight.data.copy_(sam.gate.weight)
-    context = batch_context([20], training=True)
-    found = sam(x, context)
-    assert_same_pairs(found, flat(x, context), 20)
     assert found.losses["alignment_loss"].value.item() == 0
 
 
-@given(st.integers(0, 200), st.integers(1, 3))
-def test_alignment_is_zero_exactly_where_no_outsider_beats_a_chosen_one(seed: int, k: int) -> None:
-    router, x = make_router("sam", seed=seed, num_experts=6, num_groups=2, top_k=k), tokens(10, seed=seed)
-    x.requires_grad_()
-    levels = router.levels(x)
-    choices = router(x, batch_context([10], training=True)).choices
-    chosen = levels.expert.gather(1, choices)
-    value = alignment(levels.expert, choices, chosen, 3, both=True)
-    outside = torch.arange(6) // 3 != choices[:, :1] // 3
-    beaten = (outside & (levels.expert > chosen.amin(-1, keepdim=True))).any(-1)
-    assert (value >= 0).all()
-    assert torch.equal(value > 0, beaten)
-    (gradient,) = torch.autograd.grad(value.sum(), x)
-    assert not gradient[~beaten].any()
+@given(st.integers(1, 9), st.data(), st.sampled_from(["shared", "two"]), st.integers(1, 20), st.integers(0, 200))
+@settings(max_examples=25)
+def test_one_group_is_flat_top_k_with_nothing_to_align(
+    num_experts: int, data: st.DataObject, matrices: str, count: int, seed: int
+) -> None:
+    """G = 1, whatever k: the same outputs and gradients; no expert stands outside the group."""
+    k = data.draw(st.integers(1, num_experts), label="k")
+    keys = {"num_experts": num_experts, "top_k": k}
+    sam = make_router("sam", seed=seed, num_groups=1, matrices=matrices, **keys)
+    flat = make_router("top_k", normalise="none", **keys)
+    x, gate = tokens(count, seed=seed), gate_of(sam, "mixture")
+    flat.gate.weight.data.copy_(gate)
+    torch.testing.assert_close(outcome(sam, gate, x), outcome(flat, flat.gate.weight, x), rtol=1e-9, atol=1e-12)
+    context = batch_context([count], training=True)
+    found = sam(x, context)
+    assert_same_pairs(found, flat(x, context), count)
+    loss = found.losses["alignment_loss"].value
+    assert loss.item() == 0
+    assert not any(
+        g.any() for g in torch.autograd.grad(loss, list(sam.parameters()), allow_unused=True) if g is not None
+    )
+
+
+@given(
+    st.integers(0, 200),
+    shapes,
+    st.sampled_from(["shared", "two"]),
+    st.sampled_from(["outside", "both"]),
+)
+@settings(max_examples=40)
+def test_alignment_is_zero_exactly_where_no_outsider_beats_a_chosen_one(
+    seed: int, shape: tuple[int, int, int], matrices: str, gradient: str
+) -> None:
+    """Token by token, and so is its gradient at the logits of either form."""
+    num_experts, groups, k = shape
+    keys = {"num_experts": num_experts, "num_groups": groups, "top_k": k, "alignment_gradient": gradient}
+    router, x = make_router("sam", seed=seed, matrices=matrices, **keys), tokens(10, seed=seed)
+    logits: list[torch.Tensor] = []
+    for gate in (router.gate,) if matrices == "shared" else (router.switch, router.mixture):
+        gate.register_forward_hook(lambda _module, _inputs, scores: logits.append(scores))
+    routing = router(x, batch_context([10], training=True))
+    seen = list(logits)
+    probabilities = router.levels(x).expert
+    weakest = probabilities.gather(1, routing.choices).amin(-1, keepdim=True)
+    size = num_experts // groups
+    outside = torch.arange(num_experts) // size != routing.choices[:, :1] // size
+    excess = torch.where(outside, (probabilities - weakest).clamp(min=0), 0.0).sum(-1)
+    loss = routing.losses["alignment_loss"].value
+    torch.testing.assert_close(loss, excess.mean())
+    assert (loss > 0).item() == (excess > 0).any().item()
+    by_token = torch.cat(torch.autograd.grad(loss, seen), dim=1).abs().sum(1)
+    assert not by_token[excess == 0].any()
+    assert (by_token[excess > 0] > 0).all()
 
 
 def test_the_alignment_gradient_stops_where_asked() -> None:
