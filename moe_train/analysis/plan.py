@@ -43,9 +43,8 @@ class Candidate:
 
     @property
     def groups(self) -> int | None:
-        """SAM's groups."""
-        groups = self.routing.get("num_groups")
-        return groups if isinstance(groups, int) else None
+        """Groups of experts, where the strategy has them (SAM)."""
+        return routing_config(self.routing).expert_groups
 
     @property
     def tokens_per_second(self) -> float:
@@ -93,7 +92,8 @@ def possible_layouts(config: PlanConfig) -> list[LayoutPlan]:
         ConfigError: a layout that the config names cannot be.
     """
     world, per_node = config.layout.world, config.ranks_per_node
-    experts = int(config.routing.get("num_experts") or 1) if config.routing.get("name") != "dense" else 1
+    sparse = strategy(str(config.routing.get("name", ""))).router.layer_kind != "dense"
+    experts = int(config.routing.get("num_experts") or 1) if sparse else 1
     if config.batch.load is not None and len(config.batch.load) != experts:
         raise ConfigError(
             f"batch.load has {len(config.batch.load)} numbers for {experts} experts", remedy="give one per expert"
@@ -184,12 +184,14 @@ def _reasons(config: PlanConfig, candidates: list[Candidate], chosen: Candidate)
     rivals = [c for c in candidates if c.same_model and c is not chosen]
     if rivals:
         yield _against(chosen, next((c for c in rivals if c.fits), rivals[0]))
-    if torn := _torn(chosen):
-        yield torn
+    warning = routing_config(chosen.routing).layout_warning(chosen.layout)
+    if warning and chosen.layout.expert_parallel > 1:
+        yield warning
     other = next((c for c in candidates if not c.same_model and c.fits), None)
     if other is not None and other.time.total < 0.99 * chosen.time.total:
         less = 1 - other.time.total / chosen.time.total
-        model = f"another model, with routing.num_groups={other.groups} ({describe(other.layout)})"
+        keys = ", ".join(f"routing.{key}={other.routing[key]}" for key in routing_config(other.routing).layout_keys)
+        model = f"another model, with {keys} ({describe(other.layout)})"
         yield f"{model}, would take {less:.0%} less time"
 
 
@@ -200,12 +202,6 @@ def _against(chosen: Candidate, rival: Candidate) -> str:
     slower = rival.time.total / chosen.time.total - 1
     spare = "" if rival.fits else ", and does not fit"
     return f"next best: {describe(rival.layout)}, {slower:+.0%} time, most of it in {worst.replace('_', ' ')}{spare}"
-
-
-def _torn(chosen: Candidate) -> str | None:
-    if chosen.groups is None or chosen.layout.expert_parallel == 1:
-        return None
-    return chosen.layout.split_groups(int(chosen.routing["num_experts"]), chosen.groups)
 
 
 def describe(layout: LayoutPlan) -> str:

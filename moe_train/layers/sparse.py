@@ -48,7 +48,7 @@ def build_sparse(config: RoutingConfig, inputs: BlockInputs) -> SparseLayer:
     router = build_router(config, inputs.for_router())
     pool = build_pool(config, inputs)
     shared = None
-    if getattr(config, "shared_expert", False):
+    if config.has_shared_expert:
         spec = pool.spec
         shared = FeedForward(spec.dim, spec.hidden, spec.activation, spec.dropout)
     return SparseLayer(router, pool, inputs.layer, shared)

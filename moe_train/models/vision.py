@@ -7,7 +7,6 @@ queries and keys (0.01 % of the parameters), which this one does not.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +22,6 @@ from moe_train.layers.stack import EncoderStack
 from moe_train.models.build import block_inputs, encoder_stack
 from moe_train.models.routed import Parts, Routed
 from moe_train.routing.base import RoutingConfig
-from moe_train.routing.soft_moe import SoftMoEConfig
 
 ARCHITECTURE = "vision_transformer"
 _PATCHES, _HEAD = 10, 11
@@ -140,9 +138,7 @@ def build_vision_model(
             "model.patch_size",
             f"choose one of {', '.join(map(str, common))}, or another task.image_size",
         )
-    if isinstance(routing, SoftMoEConfig):
-        tokens = (images.height // patch) * (images.width // patch)
-        routing = dataclasses.replace(routing, expected_tokens=tokens)
+    routing = routing.of_length((images.height // patch) * (images.width // patch))
     with seeded(seed, _PATCHES):
         embed = PatchEmbedding(images, patch, config.embed_dim, config.dropout)
     with seeded(seed, _HEAD):

@@ -75,6 +75,20 @@ class RoutingConfig:
         """What works under a layout that divides the experts, but perhaps not as it was meant."""
         return None
 
+    def of_length(self, tokens: int) -> RoutingConfig:
+        """The config where every sentence has this many tokens, as an image's patches are; most need not know it."""
+        return self
+
+    @property
+    def has_shared_expert(self) -> bool:
+        """Whether one more expert stands beside the routed ones, which every token passes."""
+        return False
+
+    @property
+    def expert_groups(self) -> int | None:
+        """Equal groups of experts of which a token's experts all stand in one; None: there are no groups."""
+        return None
+
 
 @dataclass(frozen=True)
 class RouterInputs:

@@ -11,6 +11,7 @@ from moe_train.routing.context import RoutingContext
 from moe_train.routing.world import gather_rows, world_order
 
 Group = Literal["rank", "global"]
+Rounding = Literal["result", "share"]
 
 
 def places_in_queue(queue: Tensor, num_experts: int) -> Tensor:
@@ -63,6 +64,11 @@ def shared_by_ranks(context: RoutingContext, group: Group) -> bool:
 def expert_capacity(factor: float, pairs: Tensor, num_experts: int) -> Tensor:
     """0-dim: ``ceil(factor · pairs / E)``, where ``pairs`` is k·T; at least 1."""
     return torch.ceil(factor * pairs / num_experts).clamp(min=1)
+
+
+def capacity_of_shares(factor: float, tokens: Tensor, k: int, num_experts: int) -> Tensor:
+    """0-dim: ``floor(factor · k · ceil(T / E))``, at least 1: how fairseq's Switch and GShard gates round."""
+    return torch.floor(factor * (k * torch.ceil(tokens / num_experts))).clamp(min=1)
 
 
 def service_order(priority: Tensor | None, order: Tensor) -> Tensor:

@@ -92,6 +92,11 @@ class SamConfig(TokenChoiceConfig):
         )
 
     @property
+    def expert_groups(self) -> int:
+        """G."""
+        return self.groups
+
+    @property
     def group_size(self) -> int:
         """E / G."""
         return self.num_experts // self.groups

@@ -11,6 +11,7 @@ decoders refuse it. The mixes around the experts are composed in :mod:`moe_train
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -67,6 +68,10 @@ class SoftMoEConfig(RoutingConfig):
                 f"routing.num_slots={self.num_slots} is not divisible by routing.num_experts={self.num_experts}",
                 remedy="choose a number of slots that the experts divide",
             )
+
+    def of_length(self, tokens: int) -> SoftMoEConfig:
+        """With ``expected_tokens`` set to that number."""
+        return dataclasses.replace(self, expected_tokens=tokens)
 
     @property
     def p(self) -> int:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moe_train.routing.base import RouterInputs, RoutingConfig
+from moe_train.routing.capacity import Rounding
 from moe_train.routing.context import RoutingContext
 from moe_train.routing.gate import LinearGate, switch_init
 from moe_train.routing.perturb import jitter
@@ -22,9 +23,15 @@ from moe_train.routing.types import Routing
 
 @dataclass(frozen=True)
 class SwitchConfig(TokenChoiceConfig):
-    """All its keys are shared; see :class:`~moe_train.routing.token_choice.TokenChoiceConfig`."""
+    """Keys beyond those of all token-choice strategies.
+
+    Attributes:
+        capacity_rounding: ``result`` takes the paper's factor · T / E and rounds it up; ``share`` is fairseq's
+            floor(factor · ceil(T / E)).
+    """
 
     name: str = "switch"
+    capacity_rounding: Rounding = "result"
 
 
 @register("switch", SwitchConfig)
@@ -34,6 +41,7 @@ class SwitchRouter(TokenChoiceRouter):
     def __init__(self, config: SwitchConfig, inputs: RouterInputs) -> None:
         super().__init__(config, inputs)
         self.config = config
+        self.capacity_rounding = config.capacity_rounding
         self.gate = LinearGate(inputs.dim, config.num_experts, switch_init)
 
     def forward(self, x: Tensor, context: RoutingContext) -> Routing:

@@ -11,7 +11,7 @@ from torch import Tensor
 from moe_train.config import check
 from moe_train.errors import ConfigError
 from moe_train.routing.base import Router, RoutingConfig
-from moe_train.routing.capacity import Group, drop, expert_capacity, group_tokens
+from moe_train.routing.capacity import Group, Rounding, capacity_of_shares, drop, expert_capacity, group_tokens
 from moe_train.routing.context import RoutingContext
 from moe_train.routing.losses import balance_loss, world_load, z_loss
 from moe_train.routing.perturb import mask_outputs
@@ -79,7 +79,7 @@ def best_experts(scores: Tensor, k: int) -> Tensor:
 
 
 def normalised(weights: Tensor, present: Tensor | None) -> Tensor:
-    """Weights [T, k] over their sum per token; those that are not ``present`` [T, k] count as 0."""
+    """Weights [T, k] over their sum per token; those that are not ``present`` [T, k] count as 0 (None: all are)."""
     if present is not None:
         weights = weights * present
     return weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).eps)
@@ -97,9 +97,15 @@ class Scores:
 
 
 class TokenChoiceRouter(Router):
-    """Routers that end in :meth:`finish`."""
+    """Routers that end in :meth:`finish`.
+
+    Attributes:
+        capacity_rounding: ``result``: an expert takes ceil(factor · k · T / E); ``share``: floor(factor · k ·
+            ceil(T / E)).
+    """
 
     config: TokenChoiceConfig
+    capacity_rounding: Rounding = "result"
 
     def finish(
         self, scores: Scores, choices: Tensor, weights: Tensor, context: RoutingContext, normalise: Normalise = "none"
@@ -108,11 +114,13 @@ class TokenChoiceRouter(Router):
 
         Args:
             choices: [T, k] expert ids, -1 for no choice.
-            weights: [T, k] combine weights before normalisation.
+            weights: [T, k] combine weights before normalisation, of left-out choices too.
+            normalise: ``before_drop`` divides by the sum over all k, those that :func:`~moe_train.routing.top_k.
+                skip_second` leaves out or capacity drops included; ``after_drop`` by the sum over what is carried out.
         """
         kept = self.kept(choices, weights, context)
         if normalise == "before_drop":
-            weights = normalised(weights, choices >= 0)
+            weights = normalised(weights, None)
         elif normalise == "after_drop":
             weights = normalised(weights, kept)
         weights = mask_outputs(weights, self.config.expert_output_masking, context)
@@ -135,8 +143,10 @@ class TokenChoiceRouter(Router):
         return drop(choices, capacity, self.num_experts, context, group=config.capacity_group, priority=priority)
 
     def capacity(self, factor: float, choices: Tensor, context: RoutingContext) -> Tensor:
-        """0-dim: pairs that an expert takes, ``ceil(factor · k · T / E)``."""
+        """0-dim: pairs that an expert takes, rounded as ``capacity_rounding`` says."""
         tokens = group_tokens(choices, context, self.config.capacity_group)
+        if self.capacity_rounding == "share":
+            return capacity_of_shares(factor, tokens, choices.shape[1], self.num_experts)
         return expert_capacity(factor, tokens * choices.shape[1], self.num_experts)
 
     def may_choose_less(self, context: RoutingContext) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor
 from moe_train.config import check
 from moe_train.errors import ConfigError
 from moe_train.routing.base import RouterInputs, RoutingConfig
+from moe_train.routing.capacity import Rounding
 from moe_train.routing.context import RoutingContext
 from moe_train.routing.draws import counted_uniform
 from moe_train.routing.gate import LinearGate, linear_init
@@ -42,6 +43,8 @@ class TopKConfig(TokenChoiceConfig):
         top_k: k.
         second_expert: how choices after the first are made in training; evaluation always takes ``all``.
         normalise: weights over their sum, before or after drops.
+        capacity_rounding: ``result`` takes factor · k · T / E and rounds it up; ``share`` is fairseq's
+            floor(factor · k · ceil(T / E)).
         scores: ``softmax`` or ``sigmoid``.
         balancing_bias_rate: step of the bias that steers selection (not weights) towards equal loads; 0: no bias.
         shared_expert: one more expert that every token passes; built by the layer.
@@ -51,6 +54,7 @@ class TopKConfig(TokenChoiceConfig):
     top_k: int = 2
     second_expert: SecondExpert = "all"
     normalise: Normalise = "after_drop"
+    capacity_rounding: Rounding = "result"
     scores: Literal["softmax", "sigmoid"] = "softmax"
     balancing_bias_rate: float = 0.0
     shared_expert: bool = False
@@ -75,6 +79,11 @@ class TopKConfig(TokenChoiceConfig):
                 remedy="set routing.top_k=2, or routing.second_expert=all or sampling",
             )
 
+    @property
+    def has_shared_expert(self) -> bool:
+        """As ``shared_expert`` says."""
+        return self.shared_expert
+
 
 @register("top_k", TopKConfig)
 class TopKRouter(TokenChoiceRouter):
@@ -85,6 +94,7 @@ class TopKRouter(TokenChoiceRouter):
     def __init__(self, config: TopKConfig, inputs: RouterInputs) -> None:
         super().__init__(config, inputs)
         self.config: TopKConfig = config
+        self.capacity_rounding = config.capacity_rounding
         self.gate = LinearGate(inputs.dim, config.num_experts, linear_init)
         bias = torch.zeros(config.num_experts) if config.balancing_bias_rate else None
         self.register_buffer("balancing_bias", bias)

@@ -40,7 +40,8 @@ class XMoEConfig(TokenChoiceConfig):
     Attributes:
         mode: ``paper``, or ``torchscale`` for what the released code does: two experts per token with weights over
             their sum, the second kept at random in training; z is not normalised (its length acts as a temperature);
-            no learnt temperature; d_e = 16; the balance loss looks at the gate's own probabilities.
+            no learnt temperature; d_e = 16; the balance loss looks at the gate's own probabilities; a capacity, where
+            one is set, is rounded as fairseq's, floor(factor · 2 · ceil(T / E)).
         gate: ``softmax`` or ``sigmoid`` (paper mode).
         routing_dim: d_e; None: num_experts / 2 in paper mode (the best of T4), 16 in torchscale mode.
         balance_temperature: τ₀; None: 0.3 for softmax, 0.07 for sigmoid.
@@ -100,6 +101,7 @@ class XMoERouter(TokenChoiceRouter):
         self.config: XMoEConfig = config
         self.projection = LinearGate(inputs.dim, config.dim, linear_init)
         self.embedding = nn.Parameter(nn.init.orthogonal_(torch.empty(config.num_experts, config.dim), gain=0.32))
+        self.capacity_rounding = "result" if config.mode == "paper" else "share"
         self.log_temperature = None
         if config.mode == "paper":
             initial = config.initial_temperature or config.tau_0

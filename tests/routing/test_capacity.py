@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_train.routing.capacity import drop, expert_capacity, places_in_queue, serve
-from tests.routing.helpers import batch_context
+from tests.routing.helpers import batch_context, make_router, tokens
 
 choice_rows = st.lists(st.permutations(range(5)), min_size=0, max_size=20)
 
@@ -51,6 +51,31 @@ def test_capacity_is_factor_times_fair_share_rounded_up() -> None:
         kept = drop(choices, expert_capacity(factor, torch.tensor(10.0), 4), 4, batch_context([10]))
         assert int(kept.sum()) == min(10, max(1, math.ceil(factor * 10 / 4)))
         assert kept[: int(kept.sum())].all(), "the first of the batch are served first"
+
+
+@given(
+    st.sampled_from([("switch", 1), ("top_k", 1), ("top_k", 2), ("top_k", 3)]),
+    st.sampled_from(["result", "share"]),
+    st.sampled_from([0.4, 1.0, 1.25, 2.0]),
+    st.integers(0, 60),
+    st.integers(3, 9),
+)
+@settings(max_examples=40)
+def test_what_is_rounded_is_a_key(
+    strategy: tuple[str, int], rounding: str, factor: float, count: int, num_experts: int
+) -> None:
+    """Of a gate that sends everybody to the same experts, each takes its capacity: the papers' share, or fairseq's."""
+    name, k = strategy
+    keys = {"top_k": k, "normalise": "none"} if name == "top_k" else {}
+    router = make_router(name, num_experts=num_experts, capacity_factor=factor, capacity_rounding=rounding, **keys)
+    torch.nn.init.zeros_(router.gate.weight)
+    routing = router(tokens(count), batch_context([count], training=True))
+    if rounding == "result":
+        limit = math.ceil(factor * (k * count) / num_experts)
+    else:
+        limit = int(factor * (k * math.ceil(count / num_experts)))
+    expected = min(count, max(1, limit))
+    assert sorted(routing.statistics.load.tolist()) == [0] * (num_experts - k) + [expected] * k
 
 
 def test_the_surest_tokens_come_first_where_asked() -> None:

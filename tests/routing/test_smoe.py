@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_train.errors import ConfigError
@@ -42,6 +42,17 @@ def test_weights_are_raw_probabilities_and_losses_those_of_the_visible_experts()
     fraction = torch.bincount(local[:, 0], minlength=5) / 10
     expected = 5 * (fraction * probabilities.mean(0)).sum()
     torch.testing.assert_close(routing.losses["balance_loss"].value, expected)
+
+
+@given(st.integers(0, 999), st.integers(0, 1))
+@settings(max_examples=15)
+def test_weights_normalised_before_drops_count_a_second_expert_that_was_left_out(seed: int, stratum: int) -> None:
+    keys = {"strata": [3, 5], "second_expert": "random", "normalise": "before_drop"}
+    router, x = make_router("smoe", seed=seed, **keys), tokens(40, seed=seed)
+    assignment = router(x, batch_context([40], training=True), stratum).assignment
+    best = torch.softmax(x @ router.strata[stratum].gate.weight.T, -1).topk(2).values
+    expected = best / best.sum(-1, keepdim=True)
+    torch.testing.assert_close(assignment.weight, expected[assignment.token, assignment.choice_rank])
 
 
 def test_balance_is_one_at_uniform_probabilities() -> None:

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_train.errors import ConfigError
@@ -72,19 +72,40 @@ def test_sampling_draws_the_second_from_the_softmax_without_the_first() -> None:
     torch.testing.assert_close(found.double(), expected, atol=0.012, rtol=0)
 
 
-@pytest.mark.parametrize("normalise", ["after_drop", "before_drop"])
+@pytest.mark.parametrize("normalise", ["none", "before_drop", "after_drop"])
 def test_random_keeps_the_second_with_twice_its_weight(normalise: str) -> None:
     router = make_router("top_k", num_experts=4, second_expert="random", normalise=normalise)
     x = tokens(1).repeat(20_000, 1)
     routing = router(x, batch_context([20_000], training=True))
     best = probabilities_of(router, x[:1]).squeeze(0).topk(2).values
-    chance = 2 * best[1] if normalise == "after_drop" else 2 * best[1] / best.sum()
+    chance = 2 * best[1] / best.sum() if normalise == "before_drop" else 2 * best[1]
     taken = routing.choices[:, 1] >= 0
     assert taken.double().mean().item() == pytest.approx(min(1.0, chance.item()), abs=0.012)
-    alone = [w for w, t in zip(pairs_by_token(routing, 20_000), taken.tolist(), strict=True) if not t]
-    expected = 1.0 if normalise == "after_drop" else (best[0]).item()
-    assert all(len(w) == 1 for w in alone)
-    assert normalise == "before_drop" or all(next(iter(w.values())) == pytest.approx(expected) for w in alone)
+    assert torch.equal(routing.kept, torch.stack((torch.ones_like(taken), taken), 1))
+
+
+@given(st.integers(0, 999), st.integers(2, 6), st.sampled_from(["none", "before_drop", "after_drop"]))
+@settings(max_examples=25)
+def test_weights_beside_a_second_expert_that_was_left_out(seed: int, num_experts: int, normalise: str) -> None:
+    """g₁/(g₁+g₂) where weights are normalised before (fairseq's and torchscale's top2gating), 1 only after."""
+    router = make_router("top_k", seed=seed, num_experts=num_experts, second_expert="random", normalise=normalise)
+    x = tokens(40, seed=seed)
+    routing = router(x, batch_context([40], training=True))
+    best = probabilities_of(router, x).topk(2)
+    alone = routing.choices[:, 1] < 0
+    if normalise == "none":
+        expected = best.values
+    elif normalise == "before_drop":
+        expected = best.values / best.values.sum(-1, keepdim=True)
+    else:
+        expected = torch.where(routing.kept, best.values, 0.0)
+        expected = expected / expected.sum(-1, keepdim=True)
+    assignment = routing.assignment
+    torch.testing.assert_close(assignment.weight, expected[assignment.token, assignment.choice_rank], check_dtype=False)
+    lonely = assignment.weight[alone[assignment.token]]
+    if lonely.numel():
+        (gradient,) = torch.autograd.grad(lonely.sum(), router.gate.weight)
+        assert bool(gradient.abs().max() > 1e-12) == (normalise != "after_drop"), "a weight of 1 teaches nothing"
 
 
 @pytest.mark.parametrize("policy", ["sampling", "random"])

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_train.errors import ConfigError
@@ -15,20 +15,32 @@ from moe_train.routing import routing_config, strategy
 from tests.routing.helpers import DIM, batch_context, make_experts, make_router, mix, objective, pairs_by_token, tokens
 
 scale = st.floats(0.01, 100)
+scales = st.lists(scale, min_size=8, max_size=8)
 
 
 def weights_of(router: Any, x: torch.Tensor) -> torch.Tensor:
     return router(x, batch_context([x.shape[0]])).assignment.weight.detach()
 
 
-@given(scale, scale, st.integers(0, 100), st.sampled_from(["softmax", "sigmoid"]))
-def test_lengths_of_tokens_and_embeddings_do_not_matter(c: float, e: float, seed: int, gate: str) -> None:
+def lengthen(router: Any, factors: list[float]) -> None:
+    """Multiplies each expert's embedding by a factor of its own."""
+    with torch.no_grad():
+        router.embedding.mul_(torch.tensor(factors, dtype=torch.float64).unsqueeze(1))
+
+
+def gates_of(router: Any, x: torch.Tensor) -> torch.Tensor:
+    """softmax(z · e_i / ‖e_i‖), torchscale's gates, [T, E]."""
+    embedding = router.embedding / router.embedding.norm(dim=-1, keepdim=True)
+    return torch.softmax(x @ router.projection.weight.T @ embedding.T, -1)
+
+
+@given(scale, scales, st.integers(0, 100), st.sampled_from(["softmax", "sigmoid"]))
+@settings(max_examples=25)
+def test_lengths_of_tokens_and_embeddings_do_not_matter(c: float, e: list[float], seed: int, gate: str) -> None:
     router, x = make_router("xmoe", gate=gate), tokens(9, seed=seed)
     context = batch_context([9])
     before = router(x, context)
-    factors = e ** torch.linspace(-1, 1, 8, dtype=torch.float64).unsqueeze(1)
-    with torch.no_grad():
-        router.embedding.mul_(factors)
+    lengthen(router, e)
     after = router(c * x, context)
     assert torch.equal(before.choices, after.choices)
     torch.testing.assert_close(before.assignment.weight, after.assignment.weight, rtol=1e-9, atol=0)
@@ -46,9 +58,13 @@ def test_the_softmax_gate_is_bounded(num_experts: int, tau: float, seed: int) ->
     assert weights_of(router, tokens(20, seed=seed)).max() <= bound + 1e-7
 
 
-@pytest.mark.parametrize(("gate", "tau"), [("softmax", 0.3), ("sigmoid", 0.07)])
-def test_the_gate_follows_its_equation_and_tau_starts_at_tau_0(gate: str, tau: float) -> None:
-    router, x = make_router("xmoe", gate=gate), tokens(5)
+@given(st.sampled_from([("softmax", 0.3), ("sigmoid", 0.07)]), st.integers(2, 12), st.integers(0, 99))
+@settings(max_examples=20)
+def test_the_gate_follows_its_equation_and_tau_starts_at_tau_0(
+    start: tuple[str, float], num_experts: int, seed: int
+) -> None:
+    gate, tau = start
+    router, x = make_router("xmoe", seed=seed, gate=gate, num_experts=num_experts), tokens(5, seed=seed)
     assert router.temperature.item() == pytest.approx(tau, rel=1e-6)
     z = x @ router.projection.weight.T
     cosine = z @ router.embedding.T / (z.norm(dim=-1, keepdim=True) * router.embedding.norm(dim=-1))
@@ -59,12 +75,16 @@ def test_the_gate_follows_its_equation_and_tau_starts_at_tau_0(gate: str, tau: f
     torch.testing.assert_close(weights_of(router, x), expected.squeeze(1).detach())
 
 
-def test_the_router_moves_hidden_states_in_few_dimensions_only() -> None:
+@given(st.integers(1, 6), st.integers(0, 99))
+@settings(max_examples=15)
+def test_the_router_moves_hidden_states_in_few_dimensions_only(routing_dim: int, seed: int) -> None:
     """§3.1: the rank of the scores' Jacobian by h is at most d_e."""
-    router = make_router("xmoe", num_experts=10, routing_dim=3)
-    jacobian = torch.autograd.functional.jacobian(lambda h: router.scores(h.unsqueeze(0)).squeeze(0), tokens(1)[0])
+    router = make_router("xmoe", seed=seed, num_experts=10, routing_dim=routing_dim)
+    jacobian = torch.autograd.functional.jacobian(
+        lambda h: router.scores(h.unsqueeze(0)).squeeze(0), tokens(1, seed=seed)[0]
+    )
     assert jacobian.shape == (10, DIM)
-    assert torch.linalg.matrix_rank(jacobian, rtol=1e-9) <= 3
+    assert torch.linalg.matrix_rank(jacobian, rtol=1e-9) <= routing_dim
     flat = make_router("switch", num_experts=10)
     assert torch.linalg.matrix_rank(flat.gate.weight) == 10
 
@@ -123,20 +143,55 @@ def test_frozen_values_stay_and_the_balance_loss_still_trains_what_is_below() ->
     assert loss.requires_grad
 
 
-def test_torchscale_leaves_the_token_unnormalised_and_takes_two() -> None:
+def test_torchscale_has_no_temperature_and_takes_two() -> None:
     router, x = make_router("xmoe", mode="torchscale"), tokens(9)
     assert {n for n, _ in router.named_parameters()} == {"projection.weight", "embedding"}
     assert router.embedding.shape == (8, 16)
-    context = batch_context([9])
-    short, long = router(x, context), router(3 * x, context)
-    assert torch.equal(short.choices, long.choices)
-    assert not torch.allclose(short.assignment.weight, long.assignment.weight)
-    with torch.no_grad():
-        router.embedding.mul_(5)
-    torch.testing.assert_close(router(x, context).assignment.weight, short.assignment.weight)
-    torch.testing.assert_close(short.assignment.weight.view(9, 2).sum(-1), torch.ones(9, dtype=torch.float64))
-    trained = router(x, batch_context([9], training=True))
-    assert all(1 <= len(p) <= 2 for p in pairs_by_token(trained, 9))
+    short, long = (router(factor * x, batch_context([9])) for factor in (1, 3))
+    assert not torch.allclose(short.assignment.weight, long.assignment.weight), "the token's length is a temperature"
+    assert all(len(p) == 2 for p in pairs_by_token(short, 9))
+
+
+@given(scale, scales, st.integers(0, 100), st.booleans())
+@settings(max_examples=25)
+def test_torchscale_is_blind_to_lengths_of_embeddings_and_chooses_blind_to_those_of_tokens(
+    c: float, e: list[float], seed: int, training: bool
+) -> None:
+    router, x = make_router("xmoe", seed=seed, mode="torchscale"), tokens(9, seed=seed)
+    context = batch_context([9], training=training)
+    before, other = router(x, context), router(c * x, batch_context([9]))
+    assert torch.equal(other.choices, router(x, batch_context([9])).choices), (
+        "evaluation: no draws that look at weights"
+    )
+    lengthen(router, e)
+    after = router(x, context)
+    assert torch.equal(before.choices, after.choices)
+    torch.testing.assert_close(before.assignment.weight, after.assignment.weight, rtol=1e-9, atol=0)
+
+
+@given(st.integers(0, 999), st.booleans())
+@settings(max_examples=20)
+def test_torchscale_normalises_before_it_draws_the_second_expert(seed: int, training: bool) -> None:
+    """g₁/(g₁+g₂) for the first expert whether or not the second is taken, so that the gate learns from every token."""
+    router, x = make_router("xmoe", seed=seed, mode="torchscale"), tokens(40, seed=seed)
+    routing = router(x, batch_context([40], training=training))
+    best = gates_of(router, x).topk(2).values
+    expected = best / best.sum(-1, keepdim=True)
+    assignment = routing.assignment
+    torch.testing.assert_close(assignment.weight, expected[assignment.token, assignment.choice_rank])
+    alone = routing.choices[:, 1] < 0
+    assert training or not alone.any()
+    lonely = assignment.weight[alone[assignment.token]]
+    if lonely.numel():
+        gradients = torch.autograd.grad(lonely.sum(), list(router.parameters()))
+        assert all(g.abs().max() > 1e-12 for g in gradients)
+
+
+def test_torchscale_rounds_a_capacity_as_fairseq_does() -> None:
+    for mode, limit in (("torchscale", 4), ("paper", 2)):  # 2 · ⌈9 / 8⌉, and ⌈9 / 8⌉ of one choice
+        router = make_router("xmoe", mode=mode, capacity_factor=1.0)
+        load = router(tokens(1).repeat(9, 1), batch_context([9], training=True)).statistics.load
+        assert load.max() == limit, mode
 
 
 def test_accounting() -> None:
