@@ -99,7 +99,7 @@ class CorpusConfig:
     """Where the text comes from.
 
     Attributes:
-        name: which reader: ``l10n``, ``text``, ``iwslt14``, ``opus100``, ``flores200``.
+        name: which reader: ``l10n``, ``text``, ``mono``, ``iwslt14``, ``opus100``, ``flores200``.
         path: the folder that the user has downloaded (all but ``l10n``).
         languages: keep only these (empty: all that are there; ``l10n``: the target languages).
         pairs: keep only these pairs, e.g. ``[en-de, de-fr]`` (empty: all).
@@ -108,8 +108,9 @@ class CorpusConfig:
         wheels: ``l10n``: the catalogues' wheels.
         min_message_words: ``l10n``: shorter English messages are left out.
         codes: language -> its name inside the corpus, where that differs (``zh: zh_Hans``, ``de: deu_Latn``).
-        max_pairs: at most this many training pairs of each language pair, chosen by hash (0: all).
-        decontaminate: remove training pairs of which either side occurs in the held-out files.
+        max_pairs: at most this many training pairs of each language pair, or lines of each language of
+            ``mono``, chosen by hash (0: all).
+        decontaminate: remove training pairs of which a side, or lines of ``mono`` that, occur in the held-out files.
     """
 
     name: str

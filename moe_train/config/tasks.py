@@ -63,7 +63,8 @@ class LanguageModelConfig(TaskConfig):
 
     Attributes:
         languages: only these (empty: all of the data folder).
-        sides: which sides of the folder's directions are read as text: ``target``, ``source`` or ``both``.
+        sides: which sides of the folder's directions are read as text: ``target``, ``source`` or ``both``; text of
+            single languages is read whatever it says.
         translation_lm: also train on pairs, a sentence behind its translation (XLM's TLM).
         exponent: α of re-balancing: a language of n sentences is drawn in proportion to n^α (XLM: 0.5 and 0.7; 1: as
             the data is).

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import compress
 from pathlib import Path
@@ -12,9 +13,9 @@ import numpy as np
 
 from moe_train.config.corpus import CleaningConfig
 from moe_train.data.cleaning import clean_block
-from moe_train.data.corpora.base import ParallelText
+from moe_train.data.corpora.base import CorpusText
 from moe_train.data.lines import read_lines
-from moe_train.data.pairs import Pair
+from moe_train.data.pairs import Sides
 from moe_train.data.progress import Advance
 from moe_train.data.workers import Workers, blocks
 
@@ -23,29 +24,31 @@ _BLOCK = 5_000
 
 @dataclass(frozen=True)
 class CleanedText:
-    """The cleaned pairs of one :class:`ParallelText`.
+    """The cleaned lines of one :class:`CorpusText`.
 
     Attributes:
         text: where they come from.
         prefix: the files are ``prefix.<language>`` and ``prefix.keys``.
         counts: what the rules did; selection adds to it.
-        size: number of cleaned pairs.
+        size: number of cleaned pairs or lines.
     """
 
-    text: ParallelText
+    text: CorpusText
     prefix: Path
     counts: Counter[str]
     size: int
 
     @property
-    def pair(self) -> Pair:
+    def sides(self) -> Sides:
         """The languages, in the order of the files."""
-        return self.text.pair
+        return self.text.sides
 
     @property
     def keys(self) -> np.ndarray:
-        """uint64 [size, 3]: source sentence, target sentence, exact pair."""
-        return np.fromfile(_sibling(self.prefix, "keys"), dtype=np.uint64).reshape(-1, 3)
+        """uint64 [size, sides + 1]: each side's sentence, and the exact text of them all."""
+        return np.fromfile(_sibling(self.prefix, "keys"), dtype=np.uint64).reshape(
+            self.size, len(tuple(self.sides)) + 1
+        )
 
     def lines(self, language: str, chosen: Iterable[object] | None = None) -> Iterator[str]:
         """The lines of one side, or those for which ``chosen`` is true."""
@@ -58,21 +61,21 @@ def _sibling(prefix: Path, suffix: str) -> Path:
 
 
 def clean_text(
-    text: ParallelText, config: CleaningConfig, folder: Path, workers: Workers, advance: Advance = lambda n: None
+    text: CorpusText, config: CleaningConfig, folder: Path, workers: Workers, advance: Advance = lambda n: None
 ) -> CleanedText:
     """Cleans a text into ``folder``.
 
     Args:
-        advance: told the number of pairs read since last time.
+        advance: told the number of pairs or lines read since last time.
     """
     prefix, counts, size = folder / text.name, Counter[str](), 0
-    tasks = ((config, text.pair, block) for block in blocks(text.read(), _BLOCK))
-    names = [*text.pair, "keys"]
-    source, target, keys = (_sibling(prefix, name).open("wb") for name in names)
-    with source, target, keys:
+    tasks = ((config, text.sides, block) for block in blocks(text.read(), _BLOCK))
+    names = [*text.sides, "keys"]
+    with ExitStack() as stack:
+        *files, keys = (stack.enter_context(_sibling(prefix, name).open("wb")) for name in names)
         for block in workers.map(clean_block, tasks):
-            source.write(block.source.encode())
-            target.write(block.target.encode())
+            for file, side in zip(files, block.sides, strict=True):
+                file.write(side.encode())
             keys.write(block.keys.tobytes())
             counts.update(block.counts)
             size += len(block.keys)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe_train.data.lines import read_lines, sha256
 from moe_train.data.manifest import FILE, Manifest
-from moe_train.data.pairs import SPLITS, Pair
+from moe_train.data.pairs import SPLITS, Pair, Sides, parse_sides
 from moe_train.data.tokenizer import Tokenizer
 from moe_train.errors import DataError, did_you_mean
 
@@ -75,7 +75,7 @@ class DataFolder:
 
     @property
     def directions(self) -> tuple[str, ...]:
-        """Every direction that the folder is for."""
+        """Every direction that the folder is for; none where it holds text of single languages."""
         return self.manifest.directions
 
     def directions_of(self, split: str) -> tuple[str, ...]:
@@ -124,15 +124,16 @@ class DataFolder:
             DataError: the split has no such direction (near spellings are offered).
         """
         pair = self._stored(split, direction)
-        source, target = direction.split("-")
-        prefix = self.path / f"{split}.{pair}"
-        return PairFiles(
-            direction,
-            pair,
-            prefix.with_name(f"{prefix.name}.{source}"),
-            prefix.with_name(f"{prefix.name}.{target}"),
-            self.manifest.counts[split][pair],
-        )
+        source, target = (self.prefix(split, Pair.parse(pair), side) for side in direction.split("-"))
+        return PairFiles(direction, pair, source, target, self.manifest.counts[split][pair])
+
+    def texts(self, split: str) -> tuple[Sides, ...]:
+        """The pairs and the single languages that a split has files of, each once, by name."""
+        return tuple(parse_sides(name) for name in sorted(self.manifest.counts.get(split, {})))
+
+    def prefix(self, split: str, sides: Sides, language: str) -> Path:
+        """Where the binarised sentences of one language of :meth:`texts` lie (fairseq adds ``.bin`` and ``.idx``)."""
+        return self.path / f"{split}.{sides.file(language)}"
 
     def raw(self, split: str, direction: str) -> tuple[list[str], list[str]]:
         """The untouched text of a held-out split: source lines and target lines, aligned with the binarised files.

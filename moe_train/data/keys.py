@@ -45,10 +45,10 @@ def sentence_key(text: str) -> int:
     return hash64(fold(text))
 
 
-def pair_keys(pairs: Sequence[tuple[str, str]]) -> np.ndarray:
-    """Keys of pairs: source sentence, target sentence, and the exact pair. uint64 [pairs, 3]."""
-    rows = [(sentence_key(source), sentence_key(target), hash64(f"{source}\0{target}")) for source, target in pairs]
-    return np.array(rows, dtype=np.uint64).reshape(len(rows), 3)
+def line_keys(lines: Sequence[tuple[str, ...]], sides: int) -> np.ndarray:
+    """Keys of lines, or of pairs of them: each side's sentence, and the exact text. uint64 [lines, sides + 1]."""
+    rows = [(*map(sentence_key, line), hash64("\0".join(line))) for line in lines]
+    return np.array(rows, dtype=np.uint64).reshape(len(rows), sides + 1)
 
 
 def uniform(keys: np.ndarray, seed: int, purpose: str) -> np.ndarray:

@@ -104,6 +104,15 @@ def _unequal(source: Path, target: Path) -> DataError:
     )
 
 
+def read_single(path: Path) -> Iterator[tuple[str]]:
+    """Yields the lines of a file as pairs are yielded, with one side each.
+
+    Raises:
+        DataError: as :func:`read_lines`.
+    """
+    return ((line,) for line in read_lines(path))
+
+
 def write_lines(path: Path, lines: list[str]) -> None:
     """Writes lines, each ended by a line feed."""
     with path.open("w", encoding="utf-8", newline="\n") as stream:

@@ -20,12 +20,13 @@ class Manifest:
     """The content of ``manifest.json``.
 
     Attributes:
-        directions: every direction that the folder is for; which split has which is told by ``counts``.
-        counts: split -> name of the pair's files -> sentences.
+        directions: every direction that the folder is for (none: single languages); ``counts`` has them by split.
+        counts: split -> name of the files' pair or language -> sentences.
         vocabulary: entries of the dictionary, special symbols, tags and mask included.
         tiers: language -> ``high``, ``medium`` or ``low``.
-        cleaning: name of the training pair -> rule -> pairs (``read``, ``kept``, and what each rule dropped or mended).
-        overlap: held-out pairs that also occur in training: split -> pair -> counts.
+        cleaning: name of the training text -> rule -> pairs or lines (``read``, ``kept``, and what each rule dropped or
+            mended).
+        overlap: held-out text that also occurs in training: split -> pair -> counts.
         sources: the corpus's own files, with checksums.
         files: every file of the folder but this one, relative path -> {"sha256", "bytes"}.
     """

@@ -1,4 +1,4 @@
-"""Language pairs and directions by name: ``en-de`` is source and target; a pair serves both directions."""
+"""What languages a text is in, by name: ``en-de`` is a pair and serves both directions, ``de`` is a single language."""
 
 from __future__ import annotations
 
@@ -44,8 +44,82 @@ class Pair:
         """The other direction."""
         return Pair(self.target, self.source)
 
+    @property
+    def directions(self) -> tuple[str, ...]:
+        """What can be translated with it: both ways."""
+        return (self.name, self.reversed.name)
+
+    @property
+    def unit(self) -> str:
+        """What a line of the text is."""
+        return "pairs"
+
+    def file(self, language: str) -> str:
+        """The name of one side's file: ``en-de.de``."""
+        return f"{self.name}.{language}"
+
     def __iter__(self) -> Iterator[str]:
         return iter((self.source, self.target))
+
+
+@dataclass(frozen=True, order=True)
+class Single:
+    """One language, of whose text no translation is given; named and iterated as a :class:`Pair` is."""
+
+    language: str
+
+    @classmethod
+    def parse(cls, name: str) -> Single:
+        """Reads ``de``.
+
+        Raises:
+            DataError: not a language code.
+        """
+        if not LANGUAGE.fullmatch(name):
+            raise DataError(
+                f"'{name}' is not a language code",
+                remedy="write two or three letters, with underscores for variants, e.g. de, pt_BR, zh_Hans",
+            )
+        return cls(name)
+
+    @property
+    def name(self) -> str:
+        """The language's code."""
+        return self.language
+
+    @property
+    def reversed(self) -> Single:
+        """Itself."""
+        return self
+
+    @property
+    def directions(self) -> tuple[str, ...]:
+        """None."""
+        return ()
+
+    @property
+    def unit(self) -> str:
+        """What a line of the text is."""
+        return "lines"
+
+    def file(self, language: str) -> str:
+        """The name of its file: ``de``."""
+        return language
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((self.language,))
+
+
+Sides = Pair | Single
+
+
+def parse_sides(name: str) -> Sides:
+    """Reads ``en-de`` or ``de``.
+
+    Raises:
+        DataError: neither a pair nor a language code.
+    """
+    return Pair.parse(name) if "-" in name else Single.parse(name)
 
 
 def tag(language: str) -> str:

@@ -9,11 +9,11 @@ from typing import Any
 
 from moe_train.config import to_mapping
 from moe_train.config.corpus import PrepareConfig
-from moe_train.data.corpora import ParallelText, read_corpus
+from moe_train.data.corpora import CorpusText, read_corpus
 from moe_train.data.folder import DataFolder
 from moe_train.data.lines import sha256
 from moe_train.data.manifest import FILE, Manifest
-from moe_train.data.pairs import Pair
+from moe_train.data.pairs import Pair, Sides
 from moe_train.data.progress import Progress
 from moe_train.errors import DataError, did_you_mean
 
@@ -31,27 +31,27 @@ class Plan:
         sources: checksums of the texts' files.
     """
 
-    texts: tuple[ParallelText, ...]
+    texts: tuple[CorpusText, ...]
     directions: tuple[str, ...]
     languages: tuple[str, ...]
     settings: Mapping[str, Any]
     sources: Mapping[str, Mapping[str, Any]]
 
     @property
-    def given(self) -> list[ParallelText]:
+    def given(self) -> list[CorpusText]:
         """Held-out files of the user."""
         return [text for text in self.texts if text.split in ("valid", "test")]
 
     @property
-    def trained(self) -> list[ParallelText]:
+    def trained(self) -> list[CorpusText]:
         """Training text, and text that is still to be split."""
         return [text for text in self.texts if text.split in ("train", None)]
 
     @property
-    def missing(self) -> dict[Pair, list[str]]:
+    def missing(self) -> dict[Sides, list[str]]:
         """Held-out splits to cut, for each pair whose text has no split."""
-        there = {(text.split, pair) for text in self.given for pair in (text.pair, text.pair.reversed)}
-        unsplit = [text.pair for text in self.texts if text.split is None]
+        there = {(text.split, pair) for text in self.given for pair in (text.sides, text.sides.reversed)}
+        unsplit = [text.sides for text in self.texts if text.split is None]
         return {pair: [s for s in ("valid", "test") if (s, pair) not in there] for pair in unsplit}
 
 
@@ -62,10 +62,10 @@ def make_plan(config: PrepareConfig, progress: Progress) -> Plan:
         ConfigError, DataError: whatever is wrong with corpus, languages or directions.
     """
     texts = read_corpus(config.corpus, progress)
-    directions = _directions(config.directions, {text.pair for text in texts})
-    texts = [t for t in texts if t.pair.name in directions or t.pair.reversed.name in directions]
+    directions = _directions(config.directions, {text.sides for text in texts})
+    texts = [t for t in texts if not t.sides.directions or set(t.sides.directions) & set(directions)]
     _refuse_twins(texts)
-    languages = sorted({language for text in texts for language in text.pair})
+    languages = sorted({language for text in texts for language in text.sides})
     if config.vocabulary.reuse:
         languages = _languages_of_reused(config.vocabulary.reuse, languages)
     elif not any(text.split in ("train", None) for text in texts):
@@ -77,21 +77,21 @@ def make_plan(config: PrepareConfig, progress: Progress) -> Plan:
     return Plan(tuple(texts), tuple(directions), tuple(languages), _settings(config), _sources(texts))
 
 
-def _refuse_twins(texts: Sequence[ParallelText]) -> None:
-    found: dict[tuple[str, Pair], ParallelText] = {}
+def _refuse_twins(texts: Sequence[CorpusText]) -> None:
+    found: dict[tuple[str, Sides], CorpusText] = {}
     for text in texts:
-        other = found.setdefault((text.split or "train", text.pair), text)
+        other = found.setdefault((text.split or "train", text.sides), text)
         if other is not text:
             raise DataError(
-                f"both '{other.name}' and '{text.name}' would be training text of {text.pair.name}",
+                f"both '{other.name}' and '{text.name}' would be training text of {text.sides.name}",
                 str(text.inputs[0].parent) if text.inputs else "",
                 "keep one of them, or join them into one",
             )
 
 
-def _directions(wanted: Sequence[str], pairs: set[Pair]) -> list[str]:
-    possible = sorted({p.name for pair in pairs for p in (pair, pair.reversed)})
-    languages = {language for pair in pairs for language in pair}
+def _directions(wanted: Sequence[str], sides: set[Sides]) -> list[str]:
+    possible = sorted({direction for one in sides for direction in one.directions})
+    languages = {language for one in sides for language in one}
     for direction in wanted:
         for language in Pair.parse(direction):
             if language not in languages:
@@ -127,7 +127,7 @@ def _settings(config: PrepareConfig) -> dict[str, Any]:
     return settings
 
 
-def _sources(texts: Sequence[ParallelText]) -> dict[str, dict[str, Any]]:
+def _sources(texts: Sequence[CorpusText]) -> dict[str, dict[str, Any]]:
     files = sorted({path for text in texts for path in text.inputs}, key=lambda path: (path.name, str(path)))
     sources: dict[str, dict[str, Any]] = {}
     for path in files:

@@ -20,7 +20,7 @@ from moe_train.data.cleaned import CleanedText, clean_text
 from moe_train.data.folder import DataFolder
 from moe_train.data.manifest import Manifest, describe_files
 from moe_train.data.overlap import HeldOut, held_out_keys, measure
-from moe_train.data.pairs import Pair
+from moe_train.data.pairs import parse_sides
 from moe_train.data.plan import Plan, finished, make_plan
 from moe_train.data.progress import Progress
 from moe_train.data.sampling import sample_sentences
@@ -118,13 +118,13 @@ class _Preparation:
         with self.progress.stage("binarising") as advance:
             writer = FolderWriter(self.folder, tokenizer, self.plan.languages, self.threads, advance)
             for selection in selections:
-                text, pair = selection.text, selection.text.pair
-                writer.add_training(pair, *(text.lines(language, selection.train) for language in pair))
+                text, sides = selection.text, selection.text.sides
+                writer.add_training(sides, *(text.lines(language, selection.train) for language in sides))
                 for split, rows in selection.held_out.items():
-                    writer.add_held_out(split, pair, *(list(text.lines(language, rows)) for language in pair))
+                    writer.add_held_out(split, sides, *(list(text.lines(language, rows)) for language in sides))
             for held in given:
-                sides = ([pair[side] for pair in held.lines] for side in (0, 1))
-                writer.add_held_out(str(held.text.split), held.text.pair, *sides)
+                texts = (list(lines) for lines in zip(*held.lines, strict=True))
+                writer.add_held_out(str(held.text.split), held.text.sides, *texts)
         writer.write_dictionaries(like=self.reuse / "dict.txt" if self.reuse else None)
         return writer.counts
 
@@ -157,10 +157,10 @@ class _Preparation:
 
 
 def tiers(training: Mapping[str, int], config: TierConfig) -> dict[str, str]:
-    """Resource tier of each language by its training pairs."""
+    """Resource tier of each language by its training pairs, or lines of its own."""
     sizes: dict[str, int] = {}
     for name, size in training.items():
-        for language in Pair.parse(name):
+        for language in parse_sides(name):
             sizes[language] = sizes.get(language, 0) + size
     bounds = {"high": config.high, "medium": config.medium, "low": 0}
     found = {

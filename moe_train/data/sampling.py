@@ -23,13 +23,13 @@ def sample_sentences(selections: Sequence[Selection], config: VocabularyConfig, 
     """Yields training sentences for SentencePiece; a small language's sentences may come several times."""
     sizes: dict[str, int] = defaultdict(int)
     for selection in selections:
-        for language in selection.text.pair:
+        for language in selection.text.sides:
             sizes[language] += int(selection.train.sum())
     budget = min(config.sample_sentences, sum(sizes.values()))
     quota = {language: share * budget for language, share in shares(sizes, config.temperature).items()}
     for number, selection in enumerate(selections):
         rows = np.flatnonzero(selection.train)
-        for column, language in enumerate(selection.text.pair):
+        for column, language in enumerate(selection.text.sides):
             wanted = round(quota[language] * len(rows) / sizes[language])
             times = _repetitions(len(rows), wanted, np.random.default_rng([seed, number, column]))
             whole = np.zeros(selection.text.size, dtype=np.int64)

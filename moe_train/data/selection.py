@@ -1,4 +1,4 @@
-"""Which cleaned pairs are trained on and which are held out.
+"""Which cleaned pairs or lines are trained on and which are held out.
 
 Everything is decided on 64-bit keys and hashes of the sentences, never on their order or on chance, so that the outcome
 is the same whatever the number of workers, and a sentence has one fate in all languages.
@@ -15,7 +15,7 @@ import numpy as np
 from moe_train.config.corpus import CorpusConfig
 from moe_train.data.cleaned import CleanedText
 from moe_train.data.keys import uniform
-from moe_train.data.pairs import Pair
+from moe_train.data.pairs import Sides
 from moe_train.errors import DataError
 
 Keys = Mapping[str, np.ndarray]
@@ -24,11 +24,11 @@ Keys = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Selection:
-    """The fate of one text's pairs.
+    """The fate of one text's pairs or lines.
 
     Attributes:
-        train: bool [pairs].
-        held_out: split -> bool [pairs]; empty for text that came with a split.
+        train: bool [lines].
+        held_out: split -> bool [lines]; empty for text that came with a split.
     """
 
     text: CleanedText
@@ -37,7 +37,7 @@ class Selection:
 
 
 def select(
-    texts: Sequence[CleanedText], given: Keys, missing: Mapping[Pair, Sequence[str]], config: CorpusConfig, seed: int
+    texts: Sequence[CleanedText], given: Keys, missing: Mapping[Sides, Sequence[str]], config: CorpusConfig, seed: int
 ) -> list[Selection]:
     """Removes duplicates, cuts the missing held-out sets, and keeps their sentences out of training.
 
@@ -51,13 +51,13 @@ def select(
     """
     unique = [_first_of_equals(text, config.cleaning.deduplicate) for text in texts]
     cuts = [
-        _cut(text, keep, missing.get(text.pair, ()), config, seed) for text, keep in zip(texts, unique, strict=True)
+        _cut(text, keep, missing.get(text.sides, ()), config, seed) for text, keep in zip(texts, unique, strict=True)
     ]
     made = union(
         (language, text.keys[rows, column])
         for text, held in zip(texts, cuts, strict=True)
         for rows in held.values()
-        for column, language in enumerate(text.pair)
+        for column, language in enumerate(text.sides)
     )
     selections = []
     for text, keep, held in zip(texts, unique, cuts, strict=True):
@@ -80,10 +80,10 @@ def union(parts: Iterable[tuple[str, np.ndarray]]) -> dict[str, np.ndarray]:
     return {language: np.unique(np.concatenate(keys)) for language, keys in collected.items()}
 
 
-def occurs(keys: np.ndarray, pair: Pair, held: Keys) -> np.ndarray:
-    """Which pairs have a side that is among the held-out sentences of its language. bool [pairs]."""
+def occurs(keys: np.ndarray, sides: Sides, held: Keys) -> np.ndarray:
+    """Which pairs have a side that is among the held-out sentences of its language. bool [lines]."""
     found = np.zeros(len(keys), dtype=bool)
-    for column, language in enumerate(pair):
+    for column, language in enumerate(sides):
         if language in held:
             found |= np.isin(keys[:, column], held[language])
     return found
@@ -93,7 +93,7 @@ def _first_of_equals(text: CleanedText, deduplicate: bool) -> np.ndarray:
     keep = np.ones(text.size, dtype=bool)
     if deduplicate:
         keep[:] = False
-        keep[np.unique(text.keys[:, 2], return_index=True)[1]] = True
+        keep[np.unique(text.keys[:, -1], return_index=True)[1]] = True
         text.counts["dropped_duplicate"] = int(text.size - keep.sum())
     return keep
 
@@ -105,7 +105,7 @@ def _cut(
     held out in every language; of several translations of it the first is taken."""
     if not splits:
         return {}
-    keys = text.keys[:, 1 if text.pair.target == "en" else 0]
+    keys = text.keys[:, tuple(text.sides).index("en") if "en" in text.sides else 0]
     rows = np.flatnonzero(keep)
     rows = np.sort(rows[np.unique(keys[rows], return_index=True)[1]])
     draws = uniform(keys[rows], seed, "split")
@@ -121,7 +121,7 @@ def _cut(
 
 
 def _without(text: CleanedText, train: np.ndarray, held: Keys, rule: str) -> np.ndarray:
-    found = train & occurs(text.keys, text.pair, held)
+    found = train & occurs(text.keys, text.sides, held)
     text.counts[rule] = int(found.sum())
     return train & ~found
 
@@ -130,7 +130,7 @@ def _at_most(text: CleanedText, train: np.ndarray, limit: int, seed: int) -> np.
     rows = np.flatnonzero(train)
     if not limit or len(rows) <= limit:
         return train
-    draws = uniform(text.keys[rows, 2], seed, "sample")
+    draws = uniform(text.keys[rows, -1], seed, "sample")
     chosen = np.zeros_like(train)
     chosen[rows[np.argsort(draws, kind="stable")[:limit]]] = True
     text.counts["dropped_beyond_max_pairs"] = len(rows) - limit
@@ -152,8 +152,8 @@ def _refuse_empty(selection: Selection) -> None:
             if rule.startswith("dropped_") and n
         )
         raise DataError(
-            f"the split '{split}' is empty: of {text.counts['read']} pairs {text.size} are left after cleaning"
-            + (f" (dropped: {story})" if story else ""),
+            f"the split '{split}' is empty: of {text.counts['read']} {text.sides.unit} {text.size} are left after "
+            "cleaning" + (f" (dropped: {story})" if story else ""),
             text.text.name,
             "give more text, relax corpus.cleaning.*, or set corpus.split.* otherwise"
             if split != "train"

@@ -8,13 +8,13 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_train.data.folder import DataFolder
-from moe_train.data.pairs import SPLITS
+from moe_train.data.pairs import SPLITS, parse_sides
 
 _LINES = 8
 
 
 def show(folder: DataFolder, console: Console) -> None:
-    """Prints pairs by split and tier, what cleaning dropped, and overlap of held-out files with training."""
+    """Prints pairs, or single languages' lines, by split and tier, what cleaning dropped, and overlap with training."""
     console.print(_table(folder))
     manifest = folder.manifest
     console.print(
@@ -28,12 +28,13 @@ def show(folder: DataFolder, console: Console) -> None:
 
 
 def _table(folder: DataFolder) -> Table:
-    table = Table("pair", *SPLITS, "tier", box=None, header_style="bold")
+    table = Table("pair" if folder.directions else "language", *SPLITS, "tier", box=None, header_style="bold")
     for column in table.columns[1:4]:
         column.justify = "right"
     counts = folder.manifest.counts
     for pair in sorted({name for split in counts.values() for name in split}):
-        languages = [language for language in pair.split("-") if language != "en"]
+        sides = tuple(parse_sides(pair))
+        languages = [language for language in sides if language != "en" or len(sides) == 1]
         tiers = sorted({folder.tiers[language] for language in languages if language in folder.tiers})
         cells = [f"{counts[split][pair]:,}" if pair in counts[split] else "-" for split in SPLITS]
         table.add_row(pair, *cells, "/".join(tiers))
@@ -42,13 +43,14 @@ def _table(folder: DataFolder) -> Table:
 
 def _dropped(folder: DataFolder) -> list[str]:
     total: Counter[str] = Counter()
+    unit = "pairs" if folder.directions else "lines"
     for counts in folder.manifest.cleaning.values():
         total.update(counts)
     dropped = {rule.removeprefix("dropped_"): n for rule, n in total.items() if rule.startswith("dropped_") and n}
     if not dropped:
         return []
     rules = ", ".join(f"{rule.replace('_', ' ')} {n:,}" for rule, n in sorted(dropped.items(), key=lambda kv: -kv[1]))
-    return [f"dropped {sum(dropped.values()):,} of {total['read']:,} training pairs: {rules}"]
+    return [f"dropped {sum(dropped.values()):,} of {total['read']:,} training {unit}: {rules}"]
 
 
 def _overlap(folder: DataFolder) -> list[str]:
@@ -58,8 +60,8 @@ def _overlap(folder: DataFolder) -> list[str]:
             shared = [f"{n} {language}" for language, n in counts.items() if language != "sentences" and n]
             if shared:
                 lines.append(
-                    f"overlap: of the {counts['sentences']} pairs of {split} {pair}, training text contains "
-                    f"{' and '.join(shared)} sentences (corpus.decontaminate=true removes them from training)"
+                    f"overlap: of the {counts['sentences']} {parse_sides(pair).unit} of {split} {pair}, training text "
+                    f"contains {' and '.join(shared)} sentences (corpus.decontaminate=true removes them from training)"
                 )
     if len(lines) > _LINES:
         lines[_LINES:] = [f"overlap: {len(lines) - _LINES} more sets, see manifest.json"]

@@ -10,7 +10,7 @@ import numpy as np
 
 from moe_train.data.binarise import binarise
 from moe_train.data.lines import write_lines
-from moe_train.data.pairs import SPLITS, Pair
+from moe_train.data.pairs import SPLITS, Sides
 from moe_train.data.progress import Advance
 from moe_train.data.tokenizer import Tokenizer
 from moe_train.data.vocabulary import dictionary_size, write_dictionary
@@ -35,22 +35,22 @@ class FolderWriter:
         self.frequencies = np.zeros(len(tokenizer), dtype=np.int64)
         (folder / "raw").mkdir(exist_ok=True)
 
-    def add_training(self, pair: Pair, source: Iterable[str], target: Iterable[str]) -> None:
-        """Binarises training text and counts its pieces."""
-        for language, lines in zip(pair, (source, target), strict=True):
-            self.frequencies += self._binarise("train", pair, language, lines)
+    def add_training(self, sides: Sides, *texts: Iterable[str]) -> None:
+        """Binarises training text, an iterable of lines for each side, and counts its pieces."""
+        for language, lines in zip(sides, texts, strict=True):
+            self.frequencies += self._binarise("train", sides, language, lines)
 
-    def add_held_out(self, split: str, pair: Pair, source: list[str], target: list[str]) -> None:
+    def add_held_out(self, split: str, sides: Sides, *texts: list[str]) -> None:
         """Binarises held-out text and keeps it as it is, line for line."""
-        for language, lines in zip(pair, (source, target), strict=True):
-            write_lines(self.folder / "raw" / f"{split}.{pair.name}.{language}", lines)
-            self._binarise(split, pair, language, lines)
+        for language, lines in zip(sides, texts, strict=True):
+            write_lines(self.folder / "raw" / f"{split}.{sides.file(language)}", lines)
+            self._binarise(split, sides, language, lines)
 
-    def _binarise(self, split: str, pair: Pair, language: str, lines: Iterable[str]) -> np.ndarray:
-        prefix = self.folder / f"{split}.{pair.name}.{language}"
+    def _binarise(self, split: str, sides: Sides, language: str, lines: Iterable[str]) -> np.ndarray:
+        prefix = self.folder / f"{split}.{sides.file(language)}"
         entries = dictionary_size(self.tokenizer, self.languages)
         sentences, pieces = binarise(lines, prefix, self.tokenizer, entries, self.threads, self.advance)
-        self.counts[split][pair.name] = sentences
+        self.counts[split][sides.name] = sentences
         return pieces
 
     def write_dictionaries(self, like: Path | None = None) -> None:

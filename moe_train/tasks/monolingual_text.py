@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from moe_train.config.tasks import LanguageModelConfig
 from moe_train.data.folder import DataFolder
+from moe_train.data.pairs import Sides, Single
 from moe_train.errors import DataError, did_you_mean
 from moe_train.tasks.storage import Indices, SentenceFile
 
@@ -102,35 +103,33 @@ def open_text(folder: DataFolder, split: str, keys: LanguageModelConfig, bos: in
     wanted = keys.languages or folder.languages
     by_language: dict[str, list[Piece]] = {language: [] for language in sorted(wanted)}
     pairs: list[tuple[str, list[Piece]]] = []
-    for pair, sides, uid in _stored(folder, split):
+    uid = 0
+    for sides in folder.texts(split):
         numbers = tuple(folder.languages.index(side) for side in sides)
-        files = {side: SentenceFile(folder.path / f"{split}.{pair}.{side}") for side in sides}
+        files = {side: SentenceFile(folder.prefix(split, sides, side)) for side in sides}
         for offset, side in enumerate(sides):
             if side in by_language and _is_read(folder, sides, side, keys.sides):
                 by_language[side].append(Piece((files[side],), (numbers[offset],), uid + offset * len(files[side])))
-        if keys.translation_lm and split == "train" and all(side in by_language for side in sides):
-            both = tuple(files[side] for side in sides)
-            pairs.append((pair, [Piece(both, numbers, uid + 2 * len(both[0]))]))
+        both = tuple(files.values())
+        if keys.translation_lm and split == "train" and len(both) == 2 and all(side in by_language for side in sides):
+            pairs.append((sides.name, [Piece(both, numbers, uid + 2 * len(both[0]))]))
+        uid += (3 if len(both) == 2 else 1) * len(both[0])  # each side's sentences, and pairs of them
     streams = [(name, pieces) for name, pieces in by_language.items() if pieces]
     if not streams:
         remedy = "set task.sides=both or other task.languages, or prepare text for it"
         raise DataError(
-            f"the split '{split}' has no {keys.sides} text in {', '.join(wanted)}", str(folder.path), remedy
+            f"the split '{split}' has no text to read (task.sides={keys.sides}) in {', '.join(wanted)}",
+            str(folder.path),
+            remedy,
         )
     return MonolingualText([*streams, *pairs], bos, pad)
 
 
-def _stored(folder: DataFolder, split: str) -> Iterator[tuple[str, tuple[str, str], int]]:
-    """Each stored pair once: its name, its languages in the name's order, and the first of its three uids' ranges."""
-    uid = 0
-    for pair, sentences in sorted(folder.manifest.counts.get(split, {}).items()):
-        first, second = pair.split("-")
-        yield pair, (first, second), uid
-        uid += 3 * sentences
-
-
-def _is_read(folder: DataFolder, sides: tuple[str, str], side: str, wanted: str) -> bool:
-    """Whether the side is one that ``task.sides`` reads, by the directions that the folder is for."""
-    other = sides[1] if side == sides[0] else sides[0]
+def _is_read(folder: DataFolder, sides: Sides, side: str, wanted: str) -> bool:
+    """Whether the side is one that ``task.sides`` reads, by the directions that the folder is for; single languages are
+    read whatever it says."""
+    if isinstance(sides, Single):
+        return True
+    other = sides.target if side == sides.source else sides.source
     names = {"target": (f"{other}-{side}",), "source": (f"{side}-{other}",)}
     return any(name in folder.directions for name in names.get(wanted, (f"{other}-{side}", f"{side}-{other}")))

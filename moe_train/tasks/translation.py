@@ -50,6 +50,12 @@ class TranslationTask(FairseqTask):  # type: ignore[misc]
     def __init__(self, config: RunConfig, folder: DataFolder) -> None:
         super().__init__(config)
         self.config, self.folder = config, folder
+        if not folder.directions:
+            raise DataError(
+                "the data folder holds text of single languages, and nothing to translate it into",
+                str(folder.path),
+                "train a masked language model on it (task=cross_lingual_lm), or prepare pairs (corpus=text)",
+            )
         self.directions: tuple[str, ...] = config.task.directions or folder.directions
         for name in self.directions:
             if name not in folder.directions:

@@ -172,7 +172,7 @@ def test_product_names_do_not_make_a_foreign_script() -> None:
 def test_block_of_lines_keeps_sides_and_keys_together() -> None:
     pairs = [pair[1:] for pair in PAIRS] + [("Line\u2028two here", "Zeile\u0085zwei hier")]
     block = clean_block((CleaningConfig(), Pair("en", "de"), pairs))
-    assert block.source == "The door is open today.\nLine two here\n"
-    assert block.target == "Die Tür ist heute offen.\nZeile zwei hier\n"
+    assert block.sides[0] == "The door is open today.\nLine two here\n"
+    assert block.sides[1] == "Die Tür ist heute offen.\nZeile zwei hier\n"
     assert block.keys.shape == (2, 3) and block.keys.dtype == np.uint64
     assert block.counts["read"] == len(pairs)

@@ -14,7 +14,7 @@ import pytest
 from moe_train.config import build
 from moe_train.config.corpus import CorpusConfig, WheelConfig
 from moe_train.data import wheels as wheels_module
-from moe_train.data.corpora import ParallelText, read_corpus
+from moe_train.data.corpora import CorpusText, read_corpus
 from moe_train.data.lines import sha256, write_lines
 from moe_train.data.prepare import prepare
 from moe_train.data.progress import Progress
@@ -24,7 +24,7 @@ from tests.data import tiny_corpus
 from tests.data.test_prepare import settings
 
 
-def texts(**config: Any) -> Mapping[str, ParallelText]:
+def texts(**config: Any) -> Mapping[str, CorpusText]:
     return {text.name: text for text in read_corpus(build(CorpusConfig, config), Progress())}
 
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from moe_train.config.corpus import CorpusConfig, SplitConfig, VocabularyConfig
 from moe_train.data.cleaned import CleanedText
-from moe_train.data.corpora import ParallelText
-from moe_train.data.keys import fold, pair_keys, uniform
+from moe_train.data.corpora import CorpusText
+from moe_train.data.keys import fold, line_keys, uniform
 from moe_train.data.lines import write_lines
 from moe_train.data.pairs import Pair
 from moe_train.data.sampling import sample_sentences, shares
@@ -28,8 +28,8 @@ def cleaned(folder: Path, name: str, lines: list[tuple[str, str]]) -> CleanedTex
     pair = Pair.parse(name)
     for language, side in zip(pair, zip(*lines, strict=True), strict=True):
         write_lines(folder / f"{name}.{language}", list(side))
-    pair_keys(lines).tofile(folder / f"{name}.keys")
-    text = ParallelText(pair, None, lambda: iter(lines), ())
+    line_keys(lines, 2).tofile(folder / f"{name}.keys")
+    text = CorpusText(pair, None, lambda: iter(lines), ())
     return CleanedText(text, folder / name, Counter(read=len(lines)), len(lines))
 
 
@@ -47,7 +47,7 @@ def test_no_held_out_sentence_is_trained_on(
     texts = [cleaned(folder, name, pairs) for name, pairs in lines.items()]
     config = CorpusConfig("text", split=SplitConfig(valid=share / 2, test=share, max_sentences=5))
     try:
-        selections = select(texts, {}, {text.pair: ["valid", "test"] for text in texts}, config, seed)
+        selections = select(texts, {}, {text.sides: ["valid", "test"] for text in texts}, config, seed)
     except DataError as error:
         assert "is empty" in str(error)
         return
@@ -56,14 +56,14 @@ def test_no_held_out_sentence_is_trained_on(
         for split in ("valid", "test"):
             assert 1 <= selection.held_out[split].sum() <= 5
             assert not (selection.held_out[split] & selection.train).any()
-            for language in selection.text.pair:
+            for language in selection.text.sides:
                 held[language] |= set(selection.text.lines(language, selection.held_out[split]))
         assert not (selection.held_out["valid"] & selection.held_out["test"]).any()
     for selection in selections:
-        for language in selection.text.pair:
+        for language in selection.text.sides:
             assert not held[language] & set(selection.text.lines(language, selection.train))
         pairs = list(
-            zip(*(selection.text.lines(language, selection.train) for language in selection.text.pair), strict=True)
+            zip(*(selection.text.lines(language, selection.train) for language in selection.text.sides), strict=True)
         )
         assert len(set(pairs)) == len(pairs)
 

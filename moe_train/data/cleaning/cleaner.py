@@ -1,4 +1,4 @@
-"""Applies menders and filters to pairs, and counts what each did."""
+"""Applies menders and filters to pairs and to single lines, and counts what each did."""
 
 from __future__ import annotations
 
@@ -9,63 +9,64 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from moe_train.config.corpus import CleaningConfig
-from moe_train.data.cleaning.filters import FILTERS, SWITCHES, Side
+from moe_train.data.cleaning.filters import COMPARING, FILTERS, SWITCHES, Side
 from moe_train.data.cleaning.menders import MENDERS
 from moe_train.data.cleaning.scripts import codes_of_language
-from moe_train.data.keys import pair_keys
+from moe_train.data.keys import line_keys
 from moe_train.data.normalisation import normalise
-from moe_train.data.pairs import Pair
+from moe_train.data.pairs import Sides
 
 
 @dataclass(frozen=True)
 class CleanBlock:
-    """A block of cleaned pairs as it travels between processes.
+    """A block of cleaned pairs or lines as it travels between processes.
 
     Attributes:
-        source, target: lines, each ended by a line feed.
-        keys: uint64 [pairs, 3], see :func:`moe_train.data.keys.pair_keys`.
+        sides: of each side its lines, each ended by a line feed.
+        keys: uint64 [lines, sides + 1], see :func:`moe_train.data.keys.line_keys`.
         counts: ``read``, ``dropped_<filter>`` and ``mended_<mender>``.
     """
 
-    source: str
-    target: str
+    sides: tuple[str, ...]
     keys: np.ndarray
     counts: Counter[str]
 
 
 @dataclass
 class Cleaner:
-    """Cleans the pairs of one language pair.
+    """Cleans the pairs of one language pair, or the lines of one language.
 
     Args:
         config: which rules act.
-        pair: decides the expected scripts.
+        sides: the languages; they decide the expected scripts, and whether rules that compare two sides act.
     """
 
     config: CleaningConfig
-    pair: Pair
+    sides: Sides
     counts: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         self._menders = [(n, f) for n, f in MENDERS.items() if self.config.enabled and getattr(self.config, n)]
+        self._expected = [codes_of_language(language) for language in self.sides]
         self._filters = {n: f for n, f in FILTERS.items() if self._is_on(n)}
-        self._expected = [codes_of_language(language) for language in self.pair]
 
     def _is_on(self, name: str) -> bool:
         if not self.config.enabled:
             return name == "empty"
+        if name in COMPARING and len(self._expected) == 1:
+            return False
         return name not in SWITCHES or bool(getattr(self.config, SWITCHES[name]))
 
-    def __call__(self, source: str, target: str) -> tuple[str, str] | None:
-        """The mended pair, or None if a filter drops it."""
+    def __call__(self, *line: str) -> tuple[str, ...] | None:
+        """The mended sides of a line, or None if a filter drops it."""
         self.counts["read"] += 1
-        source, target = self._mend(source), self._mend(target)
-        sides = (Side.of(source, self._expected[0]), Side.of(target, self._expected[1]))
+        mended = tuple(map(self._mend, line))
+        sides = [Side.of(text, expected) for text, expected in zip(mended, self._expected, strict=True)]
         for name, keep in self._filters.items():
-            if not keep(*sides, self.config):
+            if not keep(sides, self.config):
                 self.counts[f"dropped_{name}"] += 1
                 return None
-        return source, target
+        return mended
 
     def _mend(self, text: str) -> str:
         # Normalising always acts: a line separator inside a sentence would break the line files that follow.
@@ -78,14 +79,14 @@ class Cleaner:
         return text
 
 
-def clean_block(block: tuple[CleaningConfig, Pair, Sequence[tuple[str, str]]]) -> CleanBlock:
-    """Cleans a block of pairs; runs in a worker process."""
-    config, pair, lines = block
-    cleaner = Cleaner(config, pair)
-    kept = [cleaned for source, target in lines if (cleaned := cleaner(source, target)) is not None]
+def clean_block(block: tuple[CleaningConfig, Sides, Sequence[tuple[str, ...]]]) -> CleanBlock:
+    """Cleans a block of pairs or lines; runs in a worker process."""
+    config, sides, lines = block
+    cleaner = Cleaner(config, sides)
+    kept = [cleaned for line in lines if (cleaned := cleaner(*line)) is not None]
+    count = len(tuple(sides))
     return CleanBlock(
-        source="".join(f"{source}\n" for source, _ in kept),
-        target="".join(f"{target}\n" for _, target in kept),
-        keys=pair_keys(kept),
+        sides=tuple("".join(f"{line[side]}\n" for line in kept) for side in range(count)),
+        keys=line_keys(kept, count),
         counts=cleaner.counts,
     )

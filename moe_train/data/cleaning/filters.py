@@ -1,9 +1,9 @@
-"""Filters: does a pair stay? Each sees the two mended sides and what has been counted in them."""
+"""Filters: does a pair, or a single line, stay? Each sees the mended sides and what has been counted in them."""
 
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -15,7 +15,7 @@ from moe_train.data.keys import fold
 
 @dataclass(frozen=True)
 class Side:
-    """One side of a pair.
+    """One side of a pair, or a single line.
 
     Attributes:
         text: the whole of it.
@@ -36,9 +36,9 @@ class Side:
         return cls(text, words, scripts.script_codes(words), expected)
 
 
-def _unicode(source: Side, target: Side, config: CleaningConfig) -> bool:
+def _unicode(sides: Sequence[Side], config: CleaningConfig) -> bool:
     """No replacement characters, private use or unassigned code points: traces of broken encodings."""
-    return not any(_is_broken(side.text) for side in (source, target))
+    return not any(_is_broken(side.text) for side in sides)
 
 
 def _is_broken(text: str) -> bool:
@@ -47,42 +47,41 @@ def _is_broken(text: str) -> bool:
     )
 
 
-def _empty(source: Side, target: Side, config: CleaningConfig) -> bool:
-    return bool(source.text) and bool(target.text)
+def _empty(sides: Sequence[Side], config: CleaningConfig) -> bool:
+    return all(side.text for side in sides)
 
 
-def _length(source: Side, target: Side, config: CleaningConfig) -> bool:
-    return all(
-        config.min_words <= scripts.count_words(side.text, side.codes) <= config.max_words for side in (source, target)
-    )
+def _length(sides: Sequence[Side], config: CleaningConfig) -> bool:
+    return all(config.min_words <= scripts.count_words(side.text, side.codes) <= config.max_words for side in sides)
 
 
-def _ratio(source: Side, target: Side, config: CleaningConfig) -> bool:
+def _ratio(sides: Sequence[Side], config: CleaningConfig) -> bool:
     # The constant forgives short messages, where ratios mean little.
-    lengths = [scripts.weighted_length(side.text, side.codes) + 8 for side in (source, target)]
+    lengths = [scripts.weighted_length(side.text, side.codes) + 8 for side in sides]
     return max(lengths) <= config.max_ratio * min(lengths)
 
 
-def _letters(source: Side, target: Side, config: CleaningConfig) -> bool:
+def _letters(sides: Sequence[Side], config: CleaningConfig) -> bool:
     return all(
-        len(side.codes) >= max(1.0, config.letter_share * (len(side.words) - side.words.count(" ")))
-        for side in (source, target)
+        len(side.codes) >= max(1.0, config.letter_share * (len(side.words) - side.words.count(" "))) for side in sides
     )
 
 
-def _untranslated(source: Side, target: Side, config: CleaningConfig) -> bool:
+def _untranslated(sides: Sequence[Side], config: CleaningConfig) -> bool:
     # Folding is slow, and equal sentences have equally many letters.
+    source, target = sides
     return len(source.codes) != len(target.codes) or fold(source.text) != fold(target.text)
 
 
-def _placeholders(source: Side, target: Side, config: CleaningConfig) -> bool:
+def _placeholders(sides: Sequence[Side], config: CleaningConfig) -> bool:
+    source, target = sides
     if source.words == source.text and target.words == target.text:
         return True
     return placeholders(source.text) == placeholders(target.text)
 
 
-def _script(source: Side, target: Side, config: CleaningConfig) -> bool:
-    return all(_in_script(side, config.script_share) for side in (source, target))
+def _script(sides: Sequence[Side], config: CleaningConfig) -> bool:
+    return all(_in_script(side, config.script_share) for side in sides)
 
 
 def _in_script(side: Side, share: float) -> bool:
@@ -95,7 +94,7 @@ def _in_script(side: Side, share: float) -> bool:
     return scripts.weighted_letters(side.codes, side.expected) >= share * every
 
 
-Filter = Callable[[Side, Side, CleaningConfig], bool]
+Filter = Callable[[Sequence[Side], CleaningConfig], bool]
 
 FILTERS: Mapping[str, Filter] = MappingProxyType(
     {
@@ -115,3 +114,6 @@ SWITCHES: Mapping[str, str] = MappingProxyType(
     {"untranslated": "untranslated", "placeholders": "placeholders", "script": "script"}
 )
 """Filters that CleaningConfig can turn off by a key."""
+
+COMPARING = frozenset(("ratio", "untranslated", "placeholders"))
+"""Filters that hold one side against the other: only pairs are asked."""

@@ -1,4 +1,4 @@
-"""What a corpus is to the rest of the room: named, line-aligned texts in language pairs; the registry of readers."""
+"""What a corpus is to the rest of the room: named texts of pairs or of single languages; the registry of readers."""
 
 from __future__ import annotations
 
@@ -7,41 +7,50 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moe_train.config.corpus import CorpusConfig
-from moe_train.data.lines import read_parallel
-from moe_train.data.pairs import Pair
+from moe_train.data.lines import SUFFIXES, read_parallel
+from moe_train.data.pairs import Pair, Sides
 from moe_train.data.progress import Progress
 from moe_train.errors import ConfigError, DataError, did_you_mean
 
 
 @dataclass(frozen=True)
-class ParallelText:
-    """Text of one pair of languages.
+class CorpusText:
+    """Text of one pair of languages, line-aligned, or of a single language.
 
     Attributes:
-        pair: the languages in the order of the text.
+        sides: the languages in the order of the text.
         split: ``train``, ``valid`` or ``test`` if the corpus says so; None: moe-prepare cuts the held-out sets that are
             missing for this pair.
-        read: opens the text anew and yields (source, target).
+        read: opens the text anew and yields a line of each side: (source, target), or (line,).
         inputs: the files behind it; their checksums become part of the manifest.
     """
 
-    pair: Pair
+    sides: Sides
     split: str | None
-    read: Callable[[], Iterator[tuple[str, str]]]
+    read: Callable[[], Iterator[tuple[str, ...]]]
     inputs: tuple[Path, ...]
 
     @property
     def name(self) -> str:
-        """``train.en-de``, or ``en-de`` where there is no split."""
-        return f"{self.split}.{self.pair.name}" if self.split else self.pair.name
+        """``train.en-de``, ``train.de`` for a single language; ``en-de`` where there is no split."""
+        return f"{self.split}.{self.sides.name}" if self.split else self.sides.name
 
 
-def files_text(pair: Pair, split: str | None, source: Path, target: Path) -> ParallelText:
+def files_text(pair: Pair, split: str | None, source: Path, target: Path) -> CorpusText:
     """A text that lies in two line-aligned files."""
-    return ParallelText(pair, split, lambda: read_parallel(source, target), (source, target))
+    return CorpusText(pair, split, lambda: read_parallel(source, target), (source, target))
 
 
-Reader = Callable[[CorpusConfig, Progress], list[ParallelText]]
+def named_files(folder: Path) -> Iterator[tuple[str, Path]]:
+    """The files of a folder in order, under their names without the suffix of compression.
+
+    A plain file stands before its compressed copy: of two that are named alike, the first is meant.
+    """
+    for path in sorted(p for p in folder.iterdir() if p.is_file()):
+        yield path.name.removesuffix(path.suffix) if path.suffix in SUFFIXES[1:] else path.name, path
+
+
+Reader = Callable[[CorpusConfig, Progress], list[CorpusText]]
 _READERS: dict[str, Reader] = {}
 
 
@@ -55,7 +64,7 @@ def register(name: str) -> Callable[[Reader], Reader]:
     return add
 
 
-def read_corpus(config: CorpusConfig, progress: Progress) -> list[ParallelText]:
+def read_corpus(config: CorpusConfig, progress: Progress) -> list[CorpusText]:
     """Finds the texts of the configured corpus, restricted to ``corpus.languages`` and ``corpus.pairs``.
 
     Raises:
@@ -71,10 +80,10 @@ def read_corpus(config: CorpusConfig, progress: Progress) -> list[ParallelText]:
     return texts
 
 
-def _only_languages(texts: list[ParallelText], languages: tuple[str, ...]) -> list[ParallelText]:
+def _only_languages(texts: list[CorpusText], languages: tuple[str, ...]) -> list[CorpusText]:
     if not languages:
         return texts
-    known = {language for text in texts for language in text.pair}
+    known = {language for text in texts for language in text.sides}
     for language in languages:
         if language not in known:
             raise DataError(
@@ -82,21 +91,21 @@ def _only_languages(texts: list[ParallelText], languages: tuple[str, ...]) -> li
             )
     # A single language or only the far sides of an English-centric corpus: its centre is meant as well.
     wanted = set(languages)
-    inside = [text for text in texts if set(text.pair) <= wanted]
-    return inside or [text for text in texts if set(text.pair) <= wanted | {"en"}]
+    inside = [text for text in texts if set(text.sides) <= wanted]
+    return inside or [text for text in texts if set(text.sides) <= wanted | {"en"}]
 
 
-def _only_pairs(texts: list[ParallelText], names: tuple[str, ...]) -> list[ParallelText]:
+def _only_pairs(texts: list[CorpusText], names: tuple[str, ...]) -> list[CorpusText]:
     if not names:
         return texts
-    wanted = {pair for name in names for pair in (Pair.parse(name), Pair.parse(name).reversed)}
-    known = {text.pair for text in texts}
+    wanted: set[Sides] = {pair for name in names for pair in (Pair.parse(name), Pair.parse(name).reversed)}
+    known = {text.sides for text in texts}
     for name in names:
         if not {Pair.parse(name), Pair.parse(name).reversed} & known:
             raise DataError(
                 f"the corpus has no pair '{name}'", "corpus.pairs", did_you_mean(name, [p.name for p in known])
             )
-    return [text for text in texts if text.pair in wanted]
+    return [text for text in texts if text.sides in wanted]
 
 
 def corpus_folder(config: CorpusConfig) -> Path:

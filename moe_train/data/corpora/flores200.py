@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moe_train.config.corpus import CorpusConfig
-from moe_train.data.corpora.base import ParallelText, corpus_folder, files_text, listing, register
+from moe_train.data.corpora.base import CorpusText, corpus_folder, files_text, listing, register
 from moe_train.data.corpora.text import texts_of_folder
 from moe_train.data.pairs import Pair
 from moe_train.data.progress import Progress
@@ -37,7 +37,7 @@ _CODES = dict(
 
 
 @register("flores200")
-def read_flores200(config: CorpusConfig, progress: Progress) -> list[ParallelText]:
+def read_flores200(config: CorpusConfig, progress: Progress) -> list[CorpusText]:
     """Held-out sets of the wanted pairs, and the training text if there is some.
 
     Raises:
@@ -57,7 +57,7 @@ def read_flores200(config: CorpusConfig, progress: Progress) -> list[ParallelTex
     return training + held_out
 
 
-def _training(path: str | None) -> list[ParallelText]:
+def _training(path: str | None) -> list[CorpusText]:
     if not path:
         return []
     folder = Path(path).expanduser()
@@ -66,13 +66,13 @@ def _training(path: str | None) -> list[ParallelText]:
     return [text for text in texts_of_folder(folder) if text.split in ("train", None)]
 
 
-def _pairs(config: CorpusConfig, training: Sequence[ParallelText]) -> list[Pair]:
+def _pairs(config: CorpusConfig, training: Sequence[CorpusText]) -> list[Pair]:
     if config.pairs:
         return [Pair.parse(name) for name in config.pairs]
     if config.languages:
         return [Pair("en", language) for language in config.languages if language != "en"]
     if training:
-        return sorted({text.pair for text in training})
+        return sorted({text.sides for text in training if isinstance(text.sides, Pair)})
     raise ConfigError(
         "corpus=flores200 must be told which languages or pairs",
         "corpus.languages",

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from moe_train.config.corpus import CorpusConfig
-from moe_train.data.corpora.base import ParallelText, corpus_folder, listing, register
+from moe_train.data.corpora.base import CorpusText, corpus_folder, listing, register
 from moe_train.data.lines import read_lines, read_parallel
 from moe_train.data.pairs import Pair
 from moe_train.data.progress import Progress
@@ -26,7 +26,7 @@ _KEPT_TAGS = re.compile(r"</?(?:title|description)>")
 
 
 @register("iwslt14")
-def read_iwslt14(config: CorpusConfig, progress: Progress) -> list[ParallelText]:
+def read_iwslt14(config: CorpusConfig, progress: Progress) -> list[CorpusText]:
     """Training text and test sets of every pair below ``corpus.path``.
 
     Raises:
@@ -50,7 +50,7 @@ def _named(path: Path) -> re.Match[str] | None:
     return _TRAIN.fullmatch(path.name)
 
 
-def _training(pair: Pair, folder: Path) -> ParallelText:
+def _training(pair: Pair, folder: Path) -> CorpusText:
     files = tuple(_existing(folder / f"train.tags.{pair.name}.{language}") for language in pair)
 
     def read() -> Iterator[tuple[str, str]]:
@@ -59,17 +59,17 @@ def _training(pair: Pair, folder: Path) -> ParallelText:
             if not source.startswith("<") and not target.startswith("<"):  # <url>, <keywords>, <speaker> …
                 yield source, target
 
-    return ParallelText(pair, None, read, files)
+    return CorpusText(pair, None, read, files)
 
 
-def _test(pair: Pair, sets: list[Path]) -> ParallelText:
+def _test(pair: Pair, sets: list[Path]) -> CorpusText:
     sides = [[_existing(path.with_name(f"{path.name}.{language}.xml")) for path in sets] for language in pair]
 
     def read() -> Iterator[tuple[str, str]]:
         for source, target in zip(*sides, strict=True):
             yield from _segments(source, target)
 
-    return ParallelText(pair, "test", read, (*sides[0], *sides[1]))
+    return CorpusText(pair, "test", read, (*sides[0], *sides[1]))
 
 
 def _segments(source: Path, target: Path) -> Iterator[tuple[str, str]]:

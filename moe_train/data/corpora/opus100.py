@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 from moe_train.config.corpus import CorpusConfig
-from moe_train.data.corpora.base import ParallelText, corpus_folder, files_text, listing, register
+from moe_train.data.corpora.base import CorpusText, corpus_folder, files_text, listing, register
 from moe_train.data.pairs import Pair
 from moe_train.data.progress import Progress
 from moe_train.errors import DataError
@@ -20,7 +20,7 @@ _SPLITS = {"train": "train", "dev": "valid", "test": "test"}
 
 
 @register("opus100")
-def read_opus100(config: CorpusConfig, progress: Progress) -> list[ParallelText]:
+def read_opus100(config: CorpusConfig, progress: Progress) -> list[CorpusText]:
     """Every text below ``corpus.path``, whichever folder of the release that is.
 
     Raises:

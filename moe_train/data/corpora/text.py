@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from moe_train.config.corpus import CorpusConfig
-from moe_train.data.corpora.base import ParallelText, corpus_folder, files_text, listing, register
-from moe_train.data.lines import SUFFIXES
+from moe_train.data.corpora.base import CorpusText, corpus_folder, files_text, listing, named_files, register
 from moe_train.data.pairs import Pair
 from moe_train.data.progress import Progress
 from moe_train.errors import DataError
@@ -24,22 +23,21 @@ _NAME = re.compile(r"(?:(?P<split>train|valid|test)\.)?(?P<pair>[^.\s]+-[^.\s]+)
 
 
 @register("text")
-def read_text(config: CorpusConfig, progress: Progress) -> list[ParallelText]:
+def read_text(config: CorpusConfig, progress: Progress) -> list[CorpusText]:
     """Finds the texts of ``corpus.path``."""
     return list(texts_of_folder(corpus_folder(config)))
 
 
-def texts_of_folder(folder: Path) -> Iterator[ParallelText]:
+def texts_of_folder(folder: Path) -> Iterator[CorpusText]:
     """Yields the texts of a folder.
 
     Raises:
         DataError: no files of the layout, a file without its other side, or a malformed pair name.
     """
     found: dict[tuple[str | None, str], dict[str, Path]] = {}
-    for path in sorted(p for p in folder.iterdir() if p.is_file()):
-        match = _NAME.fullmatch(path.name.removesuffix(path.suffix) if path.suffix in SUFFIXES[1:] else path.name)
+    for file, path in named_files(folder):
+        match = _NAME.fullmatch(file)
         if match and match["language"] in match["pair"]:
-            # Sorted: a plain file stands before its compressed copy, and is the one that is read.
             found.setdefault((match["split"], match["pair"]), {}).setdefault(match["language"], path)
     if not found:
         there = listing(p.name for p in folder.iterdir())

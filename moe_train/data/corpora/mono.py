@@ -1,0 +1,48 @@
+"""``corpus=mono``: a folder of files ``{train,valid,test}.XX``, a sentence or a document a line, plain or compressed.
+
+For masked language models: nothing is the translation of anything.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+from pathlib import Path
+
+from moe_train.config.corpus import CorpusConfig
+from moe_train.data.corpora.base import CorpusText, corpus_folder, listing, named_files, register
+from moe_train.data.lines import read_single
+from moe_train.data.pairs import SPLITS, Single
+from moe_train.data.progress import Progress
+from moe_train.errors import DataError
+
+LAYOUT = "name the files train.XX, valid.XX and test.XX, XX being the language; a line is a sentence or a document"
+_NAME = re.compile(rf"(?P<split>{'|'.join(SPLITS)})\.(?P<language>[^.\s-]+)")
+
+
+@register("mono")
+def read_mono(config: CorpusConfig, progress: Progress) -> list[CorpusText]:
+    """Finds the texts of ``corpus.path``.
+
+    Raises:
+        DataError: no files of the layout, a name that is no language code, or training text without any ``valid.XX``.
+    """
+    folder = corpus_folder(config)
+    found: dict[tuple[str, str], Path] = {}
+    for name, path in named_files(folder):
+        if match := _NAME.fullmatch(name):
+            found.setdefault((match["split"], match["language"]), path)
+    if not found:
+        there = listing(path.name for path in folder.iterdir())
+        raise DataError(f"no files of single languages here (found: {there or 'nothing'})", str(folder), LAYOUT)
+    splits = {split for split, _ in found}
+    if "train" in splits and "valid" not in splits:
+        raise DataError(
+            "there is training text, but no valid.XX to measure a model on",
+            str(folder),
+            "move some lines of train.XX to valid.XX, a thousand of each language, say",
+        )
+    return [
+        CorpusText(Single.parse(language), split, partial(read_single, path), (path,))
+        for (split, language), path in found.items()
+    ]
