@@ -30,6 +30,7 @@ LONGEST = (
     "training/test_exact_resume.py",
     "training/test_deepspeed.py",
     "launch/test_watch.py",
+    "network/test_link_drop.py",
     "commands/test_fairseq.py",
     "evaluation/test_evaluate.py",
     "analysis/test_report.py",

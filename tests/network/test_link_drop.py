@@ -17,7 +17,7 @@ from tests.training.toy_run import assert_same_bits, final_tensors, lines
 
 ROOT = Path(__file__).resolve().parents[2]
 UPDATES = 30
-pytestmark = [pytest.mark.network, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.network, pytest.mark.timeout(600)]
 
 
 @pytest.fixture
@@ -66,6 +66,7 @@ def test_a_link_that_drops_for_5_seconds(hosts: Any, tmp_path: Path) -> None:
     assert lines(tmp_path / "broken") == lines(tmp_path / "whole")
 
 
+@pytest.mark.slow  # the other kind of break: half a minute more
 def test_a_link_that_stays_down(hosts: Any, tmp_path: Path) -> None:
     """Both ranks end by the time limit and rank 0 says what to look at; the run goes on from its last checkpoint.
 
