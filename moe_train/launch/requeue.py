@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
+import time
 
+from moe_train.errors import LaunchError
 from moe_train.launch.environment import launched_rank
-from moe_train.launch.slurm import job_state
+from moe_train.launch.slurm import job_state, own_job
 
 INTERRUPTED = 75  # sysexits.h: EX_TEMPFAIL
+_TRIES, _PAUSE = 3, 2.0  # seconds between them
 
 
 def leave_saved(code: int = INTERRUPTED) -> None:
@@ -30,6 +34,26 @@ def leave_saved(code: int = INTERRUPTED) -> None:
         sys.exit(code)
     if launched_rank():
         return
-    if executor != "slurm" or job_state(os.environ["SLURM_JOB_ID"]) == "RUNNING":
-        signal.raise_signal(signal.Signals[f"SIG{os.environ.get('SUBMITIT_PREEMPT_SIGNAL', 'USR2')}"])
+    for left in reversed(range(_TRIES)):
+        if executor == "slurm" and not _still_runs():
+            break
+        try:
+            signal.raise_signal(signal.Signals[f"SIG{os.environ.get('SUBMITIT_PREEMPT_SIGNAL', 'USR2')}"])
+            break
+        except (OSError, subprocess.SubprocessError) as error:  # submitit asks scontrol once
+            _say(f"Slurm has not taken the job back ({error}), {left} tries left")
+            time.sleep(_PAUSE if left else 0)
     sys.exit(code)
+
+
+def _still_runs() -> bool:
+    """Whether Slurm lets the job run. Where it does not say, being busy, the job does: or this process would not."""
+    try:
+        return job_state(own_job()) == "RUNNING"
+    except LaunchError as error:
+        _say(f"{error.what}: the job is taken for running")
+        return True
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import time
 from collections.abc import Mapping
 
 from moe_train.errors import LaunchError
@@ -16,7 +17,7 @@ from moe_train.launch.environment import under_launcher
 from moe_train.launch.interfaces import interface_between_hosts, interface_towards
 
 _FIRST_PORT, _PORTS = 20000, 12000  # below the range from which kernels hand out ports
-_PATIENCE = 60  # seconds for a controller that is busy
+_TRIES, _PATIENCE = 4, 15.0  # seconds each, for a controller that is busy
 
 
 def take_place() -> None:
@@ -106,25 +107,38 @@ def node_address(node: str) -> str:
     return found.group(1) if found else node
 
 
+def own_job() -> str:
+    """This process's job, for scontrol.
+
+    An array's number alone means all of its elements, and one of them has that number for its own.
+    """
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
+
+
 def job_state(job: str) -> str:
     """``RUNNING``, also while a preempted job has time to save; ``CANCELLED``, ``COMPLETING`` … once Slurm ends it.
+
+    Asks once, since whoever is to leave has little time.
 
     Raises:
         LaunchError: scontrol is not there or does not answer.
     """
-    found = re.search(r"\bJobState=(\w+)", _scontrol("show", "job", job))
+    found = re.search(r"\bJobState=(\w+)", _scontrol("show", "job", job, tries=1))
     return found.group(1) if found else "UNKNOWN"
 
 
-def _scontrol(*words: str) -> str:
-    try:
-        done = subprocess.run(
-            ["scontrol", "--oneliner", *words], capture_output=True, text=True, timeout=_PATIENCE, check=True
-        )
-    except (OSError, subprocess.SubprocessError) as error:
-        raise LaunchError(
-            f"Slurm's scontrol does not answer ({error})",
-            f"scontrol {' '.join(words)}",
-            "export MASTER_ADDR and MASTER_PORT in the job's script, or put scontrol on its PATH",
-        ) from error
-    return done.stdout
+def _scontrol(*words: str, tries: int = _TRIES) -> str:
+    command = ["scontrol", "--oneliner", *words]
+    for left in reversed(range(tries)):
+        try:
+            return subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE, check=True).stdout
+        except (OSError, subprocess.SubprocessError) as error:
+            if not left or isinstance(error, OSError):
+                raise LaunchError(
+                    f"Slurm's scontrol does not answer ({error})",
+                    f"scontrol {' '.join(words)}",
+                    "export MASTER_ADDR and MASTER_PORT in the job's script, or put scontrol on its PATH",
+                ) from error
+            time.sleep(1)
+    raise AssertionError(f"{tries} tries")

@@ -17,11 +17,20 @@ export MASTER_ADDR MASTER_PORT
 # finds the wrong one, name it: export NCCL_SOCKET_IFNAME=ib0 (and GLOO_SOCKET_IFNAME) before sbatch.
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun has not taken it from the job since Slurm 22.05
 
+# An array's number alone means all of its elements, and one of them has that number for its own.
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}
+job=${job:-$SLURM_JOB_ID}
+
 asked=
 stop() {
     asked=yes
     echo "asked to stop at $(date +%T): the ranks save"
-    scancel --signal=TERM "$SLURM_JOB_ID" # to every task; a TERM to srun itself would have it kill them
+    local try
+    for try in 1 2 3; do
+        timeout 15 scancel --signal=TERM "$job" && return # to every task; a TERM to srun itself would have it kill them
+        echo "Slurm has not told the ranks (try $try of 3)"
+        sleep 1
+    done
 }
 trap stop USR1 TERM
 
@@ -47,16 +56,28 @@ on_all_ranks() {
     return "$code"
 }
 
-# A job that Slurm ends itself (cancelled, or preempted without time to spare) is left to it.
-still_ours() { scontrol --oneliner show job "$SLURM_JOB_ID" | grep -q 'JobState=RUNNING'; }
-
+# A job that Slurm ends itself (cancelled, or preempted without time to spare) is left to it. A controller that is busy is
+# asked again; where it does not answer, the job still runs, or this line would not.
 requeue() {
+    local try state
     if ((${SLURM_RESTART_COUNT:-0} >= ${MAX_REQUEUES:-100})); then
         echo "was requeued ${SLURM_RESTART_COUNT} times: not again (MAX_REQUEUES)"
-    elif still_ours; then
-        echo "back into the queue"
-        scontrol requeue "$SLURM_JOB_ID"
+        return
     fi
+    trap '' USR1 TERM # the ranks have gone
+    for try in {1..6}; do
+        state=$(timeout 10 scontrol --oneliner show job "$job" | grep -o 'JobState=[A-Z_]*' | cut -d= -f2)
+        if [[ ${state:-RUNNING} != RUNNING ]]; then
+            echo "is $state: not put back into the queue"
+            return
+        fi
+        [[ -n $state ]] || echo "Slurm does not say whether the job still runs: taken for running"
+        echo "back into the queue"
+        timeout 10 scontrol requeue "$job" && return
+        echo "Slurm has not taken it (try $try of 6)"
+        sleep 2
+    done
+    echo "saved, but not put back into the queue: submit it again with the same run folder"
 }
 
 # Trains in a folder and ends the script. 75: asked to stop, saved.
