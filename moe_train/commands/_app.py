@@ -62,7 +62,8 @@ def _run(config_name: str, callback: Callback) -> None:
     forget_foreign_schemas()
     arguments = get_args_parser().parse_args(sys.argv[1:])
     try:
-        check_overrides(arguments.config_name or config_name, arguments.overrides, arguments.config_dir)
+        typed, words = sys.argv, arguments.overrides
+        arguments.overrides = check_overrides(arguments.config_name or config_name, words, arguments.config_dir)
         forget_foreign_schemas()  # of the plugins that Hydra has found by now
         check_launcher(arguments.overrides, arguments.multirun)
         take_place()
@@ -71,9 +72,10 @@ def _run(config_name: str, callback: Callback) -> None:
             return
     except (UserError, WorkerError) as error:
         _leave(error)
-    typed = sys.argv
+    as_hydra_wants = dict(zip(words, arguments.overrides, strict=True))
+    sys.argv = [as_hydra_wants.get(word, word) for word in typed]
     if not arguments.multirun:
-        sys.argv = [*typed, *folder_words(arguments.overrides)]
+        sys.argv += folder_words(arguments.overrides)
     job = _job(callback, typed, arguments.overrides)
     hydra.main(version_base="1.3", config_path=str(configs_directory()), config_name=config_name)(job)()
 

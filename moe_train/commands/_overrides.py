@@ -23,12 +23,17 @@ from moe_train.errors import ConfigError, MissingDependency, did_you_mean
 _NOTHING = "<nothing>"
 
 
-def check_overrides(config_name: str, overrides: Sequence[str], config_dir: str | None = None) -> None:
+def check_overrides(config_name: str, overrides: Sequence[str], config_dir: str | None = None) -> list[str]:
     """Refuses keys, groups and options that do not exist.
+
+    A group that the config leaves empty (``routing: {}``) is open: whoever reads it knows which keys there are.
 
     Args:
         overrides: the words of the command line, such as ``routing=switch`` or ``training.max_updates=100``.
         config_dir: a folder of the user's own configs (``--config-dir``).
+
+    Returns:
+        The words as Hydra wants them: it takes keys of an open group only where they say that they are added.
 
     Raises:
         ConfigError: names the word, and near spellings.
@@ -41,12 +46,14 @@ def check_overrides(config_name: str, overrides: Sequence[str], config_dir: str 
         groups = dict(_groups(loader))
         chosen = [_check_group(override, groups) for override in parsed if override.key_or_group in groups]
         config = _composed(config_name, [*search, *(word for word in chosen if word)])
-        keys = sorted(_keys(OmegaConf.to_container(config, resolve=False)))  # type: ignore[arg-type]
+        content = OmegaConf.to_container(config, resolve=False)
+        keys, opened = sorted(_keys(content)), tuple(f"{key}." for key in _open_groups(content))
         for override in parsed:
-            if override.key_or_group not in groups and not _is_known(override, keys):
+            if override.key_or_group not in groups and not _is_known(override, keys, opened):
                 key = override.key_or_group.split("@", 1)[0]
                 group = key.partition(".")[0]
                 raise _unknown(key, keys, groups, dict(_with_each(config_name, search, group, groups.get(group, []))))
+    return [f"++{word}" if opened and word.startswith(opened) else word for word in overrides]
 
 
 def check_launcher(overrides: Sequence[str], multirun: bool) -> None:
@@ -134,11 +141,11 @@ def _values(override: Override) -> Iterable[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _is_known(override: Override, keys: Sequence[str]) -> bool:
-    """Whether the key exists, or is to be added."""
+def _is_known(override: Override, keys: Sequence[str], opened: tuple[str, ...]) -> bool:
+    """Whether the key exists, is to be added, or belongs to an open group."""
     key = override.key_or_group.split("@", 1)[0]
     added = override.is_add() or override.is_force_add()
-    return added or key in keys or any(known.startswith(f"{key}.") for known in keys)
+    return added or key in keys or key.startswith(opened) or any(known.startswith(f"{key}.") for known in keys)
 
 
 def _unknown(
@@ -176,6 +183,14 @@ def _near(key: str, keys: Sequence[str], groups: Mapping[str, list[str]]) -> str
     beside = [name for name in keys if parent and name.rpartition(".")[0] == parent]
     beside = beside or sorted({name.split(".", 1)[0] for name in keys})
     return f"known{f' in {parent}' if parent and '.' in beside[0] else ''}: {', '.join(beside)}"
+
+
+def _open_groups(content: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted names of the groups that are empty."""
+    for name, value in content.items() if isinstance(content, dict) else ():
+        if value == {}:
+            yield f"{prefix}{name}"
+        yield from _open_groups(value, f"{prefix}{name}.")
 
 
 def _keys(content: Any, prefix: str = "") -> Iterator[str]:

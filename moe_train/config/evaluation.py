@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from moe_train.config import check
 from moe_train.config.run import LaunchConfig, SearchConfig
+
+
+@dataclass(frozen=True)
+class Inference:
+    """How a trained model routes from now on, where that is not as the run has it.
+
+    Attributes:
+        routing: keys of the strategy that may change after training.
+        draw_seed: of the strategies that draw at inference; None: the run's.
+    """
+
+    routing: Mapping[str, Any] = field(default_factory=dict)
+    draw_seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.draw_seed is not None:
+            check.not_negative("draw_seed", self.draw_seed)
 
 
 @dataclass(frozen=True)
@@ -23,6 +41,7 @@ class EvaluateConfig:
         seed: of the baseline that shuffles outputs between sentences.
         expert_parallel: processes over which the experts of a layer are divided (1: every process holds all of them),
             whatever the layout of the training was.
+        routing, draw_seed: as in :class:`Inference`.
     """
 
     run: str
@@ -33,12 +52,19 @@ class EvaluateConfig:
     max_sentences: int = 0
     seed: int = 1
     expert_parallel: int = 1
+    routing: Mapping[str, Any] = field(default_factory=dict)
+    draw_seed: int | None = None
     search: SearchConfig = field(default_factory=SearchConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
 
     def __post_init__(self) -> None:
         check.not_negative("max_sentences", self.max_sentences)
         check.positive("expert_parallel", self.expert_parallel)
+
+    @property
+    def inference(self) -> Inference:
+        """How the model routes."""
+        return Inference(self.routing, self.draw_seed)
 
 
 @dataclass(frozen=True)
@@ -70,6 +96,7 @@ class TranslateConfig:
         source, target: language codes, such as ``en`` and ``de``.
         buffer: lines that are gathered, sorted by length and translated together, where they come fast enough.
         threads: CPU threads (0: all cores).
+        routing, draw_seed: as in :class:`Inference`.
     """
 
     run: str
@@ -80,11 +107,18 @@ class TranslateConfig:
     buffer: int = 512
     threads: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    routing: Mapping[str, Any] = field(default_factory=dict)
+    draw_seed: int | None = None
     search: SearchConfig = field(default_factory=SearchConfig)
 
     def __post_init__(self) -> None:
         check.positive("buffer", self.buffer)
         check.not_negative("threads", self.threads)
+
+    @property
+    def inference(self) -> Inference:
+        """How the model routes."""
+        return Inference(self.routing, self.draw_seed)
 
 
 @dataclass(frozen=True)

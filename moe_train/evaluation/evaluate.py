@@ -41,7 +41,7 @@ class Held:
 
 
 def evaluate(config: EvaluateConfig, console: Console | None = None) -> Results:
-    """Translates and scores; writes ``hypotheses/`` and ``<split>.json`` into the run folder.
+    """Translates and scores; writes ``hypotheses/`` and ``<split>.json`` into :attr:`OpenedRun.results`.
 
     Directions that an earlier evaluation of the same checkpoint and settings has scored stay in the file.
 
@@ -55,7 +55,7 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> Results:
         ConfigError, DataError, CheckpointError, LaunchError: as :func:`open_run` and :func:`decode`; also an unknown
             direction, or a split without any.
     """
-    run = open_run(config.run, config.checkpoint, config.data)
+    run = open_run(config.run, config.checkpoint, config.data, config.inference)
     held = [_hold(run, config, name) for name in choose_directions(run, config.split, config.directions)]
     jobs = [job for entry in held for job in entry.encoded.jobs]
     start = time.perf_counter()
@@ -78,12 +78,12 @@ def _scored(
     """Writes outputs and scores; under a launcher one rank does it."""
     translations = _assemble(held, outcomes)
     results = _results(run, config, held, translations, _speed(translations, outcomes, seconds, config))
-    path = run.folder.path / f"{config.split}.json"
+    path = run.results / f"{config.split}.json"
     earlier = _earlier(path)
     if earlier is not None and not results.extends(earlier):
-        results = replace(results, notes=[*results.notes, set_aside(run.folder.path, config.split)])
+        results = replace(results, notes=[*results.notes, set_aside(run.results, config.split)])
     for entry, lines in zip(held, translations, strict=True):
-        OutputFiles(run.folder.path, config.split, entry.direction).write(entry.sources, entry.references, lines)
+        OutputFiles(run.results, config.split, entry.direction).write(entry.sources, entry.references, lines)
     merged = results.merged_into(earlier)
     replace_text(path, merged.to_text())
     return merged
@@ -213,6 +213,7 @@ def _settings(run: OpenedRun, config: EvaluateConfig) -> dict[str, Any]:
         "max_sentences": config.max_sentences,
         "seed": config.seed,
         "search": asdict(config.search),
+        **asdict(run.inference),
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,17 @@ from typing import Any
 import torch
 
 from moe_train.config import RunConfig
+from moe_train.config.evaluation import Inference
 from moe_train.errors import DataError, LaunchError
 from moe_train.parallel.layout import ExpertLayout
+from moe_train.routing.after_training import changed, evaluation_values
 from moe_train.tasks import build_task, open_data
 from moe_train.training.checkpoints import CheckpointStore, load_model
 from moe_train.training.integrity import check_files
 from moe_train.training.run_folder import RunFolder
 
 DATA = "data"  # the folder of dictionaries in an export
+VARIANTS = "variants"  # results of a run that routes otherwise than it was told to
 
 
 @dataclass(frozen=True)
@@ -26,8 +30,9 @@ class OpenedRun:
 
     Attributes:
         folder: the run folder.
-        config: as the run was trained, with the data folder's present place.
+        config: as the run was trained, with the data folder's present place and the routing keys changed since.
         checkpoint: the verified checkpoint's folder.
+        inference: how it routes: every key that may change after training, and the seed of draws.
     """
 
     folder: RunFolder
@@ -35,6 +40,19 @@ class OpenedRun:
     data: Any
     task: Any
     checkpoint: Path
+    inference: Inference
+
+    @property
+    def results(self) -> Path:
+        """Where scores and outputs belong: the run folder, or for what routes otherwise a folder of its own in it."""
+        trained, here = _inference(self.folder.config), self.inference
+        changed = [f"{key}={value}" for key, value in here.routing.items() if value != trained.routing[key]]
+        if here.draw_seed != trained.draw_seed:
+            changed.append(f"draw_seed={here.draw_seed}")
+        if not changed:
+            return self.folder.path
+        name = ",".join(changed)
+        return self.folder.path / VARIANTS / re.sub(r"[^\w.,=+-]", "_", name)
 
     def load(self, device: torch.device | str = "cpu", layout: ExpertLayout | None = None) -> LoadedRun:
         """Builds the model on ``device`` and loads the checkpoint's weights.
@@ -47,6 +65,7 @@ class OpenedRun:
         """
         model = self.task.build_model(layout)
         load_model(self.checkpoint, model)
+        model.set_seed(self.inference.draw_seed)
         model.to(device).eval()
         return LoadedRun(**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}, model=model)
 
@@ -58,7 +77,12 @@ class LoadedRun(OpenedRun):
     model: Any
 
 
-def open_run(path: Path | str, checkpoint: str | int | Path = "best", data: Path | str | None = None) -> OpenedRun:
+def open_run(
+    path: Path | str,
+    checkpoint: str | int | Path = "best",
+    data: Path | str | None = None,
+    inference: Inference | None = None,
+) -> OpenedRun:
     """Opens a run without loading its weights.
 
     Args:
@@ -66,9 +90,10 @@ def open_run(path: Path | str, checkpoint: str | int | Path = "best", data: Path
         checkpoint: ``best``, ``last``, ``averaged``, or an update's number; or the folder of a checkpoint that has been
             verified before, by the process that hands out the work.
         data: the data folder, where it has moved.
+        inference: how it routes, where not as the run has it.
 
     Raises:
-        ConfigError: no run folder.
+        ConfigError: no run folder, or a routing key that cannot change after training.
         CheckpointError: no such checkpoint, or a damaged one.
         DataError: the data folder is missing or damaged.
     """
@@ -85,9 +110,16 @@ def open_run(path: Path | str, checkpoint: str | int | Path = "best", data: Path
         raise DataError(
             "the data folder that the run was trained on is not there", config.data, "say where it is now: data=FOLDER"
         )
+    inference = inference or Inference()
+    config = dataclasses.replace(config, routing=changed(config.routing, inference.routing))
     opened = open_data(config)
     found = checkpoint if isinstance(checkpoint, Path) else CheckpointStore(folder.checkpoints).resolve(checkpoint)
-    return OpenedRun(folder, config, opened, build_task(config, opened), found)
+    return OpenedRun(folder, config, opened, build_task(config, opened), found, _inference(config, inference.draw_seed))
+
+
+def _inference(config: RunConfig, draw_seed: int | None = None) -> Inference:
+    """Every key that may change after training as the config has it, and the seed; None: the run's."""
+    return Inference(evaluation_values(config.routing), config.seed if draw_seed is None else draw_seed)
 
 
 def _is_export(folder: RunFolder) -> bool:
@@ -100,9 +132,10 @@ def load_run(
     checkpoint: str | int = "best",
     data: Path | str | None = None,
     device: torch.device | str = "cpu",
+    inference: Inference | None = None,
 ) -> LoadedRun:
     """Opens a run and loads its weights; arguments and errors as :func:`open_run` and :meth:`OpenedRun.load`."""
-    return open_run(path, checkpoint, data).load(device)
+    return open_run(path, checkpoint, data, inference).load(device)
 
 
 def choose_device(wanted: str, index: int = 0) -> torch.device:

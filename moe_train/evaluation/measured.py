@@ -26,7 +26,7 @@ _SHOWN = ("accuracy", "macro_f1", "ppl", "nll_loss")
 
 
 def measure(config: EvaluateConfig) -> dict[str, Any]:
-    """Runs the model over every set of a split; writes ``<split>.json`` into the run folder.
+    """Runs the model over every set of a split; writes ``<split>.json`` into :attr:`OpenedRun.results`.
 
     Returns:
         The file's content: ``sets`` (name → measures), ``summary`` (what the task makes of them), ``routing`` (name →
@@ -37,7 +37,7 @@ def measure(config: EvaluateConfig) -> dict[str, Any]:
         ConfigError, DataError, CheckpointError: as :func:`load_run`, and a split that is not there.
     """
     device = choose_device(config.launch.device)
-    run = load_run(config.run, config.checkpoint, config.data, device)
+    run = load_run(config.run, config.checkpoint, config.data, device, config.inference)
     sets = run.task.evaluation_sets(config.split, config.max_sentences)
     start = time.perf_counter()
     sums = {name: _measure_set(run, config.split, name, batches, device) for name, batches in sets.items()}
@@ -59,11 +59,12 @@ def measure(config: EvaluateConfig) -> dict[str, Any]:
         "items_per_second": items / max(seconds, 1e-9),
         "device": str(device),
         "threads": torch.get_num_threads(),
-        "settings": asdict(config),
+        "settings": {**asdict(config), **asdict(run.inference)},
         "command": sys.argv,
         "versions": versions(),
     }
-    replace_text(run.folder.path / f"{config.split}.json", json.dumps(content, indent=1) + "\n")
+    run.results.mkdir(parents=True, exist_ok=True)
+    replace_text(run.results / f"{config.split}.json", json.dumps(content, indent=1) + "\n")
     return content
 
 

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from moe_train.config import LaunchConfig, SearchConfig
+from moe_train.config.evaluation import Inference
 from moe_train.errors import LaunchError, UserError
 from moe_train.evaluation.decoding import Job, Outcome, Translator
 from moe_train.evaluation.in_step import decode_in_step, plan_evaluation
@@ -38,10 +39,15 @@ class _Recipe:
     run: Path
     checkpoint: Path
     data: str
+    inference: Inference
     search: SearchConfig
     device: str
     threads: int
     plan: LayoutPlan | None = None
+
+    def open(self) -> OpenedRun:
+        """The run, whose checkpoint has been verified."""
+        return open_run(self.run, self.checkpoint, self.data, self.inference)
 
 
 def decode(
@@ -127,6 +133,7 @@ def _decode_in_processes(
         run.folder.path.resolve(),
         run.checkpoint.resolve(),
         run.config.data,
+        run.inference,
         search,
         launch.device,
         _threads(count),
@@ -196,7 +203,7 @@ def _work_as_rank(recipe: _Recipe, rank: int, jobs: Sequence[Job], meeting: str,
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         store = f"file://{meeting}/store"
         dist.init_process_group(backend, init_method=store, rank=rank, world_size=recipe.plan.world)
-        run = open_run(recipe.run, recipe.checkpoint, recipe.data)
+        run = recipe.open()
         for done in decode_in_step(run, jobs, recipe.search, recipe.plan, device):
             outbox.put(done)
         dist.destroy_process_group()
@@ -211,7 +218,7 @@ def _work(recipe: _Recipe, number: int, inbox: Any, outbox: Any) -> None:
     try:
         torch.set_num_threads(recipe.threads)
         device = choose_device(recipe.device, number)
-        run = open_run(recipe.run, recipe.checkpoint, recipe.data)
+        run = recipe.open()
         translator = Translator(run.task, run.load(device).model, recipe.search, device)
         for index, job in iter(inbox.get, None):
             outbox.put((index, translator.run(job)))

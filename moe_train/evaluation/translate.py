@@ -30,7 +30,7 @@ def translate_input(config: TranslateConfig) -> None:
     console = Console(stderr=True, highlight=False)
     if config.threads:
         torch.set_num_threads(config.threads)
-    run = open_run(config.run, config.checkpoint, config.data)
+    run = open_run(config.run, config.checkpoint, config.data, config.inference)
     source, target = config.source, config.target
     check_languages(source, target, run.data.languages)
     if f"{source}-{target}" not in run.task.directions:

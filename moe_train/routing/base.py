@@ -47,9 +47,12 @@ class RoutingConfig:
     Class attributes:
         layout_keys: keys that may say ``rank`` or ``node`` until :func:`moe_train.routing.registry.resolve` makes them
             the number of these at the first launch.
+        evaluation_keys: keys that change nothing of what was trained, so that an evaluation may set them anew
+            (:mod:`moe_train.routing.after_training`).
     """
 
     layout_keys: ClassVar[tuple[str, ...]] = ()
+    evaluation_keys: ClassVar[tuple[str, ...]] = ()
 
     name: str = ""
     num_experts: int = 8

@@ -7,7 +7,7 @@ are counted, in training and at evaluation, so that equal seeds give equal route
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -26,6 +26,7 @@ class RandomConfig(RoutingConfig):
     draw: who shares a draw: nobody (``token``), a ``sentence``'s tokens, or the whole ``batch``.
     """
 
+    evaluation_keys: ClassVar[tuple[str, ...]] = ("draw",)
     name: str = "random"
     draw: Literal["token", "sentence", "batch"] = "token"
 

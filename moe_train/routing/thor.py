@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ class ThorConfig(RoutingConfig):
             position); ``ensemble`` averages the outputs of all experts.
     """
 
+    evaluation_keys: ClassVar[tuple[str, ...]] = ("inference",)
     name: str = "thor"
     passes: int = 2
     consistency_weight: float = 5.0

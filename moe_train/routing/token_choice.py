@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ class TokenChoiceConfig(RoutingConfig):
         expert_output_masking: p of NLLB's regulariser.
     """
 
+    evaluation_keys: ClassVar[tuple[str, ...]] = ("evaluation_capacity_factor",)
     balance_weight: float = 0.01
     z_weight: float = 0.0
     jitter: float = 0.0

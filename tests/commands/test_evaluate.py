@@ -45,6 +45,13 @@ def test_the_table_and_the_files(run_folder: Path, tmp_path: Path) -> None:
         (("run={run}", "checkpoint=77"), "there is no checkpoint '77'"),
         (("run={run}/checkpoints",), "this is no run folder"),
         (("run={run}", "sprit=valid"), "unknown key 'sprit'"),
+        (
+            ("run={run}", "routing.num_experts=8"),
+            "'routing.num_experts' cannot change after training with routing=switch. "
+            "These can: routing.evaluation_capacity_factor.",
+        ),
+        (("run={run}", "routing.evaluation_capacity_factor=-1"), "'routing.evaluation_capacity_factor' must be above"),
+        (("run={run}", "draw_seed=-1"), "'draw_seed' must not be negative"),
         ((), "the key 'run' has no value"),
     ],
 )

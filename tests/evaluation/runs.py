@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,10 +27,19 @@ MODEL = ModelConfig(
 
 
 def make_run(
-    folder: Path, data: DataFolder, strategy: str = "switch", seed: int = 1, directions: tuple[str, ...] = ()
+    folder: Path,
+    data: DataFolder,
+    strategy: str = "switch",
+    seed: int = 1,
+    directions: tuple[str, ...] = (),
+    **keys: Any,
 ) -> Path:
-    """Writes a run folder with checkpoints ``step_5`` (best) and ``step_9`` (last, other weights)."""
-    routing = {"name": strategy} if strategy == "dense" else {"name": strategy, "num_experts": 4}
+    """Writes a run folder with checkpoints ``step_5`` (best) and ``step_9`` (last, other weights).
+
+    Args:
+        keys: of the routing group.
+    """
+    routing = {"name": strategy, **({} if strategy == "dense" else {"num_experts": 4}), **keys}
     config = RunConfig(str(data.path), seed=seed, routing=routing, model=MODEL, task=TaskConfig(directions=directions))
     run = RunFolder(folder)
     run.begin(config, data.fingerprint)

@@ -1,0 +1,56 @@
+"""Keys of a strategy that may change after training: what its config names in ``evaluation_keys``, such as THOR's
+``inference``. They decide how a trained model routes and leave its parameters, and what they have learnt, as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from moe_train.errors import ConfigError
+from moe_train.routing.registry import decoder_config, routing_config
+
+_DECODER = "decoder."
+
+
+def evaluation_values(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """Every such key of a ``routing`` group and its value; those of a decoder's own strategy as ``decoder.KEY``."""
+    config = routing_config(keys)
+    found = {key: getattr(config, key) for key in config.evaluation_keys}
+    if config.decoder is not None:
+        decoder = decoder_config(config)
+        found |= {f"{_DECODER}{key}": getattr(decoder, key) for key in decoder.evaluation_keys}
+    return found
+
+
+def changed(keys: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The ``routing`` group with ``changes``; those of a decoder's own strategy stand in a group ``decoder``, or as
+    ``decoder.KEY``.
+
+    Raises:
+        ConfigError: a key that was part of the training, or a value that cannot be.
+    """
+    flat, allowed = _flat(changes), evaluation_values(keys)
+    for key in flat:
+        if key not in allowed:
+            known = ", ".join(f"routing.{name}" for name in allowed)
+            raise ConfigError(
+                f"'routing.{key}' cannot change after training with routing={keys['name']}",
+                remedy=f"these can: {known}" if known else "leave it out: no key of this strategy can",
+            )
+    found = {**keys, **{key: value for key, value in flat.items() if not key.startswith(_DECODER)}}
+    inner = {key.removeprefix(_DECODER): value for key, value in flat.items() if key.startswith(_DECODER)}
+    if inner:
+        before = keys["decoder"]
+        found["decoder"] = {**({"name": before} if isinstance(before, str) else before), **inner}
+    evaluation_values(found)  # refuses values that cannot be
+    return found
+
+
+def _flat(changes: Mapping[str, Any]) -> dict[str, Any]:
+    found = dict(changes)
+    inner = found.get("decoder")
+    if isinstance(inner, Mapping):
+        del found["decoder"]
+        found |= {f"{_DECODER}{key}": value for key, value in inner.items()}
+    return found
