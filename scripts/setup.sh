@@ -111,10 +111,17 @@ print(sys.version, settings["build-system"], settings["project"], settings["tool
     } | sha256sum | cut -d' ' -f1
 }
 
+# Whether the environment has the interpreter's version that PYTHON asks for, and sees its torch if that is asked for.
+is_as_asked() {
+    local version='import sys; print(sys.version)'
+    if [[ -n ${PYTHON:-} && "$("$PYTHON" -c "$version" 2>&1)" != "$("$VENV/bin/python" -c "$version")" ]]; then return 1; fi
+    ! $system_torch || grep -q '^include-system-site-packages = true' "$VENV/pyvenv.cfg"
+}
+
 # A full environment also serves a minimal call.
 is_ready() {
     local known
-    [[ -f $STAMP && -x $VENV/bin/python ]] || return 1
+    [[ -f $STAMP && -x $VENV/bin/python ]] && is_as_asked || return 1
     known=$(<"$STAMP")
     [[ $known == "$(fingerprint "$extras")" || $known == "$(fingerprint "$FULL_EXTRAS")" ]]
 }
@@ -168,7 +175,7 @@ main() {
     local started=$SECONDS
     find_python
     need_system_packages
-    if ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then make_venv; fi
+    if ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1 || ! is_as_asked; then make_venv; fi
     rm -f "$STAMP"
     write_constraints
     install
@@ -176,4 +183,4 @@ main() {
     say "ready in $((SECONDS - started)) s; 'source $VENV/bin/activate' puts moe-train and its companions on PATH"
 }
 
-main "$@"
+if [[ ${BASH_SOURCE[0]} == "$0" ]]; then main "$@"; fi

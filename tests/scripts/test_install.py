@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,24 @@ def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
 def alone(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
     """In a network namespace of its own, in which there is nothing, not even a loopback that is up."""
     return run("unshare", "--net", *command, cwd=cwd)
+
+
+@pytest.mark.parametrize("sees_system", [True, False])
+def test_an_environment_of_another_kind_is_made_again(root: Path, tmp_path: Path, sees_system: bool) -> None:
+    """One that does not see the system's torch does not serve --system-torch, nor does one of another Python."""
+    (tmp_path / "scripts").mkdir()
+    shutil.copy2(root / "scripts/setup.sh", tmp_path / "scripts/setup.sh")
+    kind = ["--system-site-packages"] if sees_system else []
+    assert run(sys.executable, "-m", "venv", "--without-pip", *kind, ".venv", cwd=tmp_path).returncode == 0
+    other = tmp_path / "python"
+    other.write_text("#!/bin/sh\necho 3.11.0 of another build\n", encoding="ascii")
+    other.chmod(0o755)
+
+    def as_asked(settings: str) -> bool:
+        return run("bash", "-c", f"source scripts/setup.sh && {settings} && is_as_asked", cwd=tmp_path).returncode == 0
+
+    assert as_asked("system_torch=false") and as_asked("system_torch=true") == sees_system
+    assert as_asked(f"PYTHON={sys.executable}") and not as_asked(f"PYTHON={other}")
 
 
 USE = """
