@@ -24,7 +24,7 @@ def make_bleu_validator(
     max_sentences: int = 0,
     split: str = "valid",
     expert_parallel: int | None = None,
-) -> Callable[[nn.Module], dict[str, float]]:
+) -> Callable[..., dict[str, float]]:
     """Prepares validation by BLEU. Call it on every rank, and the result on every rank at the same update.
 
     Args:
@@ -33,7 +33,8 @@ def make_bleu_validator(
         expert_parallel: above 1 the ranks hold each other's experts and search in step (None: as the config says).
 
     Returns:
-        ``model → {direction: BLEU}``, the same for any number of ranks; the model is left as it was.
+        ``model → {direction: BLEU}``, the same for any number of ranks; the model is left as it was. A second argument
+        is called before each round of batches, on every rank, and may break off by an error.
     """
     if expert_parallel is None:
         expert_parallel = task.config.layout.expert_parallel
@@ -42,13 +43,13 @@ def make_bleu_validator(
     held = {name: _hold(task, data, split, name, search, max_sentences) for name in directions}
     jobs = [job for encoded, _ in held.values() for job in encoded.jobs]
 
-    def validate(model: nn.Module) -> dict[str, float]:
+    def validate(model: nn.Module, between: Callable[[], None] = lambda: None) -> dict[str, float]:
         device = next(model.parameters()).device
         world = World.current(device)
         company = world if together and world.size > 1 else None
         with _evaluating(model):
             translator = Translator(task, model, search, device, company)  # type: ignore[arg-type]
-            outcomes = _share(translator, jobs, world, together=company is not None)
+            outcomes = _share(translator, jobs, world, company is not None, between)
         return world.broadcast(_scores(held, outcomes) if world.main else {})
 
     return validate
@@ -64,12 +65,18 @@ def _hold(
     return encode(task, sources, source, target, search.batch_tokens), references
 
 
-def _share(translator: Translator, jobs: list[Job], world: World, together: bool) -> list[Outcome]:
+def _share(
+    translator: Translator, jobs: list[Job], world: World, together: bool, between: Callable[[], None]
+) -> list[Outcome]:
     """Every n-th job is this rank's; all outcomes on every rank, in the order of the jobs."""
-    mine = jobs[world.rank :: world.size]
-    rounds = -(-len(jobs) // world.size) if together else len(mine)
-    idle = [Job(jobs[0].source, jobs[0].target, (), ())] * (rounds - len(mine)) if jobs else []
-    outcomes = [translator.run(job) for job in (*mine, *idle)][: len(mine)]
+    outcomes = []
+    for first in range(0, len(jobs), world.size):
+        between()
+        number = first + world.rank
+        if number < len(jobs):
+            outcomes.append(translator.run(jobs[number]))
+        elif together:
+            translator.run(Job(jobs[0].source, jobs[0].target, (), ()))
     shares = world.gather(outcomes)
     return [shares[i % world.size][i // world.size] for i in range(len(jobs))]
 

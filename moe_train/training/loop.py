@@ -2,48 +2,31 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch.distributed as dist
-from rich.console import Console
-from rich.markup import escape
+import torch
 from torch import nn
 
 from moe_train.config import RunConfig
-from moe_train.errors import TrainingError
 from moe_train.parallel.counters import TrafficCounters
-from moe_train.parallel.layout import ExpertLayout
-from moe_train.parallel.ranks import ProcessRanks
-from moe_train.routing.context import Alone, Ranks
 from moe_train.training import best, guard
-from moe_train.training.about import Account, describe_run, measured_flops, summary
-from moe_train.training.background import world_aside
-from moe_train.training.checkpoints import CheckpointStore
-from moe_train.training.engines import Engine, EngineInputs, build_engine
-from moe_train.training.hooks import tell
-from moe_train.training.initial import initialise_from
+from moe_train.training.about import Account, measured_flops
 from moe_train.training.journal import Interval
 from moe_train.training.keeper import Keeper
-from moe_train.training.layouts import build_layout, layout_warnings, pictures
 from moe_train.training.progress import Display, validation_text
 from moe_train.training.records import Records
-from moe_train.training.run_folder import RunFolder, config_digest
+from moe_train.training.run_folder import RunFolder
 from moe_train.training.samples import SampleLoader
 from moe_train.training.schedules import learning_rate
-from moe_train.training.signals import StopSignals
+from moe_train.training.signals import AskedToStop, StopSignals
 from moe_train.training.state import RunState
 from moe_train.training.steps import Stepper, UpdateReport
 from moe_train.training.validation import Validator, average_bleu
 from moe_train.training.world import World
 
-if TYPE_CHECKING:
-    from moe_train.tasks.base import TrainingTask
-
-ValidateBleu = Callable[[nn.Module], Mapping[str, float]]
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+ValidateBleu = Callable[[nn.Module, Callable[[], None]], Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -54,123 +37,6 @@ class Outcome:
     update: int
     best: float | None
     best_update: int
-
-
-def train(
-    config: RunConfig,
-    task: TrainingTask,
-    folder: RunFolder,
-    *,
-    world: World | None = None,
-    validate_bleu: ValidateBleu | None = None,
-    account: Account | None = None,
-    console: Console | None = None,
-) -> Outcome:
-    """Trains, or goes on training, in ``folder``. Every rank calls it.
-
-    Args:
-        config: checked before (:meth:`RunFolder.check`, :mod:`moe_train.training.preflight`).
-        task: batches, model and criterion.
-        world: None: the default process group, on the CPU.
-        validate_bleu: scores per direction; every rank calls it at the same updates.
-        account: what run.json says of the model's size and cost.
-        console: rank 0's screen; None: silence.
-
-    Raises:
-        TrainingError: too many updates without a finite gradient, or a full disk.
-        CheckpointError: a checkpoint that cannot be written, or that is damaged where the run should go on from it.
-    """
-    world = world or World.current()
-    world.pulse.run = folder.path
-    parts = _Parts(config, task, folder, world, validate_bleu, account, console if world.main else None)
-    loop = _assemble(parts)
-    try:
-        return loop.run()
-    except OSError as error:
-        if error.errno in _FULL:
-            raise TrainingError(
-                f"the disk is full ({error.strerror})", str(folder.path), "make room and start the same command again"
-            ) from error
-        raise
-    finally:
-        loop.close()
-
-
-@dataclass(frozen=True)
-class _Parts:
-    """The arguments of :func:`train`."""
-
-    config: RunConfig
-    task: TrainingTask
-    folder: RunFolder
-    world: World
-    validate_bleu: ValidateBleu | None
-    account: Account | None
-    screen: Console | None
-
-
-def _assemble(given: _Parts) -> Loop:
-    config, task, folder, world = given.config, given.task, given.folder, given.world
-    ranks: Ranks = ProcessRanks(dist.new_group()) if world.size > 1 else Alone()
-    layout = build_layout(config, world)
-    engine = _engine(given, ranks, layout)
-    criterion = task.build_criterion().to(world.device)
-    about = {
-        "config_digest": config_digest(config),
-        "world": world.size,
-        "expert_parallel": layout.plan.expert_parallel,
-    }
-    keeping = config.training.checkpoint
-    store = CheckpointStore(folder.checkpoints, world_aside(world) if keeping.asynchronous else world)
-    keeper = Keeper(store, engine, keeping, about)
-    state = keeper.restore() or RunState()
-    samples = SampleLoader(task, world)
-    if world.main:
-        describe_run(folder, config, engine.module, world, state.update, given.account, layout.plan)
-    if given.screen is not None:
-        for text in keeper.aside:
-            given.screen.print(f"[yellow]note:[/] {escape(text)}", highlight=False, soft_wrap=True)
-        given.screen.print(summary(folder, config, state, samples.batches))
-        _say_layout(given, layout)
-    return Loop(
-        config=config,
-        state=state,
-        folder=folder,
-        world=world,
-        stepper=Stepper(engine, criterion, world, config.seed, layout.counters),
-        samples=samples,
-        validator=Validator(task, criterion, engine, world, ranks),
-        keeper=keeper,
-        records=Records(folder, world.main, state.update),
-        display=Display(config.training.max_updates, state.update, given.screen),
-        interval=Interval.from_json(state.interval, world.device),
-        counters=layout.counters,
-        validate_bleu=given.validate_bleu,
-        account=given.account,
-    )
-
-
-def _say_layout(given: _Parts, layout: ExpertLayout) -> None:
-    assert given.screen is not None
-    for text in pictures(given.config, layout.plan):
-        given.screen.print(text, highlight=False, markup=False)
-    for text in layout_warnings(given.config, layout.plan):
-        given.screen.print(f"[yellow]note:[/] {escape(text)}", highlight=False)
-
-
-def _engine(given: _Parts, ranks: Ranks, layout: ExpertLayout) -> Engine:
-    """The model, told who shares its batches, inside its engine.
-
-    The ranks of the routers have a communicator of their own: their reductions never interleave with the engine's.
-    """
-    config, folder, world = given.config, given.folder, given.world
-    module = given.task.build_model(layout).to(world.device).train()
-    tell(module, "set_recompute", config.training.recompute)
-    tell(module, "set_ranks", ranks)
-    latest = world.broadcast(CheckpointStore(folder.checkpoints, world).latest())
-    if config.training.init_from is not None and latest is None:
-        initialise_from(module, config.training.init_from, world)
-    return build_engine(EngineInputs(module, config.engine, config.training, world, layout))
 
 
 @dataclass
@@ -195,28 +61,57 @@ class Loop:
     counters: TrafficCounters
     validate_bleu: ValidateBleu | None = None
     account: Account | None = None
+    signals: StopSignals = field(default_factory=StopSignals)
     traffic: TrafficCounters = field(default_factory=TrafficCounters)
     counted: int = 0
     flops: float | None = None
 
     def run(self) -> Outcome:
         """Until the last update, patience, or a signal."""
-        status = "finished"
-        with StopSignals() as signals, self.display:
-            while self.state.update < self.config.training.max_updates:
-                report = self._update(stop=signals.received is not None)
-                validated = self._validation_due()
-                improved = self._validate() if validated else False
-                if validated and best.patience_spent(self.state, self.config.training.validation):
-                    status = "stopped_early"
-                    break
-                if report.stop:
-                    status = "interrupted"
-                    break
-                if improved or self.keeper.due(self.state.update):
-                    self._save()
+        with self.signals, self.display:
+            status = self._go_on()
             self._leave(status)
         return Outcome(status, self.state.update, self.state.best, self.state.best_update)
+
+    def _go_on(self) -> str:
+        """Updates and what follows each of them; gives the reason to leave."""
+        # A signal has come between the last update and its validation: that is done first.
+        left = self._follow_up(stop=False) if self.state.pending else ""
+        while not left and self.state.update < self.config.training.max_updates:
+            report = self._update()
+            self.state.pending = self._validation_due()
+            left = self._follow_up(report.stop)
+        return left or "finished"
+
+    def _follow_up(self, stop: bool) -> str:
+        """Validates and saves where that is due; gives the reason to leave, "" where there is none.
+
+        Who is asked to stop has no time for a validation, which may be long: it is left to the session that goes on.
+        """
+        improved = False
+        if self.state.pending and not stop:
+            try:
+                improved = self._validate()
+            except AskedToStop:
+                return "interrupted"
+            self.state.pending = False
+            if best.patience_spent(self.state, self.config.training.validation):
+                return "stopped_early"
+            stop = self._asked()
+        if stop:
+            return "interrupted"
+        if improved or self.keeper.due(self.state.update):
+            self._save()
+        return ""
+
+    def _asked(self) -> bool:
+        """Whether any rank was asked to stop; every rank calls it."""
+        own = torch.tensor(float(self.signals.asked()), device=self.world.device)
+        return bool(self.world.max(own) > 0)
+
+    def _give_way(self) -> None:
+        if self._asked():
+            raise AskedToStop
 
     def close(self) -> None:
         """Ends background threads."""
@@ -224,13 +119,13 @@ class Loop:
         self.samples.close()
         self.records.close()
 
-    def _update(self, stop: bool) -> UpdateReport:
+    def _update(self) -> UpdateReport:
         training, done = self.config.training, self.state.update
         self.world.pulse.mark("reading samples", done + 1)
         plan, samples = self.samples.get(done, last=done + 1 >= training.max_updates)
         lr = learning_rate(training.schedule, training.optimizer.lr, training.max_updates, done + 1)
         self.world.pulse.mark("computing the update")
-        report = self.stepper.run(done, samples, lr, stop)
+        report = self.stepper.run(done, samples, lr, self.signals.asked)
         self.state.update, self.state.epoch = done + 1, plan.epoch
         applied = report.outcome.applied
         self.interval.add(report.sums, report.outcome.grad_norm if applied else None, report.seconds, report.traffic)
@@ -262,9 +157,13 @@ class Loop:
             return self._judged()
 
     def _judged(self) -> bool:
-        line: dict[str, Any] = {"update": self.state.update, "epoch": self.state.epoch, **self.validator.run()}
+        line: dict[str, Any] = {
+            "update": self.state.update,
+            "epoch": self.state.epoch,
+            **self.validator.run(self._give_way),
+        }
         if self.validate_bleu is not None and self.config.training.validation.bleu:
-            scores = dict(self.validate_bleu(self.stepper.engine.module))
+            scores = dict(self.validate_bleu(self.stepper.engine.module, self._give_way))
             line |= {"bleu": average_bleu(scores), "bleu_by_direction": scores}
         improved = best.judge(self.state, line, self.config.training.validation)
         self.records.validated(line)

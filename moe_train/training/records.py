@@ -16,15 +16,16 @@ class Records:
 
     Args:
         update: where the run goes on: what the logs hold beyond it is removed.
+        pending: whether that update's validation is yet to come (again, perhaps: the checkpoint is from before it).
     """
 
-    def __init__(self, folder: RunFolder, main: bool, update: int) -> None:
+    def __init__(self, folder: RunFolder, main: bool, update: int, pending: bool = False) -> None:
         self._folder = folder if main else None
         self._board: SummaryWriter | None = None
         if main:
             from torch.utils.tensorboard import SummaryWriter
 
-            folder.cut(update)
+            folder.cut(update, pending)
             self._board = SummaryWriter(str(folder.path / "tensorboard"), purge_step=update + 1 if update else None)
 
     def trained(self, line: Mapping[str, Any]) -> None:

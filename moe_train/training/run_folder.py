@@ -186,11 +186,15 @@ class RunFolder:
         with path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(dict(line)) + "\n")
 
-    def cut(self, update: int) -> None:
-        """Removes log lines beyond ``update``, and a last one that was not written to its end."""
-        for path in (self.train_log, self.valid_log):
+    def cut(self, update: int, pending: bool = False) -> None:
+        """Removes log lines beyond ``update``, and a last one that was not written to its end.
+
+        Args:
+            pending: the validation of ``update`` is yet to come: its line goes too.
+        """
+        for path, last in ((self.train_log, update), (self.valid_log, update - pending)):
             if path.exists():
-                kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _update_of(line) <= update]
+                kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _update_of(line) <= last]
                 replace_text(path, "".join(f"{line}\n" for line in kept))
 
 

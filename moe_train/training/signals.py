@@ -1,4 +1,4 @@
-"""Being asked to stop: the signal sets a flag, the loop saves and leaves at the next update."""
+"""Being asked to stop: the signal sets a flag, the loop saves and leaves at the end of the update under way."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from types import FrameType, TracebackType
 from typing import Any
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)  # USR2: submitit's
+
+
+class AskedToStop(Exception):
+    """Breaks a validation off, on every rank at the same place."""
 
 
 class StopSignals:
@@ -30,6 +34,10 @@ class StopSignals:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def asked(self) -> bool:
+        """Whether this process was asked to stop."""
+        return self.received is not None
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None and number == signal.SIGINT:

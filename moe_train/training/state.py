@@ -19,6 +19,7 @@ class RunState:
         without_gain: validations since.
         skipped: updates skipped because a gradient was not finite, in all.
         skipped_in_row: the same, since the last good one.
+        pending: whether the validation that follows ``update`` is yet to come: a signal has kept it from being done.
         interval: sums since the last line of train.jsonl (see :meth:`moe_train.training.journal.Interval.to_json`).
         engine: what the engine keeps besides tensors.
     """
@@ -30,6 +31,7 @@ class RunState:
     without_gain: int = 0
     skipped: int = 0
     skipped_in_row: int = 0
+    pending: bool = False
     interval: dict[str, Any] = field(default_factory=dict)
     engine: dict[str, Any] = field(default_factory=dict)
 

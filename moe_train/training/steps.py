@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -55,12 +56,12 @@ class Stepper:
     seed: int
     counters: TrafficCounters = field(default_factory=TrafficCounters)
 
-    def run(self, update: int, samples: list[Sample], lr: float, stop: bool) -> UpdateReport:
+    def run(self, update: int, samples: list[Sample], lr: float, stop: Callable[[], bool]) -> UpdateReport:
         """The update that follows ``update`` finished ones.
 
         Args:
             samples: this rank's rows of each micro-batch.
-            stop: whether this rank was asked to stop.
+            stop: whether this rank was asked to stop; looked at when the update is done.
         """
         started = time.monotonic()
         tell(self.engine.module, "set_num_updates", update)
@@ -71,7 +72,7 @@ class Stepper:
             with self.engine.accumulate(last=number == len(samples) - 1):
                 parts.append(self._micro_batch(sample, tokens[number], sum(tokens)))
         outcome = self.engine.step(lr)
-        sums, clean, stops, traffic = self._share(total(parts), outcome.clean, stop)
+        sums, clean, stops, traffic = self._share(total(parts), outcome.clean, stop())
         culprits = tuple(rank for rank, good in enumerate(clean) if not good)
         if outcome.applied:
             tell(self.engine.module, "after_update", sums.routing())

@@ -40,8 +40,12 @@ class Validator:
     world: World
     ranks: Ranks
 
-    def run(self) -> dict[str, Any]:
-        """Means per target token over all sets, and ``directions``: the same for each set by name."""
+    def run(self, between: Callable[[], None] = lambda: None) -> dict[str, Any]:
+        """Means per target token over all sets, and ``directions``: the same for each set by name.
+
+        Args:
+            between: called before each round of batches, on every rank; may break off by an error.
+        """
         jobs = [(name, batch) for name, batches in self.task.validation_sets().items() for batch in batches]
         module = self.engine.module
         was_training, started = module.training, time.monotonic()
@@ -50,7 +54,7 @@ class Validator:
         tell(module, "set_ranks", Alone())
         try:
             with torch.no_grad():
-                names, table = self._table(jobs)
+                names, table = self._table(jobs, between)
         finally:
             module.train(was_training)
             self.criterion.train(was_training)
@@ -58,11 +62,12 @@ class Validator:
         line = _summary(jobs, names, self.world.sum(table).tolist(), getattr(self.task, "measures", per_token))
         return line | rate(self.task, line["sentences"], time.monotonic() - started)
 
-    def _table(self, jobs: list[Job]) -> tuple[list[str], torch.Tensor]:
+    def _table(self, jobs: list[Job], between: Callable[[], None]) -> tuple[list[str], torch.Tensor]:
         """[jobs, names] fp64: this rank's batches, zero elsewhere (so that the sum over ranks rounds nothing)."""
         rows: dict[int, dict[str, float]] = {}
         # Every rank computes something in every round: experts on other ranks must be asked by all together.
         for first in range(0, len(jobs), self.world.size):
+            between()
             number = first + self.world.rank
             name, batch = jobs[number] if number < len(jobs) else (jobs[0][0], np.empty(0, np.int64))
             values = self._batch(name, batch)

@@ -152,7 +152,7 @@ def _train(path: str, case: Case) -> Result:
     reports, states = [], []
     for number, micro_batches in enumerate(updates):
         samples = [task.train_sample(_share(batch, world)) for batch in micro_batches]
-        reports.append(stepper.run(number, samples, case.lr, stop=False))
+        reports.append(stepper.run(number, samples, case.lr, stop=lambda: False))
         if number in (0, len(case.updates) - 1):
             states.append(_state(module))
     assert same_on_replicas(dict(module.named_parameters()), layout) == []

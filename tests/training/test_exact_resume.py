@@ -38,9 +38,13 @@ def test_two_processes_one_of_them_killed(tmp_path: Path, unbroken: Path) -> Non
 
 
 def test_two_processes_asked_to_stop(tmp_path: Path, unbroken: Path) -> None:
+    """In the update before a validation, which is left to the next session; there in the middle of it; then no more."""
     path = tmp_path / "run"
-    outcome = start(CONFIG, path, processes=2, trouble={"rank": 1, "update": 6, "what": "term"})
-    assert outcome.status == "interrupted" and 6 <= outcome.update <= 9
+    for where, update in (("computing", 5), ("validation", 0)):
+        plan = {"rank": 1, "update": update, "what": "term", "where": where}
+        outcome = start(CONFIG, path, processes=2, trouble=plan)
+        assert outcome.status == "interrupted" and outcome.update == 6
+        assert not (path / "valid.jsonl").exists() or not lines(path, "valid.jsonl")
     assert start(CONFIG, path, processes=2).status == "finished"
     check(path, unbroken)
 

@@ -9,6 +9,7 @@ import math
 import os
 import re
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,38 @@ def test_interrupting_at_every_update_changes_nothing(tmp_path: Path) -> None:
         assert lines(tmp_path / "whole", name) == lines(tmp_path / "pieces", name)
 
 
+def test_a_signal_in_a_validation_leaves_it_to_the_next_session(tmp_path: Path) -> None:
+    """Saved before it is done; done again where the session after it is killed before its next checkpoint."""
+    keys = {"log_every": 3, "validation": {"every_updates": 4, "patience": 2}, "checkpoint": {"every_updates": 100}}
+    config = toy_config(max_updates=11, **keys)
+    start(config, tmp_path / "whole")
+    plan = {"rank": 0, "update": 4, "what": "term", "where": "validation"}  # the second of three batches, at update 8
+    assert start(config, tmp_path / "run", trouble=plan).update == 8
+    assert [line["update"] for line in lines(tmp_path / "run", "valid.jsonl")] == [4]
+    with pytest.raises(ZeroDivisionError):
+        start(config, tmp_path / "run", trouble={"rank": 0, "update": 2, "what": "raise"})
+    assert [line["update"] for line in lines(tmp_path / "run", "valid.jsonl")] == [4, 8]
+    assert start(config, tmp_path / "run").status == "finished"
+    assert_same_bits(final_tensors(tmp_path / "whole"), final_tensors(tmp_path / "run"))
+    for name in ("train.jsonl", "valid.jsonl"):
+        assert lines(tmp_path / "whole", name) == lines(tmp_path / "run", name)
+
+
+def test_a_signal_while_translating(tmp_path: Path) -> None:
+    """BLEU is broken off too; nothing of the validation is kept."""
+
+    def score(model: nn.Module, between: Callable[[], None]) -> dict[str, float]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        between()
+        return {"a-b": 1.0}
+
+    config = toy_config(max_updates=6, validation={"every_updates": 2, "bleu": True, "metric": "bleu"})
+    outcome = go(config, tmp_path, validate_bleu=score)
+    assert outcome == Outcome("interrupted", 2, None, 0) and not (tmp_path / "valid.jsonl").exists()
+    assert go(config, tmp_path, validate_bleu=lambda model, between: {"a-b": 2.0}).status == "finished"
+    assert [line["update"] for line in lines(tmp_path, "valid.jsonl")] == [2, 4, 6]
+
+
 def test_more_updates_go_on_from_a_finished_run(tmp_path: Path) -> None:
     go(toy_config(max_updates=8), tmp_path / "run")
     with pytest.raises(ConfigError, match="is finished"):
@@ -181,7 +214,7 @@ def test_early_stopping(tmp_path: Path) -> None:
 def test_best_by_bleu(tmp_path: Path) -> None:
     scores = iter([3.0, 9.0, 5.0])
     config = toy_config(max_updates=6, validation={"every_updates": 2, "bleu": True, "metric": "bleu"})
-    outcome = go(config, tmp_path, validate_bleu=lambda model: {"a-b": next(scores), "b-a": 1.0})
+    outcome = go(config, tmp_path, validate_bleu=lambda model, between: {"a-b": next(scores), "b-a": 1.0})
     assert outcome.best == 5.0 and outcome.best_update == 4
     assert [line["bleu"] for line in lines(tmp_path, "valid.jsonl")] == [2.0, 5.0, 3.0]
     assert os.readlink(tmp_path / "checkpoints" / "best") == "step_4"

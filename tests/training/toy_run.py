@@ -32,19 +32,42 @@ class Trouble(ToyTask):
 
     ``plan``: {"rank", "update", "what"}: ``kill`` (SIGKILL to itself), ``term`` (SIGTERM to itself), ``raise``,
     ``hang``, ``memory``, ``infinite`` (from that update on its loss is infinite) or ``once`` (in that update only).
+    Samples are loaded ahead of their update; ``term`` comes in the middle of it with "where": ``computing``, and when
+    that many batches of a validation were done with "where": ``validation``.
     """
 
     def __init__(self, config: RunConfig, rank: int, plan: Mapping[str, Any], dropout: float) -> None:
         super().__init__(config, dropout)
         self.plan = plan if plan and plan["rank"] == rank else {}
-        self.loaded = 0
+        self.where = self.plan.get("where", "loading")
+        self.loaded = self.computed = self.validated = 0
 
     def train_sample(self, indices: Indices, update: int = 0) -> dict[str, Any]:
         sample = super().train_sample(indices, update)
         self.loaded += 1
-        if self.plan and self.loaded > self.plan["update"] * self.config.training.accumulation:
+        if self.where == "loading" and self._past(self.loaded, self.config.training.accumulation):
             self._go_wrong(sample)
         return sample
+
+    def build_criterion(self) -> nn.Module:
+        criterion = super().build_criterion()
+        criterion.register_forward_hook(self._computed)
+        return criterion
+
+    def validation_sample(self, name: str, indices: Indices) -> dict[str, Any]:
+        sample = ToyTask.train_sample(self, indices)
+        self.validated += 1
+        if self.where == "validation" and self._past(self.validated, 1):
+            self._go_wrong(sample)
+        return sample
+
+    def _computed(self, criterion: nn.Module, inputs: Any, output: Any) -> None:
+        self.computed += criterion.training
+        if self.where == "computing" and self._past(self.computed, self.config.training.accumulation):
+            self._go_wrong({})
+
+    def _past(self, count: int, each: int) -> bool:
+        return bool(self.plan) and count > self.plan["update"] * each
 
     def _go_wrong(self, sample: dict[str, Any]) -> None:
         what = self.plan["what"]
