@@ -55,7 +55,7 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> Results:
         ConfigError, DataError, CheckpointError, LaunchError: as :func:`open_run` and :func:`decode`; also an unknown
             direction, or a split without any.
     """
-    run = open_run(config.run, config.checkpoint, config.data, config.inference)
+    run = open_run(config.run, config.checkpoint, config.data, config.inference, World.current())
     held = [_hold(run, config, name) for name in choose_directions(run, config.split, config.directions)]
     jobs = [job for entry in held for job in entry.encoded.jobs]
     start = time.perf_counter()

@@ -17,8 +17,8 @@ from moe_train.parallel.layout import ExpertLayout
 from moe_train.routing.after_training import changed, evaluation_values
 from moe_train.tasks import build_task, open_data
 from moe_train.training.checkpoints import CheckpointStore, load_model
-from moe_train.training.integrity import check_files
 from moe_train.training.run_folder import RunFolder
+from moe_train.training.world import World
 
 DATA = "data"  # the folder of dictionaries in an export
 VARIANTS = "variants"  # results of a run that routes otherwise than it was told to
@@ -82,6 +82,7 @@ def open_run(
     checkpoint: str | int | Path = "best",
     data: Path | str | None = None,
     inference: Inference | None = None,
+    world: World | None = None,
 ) -> OpenedRun:
     """Opens a run without loading its weights.
 
@@ -91,6 +92,7 @@ def open_run(
             verified before, by the process that hands out the work.
         data: the data folder, where it has moved.
         inference: how it routes, where not as the run has it.
+        world: ranks that all open it and share the reading of checksums; None: this process alone.
 
     Raises:
         ConfigError: no run folder, or a routing key that cannot change after training.
@@ -101,8 +103,8 @@ def open_run(
     config = folder.config
     if _is_export(folder):
         if not isinstance(checkpoint, Path):
-            check_files(folder.path)
             checkpoint = folder.path.resolve()
+            CheckpointStore(checkpoint.parent, world).verify(checkpoint)
         config = dataclasses.replace(config, data=str(checkpoint / DATA) if config.data == DATA else config.data)
     if data is not None:
         config = dataclasses.replace(config, data=str(data))
@@ -113,8 +115,10 @@ def open_run(
     inference = inference or Inference()
     config = dataclasses.replace(config, routing=changed(config.routing, inference.routing))
     opened = open_data(config)
-    found = checkpoint if isinstance(checkpoint, Path) else CheckpointStore(folder.checkpoints).resolve(checkpoint)
-    return OpenedRun(folder, config, opened, build_task(config, opened), found, _inference(config, inference.draw_seed))
+    if not isinstance(checkpoint, Path):
+        checkpoint = CheckpointStore(folder.checkpoints, world).resolve(checkpoint)
+    task = build_task(config, opened)
+    return OpenedRun(folder, config, opened, task, checkpoint, _inference(config, inference.draw_seed))
 
 
 def _inference(config: RunConfig, draw_seed: int | None = None) -> Inference:

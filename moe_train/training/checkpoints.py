@@ -12,9 +12,12 @@ A checkpoint is written as ``step_N.partial`` and renamed when all of it is on t
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,11 +30,13 @@ from moe_train.training.tensor_files import load_tensors, save_tensors, shapes
 from moe_train.training.world import World
 
 STATE = "state.json"
+LOG = logging.getLogger("moe_train")
 T = TypeVar("T")
 
 
 class CheckpointStore:
-    """The folder ``checkpoints`` of a run. In a world every rank calls :meth:`save`, :meth:`verify`, :meth:`prune`."""
+    """The folder ``checkpoints`` of a run. In a world every rank calls :meth:`save`, :meth:`verify`,
+    :meth:`resolve` and :meth:`prune`."""
 
     def __init__(self, folder: Path | str, world: World | None = None) -> None:
         self.folder = Path(folder)
@@ -63,12 +68,15 @@ class CheckpointStore:
         Raises:
             CheckpointError: there is none, or it is damaged (an undamaged one before it is offered).
         """
-        path = self._find(str(which))
-        if path is None or not path.is_dir():
+        path = self._told(lambda: self._find(str(which)))
+        if path is None:
             known = [p.name for p in (*map(self.path, self.updates()), self.folder / "averaged") if p.is_dir()]
             remedy = f"there are: {', '.join(known)}" if known else "the run has written none yet"
             raise CheckpointError(f"there is no checkpoint '{which}'", str(self.folder), remedy)
-        self.verify(path)
+        try:
+            self.verify(path)
+        except CheckpointError as error:
+            raise CheckpointError(error.what, error.where, self.way_out(path)) from None
         return path
 
     def _find(self, which: str) -> Path | None:
@@ -76,7 +84,8 @@ class CheckpointStore:
             return self.latest()
         if which == "best":
             return self.best() or self.latest()
-        return self.folder / (f"step_{which}" if which.isdigit() else which)
+        path = self.folder / (f"step_{which}" if which.isdigit() else which)
+        return path if path.is_dir() else None
 
     def _linked(self, name: str) -> Path | None:
         link = self.folder / name
@@ -85,24 +94,23 @@ class CheckpointStore:
     # -- reading ---------------------------------------------------------------------------------------------------
 
     def verify(self, path: Path) -> None:
-        """Compares every file with its checksum, ranks sharing the work.
+        """Compares every file with its checksum, ranks sharing the work. Rank 0 reads the manifest for all.
 
         Raises:
-            CheckpointError: on every rank; names the file, and the newest checkpoint before it that is whole.
+            CheckpointError: on every rank, whichever of them found it; names the file.
         """
-        try:
-            names = sorted(integrity.read_manifest(path))
-            everywhere(self.world, lambda: integrity.check_files(path, names[self.world.rank :: self.world.size]))
-        except CheckpointError as error:
-            raise CheckpointError(error.what, error.where, self._way_out(path)) from None
+        files = self._told(lambda: integrity.read_manifest(path))
+        mine = dict(sorted(files.items())[self.world.rank :: self.world.size])
+        everywhere(self.world, lambda: integrity.check_files(path, mine))
 
-    def _way_out(self, damaged: Path) -> str:
-        for update in reversed(self.updates()):
+    def way_out(self, damaged: Path) -> str:
+        """What to do about a damaged checkpoint: the newest one before it that is whole. Every rank calls it."""
+        for update in reversed(self._told(self.updates)):
             earlier = self.path(update)
             if damaged.name == earlier.name or (damaged.name[5:].isdigit() and update > int(damaged.name[5:])):
                 continue
             try:
-                integrity.check_files(earlier)
+                self.verify(earlier)
             except CheckpointError:
                 continue
             return (
@@ -110,6 +118,11 @@ class CheckpointStore:
                 "training.checkpoint.damaged=skip, to go on from there"
             )
         return "no other checkpoint of this run is whole: train again in another run folder"
+
+    def _told(self, look: Callable[[], T]) -> T:
+        """What rank 0 sees, on every rank: hosts may see a shared folder differently for a while."""
+        seen = everywhere(self.world, look if self.world.main else lambda: None)
+        return self.world.broadcast(seen)  # type: ignore[return-value]
 
     # -- writing ---------------------------------------------------------------------------------------------------
 
@@ -174,15 +187,20 @@ class CheckpointStore:
         self._on_main(rename)
 
     def prune(self, keep: int) -> None:
-        """Removes all but the ``keep`` newest checkpoints and the best one. Rank 0 does it."""
+        """Removes all but the ``keep`` newest checkpoints and the best one. Rank 0 does it.
+
+        What cannot be removed now, such as a file on NFS that somebody reads, is a warning, and tried again next time.
+        """
         if not self.world.main:
             return
         best = self.best()
         for update in self.updates()[:-keep]:
             if best is None or self.path(update).name != best.name:
-                _remove(self.path(update))
+                with _tolerated(self.path(update)):
+                    _hide(self.path(update))
         for rest in self.folder.glob("*.partial"):
-            shutil.rmtree(rest, ignore_errors=True)
+            with _tolerated(rest):
+                shutil.rmtree(rest)
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -236,14 +254,24 @@ def _fresh(folder: Path) -> None:
 def _rename(partial: Path, final: Path) -> None:
     integrity.sync_folder(partial)
     if final.exists():  # a run that was cut back writes an update again
-        _remove(final)
+        shutil.rmtree(_hide(final), ignore_errors=True)
     os.replace(partial, final)
     integrity.sync_folder(final.parent)
 
 
-def _remove(folder: Path) -> None:
-    """Out of sight first: a half-removed folder must not look like a checkpoint."""
-    doomed = folder.with_name(f"{folder.name}.removed.partial")
-    shutil.rmtree(doomed, ignore_errors=True)
+def _hide(folder: Path) -> Path:
+    """Out of sight before it is removed: a half-removed folder must not look like a checkpoint."""
+    names = (folder.with_name(f"{folder.name}.removed{number or ''}.partial") for number in count())
+    doomed = next(name for name in names if not name.exists())  # one may be left that could not be removed
     os.replace(folder, doomed)
-    shutil.rmtree(doomed)
+    return doomed
+
+
+@contextmanager
+def _tolerated(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:  # somebody else was quicker
+        pass
+    except OSError as error:
+        LOG.warning("%s cannot be removed yet: %s", folder, error.strerror or error)

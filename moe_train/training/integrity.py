@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,25 +68,31 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
         raise CheckpointError(f"the checkpoint's manifest cannot be read ({error})", str(path)) from error
 
 
-def check_files(folder: Path, names: Iterable[str] | None = None) -> None:
+def check_files(folder: Path, files: Mapping[str, Mapping[str, Any]] | None = None) -> None:
     """Compares files with the manifest.
 
     Args:
-        names: these files only (ranks share the work); None: all.
+        files: this part of the manifest only (ranks share the work); None: all of it.
 
     Raises:
-        CheckpointError: names the first file that is missing, truncated or altered.
+        CheckpointError: names the first file that is missing, truncated, altered, or cannot be read.
     """
-    expected = read_manifest(folder)
-    for name in expected if names is None else names:
-        path = folder / name
-        if not path.is_file():
-            raise CheckpointError("a file of the checkpoint is missing", str(path))
-        size = path.stat().st_size
-        if size != expected[name]["bytes"]:
-            raise CheckpointError(
-                f"a file of the checkpoint is truncated or altered: {size} bytes instead of {expected[name]['bytes']}",
-                str(path),
-            )
-        if digest(path)["sha256"] != expected[name]["sha256"]:
-            raise CheckpointError("a file of the checkpoint is altered: its checksum is not the manifest's", str(path))
+    for name, expected in (read_manifest(folder) if files is None else files).items():
+        try:
+            _check_file(folder / name, expected)
+        except OSError as error:
+            what = f"a file of the checkpoint cannot be read ({error.strerror or error})"
+            raise CheckpointError(what, str(folder / name)) from error
+
+
+def _check_file(path: Path, expected: Mapping[str, Any]) -> None:
+    if not path.is_file():
+        raise CheckpointError("a file of the checkpoint is missing", str(path))
+    size = path.stat().st_size
+    if size != expected["bytes"]:
+        raise CheckpointError(
+            f"a file of the checkpoint is truncated or altered: {size} bytes instead of {expected['bytes']}",
+            str(path),
+        )
+    if digest(path)["sha256"] != expected["sha256"]:
+        raise CheckpointError("a file of the checkpoint is altered: its checksum is not the manifest's", str(path))

@@ -31,7 +31,7 @@ class Keeper:
         store: where to; its world must not be the loop's where writing is asynchronous (:func:`world_aside`).
         about: what every checkpoint says of its origin (config digest, world).
         background: the thread.
-        aside: what was wrong with checkpoints that :meth:`restore` has skipped.
+        aside: what was wrong with checkpoints that :meth:`restore` or :meth:`average` has left out.
     """
 
     store: CheckpointStore
@@ -119,7 +119,7 @@ class Keeper:
                 self.store.verify(path)
             except CheckpointError as error:
                 if self.config.damaged == "refuse" or number == updates[0]:
-                    raise
+                    raise CheckpointError(error.what, error.where, self.store.way_out(path)) from None
                 self.store.set_aside(path)
                 self.aside.append(f"{error.where}: {error.what}; {path.name} was set aside as {path.name}.damaged")
             else:
@@ -129,11 +129,12 @@ class Keeper:
     def average(self, update: int) -> Path | None:
         """Writes ``averaged``: the mean of the model over the last ``config.average`` checkpoints.
 
-        Kept in fp64 while it is summed; integers are those of the newest checkpoint.
+        Kept in fp64 while it is summed; integers are those of the newest checkpoint. Damaged ones are left out, which
+        :attr:`aside` says.
         """
         self.background.wait()
-        updates = self.store.world.broadcast(self.store.updates()[-self.config.average :])
-        if not self.config.average or not updates:
+        updates = self._worth_averaging() if self.config.average else []
+        if not updates:
             return None
         model = model_tensors(self.engine.module)
         mean = {name: torch.zeros_like(t, dtype=torch.float64) for name, t in model.items() if t.is_floating_point()}
@@ -144,3 +145,20 @@ class Keeper:
                 total.add_(loaded[name], alpha=1.0 / len(updates))
         averaged: dict[str, Tensor] = {name: mean[name].to(t.dtype) if name in mean else t for name, t in model.items()}
         return self.store.save(averaged, {"update": update, "averaged": updates, **self.about}, "averaged")
+
+    def _worth_averaging(self) -> list[int]:
+        whole = []
+        for number in self.store.world.broadcast(self.store.updates()[-self.config.average :]):
+            try:
+                self.store.verify(self.store.path(number))
+            except CheckpointError as error:
+                self.aside.append(f"{error.where}: {error.what}; the average is without it")
+            else:
+                whole.append(number)
+        return whole
+
+    def notes(self) -> list[str]:
+        """What was wrong with checkpoints since the last call."""
+        told = list(self.aside)
+        self.aside.clear()
+        return told

@@ -181,6 +181,8 @@ class Loop:
         self._save()
         if status != "interrupted":
             self.keeper.average(self.state.update)
+            for text in self.keeper.notes():
+                self.display.say(f"note: {text}")
         self.keeper.finish()
         if self.world.main:
             self.folder.describe(

@@ -112,8 +112,9 @@ def _assemble(given: _Parts) -> Loop:
     samples = SampleLoader(task, world)
     if world.main:
         describe_run(folder, config, engine.module, world, state.update, given.account, layout.plan)
+    notes = keeper.notes()
     if given.screen is not None:
-        for text in keeper.aside:
+        for text in notes:
             given.screen.print(f"[yellow]note:[/] {escape(text)}", highlight=False, soft_wrap=True)
         given.screen.print(summary(folder, config, state, samples.batches))
         _say_layout(given, layout)

@@ -146,7 +146,8 @@ def test_a_damaged_one_can_be_skipped(filled: Keeper, damage: str) -> None:
     state = again.restore()
     assert state is not None and state.update == 2
     assert store.updates() == [1, 2] and files(store.folder / "step_3.damaged")
-    assert str(victim) in again.aside[0] and "set aside as step_3.damaged" in again.aside[0]
+    (note,) = again.notes()
+    assert str(victim) in note and "set aside as step_3.damaged" in note
     step(again)
     assert_same_bits(weights(again.engine.module), weights(filled.engine.module))
 
