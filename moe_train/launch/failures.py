@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 import time
 import traceback
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from moe_train.errors import UserError
 from moe_train.launch.environment import JOB
@@ -90,24 +93,41 @@ MEMORY = (
 
 
 def write_failure(path: Path, rank: int, error: BaseException) -> None:
-    """Called by the failing process, or by its parent, which hands on what it has read."""
-    path.write_text(json.dumps(asdict(failure_of(rank, error))), encoding="utf-8")
+    """Called by the failing process, or by its parent, which hands on what it has read.
+
+    Raises:
+        OSError: it cannot be written, such as on a full disk.
+    """
+    _write_whole(path, asdict(failure_of(rank, error)))
 
 
 def leave_failure(failure: Failure, rank: int, record: Path | None = None) -> None:
     """Leaves a failure where whoever started this process looks for it: our own parent, or torchrun's agent.
 
+    What cannot be written, such as on a full disk, is left out: the process must end all the same.
+
     Args:
         record: the run's failure.json, where moe-report looks; None: another rank writes it.
     """
-    content = json.dumps(asdict(failure))
     if record is not None:
-        with suppress(OSError):  # such as a full disk
-            record.write_text(content, encoding="utf-8")
-    if JOB in os.environ:
-        failure_file(Path(os.environ[JOB]), rank).write_text(content, encoding="utf-8")
-    elif path := agents_file():
-        tell_agent(failure, Path(path))
+        with suppress(OSError):
+            _write_whole(record, asdict(failure))
+    with suppress(OSError):
+        if JOB in os.environ:
+            _write_whole(failure_file(Path(os.environ[JOB]), rank), asdict(failure))
+        elif path := agents_file():
+            tell_agent(failure, Path(path))
+
+
+def _write_whole(path: Path, content: Mapping[str, Any]) -> None:
+    """All of it or nothing: the process may be killed meanwhile, and two threads, or ranks, may write at a time."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+    try:
+        partial.write_text(json.dumps(content), encoding="utf-8")
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def agents_file() -> str:
@@ -118,9 +138,7 @@ def agents_file() -> str:
 def tell_agent(failure: Failure, path: Path) -> None:
     """Writes a failure in the form that torchrun's agent reads and shows under "Root Cause"."""
     extra = {"py_callstack": failure.text(), "timestamp": str(int(failure.time))}
-    partial = path.with_name(f".{path.name}.{os.getpid()}")  # two ranks of a host may tell it at the same time
-    partial.write_text(json.dumps({"message": {"message": failure.text(), "extraInfo": extra}}), encoding="utf-8")
-    os.replace(partial, path)
+    _write_whole(path, {"message": {"message": failure.text(), "extraInfo": extra}})
 
 
 def failure_file(job: Path, rank: int) -> Path:
@@ -129,8 +147,11 @@ def failure_file(job: Path, rank: int) -> Path:
 
 
 def read_failure(path: Path, rank: int, code: int, noticed: float) -> Failure:
-    """Called by the parent, for a process that ended with ``code`` (negative: by a signal)."""
-    if path.is_file():
+    """Called by the parent, for a process that ended with ``code`` (negative: by a signal).
+
+    Where it has left no word that can be read, the code is what is known.
+    """
+    with suppress(OSError, ValueError, TypeError):
         return Failure(**json.loads(path.read_text(encoding="utf-8")))
     if code >= 0:
         return Failure(rank, noticed, f"it ended with exit code {code}")

@@ -10,6 +10,7 @@ from contextlib import suppress
 from typing import Any, NoReturn, TypeVar
 
 T = TypeVar("T")
+_FLUSHING = 2.0  # seconds
 
 
 def within(seconds: float, question: Callable[[], T | None]) -> T | None:
@@ -30,7 +31,12 @@ def within(seconds: float, question: Callable[[], T | None]) -> T | None:
 
 
 def leave(code: int) -> NoReturn:
-    """Ends this process at once: process groups may wait in their destructors for ranks that are gone."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    """Ends this process at once: process groups may wait in their destructors for ranks that are gone.
+
+    Whatever its streams do: a full disk or a closed pipe makes flushing fail, and a pipe that nobody reads blocks it.
+    """
+    try:
+        for stream in (sys.stdout, sys.stderr):
+            within(_FLUSHING, stream.flush)
+    finally:
+        os._exit(code)

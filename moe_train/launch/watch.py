@@ -8,6 +8,7 @@ it passes the verdict to all, and every process ends. Ranks that compute for hou
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import sys
@@ -18,13 +19,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
+from typing import NoReturn
 
 import torch.distributed as dist
 
 from moe_train.launch.board import Board
 from moe_train.launch.environment import has_our_parent
 from moe_train.launch.failures import Failure, leave_failure, tell_agent
-from moe_train.launch.leaving import leave
+from moe_train.launch.leaving import leave, within
 from moe_train.launch.standing import ALIVE, Beat, beat, born, condition, set_time_limit
 from moe_train.launch.verdict import culprits, failure
 from moe_train.training.run_folder import FAILURE
@@ -33,6 +35,7 @@ from moe_train.training.world import World
 MARGIN = 15.0  # seconds that torch's own limits come after ours, since it knows who waits but not for whom
 _SLOWEST, _QUICKEST = 5.0, 0.2  # seconds between beats
 _HEARING = 3.0  # seconds, at least, within which a rank must say something new, or it is silent
+_LOG = logging.getLogger(__name__)
 _STILL = 3  # beats without progress until a rank says which collective it stands in
 
 
@@ -66,14 +69,27 @@ class _Watch(threading.Thread):
 
     def run(self) -> None:
         while not self.done.wait(self.pause):
-            set_time_limit(self.limited, timedelta(seconds=self.limit + MARGIN))
             # The store may be gone because the run is over, or with the host that held it: torch's own limits remain.
-            with suppress(dist.DistError, RuntimeError):
-                still = self.say()
-                if verdict := self.board.verdict():
-                    self._execute(verdict)
-                if still > self.limit and (found := self._judge()):
-                    self._execute(self.board.first_verdict(found))
+            # Nothing else may end this thread either, on which the others' end depends.
+            try:
+                set_time_limit(self.limited, timedelta(seconds=self.limit + MARGIN))
+                verdict = self._verdict()
+            except (dist.DistError, RuntimeError):
+                continue
+            except Exception:
+                _LOG.exception("the watch for ranks that hang goes on after an error")
+                continue
+            if verdict is not None and not self.done.is_set():
+                self._execute(verdict)
+
+    def _verdict(self) -> Failure | None:
+        """The verdict that holds, which may be ours."""
+        still = self.say()
+        if verdict := self.board.verdict():
+            return verdict
+        if still > self.limit and (found := self._judge()):
+            return self.board.first_verdict(found)
+        return None
 
     def say(self) -> float:
         """Tells the others; gives the seconds that this rank has stood still."""
@@ -113,25 +129,29 @@ class _Watch(threading.Thread):
             return "silent: it is stuck, or its host or the network between the hosts is down"
         return known
 
-    def _execute(self, verdict: Failure) -> None:
-        if self.done.is_set():
-            return
-        beats = self._beats()
-        speaker = min(beats.keys() - {verdict.rank}, default=0) == self.world.rank
-        self._tell(verdict, speaker)
-        with suppress(dist.DistError, RuntimeError):  # the first end makes an agent end the rest, the speaker too
-            self.board.shown() if speaker else self.board.wait_until_shown(_HEARING)
-        if not has_our_parent() and self.world.rank != verdict.rank:
-            _put_down(beats[verdict.rank], verdict)
-        leave(1)  # the main thread stands in a collective, from where nothing brings it back
+    def _execute(self, verdict: Failure) -> NoReturn:
+        """Ends this process, whatever fails on the way; the main thread stands in a collective and cannot do it."""
+        try:
+            speaker = self.world.rank == (1 if verdict.rank == 0 else 0)
+            self._tell(verdict, speaker)
+            # The first end makes an agent end the rest, the speaker too.
+            if speaker:
+                within(_HEARING, self.board.shown)
+            else:
+                within(2 * _HEARING, lambda: self.board.wait_until_shown(_HEARING))
+            if not has_our_parent() and self.world.rank != verdict.rank:
+                beats = within(_HEARING, self._beats) or {}
+                if verdict.rank in beats:
+                    _put_down(beats[verdict.rank], verdict)
+        finally:
+            leave(1)
 
     def _tell(self, found: Failure, speaker: bool) -> None:
         folder = self.world.pulse.run
         record = folder / FAILURE if speaker and folder is not None else None
-        with suppress(OSError):  # such as a full disk: it must end all the same
-            leave_failure(found if speaker or has_our_parent() else found.retold(), self.world.rank, record)
+        leave_failure(found if speaker or has_our_parent() else found.retold(), self.world.rank, record)
         if speaker and not has_our_parent():
-            print(f"Failed: {found.text()}", file=sys.stderr, flush=True)
+            within(_HEARING, lambda: print(f"Failed: {found.text()}", file=sys.stderr, flush=True))
 
 
 def _put_down(hanging: Beat, verdict: Failure) -> None:
@@ -140,8 +160,8 @@ def _put_down(hanging: Beat, verdict: Failure) -> None:
     The cause is left in its name: its agent may notice its end before that of those who waited for it.
     """
     if hanging.host == os.uname().nodename and born(hanging.pid) == hanging.born:
-        with suppress(OSError):  # it has gone, is not ours, or the disk is full
-            if hanging.report:
+        if hanging.report:
+            with suppress(OSError):  # such as a full disk
                 tell_agent(verdict.retold(), Path(hanging.report))
         with suppress(ProcessLookupError, PermissionError):
             os.kill(hanging.pid, signal.SIGKILL)

@@ -13,8 +13,9 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from moe_train.errors import UserError
 from moe_train.launch.failures import failure_file, write_failure
@@ -33,9 +34,19 @@ def main() -> None:
         result = resolve(content["target"])(**content["arguments"])
         job.joinpath(f"result_{rank}.json").write_text(json.dumps(result), encoding="utf-8")
     except BaseException as error:
-        write_failure(failure_file(job, rank), rank, error)
-        if rank and not isinstance(error, UserError):
+        _fail(failure_file(job, rank), rank, error)
+    leave(0)
+
+
+def _fail(path: Path, rank: int, error: BaseException) -> NoReturn:
+    told = False
+    try:
+        with suppress(OSError):  # such as a full disk
+            write_failure(path, rank, error)
+            told = True
+        if not told or (rank and not isinstance(error, UserError)):
             traceback.print_exc()  # into this rank's log; rank 0's is shown by the parent if it came first
+    finally:
         leave(2 if isinstance(error, UserError) else 1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import os
 import signal
@@ -20,13 +21,15 @@ CONFIG = LaunchConfig(timeout_minutes=0.5)
 
 
 def report(word: str) -> dict[str, Any]:
-    """Sums over the world, and says who it is."""
+    """Sums over the world, and says who it is. What would hang when the interpreter ends must not matter."""
+    atexit.register(time.sleep, 3600)
     with joined_world(CONFIG) as world:
         print(f"{word} from {world.rank}", flush=True)
         value = float(world.sum(torch.tensor([float(world.rank + 1)])))
         gathered = world.gather({"rank": world.rank})
         told = world.broadcast(f"told by {world.rank}")
         threads = torch.get_num_threads()
+        print("goodbye", end="")
         return {
             "rank": world.rank,
             "size": world.size,

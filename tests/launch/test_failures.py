@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,16 @@ import torch
 
 from moe_train.errors import DataError
 from moe_train.launch.environment import JOB
-from moe_train.launch.failures import WorkerError, failure_of, is_echo, leave_failure, lost, out_of_memory, read_failure
+from moe_train.launch.failures import (
+    WorkerError,
+    failure_of,
+    is_echo,
+    leave_failure,
+    lost,
+    out_of_memory,
+    read_failure,
+    write_failure,
+)
 
 
 def test_memory_is_told_from_other_errors() -> None:
@@ -49,3 +60,29 @@ def test_echoes() -> None:
     assert is_echo(broken) and is_echo(late) and not is_echo(RuntimeError("sizes differ"))
     assert "its connection to another rank broke" in lost(0, broken).what
     assert "did not end in time" in lost(0, late).what and "GLOO_SOCKET_IFNAME" in lost(0, late).remedy
+
+
+def test_a_torn_word_does_not_hide_the_exit_code(tmp_path: Path) -> None:
+    path = tmp_path / "failure_0.json"
+    for torn in ("", '{"rank": 0, "ti', '{"rank": 0}', "[]"):
+        path.write_text(torn)
+        assert read_failure(path, 0, 7, 1.0).what == "it ended with exit code 7"
+
+
+def test_a_full_disk_keeps_nobody_from_ending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is written in part, and the word of before stays whole."""
+    failure = failure_of(0, DataError("a bad line", "text.en:7", "mend it"))
+    monkeypatch.setenv(JOB, str(tmp_path))
+    leave_failure(failure, 0)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16, before[1]))  # bytes: writing fails in the middle of the text
+    try:
+        leave_failure(failure, 0, tmp_path / "failure.json")
+        with pytest.raises(OSError):
+            write_failure(tmp_path / "failure_0.json", 0, DataError("another"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert [path.name for path in tmp_path.iterdir()] == ["failure_0.json"]
+    assert read_failure(tmp_path / "failure_0.json", 0, 2, 0.0) == failure
