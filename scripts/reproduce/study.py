@@ -85,6 +85,7 @@ class Study:
     options: argparse.Namespace
     runs: dict[str, dict[str, Any]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    commit: str | None = field(default_factory=commit)  # before the first file of results changes the tree
     more: Callable[[Mapping[str, Mapping[str, Any]]], list[str]] = lambda _: []  # further lines of the page, from runs
 
     def folder(self, run: str) -> Path:
@@ -173,7 +174,7 @@ class Study:
             "comparison": self.name,
             "title": self.title,
             "command": [Path(sys.argv[0]).name, *(plain_word(word) for word in sys.argv[1:])],
-            "commit": commit(),
+            "commit": self.commit,
             "machine": machine(),
             "versions": versions(),
             "claims": self.outcomes(),
