@@ -7,7 +7,8 @@ Dense, Switch and X-MoE at equal active compute: an encoder of four layers whose
 token (the paper's own placement is experiment=xmoe_xtreme_small). Every checkpoint along training is looked at: the
 collapse of the states that routers see, and how many tokens change their expert from one checkpoint to the next. Then
 each model is fine-tuned on English texts (DIR holds train.en.tsv, test.XX.tsv …) and measured in every language. For
-the consistency between runs, the first seed's sparse models are fine-tuned with every seed, as the paper does.
+the consistency between runs, the first seed's sparse models are fine-tuned with every seed (as in the paper, which
+takes the loads of 100 mini-batches of fine-tuning; here it is those of the English test set).
 """
 
 from __future__ import annotations
