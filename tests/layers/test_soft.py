@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from moe_train.errors import ConfigError
 from moe_train.layers import BatchContext, BatchInfo, MoELayer, RoutingSettings, SoftLayer, batch_context
@@ -79,16 +80,25 @@ def test_tokens_may_be_permuted(order: list[int]) -> None:
     torch.testing.assert_close(run(layer, x[:, order]), run(layer, x)[:, order])
 
 
-def test_slots_of_an_expert_and_experts_with_their_weights_may_be_permuted() -> None:
-    layer, x = make(), inputs(2, 5)
+@given(
+    st.lists(st.permutations(range(2)), min_size=3, max_size=3),
+    st.permutations(range(3)),
+    st.integers(1, 6),
+    st.integers(0, 50),
+)
+@settings(max_examples=20)
+def test_slots_of_an_expert_and_experts_with_their_weights_may_be_permuted(
+    slots: list[list[int]], experts: list[int], length: int, seed: int
+) -> None:
+    layer, x = make(seed), inputs(2, length, seed)
     before = run(layer, x)
     with torch.no_grad():
-        layer.router.phi.copy_(layer.router.phi[[1, 0, 2, 3, 5, 4]])
+        layer.router.phi.copy_(layer.router.phi[[2 * e + s for e, order in enumerate(slots) for s in order]])
         torch.testing.assert_close(run(layer, x), before)
-        layer.router.phi.copy_(layer.router.phi.view(3, 2, DIM)[[2, 0, 1]].reshape(6, DIM))
-        assert not torch.allclose(run(layer, x), before)
+        layer.router.phi.copy_(layer.router.phi.view(3, 2, DIM)[experts].reshape(6, DIM))
+        assert length == 1 or experts == [0, 1, 2] or not torch.allclose(run(layer, x), before)
         for parameter in layer.pool.parameters():
-            parameter.copy_(parameter[[2, 0, 1]])
+            parameter.copy_(parameter[experts])
         torch.testing.assert_close(run(layer, x), before)
 
 
@@ -117,13 +127,17 @@ def test_a_sentence_of_padding_alone_gives_zeros_and_finite_gradients() -> None:
     assert all(torch.isfinite(p.grad).all() for p in layer.parameters())
 
 
-def test_one_slot_in_all_gives_every_token_the_same() -> None:
-    y = run(make(num_experts=1, slots_per_expert=1), inputs(2, 5))
+@given(st.integers(1, 8), st.integers(0, 50))
+@settings(max_examples=15)
+def test_one_slot_in_all_gives_every_token_the_same(length: int, seed: int) -> None:
+    y = run(make(seed, num_experts=1, slots_per_expert=1), inputs(2, length, seed))
     torch.testing.assert_close(y, y[:, :1].expand_as(y))
 
 
-def test_identity_experts_leave_the_two_mixes() -> None:
-    layer, x = make(), inputs(2, 5)
+@given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 8), st.integers(0, 50))
+@settings(max_examples=15)
+def test_identity_experts_leave_the_two_mixes(num_experts: int, slots: int, length: int, seed: int) -> None:
+    layer, x = make(seed, num_experts=num_experts, slots_per_expert=slots), inputs(2, length, seed)
     layer.pool = _Identity(layer.pool.spec)  # type: ignore[assignment]
     mixes = layer.router.mixes(x, None)
     torch.testing.assert_close(run(layer, x), mixes.combine @ (mixes.dispatch.transpose(1, 2) @ x))
@@ -154,8 +168,10 @@ def test_without_normalisation_they_do() -> None:
     torch.testing.assert_close(layer.router.logits(2 * x), 2 * layer.router.logits(x))
 
 
-def test_gradients_reach_every_expert_slot_and_the_scale() -> None:
-    layer, x = make(), inputs(2, 5)
+@given(st.integers(2, 8), st.integers(0, 50))
+@settings(max_examples=15)
+def test_gradients_reach_every_expert_slot_and_the_scale(length: int, seed: int) -> None:
+    layer, x = make(seed), inputs(2, length, seed)
     run(layer, x).square().sum().backward()
     assert layer.router.scale.grad.abs() > 0
     assert (layer.router.phi.grad.abs().sum(1) > 0).all()
@@ -163,12 +179,14 @@ def test_gradients_reach_every_expert_slot_and_the_scale() -> None:
         assert (parameter.grad.flatten(1).abs().sum(1) > 0).all(), name
 
 
-def test_an_earlier_output_sees_a_later_token() -> None:
+@given(st.integers(1, 6), st.integers(0, 50))
+@settings(max_examples=15)
+def test_an_earlier_output_sees_a_later_token(before: int, seed: int) -> None:
     """Why a decoder refuses it."""
-    layer, x = make(), inputs(1, 5)
+    layer, x = make(seed), inputs(1, before + 1, seed)
     changed = x.clone()
-    changed[0, 4] += 1
-    assert ((run(layer, x) - run(layer, changed))[0, :4].abs().amax(-1) > 1e-6).all()
+    changed[0, before] += 1
+    assert ((run(layer, x) - run(layer, changed))[0, :before].abs().amax(-1) > 1e-6).all()
 
 
 def test_decoders_refuse_it_with_the_reason_and_a_way_out() -> None:
@@ -261,6 +279,21 @@ def test_the_slots_say_how_much_mixes_have_collapsed() -> None:
     assert 1 / 6 <= (extra["combine_max"] / 10).item() <= 1
     assert record.routing == () and not record.losses
     assert int(record.statistics.tokens) == 10
+
+
+@given(st.integers(1, 9), st.integers(0, 50))
+@settings(max_examples=10)
+def test_the_cost_of_a_forward_pass_depends_on_slots_and_not_on_experts(length: int, seed: int) -> None:
+    """Counted products, and rows that went through experts, of 1 to 12 experts with 12 slots in all."""
+    x, found = inputs(2, length, seed), set()
+    for num_experts in (1, 2, 3, 4, 6, 12):
+        layer = make(seed, num_experts=num_experts, slots_per_expert=12 // num_experts)
+        with FlopCounterMode(display=False) as counter:
+            _, record = layer(x, context_of(x))
+        found.add((counter.get_total_flops(), int(record.statistics.load.sum())))
+    ((flops, rows),) = found
+    assert rows == 2 * 12
+    assert flops == 2 * 12 * (6 * length * DIM + 4 * DIM * 8), "logits, dispatch, combine; two matrices of each expert"
 
 
 def test_accounting() -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -88,10 +89,18 @@ def masked_dense(layer: StratifiedLayer, rows: Tensor) -> tuple[Tensor, Tensor]:
     return rows, passes
 
 
-@pytest.mark.parametrize("keys", [{}, {"norm": "official", "normalise": "after_drop"}], ids=["paper", "official"])
-@pytest.mark.parametrize("sizes", [[8], [4, 4], [2, 2, 4], [2, 2, 2, 2]])
-def test_compact_passes_equal_masked_dense_ones(sizes: list[int], keys: dict[str, Any]) -> None:
-    layer, x = make(sizes, **keys), inputs(4, 7)
+@given(
+    strata_sizes,
+    st.sampled_from([{}, {"norm": "official", "normalise": "after_drop"}]),
+    st.integers(0, 5),
+    st.integers(1, 8),
+    st.integers(0, 100),
+)
+@settings(max_examples=20)
+def test_compact_passes_equal_masked_dense_ones(
+    sizes: list[int], keys: dict[str, Any], batch: int, length: int, seed: int
+) -> None:
+    layer, x = make(sizes, seed, **keys), inputs(batch, length, seed)
     y, record = layer(x, context_of(x))
     expected, passes = masked_dense(layer, x.reshape(-1, DIM))
     torch.testing.assert_close(y.reshape(-1, DIM), expected, rtol=1e-12, atol=1e-12)
@@ -120,16 +129,33 @@ def test_passes_strictly_climb(sizes: list[int], seed: int, norm: str) -> None:
     assert torch.equal(requested == 1, at_once)
 
 
-def test_one_stratum_is_top_two_behind_a_norm_with_a_residual() -> None:
-    layer, x = make([6]), inputs(3, 5)
+def top_two(num_experts: int) -> Any:
+    """A vanilla MoE layer of as many experts."""
+    config = routing_config({"name": "top_k", "num_experts": num_experts, "normalise": "none"})
+    return build_block(config, BlockInputs(DIM, 16, layer=3)).double()
+
+
+@given(st.integers(2, 9), st.integers(1, 3), st.integers(1, 6), st.integers(0, 100))
+@settings(max_examples=20)
+def test_one_stratum_is_top_two_behind_a_norm_with_a_residual(
+    num_experts: int, batch: int, length: int, seed: int
+) -> None:
+    layer, x, vanilla = make([num_experts], seed), inputs(batch, length, seed), top_two(num_experts)
     y, _ = layer(x, context_of(x))
-    config = routing_config({"name": "top_k", "num_experts": 6, "normalise": "none"})
-    vanilla = build_block(config, BlockInputs(DIM, 16, layer=3)).double()
     vanilla.router.gate.load_state_dict(layer.router.strata[0].gate.state_dict())
     vanilla.pool.load_state_dict(layer.pool.state_dict())
     expected = x + vanilla(layer.norms[0](x), context_of(x))[0]
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
-    assert sum(p.numel() for p in layer.pool.parameters()) == sum(p.numel() for p in vanilla.pool.parameters())
+
+
+@given(strata_sizes)
+@settings(max_examples=15)
+def test_strata_have_the_experts_of_a_vanilla_layer_and_only_gates_and_norms_of_their_own(sizes: list[int]) -> None:
+    layer, vanilla = make(sizes), top_two(sum(sizes))
+    shapes = [{n: p.shape for n, p in block.pool.named_parameters()} for block in (layer, vanilla)]
+    assert shapes[0] == shapes[1] and shapes[0]
+    beside = sum(p.numel() for n, p in layer.named_parameters() if not n.startswith("pool."))
+    assert beside == DIM * sum(sum(sizes[i:]) for i in range(len(sizes))) + 2 * DIM * len(layer.norms)
 
 
 def silence(layer: StratifiedLayer) -> StratifiedLayer:
@@ -140,11 +166,14 @@ def silence(layer: StratifiedLayer) -> StratifiedLayer:
     return layer
 
 
-@pytest.mark.parametrize("sizes", [[4, 4], [2, 2, 2, 2]])
-def test_silent_experts_leave_the_stream_alone_in_the_paper_and_normalise_it_in_the_code(sizes: list[int]) -> None:
-    x = inputs(3, 5)
-    assert torch.equal(silence(make(sizes))(x, context_of(x))[0], x)
-    official = silence(make(sizes, norm="official"))
+@given(strata_sizes.filter(lambda sizes: len(sizes) > 1), st.integers(0, 100))
+@settings(max_examples=20)
+def test_silent_experts_leave_the_stream_alone_in_the_paper_and_normalise_it_in_the_code(
+    sizes: list[int], seed: int
+) -> None:
+    x = 3 * inputs(3, 5, seed)
+    assert torch.equal(silence(make(sizes, seed))(x, context_of(x))[0], x)
+    official = silence(make(sizes, seed, norm="official"))
     for norm in official.norms:
         torch.nn.init.ones_(norm.weight)
         torch.nn.init.zeros_(norm.bias)
@@ -155,14 +184,32 @@ def test_silent_experts_leave_the_stream_alone_in_the_paper_and_normalise_it_in_
 
 @pytest.mark.parametrize("sizes", [[4, 4], [4, 12], [2, 2, 2, 2]])
 def test_random_gates_give_the_expected_number_of_passes(sizes: list[int]) -> None:
-    """Rows of a random gate are exchangeable, so over gates every visible expert is equally often first."""
+    """All but zero gates: probabilities are uniform, and who is first is drawn with the gate.
+
+    Rows of a random gate are exchangeable, so that over gates every visible expert is equally often first.
+    """
     found = []
     for seed in range(40):
         layer, x = silence(make(sizes, seed)), inputs(1, 30, seed)
         for gate in layer.router.strata:
-            torch.nn.init.normal_(gate.gate.weight)
-        found.append(requested_capacity(layer(x, context_of(x))[1].routing).double().mean())
+            torch.nn.init.normal_(gate.gate.weight, std=1e-7)
+        routing = layer(x, context_of(x))[1].routing
+        first = routing[0].statistics
+        assert (first.entropy / first.tokens).item() == pytest.approx(math.log(sum(sizes)))
+        found.append(requested_capacity(routing).double().mean())
     assert torch.stack(found).mean().item() == pytest.approx(sum(expected_visits(sizes)), rel=0.07)
+
+
+@given(strata_sizes)
+@settings(max_examples=10)
+def test_gates_of_exactly_zero_send_every_token_through_all_strata(sizes: list[int]) -> None:
+    """Of equal scores the first is taken: ties are not drawn, and these gates stay above the mean of random ones."""
+    layer, x = silence(make(sizes)), inputs(2, 4)
+    for gate in layer.router.strata:
+        torch.nn.init.zeros_(gate.gate.weight)
+    passes = requested_capacity(layer(x, context_of(x))[1].routing)
+    assert (passes == len(sizes)).all()
+    assert len(sizes) == 1 or len(sizes) > sum(expected_visits(sizes))
 
 
 def test_a_dropped_token_keeps_its_residual_and_still_goes_on() -> None:
@@ -179,28 +226,30 @@ def test_a_dropped_token_keeps_its_residual_and_still_goes_on() -> None:
     assert int(record.statistics.dropped) == int(record.statistics.requested.sum() - record.statistics.load.sum())
 
 
-def test_a_later_token_changes_nothing_before_it() -> None:
-    layer, x = make([2, 2, 4]), inputs(2, 8)
+@given(strata_sizes, st.integers(1, 7), st.integers(0, 100))
+@settings(max_examples=20)
+def test_a_later_token_changes_nothing_before_it(sizes: list[int], cut: int, seed: int) -> None:
+    layer, x = make(sizes, seed), inputs(2, 8, seed)
     changed = x.clone()
-    changed[:, 5:] = inputs(2, 3, seed=9)
+    changed[:, cut:] = inputs(2, 8 - cut, seed=seed + 1000)
     y, z = (layer(v, context_of(v))[0] for v in (x, changed))
-    torch.testing.assert_close(y[:, :5], z[:, :5], rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(y[:, :cut], z[:, :cut], rtol=1e-13, atol=1e-13)
     steps = torch.cat([layer(x[:, t : t + 1], context_of(x[:, t : t + 1]))[0] for t in range(8)], dim=1)
     torch.testing.assert_close(y, steps, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("norm", ["paper", "official"])
-def test_padding_changes_nothing_and_stays_as_it_is(norm: str) -> None:
-    layer, x = make([2, 4], norm=norm, capacity_factor=1.0), inputs(2, 6)
-    padding = torch.zeros(2, 6, dtype=torch.bool)
-    padding[0, 4:] = True
+@given(st.sampled_from(["paper", "official"]), st.integers(0, 6), st.integers(0, 6), st.integers(0, 100))
+@settings(max_examples=20)
+def test_padding_changes_nothing_and_stays_as_it_is(norm: str, first: int, second: int, seed: int) -> None:
+    layer, x = make([2, 4], seed, norm=norm, capacity_factor=1.0), inputs(2, 6, seed)
+    padding = torch.arange(6) >= torch.tensor([[first], [second]])
     y, record = layer(x, context_of(x, padding, training=True))
-    assert torch.equal(y[0, 4:], x[0, 4:])
+    assert torch.equal(y[padding], x[padding])
     garbage = x.masked_fill(padding.unsqueeze(2), 1e9)
     z, other = layer(garbage, context_of(x, padding, training=True))
     assert torch.equal(y[~padding], z[~padding])
     assert torch.equal(record.losses["balance_loss"].value, other.losses["balance_loss"].value)
-    assert int(record.statistics.tokens) == 10
+    assert int(record.statistics.tokens) == first + second
 
 
 @pytest.mark.parametrize("balance_over", ["strata", "executed"])

@@ -139,6 +139,28 @@ def test_the_count_is_that_of_a_built_model() -> None:
     assert [block.layer for block in counted.blocks] == [0, 1]
 
 
+@pytest.mark.parametrize("strata", [(4, 4), (2, 6), (2, 2, 4), (2, 2, 2, 2)])
+def test_strata_have_the_experts_of_a_vanilla_model(strata: tuple[int, ...]) -> None:
+    stratified, vanilla = (account(small_model(routing, sparse_layers="odd")) for routing in (smoe(*strata), top_2(8)))
+    assert stratified.parameters_experts == vanilla.parameters_experts > 0
+
+
+def test_more_experts_of_soft_moe_at_as_many_slots_cost_no_flops() -> None:
+    """In closed form, and with the loads of a forward pass; all parameters grow."""
+    forms, measured, parameters = set(), set(), []
+    for experts in (1, 2, 4, 8, 16):
+        routing = {"name": "soft_moe", "num_experts": experts, "num_slots": 16, "decoder": "dense"}
+        model = small_model(routing).eval()
+        _, extra = model(sentences([9, 7]), None, sentences([8, 8]))
+        loads = {r.layer: float(r.statistics.load.sum() / r.statistics.tokens) for r in extra["routing"]}
+        forms.add(account(model).flops_per_token)
+        measured.add(account(model, loads).flops_per_token)
+        assert set(loads.values()) == {2 * 16 / 16}  # 16 slots for each of two sentences of 9 and 7 tokens
+        parameters.append(account(model).parameters_total)
+    assert len(forms) == len(measured) == 1
+    assert parameters == sorted(parameters) and parameters[0] < parameters[-1]
+
+
 def test_measured_loads_take_the_place_of_the_expectation() -> None:
     model = small_model(smoe(2, 2)).eval()
     _, extra = model(sentences([9, 7]), None, sentences([8, 8]))

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_train.errors import ConfigError
@@ -76,15 +76,27 @@ def test_one_expert_draws_itself_in_both_passes() -> None:
     assert not over_updates(make_router("thor", num_experts=1), 5).any()
 
 
-def test_only_the_drawn_experts_get_gradients() -> None:
-    router, experts = make_router("thor", num_experts=5), make_experts(5)
-    context = batch_context([3, 4], passes=2, training=True)
+def touched_by(pair: str, num_experts: int, update: int) -> set[int]:
+    """The experts that get a gradient in one update; those that were drawn, or the test fails here."""
+    router, experts = make_router("thor", num_experts=num_experts, pair=pair), make_experts(num_experts)
+    context = batch_context([3, 4], passes=2, training=True, update=update)
     routing = router(tokens(14), context)
     mix(tokens(14), routing.assignment, experts).sum().backward()
     touched = {e for e, p in enumerate(experts) if p.grad is not None and p.grad.abs().sum() > 0}
     assert touched == set(routing.choices.unique().tolist())
-    assert len(touched) == 2
     assert not routing.losses
+    return touched
+
+
+@given(st.integers(2, 6), st.integers(0, 10_000))
+@settings(max_examples=20)
+def test_only_the_two_drawn_experts_get_gradients(num_experts: int, update: int) -> None:
+    assert len(touched_by("distinct", num_experts, update)) == 2
+
+
+def test_independent_passes_give_gradients_to_one_expert_or_two() -> None:
+    """One with probability 1/N: 50 draws of three experts make both cases certain to 1e-8."""
+    assert {len(touched_by("independent", 3, update)) for update in range(50)} == {1, 2}
 
 
 def test_sentences_keep_their_expert_and_differ_from_each_other() -> None:
@@ -140,14 +152,21 @@ def test_the_ensemble_is_the_mean_of_all_experts_whatever_the_seed() -> None:
     torch.testing.assert_close(outputs[0], torch.stack([torch.tanh(x @ w) for w in experts]).mean(0))
 
 
-@pytest.mark.parametrize("inference", ["token", "sentence", "position", "ensemble"])
-@pytest.mark.parametrize("seed", [1, 2])
-def test_equal_experts_make_mode_and_seed_irrelevant(inference: str, seed: int) -> None:
-    experts = make_experts(4)
+@given(
+    st.sampled_from(["token", "sentence", "position", "ensemble"]),
+    st.integers(1, 8),
+    st.lists(st.integers(1, 6), min_size=1, max_size=4),
+    st.integers(0, 999),
+)
+@settings(max_examples=25)
+def test_equal_experts_make_mode_and_seed_irrelevant(
+    inference: str, num_experts: int, lengths: list[int], seed: int
+) -> None:
+    experts = make_experts(num_experts)
     for weight in experts:
         weight.data.copy_(experts[0].data)
-    x = tokens(10)
-    assignment = make_router("thor", inference=inference, num_experts=4)(x, batch_context([4, 6], seed=seed)).assignment
+    x, context = tokens(sum(lengths), seed=seed), batch_context(lengths, seed=seed)
+    assignment = make_router("thor", inference=inference, num_experts=num_experts)(x, context).assignment
     torch.testing.assert_close(mix(x, assignment, experts), torch.tanh(x @ experts[0]))
 
 
