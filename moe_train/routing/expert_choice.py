@@ -19,6 +19,7 @@ from moe_train.routing.capacity import Group, shared_by_ranks
 from moe_train.routing.context import RoutingContext
 from moe_train.routing.expected import Choices
 from moe_train.routing.gate import LinearGate, linear_init
+from moe_train.routing.perturb import score_noise
 from moe_train.routing.registry import register
 from moe_train.routing.types import Routing, assignment_from_choices, count_statistics
 from moe_train.routing.world import gather_rows, world_order
@@ -32,6 +33,7 @@ class ExpertChoiceConfig(RoutingConfig):
         capacity_factor: c, experts per token on average.
         scope: the tokens that an expert chooses from: those of a ``sentence`` or of the ``batch`` (the paper's, where a
             sentence's output depends on its batch mates).
+        score_noise: in training N(0, (score_noise / E)²) is added to the logits (V-MoE's code: 1).
         capacity_group: what a batch is: a ``rank``'s tokens or the ``global`` micro-batch.
     """
 
@@ -39,10 +41,12 @@ class ExpertChoiceConfig(RoutingConfig):
     capacity_factor: float = 2.0
     scope: Literal["sentence", "batch"] = "sentence"
     capacity_group: Group = "rank"
+    score_noise: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check.positive("routing.capacity_factor", self.capacity_factor)
+        check.not_negative("routing.score_noise", self.score_noise)
 
 
 @register("expert_choice", ExpertChoiceConfig)
@@ -58,7 +62,7 @@ class ExpertChoiceRouter(Router):
 
     def forward(self, x: Tensor, context: RoutingContext) -> Routing:
         """Routes x [T, d]. ``choices`` has E columns, best first, -1 where no more experts took the token."""
-        scores = torch.softmax(self.gate(x), dim=-1)
+        scores = torch.softmax(score_noise(self.gate(x), self.config.score_noise, context), dim=-1)
         taken = self.taken(scores.detach(), context)
         _, experts = torch.where(taken, scores.detach(), -1.0).sort(dim=-1, descending=True, stable=True)
         kept = taken.gather(1, experts)

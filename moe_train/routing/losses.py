@@ -50,6 +50,37 @@ def balance_loss(probabilities: Tensor, load: WorldLoad) -> Tensor:
     return (probabilities.sum(0) * scale.to(probabilities.dtype)).sum()
 
 
+def squared_variation(amounts: Tensor, tokens: int, ranks: Ranks) -> Tensor:
+    """Share of ``(std / mean)²`` over experts of amounts summed over the world, 0 where all are equal (V-MoE, §A.2).
+
+    It is not linear in a rank's amounts: the share has the gradient of the whole by them, and the value of the whole
+    times the rank's share of tokens.
+
+    Args:
+        amounts: [E] of this rank, with their gradient.
+        tokens: of this rank.
+    """
+    experts = amounts.shape[0]
+    own = torch.full((1,), float(tokens), dtype=torch.float64, device=amounts.device)
+    reduced = ranks.sum(torch.cat((amounts.detach().to(torch.float64), own)))
+    total, everyone = reduced[:-1], reduced[-1].clamp(min=1)
+    whole, squares = total.sum().clamp(min=1e-60), total.square().sum()  # without tokens 0, and its cube still above 0
+    value = (experts * squares / whole**2 - 1) * (tokens / everyone)
+    slope = 2 * experts * (total / whole**2 - squares / whole**3)
+    share = (amounts * slope.to(amounts.dtype)).sum()
+    return share - share.detach() + value.to(amounts.dtype)
+
+
+def chance_of_choice(logits: Tensor, noisy: Tensor, k: int, std: float) -> Tensor:
+    """[T, E]: how likely each expert is among the k best if its noise alone were drawn anew (V-MoE, §A.2).
+
+    Args:
+        logits, noisy: [T, E], without and with the noise N(0, std²).
+    """
+    threshold = noisy.topk(k, dim=-1).values[:, -1:]
+    return torch.special.ndtr((logits - threshold) / std)
+
+
 def z_loss(logits: Tensor, tokens: Tensor) -> Tensor:
     """Share of the mean over tokens of ``logsumexp(logits)²`` (ST-MoE, Zoph et al., 2022, Eq. 5)."""
     return torch.logsumexp(logits, dim=-1).square().sum() / tokens.to(logits.dtype)

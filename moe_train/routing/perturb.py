@@ -26,6 +26,14 @@ def gumbel(context: RoutingContext, width: int) -> Tensor:
     return -torch.log(-torch.log(draw))
 
 
+def score_noise(logits: Tensor, amount: float, context: RoutingContext) -> Tensor:
+    """Logits [T, E] plus N(0, (amount / E)²), in training only (V-MoE, Riquelme et al., 2021: 1 / E)."""
+    if not amount or not context.training:
+        return logits
+    draw = counted_uniform(context, SCORE_NOISE, logits.shape[1]).clamp(min=torch.finfo(torch.float64).eps)
+    return logits + (torch.special.ndtri(draw) * (amount / logits.shape[1])).to(logits.dtype)
+
+
 def mask_outputs(weights: Tensor, probability: float, context: RoutingContext) -> Tensor:
     """Expert-output masking (NLLB Team, 2022, §6.2.1): each (token, expert) output is dropped with ``probability``.
 

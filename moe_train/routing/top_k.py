@@ -2,11 +2,13 @@
 
 ``p = softmax(W x)``; the token goes to the k experts of highest p and ``y = Σ p_e f_e(x)``, by default with the weights
 renormalised to a sum of 1. Options: GShard's and NLLB's policies for the second expert; sigmoid scores with a balancing
-bias in place of a balance loss (DeepSeek-V3, arXiv 2412.19437, §2.1.2); a shared expert.
+bias in place of a balance loss (DeepSeek-V3, arXiv 2412.19437, §2.1.2); a shared expert; V-MoE's noise on the
+scores and its losses on the variation of importance and load.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,7 +22,8 @@ from moe_train.routing.capacity import Rounding
 from moe_train.routing.context import RoutingContext
 from moe_train.routing.draws import counted_uniform
 from moe_train.routing.gate import LinearGate, linear_init
-from moe_train.routing.perturb import SECOND_EXPERT, gumbel, jitter
+from moe_train.routing.losses import chance_of_choice, squared_variation
+from moe_train.routing.perturb import SECOND_EXPERT, gumbel, jitter, score_noise
 from moe_train.routing.registry import register
 from moe_train.routing.token_choice import (
     Normalise,
@@ -29,8 +32,9 @@ from moe_train.routing.token_choice import (
     TokenChoiceRouter,
     best_experts,
     check_top_k,
+    normalised,
 )
-from moe_train.routing.types import Routing, RoutingStatistics
+from moe_train.routing.types import AuxiliaryLoss, Routing, RoutingStatistics
 
 SecondExpert = Literal["all", "sampling", "random"]
 
@@ -46,6 +50,9 @@ class TopKConfig(TokenChoiceConfig):
         capacity_rounding: ``result`` takes factor · k · T / E and rounds it up; ``share`` is fairseq's
             floor(factor · k · ceil(T / E)).
         scores: ``softmax`` or ``sigmoid``.
+        score_noise: in training N(0, (score_noise / E)²) is added to the logits (V-MoE: 1).
+        importance_weight: of V-MoE's loss on the squared variation of experts' summed probabilities.
+        load_weight: of V-MoE's loss on the squared variation of experts' expected loads under the noise.
         balancing_bias_rate: step of the bias that steers selection (not weights) towards equal loads; 0: no bias.
         shared_expert: one more expert that every token passes; built by the layer.
     """
@@ -56,13 +63,22 @@ class TopKConfig(TokenChoiceConfig):
     normalise: Normalise = "after_drop"
     capacity_rounding: Rounding = "result"
     scores: Literal["softmax", "sigmoid"] = "softmax"
+    score_noise: float = 0.0
+    importance_weight: float = 0.0
+    load_weight: float = 0.0
     balancing_bias_rate: float = 0.0
     shared_expert: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_top_k(self.top_k, self.num_experts, "routing.num_experts")
-        check.not_negative("routing.balancing_bias_rate", self.balancing_bias_rate)
+        for key in ("balancing_bias_rate", "score_noise", "importance_weight", "load_weight"):
+            check.not_negative(f"routing.{key}", getattr(self, key))
+        if self.load_weight and (not self.score_noise or self.second_expert != "all" or self.balancing_bias_rate):
+            raise ConfigError(
+                "routing.load_weight needs choices that only noise on the scores makes random",
+                remedy="set routing.score_noise=1.0, routing.second_expert=all and routing.balancing_bias_rate=0",
+            )
         if self.top_k == 1 and self.normalise != "none":
             raise ConfigError(
                 "with routing.top_k=1 normalised weights are always 1 and the gate learns nothing",
@@ -101,17 +117,39 @@ class TopKRouter(TokenChoiceRouter):
 
     def forward(self, x: Tensor, context: RoutingContext) -> Routing:
         """Routes x [T, d]."""
-        logits = self.gate(jitter(x, self.config.jitter, context))
-        scores = torch.sigmoid(logits) if self.config.scores == "sigmoid" else torch.softmax(logits, dim=-1)
+        clean = self.gate(jitter(x, self.config.jitter, context))
+        logits = score_noise(clean, self.config.score_noise, context)
+        scores = self.scores(logits)
         steered = scores.detach() if self.balancing_bias is None else scores.detach() + self.balancing_bias
         choices = select(steered, logits.detach(), self.config.top_k, self.policy(context), context)
         weights = scores.gather(1, choices)
         if self.policy(context) == "random":
             choices = skip_second(choices, weights.detach(), self.config.normalise, context)
-        probabilities = scores
+        probabilities = scores if logits is clean else self.scores(clean)
         if self.config.scores == "sigmoid":
-            probabilities = scores / scores.sum(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).eps)
-        return self.finish(Scores(logits, probabilities), choices, weights, context, self.config.normalise)
+            probabilities = normalised(probabilities, None)
+        routing = self.finish(Scores(clean, probabilities), choices, weights, context, self.config.normalise)
+        varied = self.variation(Scores(clean, probabilities), logits, context)
+        return dataclasses.replace(routing, losses={**routing.losses, **varied})
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """[T, E] of logits [T, E]."""
+        return torch.sigmoid(logits) if self.config.scores == "sigmoid" else torch.softmax(logits, dim=-1)
+
+    def variation(self, clean: Scores, noisy: Tensor, context: RoutingContext) -> dict[str, AuxiliaryLoss]:
+        """V-MoE's losses where they have a weight (Riquelme et al., NeurIPS 2021, arXiv 2106.05974, §A.2)."""
+        config, found = self.config, dict[str, AuxiliaryLoss]()
+        if not context.training:
+            return found
+        tokens = noisy.shape[0]
+        if config.importance_weight:
+            value = squared_variation(clean.probabilities.sum(0), tokens, context.ranks)
+            found["importance_loss"] = AuxiliaryLoss(value, config.importance_weight)
+        if config.load_weight:
+            chance = chance_of_choice(clean.logits, noisy, config.top_k, config.score_noise / self.num_experts)
+            value = squared_variation(chance.sum(0), tokens, context.ranks)
+            found["load_loss"] = AuxiliaryLoss(value, config.load_weight)
+        return found
 
     def policy(self, context: RoutingContext) -> SecondExpert:
         """The second-expert policy in force: evaluation is deterministic."""

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from moe_train.errors import ConfigError
 from moe_train.routing import RoutingStatistics, routing_config, strategy
+from moe_train.routing.perturb import score_noise
 from moe_train.routing.token_choice import best_experts
 from tests.routing.helpers import batch_context, make_router, pairs_by_token, tokens
 
@@ -108,6 +109,36 @@ def test_weights_beside_a_second_expert_that_was_left_out(seed: int, num_experts
         assert bool(gradient.abs().max() > 1e-12) == (normalise != "after_drop"), "a weight of 1 teaches nothing"
 
 
+@pytest.mark.parametrize("name", ["top_k", "expert_choice"])
+def test_score_noise_is_normal_over_the_number_of_experts_and_absent_at_evaluation(name: str) -> None:
+    router, x = make_router(name, score_noise=2.0), tokens(5000)
+    noise = score_noise(torch.zeros(5000, 8, dtype=torch.float64), 2.0, batch_context([5000], training=True))
+    assert noise.mean().item() == pytest.approx(0, abs=0.005)
+    assert noise.std().item() == pytest.approx(2 / 8, rel=0.02)
+    assert noise.abs().lt(0.25).double().mean().item() == pytest.approx(0.6827, abs=0.01)  # within one std
+    plain = make_router(name)
+    plain.load_state_dict(router.state_dict())
+    for training in (False, True):
+        context = batch_context([5000], training=training)
+        same = torch.equal(router(x, context).choices, plain(x, context).choices)
+        assert same is not training
+
+
+def test_vmoes_losses_look_at_probabilities_and_at_chances_under_the_noise() -> None:
+    keys = {"score_noise": 1.0, "importance_weight": 0.5, "load_weight": 0.25, "normalise": "none"}
+    router, x = make_router("top_k", **keys), tokens(30)
+    context = batch_context([30], training=True)
+    losses = router(x, context).losses
+    logits = x @ router.gate.weight.T
+    amounts = torch.softmax(logits, -1).sum(0)
+    torch.testing.assert_close(losses["importance_loss"].value, (amounts.std(correction=0) / amounts.mean()) ** 2)
+    threshold = score_noise(logits, 1.0, context).topk(2).values[:, -1:]
+    loads = torch.distributions.Normal(0, 1 / 8).cdf(logits - threshold).sum(0)
+    torch.testing.assert_close(losses["load_loss"].value, (loads.std(correction=0) / loads.mean()) ** 2)
+    assert (losses["importance_loss"].weight, losses["load_loss"].weight) == (0.5, 0.25)
+    assert not router(x, batch_context([30])).losses
+
+
 @pytest.mark.parametrize("policy", ["sampling", "random"])
 def test_evaluation_takes_the_best_whatever_the_policy(policy: str) -> None:
     x, context = tokens(50), batch_context([50])
@@ -182,6 +213,9 @@ def test_the_bias_levels_a_collapsed_router() -> None:
         ({"capacity_factor": -1.0}, ["routing.capacity_factor", "above 0"]),
         ({"balance_weight": -0.1}, ["routing.balance_weight"]),
         ({"expert_output_masking": 1.0}, ["routing.expert_output_masking"]),
+        ({"load_weight": 0.1}, ["routing.load_weight", "routing.score_noise=1.0"]),
+        ({"load_weight": 0.1, "score_noise": 1.0, "second_expert": "random"}, ["routing.second_expert=all"]),
+        ({"importance_weight": -0.1}, ["routing.importance_weight"]),
         ({"jiter": 0.1}, ["routing.jiter", "'jitter'"]),
         ({"num_experts": 0}, ["routing.num_experts"]),
     ],
