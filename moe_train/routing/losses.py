@@ -78,7 +78,8 @@ def chance_of_choice(logits: Tensor, noisy: Tensor, k: int, std: float) -> Tenso
         logits, noisy: [T, E], without and with the noise N(0, std²).
     """
     threshold = noisy.topk(k, dim=-1).values[:, -1:]
-    return torch.special.ndtr((logits - threshold) / std)
+    chance: Tensor = torch.special.ndtr((logits - threshold) / std)
+    return chance
 
 
 def z_loss(logits: Tensor, tokens: Tensor) -> Tensor:

@@ -31,7 +31,8 @@ def score_noise(logits: Tensor, amount: float, context: RoutingContext) -> Tenso
     if not amount or not context.training:
         return logits
     draw = counted_uniform(context, SCORE_NOISE, logits.shape[1]).clamp(min=torch.finfo(torch.float64).eps)
-    return logits + (torch.special.ndtri(draw) * (amount / logits.shape[1])).to(logits.dtype)
+    noise: Tensor = torch.special.ndtri(draw) * (amount / logits.shape[1])
+    return logits + noise.to(logits.dtype)
 
 
 def mask_outputs(weights: Tensor, probability: float, context: RoutingContext) -> Tensor:

@@ -226,6 +226,29 @@ def test_a_dropped_token_keeps_its_residual_and_still_goes_on() -> None:
     assert int(record.statistics.dropped) == int(record.statistics.requested.sum() - record.statistics.load.sum())
 
 
+@given(strata_sizes, st.integers(1, 14), st.sampled_from([0.3, 0.5, 1.0]), st.booleans(), st.integers(0, 100))
+@settings(max_examples=25)
+def test_who_is_dropped_everywhere_keeps_its_residual_and_all_go_on_by_their_choices(
+    sizes: list[int], count: int, factor: float, alike: bool, seed: int
+) -> None:
+    layer, x = make(sizes, seed, capacity_factor=factor), inputs(1, count, seed)
+    if alike:  # then all want the same two experts of each pass
+        x = x[:, :1].expand(1, count, DIM).contiguous()
+    y, record = layer(x, context_of(x, training=True))
+    untouched = ~torch.stack([r.kept for r in record.routing]).any(0).any(1)
+    assert torch.equal(y[0, untouched], x[0, untouched])
+    assert not (y[0, ~untouched] == x[0, ~untouched]).all(-1).any()
+    state = torch.zeros(count, dtype=torch.int64)
+    for i, routing in enumerate(record.routing):
+        active = routing.choices[:, 0] >= 0
+        assert torch.equal(active, state == i), "dropped or not"
+        limit = math.ceil(factor * 2 * math.ceil(int(active.sum()) / sum(sizes[i:])))
+        if alike:
+            assert routing.kept[active].sum(0).tolist() == [min(limit, int(active.sum()))] * 2
+        state = torch.where(active, layer.router.next_stratum(routing.choices), state)
+    assert (state == len(sizes)).all()
+
+
 @given(strata_sizes, st.integers(1, 7), st.integers(0, 100))
 @settings(max_examples=20)
 def test_a_later_token_changes_nothing_before_it(sizes: list[int], cut: int, seed: int) -> None:
