@@ -69,22 +69,28 @@ print(fairseq.__version__, tuple(y.shape))
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
-def test_offline(root: Path, tmp_path: Path) -> None:
-    """wheelhouse.sh with a network, setup.sh and training's command without. Three minutes of one quiet core."""
+@pytest.mark.parametrize("kind", [["--minimal"], []], ids=["minimal", "everything"])
+def test_offline(root: Path, tmp_path: Path, kind: list[str]) -> None:
+    """wheelhouse.sh with a network, setup.sh and training's command without. Three minutes of one quiet core each."""
     if alone("true", cwd=tmp_path).returncode:
         pytest.skip("needs the right to make a network namespace (root)")
-    collected = run(root / "scripts/wheelhouse.sh", "--minimal", tmp_path / "wheels", cwd=root)
+    collected = run(root / "scripts/wheelhouse.sh", *kind, tmp_path / "wheels", cwd=root)
     assert collected.returncode == 0, collected.stderr[-3000:]
     assert not list((tmp_path / "wheels").glob("moe_train-*")), "an old copy of us would be installed"
     copy = copy_of(root, tmp_path / "copy")
-    done = alone(copy / "scripts/setup.sh", "--offline", tmp_path / "wheels", "--minimal", cwd=copy)
+    done = alone(copy / "scripts/setup.sh", "--offline", tmp_path / "wheels", *kind, cwd=copy)
     assert done.returncode == 0 and "setup: ready in" in done.stdout, done.stderr[-3000:]
-    again = alone(copy / "scripts/setup.sh", "--offline", tmp_path / "wheels", "--minimal", cwd=copy)
+    again = alone(copy / "scripts/setup.sh", "--offline", tmp_path / "wheels", *kind, cwd=copy)
     assert again.stdout == "setup: .venv is up to date\n"
     used = alone(copy / ".venv/bin/python", "-c", USE, cwd=tmp_path)
     assert used.stdout == "0.12.2 (2, 5, 8)\n", used.stderr[-3000:]
     shown = alone(copy / ".venv/bin/moe-train", "--cfg", "job", "data=x", cwd=tmp_path)
     assert shown.returncode == 0 and "max_updates: 10000" in shown.stdout, shown.stderr[-3000:]
+    if not kind:
+        tools = alone(
+            copy / ".venv/bin/python", "-c", "import deepspeed, submitit, optuna, sklearn, pytest", cwd=tmp_path
+        )
+        assert tools.returncode == 0, tools.stderr[-3000:]
 
 
 @pytest.mark.slow
