@@ -18,15 +18,20 @@ from torch import Tensor
 _TINY = torch.finfo(torch.float64).tiny
 
 
-def load_by_group(experts: Tensor, groups: Tensor, num_experts: int, num_groups: int) -> Tensor:
-    """[G, E] fp64 fractions, a row of zeros for a group without pairs.
+def pairs_by_group(experts: Tensor, groups: Tensor, num_experts: int, num_groups: int) -> Tensor:
+    """[G, E] int64 counts of pairs.
 
     Args:
         experts: [P] expert of each pair.
         groups: [P] group of each pair's token (its language, say), in 0 .. G - 1.
     """
     pairs = torch.bincount(groups * num_experts + experts, minlength=num_groups * num_experts)
-    counts = pairs.view(num_groups, num_experts).double()
+    return pairs.view(num_groups, num_experts)
+
+
+def load_by_group(counts: Tensor) -> Tensor:
+    """[G, E] fp64 fractions of counts [G, E], a row of zeros for a group without pairs."""
+    counts = counts.double()
     return counts / counts.sum(1, keepdim=True).clamp(min=1.0)
 
 
@@ -68,9 +73,3 @@ def requested_capacity_by_layer(passes: Mapping[int, Tensor], layers: Sequence[i
     if not layers:
         raise ValueError("requested capacity is the mean over at least one block")
     return sum(float(passes[layer].double().mean()) for layer in layers) / len(layers)
-
-
-def passes_from_histogram(counts: Tensor) -> float:
-    """The mean number of passes, from counts [L] of tokens that asked for 1, 2 … L (``extra["passes"]``)."""
-    numbers = torch.arange(1, counts.shape[-1] + 1, dtype=torch.float64)
-    return float((counts.double() * numbers).sum() / counts.double().sum().clamp(min=1.0))

@@ -16,13 +16,21 @@ from torch import Tensor, nn
 
 from moe_train.analysis.collapse import representation_collapse
 from moe_train.analysis.drops import count_drops
-from moe_train.analysis.groups import load_by_group, load_statistics, mean_by_label
+from moe_train.analysis.groups import (
+    load_by_group,
+    load_statistics,
+    mean_by_label,
+    pairs_by_group,
+    requested_capacity_by_layer,
+    specialisation,
+)
 from moe_train.analysis.mixes import mix_statistics
 from moe_train.analysis.stability import fluctuation_ratio
 from moe_train.evaluation.loading import open_run
-from moe_train.layers import Block, RoutingRecord, SoftLayer, StratifiedLayer, requested_capacity
+from moe_train.layers import Block, RoutingRecord
 from moe_train.layers.context import BatchContext
-from moe_train.models.accounting import sparse_blocks
+from moe_train.layers.stack import DecoderStack
+from moe_train.models.routed import stacks
 
 _OFTEN = 10  # a token seen less often says little of its capacity
 
@@ -32,14 +40,16 @@ class LayerProbe:
     """One sparse block; T tokens in the order of the data. Blocks of slots (Soft MoE) have mixes instead of choices.
 
     Attributes:
-        states: T rows [.., d] that its router saw.
-        choices, kept: [T, k] expert ids before drops (of a first pass, with strata), and which were carried out.
+        stack: ``encoder`` or ``decoder``.
+        states: T rows [.., d] that its router saw; with strata, its first gate.
+        choices, kept: [T, k] expert ids before drops, and which were carried out; with L strata [T, L·k], pass by pass.
         passes: [T] that each token asked for (strata only).
         language, token_id: [T].
         mixes: means of Soft MoE's mixes, per batch.
     """
 
     num_experts: int
+    stack: str = "encoder"
     states: list[Tensor] = field(default_factory=list)
     choices: list[Tensor] = field(default_factory=list)
     kept: list[Tensor] = field(default_factory=list)
@@ -65,15 +75,16 @@ def probe(model: nn.Module, samples: Sequence[Mapping[str, Any]]) -> dict[int, L
 
 @contextmanager
 def _listening(model: nn.Module, found: dict[int, LayerProbe]) -> Iterator[None]:
+    places: dict[Any, str] = {}
+
     def listen(block: Any, inputs: tuple[Tensor, BatchContext], output: tuple[Tensor, RoutingRecord]) -> None:
-        layer = found.setdefault(block.layer, LayerProbe(block.pool.num_experts))
+        layer = found.setdefault(block.layer, LayerProbe(block.pool.num_experts, places[block]))
         _note(layer, block, inputs[0], inputs[1], output[1])
 
-    handles = []
-    for name, block in sparse_blocks(model).items():
-        module = model.get_submodule(name)
-        assert isinstance(module, Block) and block.pool is not None
-        handles.append(module.register_forward_hook(listen))
+    for stack in stacks(model):
+        name = "decoder" if isinstance(stack, DecoderStack) else "encoder"
+        places |= {block: name for block in stack.modules() if isinstance(block, Block) and hasattr(block, "router")}
+    handles = [block.register_forward_hook(listen) for block in places]
     try:
         yield
     finally:
@@ -82,27 +93,30 @@ def _listening(model: nn.Module, found: dict[int, LayerProbe]) -> Iterator[None]
 
 
 def _note(layer: LayerProbe, block: Block, x: Tensor, context: BatchContext, record: RoutingRecord) -> None:
-    layer.states.append(context.pack(x).float().cpu())
+    seen = block.observe(x, context, record)
+    layer.states.append(seen.states.float().cpu())
     layer.language.append(context.routing.language.cpu())
     layer.token_id.append(context.routing.token_id.cpu())
-    if isinstance(block, SoftLayer):
-        mixes = block.router.mixes(x, context.padding)
+    if seen.mixes is not None:
+        dispatch, combine = (weights.cpu() for weights in seen.mixes)
         padding = None if context.padding is None else context.padding.cpu()
-        layer.mixes.append(mix_statistics(mixes.dispatch.cpu(), mixes.combine.cpu(), layer.num_experts, padding))
-        return
-    first = record.routing[0]
-    layer.choices.append(first.choices.cpu())
-    layer.kept.append(first.kept.cpu())
-    if isinstance(block, StratifiedLayer):
-        layer.passes.append(requested_capacity(record.routing).cpu())
+        layer.mixes.append(mix_statistics(dispatch, combine, layer.num_experts, padding))
+    if record.routing:
+        layer.choices.append(torch.cat([routing.choices for routing in record.routing], dim=1).cpu())
+        layer.kept.append(torch.cat([routing.kept for routing in record.routing], dim=1).cpu())
+    if seen.passes is not None:
+        layer.passes.append(seen.passes.cpu())
 
 
 def describe(layer: LayerProbe) -> dict[str, Any]:
     """The measures of one block, ready for JSON.
 
-    ``collapse_by_expert`` and ``collapse_by_token``: Tr(Σ_W Σ_B⁺) with the routed expert and the vocabulary id as the
-    class; ``load``, ``load_by_language``; ``dropped_fraction``; with strata ``requested_capacity``, by language too,
-    and by vocabulary id for those that occur at least ten times.
+    ``collapse_by_expert`` and ``collapse_by_token``: Tr(Σ_W Σ_B⁺) with the first expert and the vocabulary id as the
+    class. Of the pairs of a token and an expert that are carried out, all choices and passes: ``load`` [E], its
+    ``max_over_mean``, ``variation`` and ``dead``; where languages are known ``load_by_language`` (fractions) and
+    ``specialisation``. ``dropped_fraction`` of the tokens, ``dropped_pairs`` of the pairs asked for. With strata
+    ``requested_capacity``, by language too, and by vocabulary id for those that occur at least ten times. With slots
+    what :func:`mix_statistics` says.
     """
     states, language, token = (torch.cat(part) for part in (layer.states, layer.language, layer.token_id))
     content: dict[str, Any] = {"tokens": states.shape[0]}
@@ -111,25 +125,49 @@ def describe(layer: LayerProbe) -> dict[str, Any]:
     if layer.mixes:
         names = layer.mixes[0]
         content |= {name: sum(mix[name] for mix in layer.mixes) / len(layer.mixes) for name in names}
-    if not layer.choices:
-        return content
-    first, choices, kept = layer.first, torch.cat(layer.choices), torch.cat(layer.kept)
-    chosen = first >= 0
-    if len(torch.unique(first[chosen])) > 1:
-        content["collapse_by_expert"] = representation_collapse(states[chosen], first[chosen])
-    load = torch.bincount(first[chosen], minlength=layer.num_experts)
-    content |= {"load": load.tolist(), **load_statistics(load)}
-    if int(language.min()) >= 0:
-        groups = int(language.max()) + 1
-        content["load_by_language"] = load_by_group(first[chosen], language[chosen], layer.num_experts, groups).tolist()
-    content["dropped_fraction"] = count_drops(choices, kept).dropped_fraction
+    if layer.choices:
+        first, chosen = layer.first, layer.first >= 0
+        if len(torch.unique(first[chosen])) > 1:
+            content["collapse_by_expert"] = representation_collapse(states[chosen], first[chosen])
+        content |= _loads(layer, language)
     if layer.passes:
-        passes = torch.cat(layer.passes)
-        content["requested_capacity"] = float(passes.double().mean())
-        content["requested_capacity_by_language"] = mean_by_label(passes, language)
-        often = torch.bincount(token)[token] >= _OFTEN
-        content["requested_capacity_by_token"] = mean_by_label(passes[often], token[often])
+        content |= _capacities(torch.cat(layer.passes), language, token)
     return content
+
+
+def _loads(layer: LayerProbe, language: Tensor) -> dict[str, Any]:
+    choices, kept = torch.cat(layer.choices), torch.cat(layer.kept)
+    asked = choices >= 0
+    carried = asked & kept
+    load = torch.bincount(choices[carried], minlength=layer.num_experts)
+    content: dict[str, Any] = {"load": load.tolist(), **load_statistics(load)}
+    if language.numel() and int(language.min()) >= 0:
+        spoken = language.unsqueeze(1).expand_as(choices)[carried]
+        counts = pairs_by_group(choices[carried], spoken, layer.num_experts, int(language.max()) + 1)
+        content["load_by_language"] = load_by_group(counts).tolist()
+        content["specialisation"] = specialisation(counts)
+    content["dropped_fraction"] = count_drops(choices, kept).dropped_fraction
+    content["dropped_pairs"] = 1.0 - int(carried.sum()) / max(int(asked.sum()), 1)
+    return content
+
+
+def _capacities(passes: Tensor, language: Tensor, token: Tensor) -> dict[str, Any]:
+    often = torch.bincount(token)[token] >= _OFTEN
+    return {
+        "requested_capacity": float(passes.double().mean()),
+        "requested_capacity_by_language": mean_by_label(passes, language),
+        "requested_capacity_by_token": mean_by_label(passes[often], token[often]),
+    }
+
+
+def capacity_by_stack(layers: Mapping[int, LayerProbe]) -> dict[str, float]:
+    """Requested capacity averaged over the blocks of ``encoder`` and ``decoder``; nothing for those without strata."""
+    passes = {number: torch.cat(layer.passes) for number, layer in layers.items() if layer.passes}
+    places = {number: layers[number].stack for number in passes}
+    return {
+        stack: requested_capacity_by_layer(passes, [number for number in passes if places[number] == stack])
+        for stack in dict.fromkeys(places.values())
+    }
 
 
 def probe_run(run: Path | str, max_sentences: int = 100, checkpoints: Sequence[int] = ()) -> dict[str, Any]:
@@ -141,7 +179,7 @@ def probe_run(run: Path | str, max_sentences: int = 100, checkpoints: Sequence[i
 
     Returns:
         ``checkpoints``: update → layer → :func:`describe`; ``fluctuation``: layer → the ratio between each checkpoint
-        and the one before.
+        and the one before; ``requested_capacity``: update → :func:`capacity_by_stack`.
 
     Raises:
         ConfigError, CheckpointError, DataError: as :func:`moe_train.evaluation.loading.open_run`.
@@ -151,15 +189,17 @@ def probe_run(run: Path | str, max_sentences: int = 100, checkpoints: Sequence[i
     described: dict[str, Any] = {}
     before: dict[int, Tensor] = {}
     fluctuation: dict[str, list[float]] = {}
+    capacity: dict[str, dict[str, float]] = {}
     for update in checkpoints or kept:
         opened = open_run(run, str(update))
         layers = probe(opened.load().model, _samples(opened.task, max_sentences))
+        capacity[str(update)] = capacity_by_stack(layers)
         described[str(update)] = {str(number): describe(layer) for number, layer in layers.items()}
         now = {number: layer.first for number, layer in layers.items() if layer.choices}
         for number in now.keys() & before.keys():
             fluctuation.setdefault(str(number), []).append(fluctuation_ratio(before[number], now[number]))
         before = now
-    return {"checkpoints": described, "fluctuation": fluctuation}
+    return {"checkpoints": described, "fluctuation": fluctuation, "requested_capacity": capacity}
 
 
 def _samples(task: Any, max_sentences: int) -> list[Mapping[str, Any]]:

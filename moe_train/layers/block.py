@@ -41,6 +41,21 @@ class RoutingRecord:
 Records = tuple[RoutingRecord, ...]
 
 
+@dataclass(frozen=True)
+class Observation:
+    """What a sparse block's router saw of T tokens, for analysis.
+
+    Attributes:
+        states: [T, d] as the router sees them; with strata, as the first gate does, which sees every token.
+        passes: [T] int64 that each token asked for; None without strata.
+        mixes: dispatch and combine weights [B, S, s] each; None without slots.
+    """
+
+    states: Tensor
+    passes: Tensor | None = None
+    mixes: tuple[Tensor, Tensor] | None = None
+
+
 class Block(nn.Module):
     """A feed-forward or its sparse stand-in: ``forward(x [B, S, d], context) -> (y [B, S, d], record or None)``.
 
@@ -55,3 +70,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, context: BatchContext) -> tuple[Tensor, RoutingRecord | None]:
         """See the class."""
         raise NotImplementedError
+
+    def observe(self, x: Tensor, context: BatchContext, record: RoutingRecord) -> Observation:
+        """What there is to see of a forward on x [B, S, d] that gave ``record``."""
+        return Observation(context.pack(x))

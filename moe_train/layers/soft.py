@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moe_train.experts import ExpertPool
 from moe_train.experts.parameters import StackedFeedForward, initialise
-from moe_train.layers.block import Block, RoutingRecord
+from moe_train.layers.block import Block, Observation, RoutingRecord
 from moe_train.layers.context import BatchContext
 from moe_train.layers.registry import BlockInputs, build_pool, register_kind
 from moe_train.routing.base import RoutingConfig
@@ -43,6 +43,11 @@ class SoftLayer(Block):
             y = mixes.combine @ outputs.to(mixes.combine.dtype)
         statistics = count_mixes(mixes, routing.statistics.load, context)
         return y.to(x.dtype), RoutingRecord(self.layer, {}, statistics)
+
+    def observe(self, x: Tensor, context: BatchContext, record: RoutingRecord) -> Observation:
+        """The tokens and both mixes."""
+        mixes = self.router.mixes(x, context.padding)
+        return Observation(context.pack(x), mixes=(mixes.dispatch, mixes.combine))
 
 
 def present(x: Tensor, padding: Tensor | None) -> Tensor:

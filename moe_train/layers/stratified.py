@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_train.experts import ExpertPool
-from moe_train.layers.block import Block, RoutingRecord
+from moe_train.layers.block import Block, Observation, RoutingRecord
 from moe_train.layers.context import BatchContext
 from moe_train.layers.dropout import dropout
 from moe_train.layers.registry import BlockInputs, build_pool, register_kind
@@ -56,6 +56,10 @@ class StratifiedLayer(Block):
         flat = rows if context.real is None else x.reshape(-1, x.shape[-1]).index_copy(0, context.real, rows)
         losses = self.router.block_losses(passes, routing.ranks)
         return flat.view(x.shape), RoutingRecord(self.layer, losses, sum_passes(passes), tuple(passes))
+
+    def observe(self, x: Tensor, context: BatchContext, record: RoutingRecord) -> Observation:
+        """The first gate's view, behind its norm, and the passes asked for."""
+        return Observation(self.norms[0](context.pack(x)), passes=requested_capacity(record.routing))
 
     def passes(self, rows: Tensor, context: RoutingContext) -> tuple[Tensor, list[Routing]]:
         """rows [T, d] → (rows after their passes, the routing of each pass over all T tokens)."""

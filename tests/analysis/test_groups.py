@@ -10,7 +10,7 @@ from moe_train.analysis.groups import (
     load_by_group,
     load_statistics,
     mean_by_label,
-    passes_from_histogram,
+    pairs_by_group,
     requested_capacity_by_layer,
     specialisation,
 )
@@ -27,7 +27,9 @@ def test_tokens_that_are_dropped() -> None:
 
 def test_load_by_language() -> None:
     experts, language = torch.tensor([0, 0, 1, 2, 2, 2]), torch.tensor([0, 0, 0, 2, 2, 2])
-    load = load_by_group(experts, language, num_experts=3, num_groups=4)
+    counts = pairs_by_group(experts, language, num_experts=3, num_groups=4)
+    assert counts.tolist() == [[2, 1, 0], [0, 0, 0], [0, 0, 3], [0, 0, 0]]
+    load = load_by_group(counts)
     assert load.tolist() == [pytest.approx([2 / 3, 1 / 3, 0]), [0, 0, 0], [0, 0, 1], [0, 0, 0]]
 
 
@@ -52,6 +54,5 @@ def test_requested_capacity() -> None:
     passes = torch.tensor([1, 2, 4, 1])
     assert mean_by_label(passes, torch.tensor([7, 7, 3, 3])) == {3: 2.5, 7: 1.5}
     assert requested_capacity_by_layer({0: passes, 2: torch.tensor([1, 1]), 5: torch.tensor([9])}, [0, 2]) == 1.5
-    assert passes_from_histogram(torch.tensor([2, 1, 0, 1])) == 2.0
     with pytest.raises(ValueError, match="at least one block"):
         requested_capacity_by_layer({}, [])
