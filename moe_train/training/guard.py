@@ -12,7 +12,7 @@ def note(state: RunState, applied: bool, culprits: Sequence[int], limit: int) ->
     """Counts a skipped update, and ends the run after ``limit`` of them in a row.
 
     Args:
-        culprits: ranks whose own gradient was not finite.
+        culprits: ranks whose own gradient was not finite, or that of the experts they hold.
 
     Raises:
         TrainingError: on every rank alike.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -29,7 +29,7 @@ class UpdateReport:
     Attributes:
         sums: the criterion's sums over micro-batches and ranks.
         outcome: of the engine's step.
-        culprits: ranks whose own gradient was not finite.
+        culprits: ranks whose own gradient was not finite; where all were, those whose experts had one.
         stop: whether any rank was asked to stop.
         seconds: this rank's time.
         traffic: what all ranks have sent for experts on other ranks.
@@ -72,8 +72,7 @@ class Stepper:
             with self.engine.accumulate(last=number == len(samples) - 1):
                 parts.append(self._micro_batch(sample, tokens[number], sum(tokens)))
         outcome = self.engine.step(lr)
-        sums, clean, stops, traffic = self._share(total(parts), outcome.clean, stop())
-        culprits = tuple(rank for rank, good in enumerate(clean) if not good)
+        sums, culprits, stops, traffic = self._share(total(parts), outcome, stop())
         if outcome.applied:
             tell(self.engine.module, "after_update", sums.routing())
         return UpdateReport(sums, outcome, culprits, stops, time.monotonic() - started, traffic)
@@ -92,17 +91,25 @@ class Stepper:
         self.engine.backward(loss / max(whole, 1.0))
         return Sums.of(logging, self.world.device)
 
-    def _share(self, sums: Sums, clean: bool, stop: bool) -> tuple[Sums, list[bool], bool, TrafficCounters]:
-        """World sums, who was clean, whether anyone must stop, and traffic: in one reduction."""
-        flags = torch.zeros(self.world.size + 1, dtype=torch.float64, device=self.world.device)
-        flags[self.world.rank] = float(not clean)
+    def _share(
+        self, sums: Sums, outcome: StepOutcome, stop: bool
+    ) -> tuple[Sums, tuple[int, ...], bool, TrafficCounters]:
+        """World sums, whose gradient was not finite, whether anyone must stop, and traffic: in one reduction."""
+        size = self.world.size
+        flags = torch.zeros(2 * size + 1, dtype=torch.float64, device=self.world.device)
+        flags[self.world.rank] = float(not outcome.clean)
+        flags[size + self.world.rank] = float(not outcome.experts_clean)
         flags[-1] = float(stop)
         sent = torch.tensor(self.counters.take(), dtype=torch.float64, device=self.world.device)
         shared: Tensor = self.world.sum(torch.cat([flags, sent, sums.values]))
         told, sent, values = shared.split([len(flags), len(sent), len(sums.values)])
         *dirty, stops = told.tolist()
-        traffic = TrafficCounters.of_numbers(sent.tolist())
-        return sums.with_values(values), [not flag for flag in dirty], stops > 0, traffic
+        culprits = _ranks(dirty[:size]) or _ranks(dirty[size:])
+        return sums.with_values(values), culprits, stops > 0, TrafficCounters.of_numbers(sent.tolist())
+
+
+def _ranks(flags: Sequence[float]) -> tuple[int, ...]:
+    return tuple(rank for rank, flag in enumerate(flags) if flag)
 
 
 def seed_generators(*parts: int) -> None:

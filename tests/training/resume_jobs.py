@@ -9,6 +9,8 @@ from torch import nn
 
 from moe_train.config import RunConfig, build
 from moe_train.data.folder import DataFolder
+from moe_train.errors import TrainingError
+from moe_train.parallel.gradients import is_expert
 from moe_train.tasks.translation import TranslationTask
 from moe_train.training import RunFolder, train
 from moe_train.training.layouts import plan_run, settle
@@ -44,8 +46,25 @@ class InDouble(TranslationTask):
         return super().build_model(layout).double()
 
 
+class Spoilt(InDouble):
+    """Rank 1's experts get a gradient that is no number; nobody else's does."""
+
+    def build_model(self, layout: Any = None) -> nn.Module:
+        model = super().build_model(layout)
+        if World.current().rank == 1:
+            victim = next(p for p in model.parameters() if is_expert(p))
+            victim.register_hook(lambda gradient: gradient * float("nan"))
+        return model
+
+
 def go(
-    data: str, folder: str, routing: dict[str, Any], layout: dict[str, Any], updates: int, **training: Any
+    data: str,
+    folder: str,
+    routing: dict[str, Any],
+    layout: dict[str, Any],
+    updates: int,
+    make_task: type[TranslationTask] = InDouble,
+    **training: Any,
 ) -> dict[str, Any]:
     """Begins or goes on, on every rank of the default group or alone; gives run.json."""
     mapping = {"data": data, "model": MODEL, "routing": routing, "layout": layout}
@@ -57,10 +76,19 @@ def go(
         run.check(config, opened.fingerprint)
         run.begin(config, opened.fingerprint)
     config = world.broadcast(config)
-    train(config, InDouble(config, opened), run, world=world)
+    train(config, make_task(config, opened), run, world=world)
     return run.info
 
 
 def go_from(data: str, folder: str, routing: dict[str, Any], layout: dict[str, Any], source: str) -> dict[str, Any]:
     """One update that changes next to nothing, from the weights of another run or export."""
     return go(data, folder, routing, layout, 1, init_from=source, optimizer={"name": "sgd", "lr": 1e-12})
+
+
+def spoilt(data: str, folder: str, routing: dict[str, Any]) -> str:
+    """What the run says that a rank's experts have spoilt."""
+    try:
+        go(data, folder, routing, {"expert_parallel": 2}, 2, Spoilt, nonfinite_limit=1)
+    except TrainingError as error:
+        return str(error)
+    raise AssertionError("the gradient was taken")

@@ -14,7 +14,7 @@ from moe_train.evaluation.export import export_run
 from moe_train.training.checkpoints import CheckpointStore
 from moe_train.training.tensor_files import load_tensors, shapes
 from tests.distributed.world import Worlds
-from tests.training.resume_jobs import go, go_from
+from tests.training.resume_jobs import go, go_from, spoilt
 from tests.training.toy_run import lines
 
 SAM = {"name": "sam", "num_experts": 8, "top_k": 1, "num_groups": "rank"}
@@ -117,3 +117,12 @@ def summed(traffic: list[dict[str, dict[str, int]]]) -> dict[str, dict[str, int]
         link: {name: sum(line[link][name] for line in traffic) for name in traffic[0][link]}
         for link in ("local", "node", "across")
     }
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_experts_that_spoil_an_update_are_named(
+    worlds: Worlds, tiny_data: DataFolder, tmp_path: Path, world: int
+) -> None:
+    """Experts that are divided over ranks, with and without replicas."""
+    said = worlds(world).run(spoilt, str(tiny_data.path), str(tmp_path), {**SAM, "num_groups": 2})
+    assert len(set(said)) == 1 and "the last was update 1, rank 1" in said[0]

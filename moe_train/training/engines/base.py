@@ -24,11 +24,14 @@ class StepOutcome:
         grad_norm: 2-norm of the whole world's gradient before clipping; not finite where the step was skipped.
         applied: whether the parameters were changed; the same on all ranks.
         clean: whether this rank's own gradient was finite before it was reduced.
+        experts_clean: the same of experts that are divided over ranks, which ``clean`` leaves out: backward brings them
+            what other ranks have spoilt.
     """
 
     grad_norm: float
     applied: bool
     clean: bool
+    experts_clean: bool = True
 
 
 class Engine(Protocol):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -32,18 +32,22 @@ from moe_train.training.precision import Precision
 
 
 class LocalPeaks:
-    """Largest absolute gradient of each bucket before it is reduced: afterwards nobody knows whose NaN it was."""
+    """Largest absolute gradients before they are reduced: afterwards nobody knows whose NaN it was."""
 
     def __init__(self) -> None:
         self._peaks: list[Tensor] = []
 
     def reduce(self, group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         """DDP's communication hook: looks, then averages as DDP would."""
-        self._peaks.append(torch.linalg.vector_norm(bucket.buffer(), float("inf")))
+        self.look([bucket.buffer()])
         return allreduce_hook(group, bucket)
 
+    def look(self, gradients: Iterable[Tensor]) -> None:
+        """Notes the peak of each; nothing waits for the device."""
+        self._peaks += [torch.linalg.vector_norm(gradient, float("inf")) for gradient in gradients]
+
     def all_finite(self) -> bool:
-        """Whether all buckets since the last call were finite."""
+        """Whether all that was looked at since the last call was finite."""
         peaks, self._peaks = self._peaks, []
         return not peaks or bool(torch.isfinite(torch.stack(peaks)).all())
 
@@ -70,7 +74,7 @@ class DdpEngine:
         self._clip_norm = inputs.training.clip_norm
         self._precision = Precision(inputs.training.precision, inputs.world.device)
         self._optimizer = build_optimizer(inputs.module, inputs.training.optimizer)
-        self._peaks = LocalPeaks()
+        self._peaks, self._expert_peaks = LocalPeaks(), LocalPeaks()
         self._wrapper = self._wrap(inputs) if inputs.world.size > 1 else None
         self.model: nn.Module = self._wrapper or self.module
 
@@ -106,6 +110,7 @@ class DdpEngine:
         """One optimizer step, or none where any rank's gradient is not finite."""
         parameters = list(self.module.parameters())
         if self._divided:
+            self._expert_peaks.look(gradients(p for p in parameters if is_expert(p)))
             reduce_expert_gradients(parameters, self._layout, divide_by=self._world.size)
         self._precision.unscale(self._optimizer)
         norm = self._norm(parameters)
@@ -118,7 +123,7 @@ class DdpEngine:
             self._optimizer.step()
         self._precision.after_step(finite)
         self._optimizer.zero_grad(set_to_none=True)
-        return StepOutcome(float(norm), finite, clean)
+        return StepOutcome(float(norm), finite, clean, self._expert_peaks.all_finite())
 
     def _norm(self, parameters: list[nn.Parameter]) -> Tensor:
         """Of the whole model's gradient, 0-dim, the same on all ranks: all see it where any gradient is not finite."""

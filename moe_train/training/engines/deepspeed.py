@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from moe_train.config import OptimizerConfig
 from moe_train.errors import LaunchError
-from moe_train.parallel.gradients import gradient_norm
+from moe_train.parallel.gradients import gradient_norm, is_expert
 from moe_train.training.engines.base import (
     EngineInputs,
     StepOutcome,
@@ -73,7 +73,10 @@ class DeepSpeedEngine:
         self._sharded = inputs.config.zero_stage > 0
         self._precision = Precision(inputs.training.precision, inputs.world.device)
         self._engine, self._optimizer = _initialise(inputs)
-        self._watch = GradientWatch(self.module.parameters())
+        apart = divided(self.module, self._layout)
+        known = list(self.module.parameters())
+        self._watch = GradientWatch(p for p in known if not (apart and is_expert(p)))
+        self._expert_watch = GradientWatch(p for p in known if apart and is_expert(p))
         self.model: nn.Module = self._engine
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -97,9 +100,9 @@ class DeepSpeedEngine:
         """One optimizer step, or none where any rank's gradient is not finite."""
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        clean = self._watch.all_finite()
+        clean, experts_clean = self._watch.all_finite(), self._expert_watch.all_finite()
         norm, applied = self._sharded_step() if self._sharded else self._whole_step()
-        return StepOutcome(norm, applied, clean)
+        return StepOutcome(norm, applied, clean, experts_clean)
 
     def _sharded_step(self) -> tuple[float, bool]:
         """ZeRO 1 and 2 take the norm over all shards, clip by it, and skip on all ranks where it is not finite."""
