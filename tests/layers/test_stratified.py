@@ -232,7 +232,7 @@ def test_who_is_dropped_everywhere_keeps_its_residual_and_all_go_on_by_their_cho
     sizes: list[int], count: int, factor: float, alike: bool, seed: int
 ) -> None:
     layer, x = make(sizes, seed, capacity_factor=factor), inputs(1, count, seed)
-    if alike:  # then all want the same two experts of each pass
+    if alike:  # then all want the same two experts of the first pass
         x = x[:, :1].expand(1, count, DIM).contiguous()
     y, record = layer(x, context_of(x, training=True))
     untouched = ~torch.stack([r.kept for r in record.routing]).any(0).any(1)
@@ -243,8 +243,9 @@ def test_who_is_dropped_everywhere_keeps_its_residual_and_all_go_on_by_their_cho
         active = routing.choices[:, 0] >= 0
         assert torch.equal(active, state == i), "dropped or not"
         limit = math.ceil(factor * 2 * math.ceil(int(active.sum()) / sum(sizes[i:])))
-        if alike:
-            assert routing.kept[active].sum(0).tolist() == [min(limit, int(active.sum()))] * 2
+        assert routing.statistics.load.max() <= limit
+        if alike and i == 0:
+            assert routing.kept.sum(0).tolist() == [min(limit, count)] * 2
         state = torch.where(active, layer.router.next_stratum(routing.choices), state)
     assert (state == len(sizes)).all()
 
