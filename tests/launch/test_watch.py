@@ -12,6 +12,7 @@ from moe_train.config import LaunchConfig
 from moe_train.launch.failures import WorkerError
 from moe_train.launch.local import launch
 from tests.launch import torchrun
+from tests.launch.jobs import CONFIG, in_time
 
 JOBS = "tests.launch.jobs"
 SLOW = pytest.mark.slow  # half a minute each: the same road for the other kind of hang
@@ -31,24 +32,26 @@ def hung(text: str, how: str) -> None:
 
 @pytest.mark.parametrize("how", ["sleep", pytest.param("stop", marks=SLOW)])
 def test_a_rank_that_hangs_under_our_launcher(how: str, tmp_path: Path) -> None:
-    with pytest.raises(WorkerError) as raised:
-        launch(f"{JOBS}:hang", {"rank": 2, "how": how}, LaunchConfig(processes=4), tmp_path)
+    with in_time(tmp_path, 6) as note, pytest.raises(WorkerError) as raised:
+        launch(f"{JOBS}:hang", {"rank": 2, "how": how, "note": note}, LaunchConfig(processes=4), tmp_path)
     hung(str(raised.value), how)
 
 
 @pytest.mark.parametrize("how", ["stop", pytest.param("sleep", marks=SLOW)])
-def test_a_rank_that_hangs_under_torchrun(how: str) -> None:
+def test_a_rank_that_hangs_under_torchrun(how: str, tmp_path: Path) -> None:
     """Also the one that is stopped is gone at once: torchrun alone would wait half a minute for it."""
-    done = torchrun.job(4, "hang", 2, how)
+    with in_time(tmp_path, 6) as note:
+        done = torchrun.job(4, "hang", 2, how, 0.1, note)
     assert done.returncode == 1
     hung(done.stderr, how)
     root_cause = done.stderr.split("Root Cause")[1]
     assert "rank 2 failed first: it hangs" in root_cause
 
 
-def test_a_rank_out_of_memory_under_torchrun() -> None:
+def test_a_rank_out_of_memory_under_torchrun(tmp_path: Path) -> None:
     """Its cause and what to do are what torchrun shows last."""
-    done = torchrun.job(4, "fail", 2, "memory")
+    with in_time(tmp_path, 60 * CONFIG.timeout_minutes) as note:
+        done = torchrun.job(4, "fail", 2, "memory", "wait", note)
     root_cause = done.stderr.split("Root Cause")[1]
     assert done.returncode == 1 and "rank      : 2" in root_cause
     assert "rank 2 failed first: RuntimeError:" in root_cause and "can't allocate memory" in root_cause
