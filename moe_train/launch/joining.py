@@ -24,7 +24,7 @@ from moe_train.launch.environment import (
     under_agent,
     under_launcher,
 )
-from moe_train.launch.failures import WorkerError, failure_of, is_echo, leave_failure, lost
+from moe_train.launch.failures import WorkerError, failure_of, is_echo, leave_failure, lost, out_of_memory
 from moe_train.launch.leaving import within
 from moe_train.launch.meeting import fresh_store
 from moe_train.launch.standing import FLIGHT_RECORDER, set_time_limit
@@ -135,6 +135,14 @@ def _join(config: LaunchConfig, device: torch.device) -> None:
             f"the other processes cannot be found ({str(error).splitlines()[0]})",
             address,
             "check that rank 0 runs, that the port is free and that no firewall stands between the hosts",
+        ) from error
+    except RuntimeError as error:  # gloo's and NCCL's own
+        if out_of_memory(error):
+            raise
+        raise LaunchError(
+            f"the processes have met but cannot connect ({str(error).splitlines()[0]})",
+            f"GLOO_SOCKET_IFNAME={os.environ.get('GLOO_SOCKET_IFNAME', '')}",
+            "name the interface that reaches the other hosts: GLOO_SOCKET_IFNAME, with GPUs NCCL_SOCKET_IFNAME too",
         ) from error
     set_time_limit(set(), timedelta(seconds=limit + MARGIN))
 

@@ -10,7 +10,7 @@ import os
 import re
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from moe_train.errors import LaunchError
 from moe_train.launch.environment import under_launcher
@@ -40,7 +40,19 @@ def take_place() -> None:
 def _interface(told: Mapping[str, str]) -> str | None:
     """The interface for gloo."""
     one_host = told.get("LOCAL_WORLD_SIZE") in (None, told.get("WORLD_SIZE"))
-    return (interface_towards if one_host else interface_between_hosts)(told["MASTER_ADDR"])
+    host = told["MASTER_ADDR"]
+    return interface_towards(host) if one_host else interface_between_hosts(host, _another_node(told))
+
+
+def _another_node(told: Mapping[str, str]) -> Iterator[str]:
+    """The address of another node of this step, where Slurm knows one."""
+    try:
+        nodes = node_names(told["SLURM_STEP_NODELIST"]) if "SLURM_STEP_NODELIST" in told else []
+        others = [node for node in nodes if node != told.get("SLURMD_NODENAME")]
+        found = [node_address(node) for node in others[:1]]
+    except LaunchError:  # then the default route must do
+        return
+    yield from found
 
 
 def _task_of_slurm(told: Mapping[str, str]) -> dict[str, str] | None:
@@ -48,7 +60,7 @@ def _task_of_slurm(told: Mapping[str, str]) -> dict[str, str] | None:
     if int(told.get("SLURM_STEP_NUM_TASKS", "1")) < 2:
         return None
     node = int(told["SLURM_NODEID"])
-    address = told.get("MASTER_ADDR") or node_address(first_node(told["SLURM_STEP_NODELIST"]))
+    address = told.get("MASTER_ADDR") or node_address(node_names(told["SLURM_STEP_NODELIST"])[0])
     number = int(told["SLURM_JOB_ID"]) * 16 + int(told["SLURM_STEP_ID"])
     return {
         "RANK": told["SLURM_PROCID"],
@@ -88,13 +100,13 @@ def tasks_per_node(text: str) -> list[int]:
     return counts
 
 
-def first_node(nodes: str) -> str:
-    """The first of ``n[1-3,7]``.
+def node_names(nodes: str) -> list[str]:
+    """All of ``n[1-3,7]``.
 
     Raises:
         LaunchError: scontrol is not there or does not answer.
     """
-    return _scontrol("show", "hostnames", nodes).split()[0]
+    return _scontrol("show", "hostnames", nodes).split()
 
 
 def node_address(node: str) -> str:

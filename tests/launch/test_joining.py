@@ -9,6 +9,7 @@ import torch
 from moe_train.config import LaunchConfig
 from moe_train.errors import LaunchError
 from moe_train.launch.joining import check_devices, joined_world, logging_to, world_size
+from moe_train.launch.local import rendezvous
 
 
 def test_alone() -> None:
@@ -52,3 +53,15 @@ def test_nobody_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     config = LaunchConfig(device="cpu", timeout_minutes=0.03)
     with pytest.raises(LaunchError, match=r"127\.0\.0\.1:1: the other processes cannot be found"), joined_world(config):
         pass
+
+
+def test_an_interface_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = rendezvous(0)
+    place = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    held = {"TORCHELASTIC_USE_AGENT_STORE": "True", "GLOO_SOCKET_IFNAME": "none0"}
+    for name, value in {**place, **held}.items():
+        monkeypatch.setenv(name, value)
+    said = r"=none0: the processes have met but cannot connect.*NCCL_SOCKET_IFNAME"
+    with pytest.raises(LaunchError, match=said), joined_world(LaunchConfig(device="cpu")):
+        pass
+    assert not torch.distributed.is_initialized()
