@@ -65,6 +65,8 @@ class LanguageModelConfig(TaskConfig):
         languages: only these (empty: all of the data folder).
         sides: which sides of the folder's directions are read as text: ``target``, ``source`` or ``both``; text of
             single languages is read whatever it says.
+        pack: an item is a block of one language's sentences, in the order of the data and as many as fit into
+            ``training.max_sentence_tokens`` (and ``model.max_positions``), instead of one sentence.
         translation_lm: also train on pairs, a sentence behind its translation (XLM's TLM).
         exponent: α of re-balancing: a language of n sentences is drawn in proportion to n^α (XLM: 0.5 and 0.7; 1: as
             the data is).
@@ -75,6 +77,7 @@ class LanguageModelConfig(TaskConfig):
     name: str = "cross_lingual_lm"
     languages: tuple[str, ...] = ()
     sides: Literal["target", "source", "both"] = "both"
+    pack: bool = False
     translation_lm: bool = False
     exponent: float = 0.7
     mask_probability: float = 0.15

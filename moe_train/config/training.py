@@ -89,7 +89,7 @@ class TrainingConfig:
         max_updates: optimizer steps in all.
         tokens_per_update: target tokens (padding included) of one update, over all ranks.
         accumulation: micro-batches that an update is cut into; each micro-batch is shared by all ranks.
-        max_sentence_tokens: longer training sentences are left out and counted.
+        max_sentence_tokens: longer training sentences are left out and counted; with ``task.pack``, a block's length.
         clip_norm: gradients are scaled down to this norm (0: never).
         precision: ``fp32``, ``bf16`` or ``fp16`` (with loss scaling); routers stay in fp32.
         recompute: recompute each layer's activations in the backward pass to save memory.

@@ -36,7 +36,10 @@ _EVALUATION_SEED, _EVALUATION_UPDATE = 1, -1
 
 @register_task("cross_lingual_lm")
 class LanguageModelTask:
-    """Fulfils :class:`moe_train.tasks.base.TrainingTask`; losses are per masked token, perplexities per language."""
+    """Fulfils :class:`moe_train.tasks.base.TrainingTask`; losses are per masked token, perplexities per language.
+
+    An item is a sentence, a pair of them, or with ``task.pack`` a block of sentences, in training and evaluation alike.
+    """
 
     def __init__(self, config: RunConfig, folder: DataFolder) -> None:
         assert isinstance(config.task, LanguageModelConfig)
@@ -74,7 +77,7 @@ class LanguageModelTask:
         """The text of ``train``, ``valid`` or ``test``, opened once."""
         if name not in self._splits:
             bos, pad = self.dictionary.bos(), self.dictionary.pad()
-            self._splits[name] = open_text(self.folder, name, self.keys, bos, pad)
+            self._splits[name] = open_text(self.folder, name, self.keys, bos, pad, self._batching.longest)
         return self._splits[name]
 
     def check_data(self) -> None:
@@ -114,15 +117,19 @@ class LanguageModelTask:
         Raises:
             DataError: no sentence to train on.
         """
-        training, text = self.config.training, self.split("train")
-        settings = BatchSettings(
+        text = self.split("train")
+        return WorldBatches(text.lengths, text.lengths, text.sizes, self._batching, text.names)
+
+    @property
+    def _batching(self) -> BatchSettings:
+        training = self.config.training
+        return BatchSettings(
             tokens_per_update=training.tokens_per_update,
             accumulation=training.accumulation,
             temperature=1.0 / self.keys.exponent,
             max_sentence_tokens=min(training.max_sentence_tokens, self.config.model.max_positions),
             seed=self.config.seed,
         )
-        return WorldBatches(text.lengths, text.lengths, text.sizes, settings, text.names)
 
     def train_sample(self, indices: Indices, update: int = 0) -> Sample:
         """A rank's rows of a training micro-batch, masked anew in every update."""

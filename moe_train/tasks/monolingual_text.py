@@ -11,12 +11,13 @@ from moe_train.config.tasks import LanguageModelConfig
 from moe_train.data.folder import DataFolder
 from moe_train.data.pairs import Sides, Single
 from moe_train.errors import DataError, did_you_mean
+from moe_train.tasks.packing import PackedFile
 from moe_train.tasks.storage import Indices, SentenceFile
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Sentences of one file, or of two files side by side.
+    """Sentences or blocks of one file, or sentences of two files side by side.
 
     Attributes:
         files: one, or a sentence and its translation.
@@ -24,7 +25,7 @@ class Piece:
         first_uid: number of the first sentence among all of the split's files and pairs.
     """
 
-    files: tuple[SentenceFile, ...]
+    files: tuple[SentenceFile | PackedFile, ...]
     languages: tuple[int, ...]
     first_uid: int
 
@@ -72,7 +73,7 @@ class MonolingualText:
             piece, here = self._pieces[number], np.flatnonzero(which == number)
             sentences = indices[here] - self._first[number]
             self._fill(table, here, piece, sentences)
-            uids[here] = piece.first_uid + sentences
+            uids[here] = piece.first_uid + piece.files[0].numbers(sentences)
             languages[here] = piece.languages[0], piece.languages[-1]
         return table, uids, languages
 
@@ -87,8 +88,13 @@ class MonolingualText:
                 piece.files[1].fill(table, rows[group], sentences[group], column=int(start))
 
 
-def open_text(folder: DataFolder, split: str, keys: LanguageModelConfig, bos: int, pad: int) -> MonolingualText:
+def open_text(
+    folder: DataFolder, split: str, keys: LanguageModelConfig, bos: int, pad: int, block: int
+) -> MonolingualText:
     """Opens a split; pairs of the translation LM are streams of their own, in ``train`` only.
+
+    Args:
+        block: tokens of a block, its beginning included, where sentences are packed (``task.pack``); pairs never are.
 
     Raises:
         DataError: a language that the folder has not, or a split without text of those wanted.
@@ -109,7 +115,8 @@ def open_text(folder: DataFolder, split: str, keys: LanguageModelConfig, bos: in
         files = {side: SentenceFile(folder.prefix(split, sides, side)) for side in sides}
         for offset, side in enumerate(sides):
             if side in by_language and _is_read(folder, sides, side, keys.sides):
-                by_language[side].append(Piece((files[side],), (numbers[offset],), uid + offset * len(files[side])))
+                text = PackedFile(files[side], max(1, block - 1)) if keys.pack else files[side]
+                by_language[side].append(Piece((text,), (numbers[offset],), uid + offset * len(files[side])))
         both = tuple(files.values())
         if keys.translation_lm and split == "train" and len(both) == 2 and all(side in by_language for side in sides):
             pairs.append((sides.name, [Piece(both, numbers, uid + 2 * len(both[0]))]))

@@ -48,8 +48,15 @@ class SentenceFile:
 
     def fill(self, table: NDArray[np.int64], rows: Indices, sentences: Indices, column: int = 0) -> None:
         """Writes ``sentences`` into ``rows`` of ``table`` [B, L], left-aligned at ``column``."""
-        sizes = self.sizes[sentences]
+        self.copy(table, rows, self._starts[sentences], self.sizes[sentences], column)
+
+    def numbers(self, sentences: Indices) -> Indices:
+        """A number for each sentence: its own."""
+        return sentences
+
+    def copy(self, table: NDArray[np.int64], rows: Indices, starts: Indices, sizes: Indices, column: int) -> None:
+        """Writes stretches of the file, ``sizes`` [B] tokens from ``starts`` [B], into ``rows`` of ``table`` [B, L]."""
         ends = np.cumsum(sizes)
         within = np.arange(int(ends[-1]) if len(ends) else 0) - np.repeat(ends - sizes, sizes)
-        tokens = self._tokens[np.repeat(self._starts[sentences], sizes) + within]
+        tokens = self._tokens[np.repeat(starts, sizes) + within]
         table[np.repeat(rows, sizes), column + within] = tokens

@@ -85,6 +85,14 @@ def test_a_recipe_at_published_size_has_the_paper_s_parameters(name: str) -> Non
         assert found.parameters_total / 1e6 == pytest.approx(millions, rel=0.01), source
 
 
+def test_x_moe_s_updates_are_2048_sequences_of_512_tokens() -> None:
+    config = composed("xmoe_xtreme")
+    training = config.training
+    assert isinstance(config.task, LanguageModelConfig) and config.task.pack
+    assert min(training.max_sentence_tokens, config.model.max_positions) == 512
+    assert training.accumulation * (training.micro_batch_tokens // 512) == 2048
+
+
 def images_of(config: RunConfig) -> PlanImages:
     """What an image recipe's model sees."""
     return PlanImages(config.task.image_size or 28, config.task.channels or 1)  # type: ignore[attr-defined]
