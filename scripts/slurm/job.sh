@@ -34,17 +34,18 @@ stop() {
 }
 trap stop USR1 TERM
 
-# moe-train on all ranks; wait comes back early when a signal arrives.
+# moe-train on all ranks; wait comes back early when a signal arrives. All ranks end together, rank 0 scores a run before
+# the others go: who is there 20 seconds after the first end hangs, alone on its host.
 on_all_ranks() {
     local step code
     if [[ ${LAUNCHER:-srun} == torchrun ]]; then
-        srun --wait=60 --ntasks-per-node=1 --ntasks="$SLURM_JOB_NUM_NODES" bash -c '
+        srun --wait=20 --ntasks-per-node=1 --ntasks="$SLURM_JOB_NUM_NODES" bash -c '
             address=$(scontrol --oneliner show node "$SLURMD_NODENAME" | grep -o "NodeAddr=[^ ]*" | cut -d= -f2)
             exec torchrun --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="${PROCESSES:-${SLURM_GPUS_ON_NODE:-1}}" \
                 --rdzv-id="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" --rdzv-backend=c10d --rdzv-endpoint="$MASTER_ADDR:$MASTER_PORT" \
                 --rdzv-conf="is_host=$((SLURM_NODEID == 0))" --local-addr="$address" -m moe_train.commands.train "$@"' torchrun "$@" &
     else
-        srun --wait=60 python -m moe_train.commands.train "$@" &
+        srun --wait=20 python -m moe_train.commands.train "$@" &
     fi
     step=$!
     wait "$step"
