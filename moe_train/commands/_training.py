@@ -15,10 +15,11 @@ from rich.console import Console
 from moe_train.commands._scoring import check_scoring, score_when_finished
 from moe_train.config import RunConfig, build, to_mapping
 from moe_train.errors import UserError
+from moe_train.launch.devices import check_devices
 from moe_train.launch.elastic import restarted
 from moe_train.launch.environment import launched_rank, local_rank, under_launcher
 from moe_train.launch.failures import WorkerError, failure_of, out_of_memory, write_failure
-from moe_train.launch.joining import check_devices, joined_world, logging_to, ranks_per_node, world_size
+from moe_train.launch.joining import joined_world, logging_to, ranks_per_node, world_size
 from moe_train.launch.local import launch
 from moe_train.launch.requeue import leave_saved
 from moe_train.models.accounting import account

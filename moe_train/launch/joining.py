@@ -15,11 +15,11 @@ import torch.distributed as dist
 from moe_train.config import LaunchConfig
 from moe_train.errors import LaunchError
 from moe_train.launch.board import Board
+from moe_train.launch.devices import agree_on_devices, device_of_rank
 from moe_train.launch.environment import (
     agent_holds_store,
     launched_per_host,
     launched_world,
-    local_rank,
     local_world,
     under_agent,
     under_launcher,
@@ -46,22 +46,6 @@ def ranks_per_node(config: LaunchConfig) -> int:
     return launched_per_host() or world_size(config)
 
 
-def check_devices(config: LaunchConfig) -> None:
-    """Refuses devices that are not there.
-
-    Raises:
-        LaunchError: ``launch.device=cuda`` without enough GPUs on this host.
-    """
-    if config.device != "cuda":
-        return
-    wanted = local_world() if under_launcher() else config.processes
-    if torch.cuda.device_count() < wanted:
-        raise LaunchError(
-            f"launch.device=cuda wants {wanted} GPUs, this host has {torch.cuda.device_count()}",
-            remedy="lower launch.processes, or set launch.device=cpu",
-        )
-
-
 @contextmanager
 def joined_world(config: LaunchConfig, threads: int = 0) -> Iterator[World]:
     """Joins the process group that the environment describes (one process where it describes none), and leaves it.
@@ -72,7 +56,7 @@ def joined_world(config: LaunchConfig, threads: int = 0) -> Iterator[World]:
     Raises:
         LaunchError: the others cannot be found.
     """
-    device = _device(config)
+    device = device_of_rank(config)
     before = torch.get_num_threads()
     torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_world()))
     try:
@@ -108,25 +92,19 @@ def _told(world: World, board: Board) -> Iterator[None]:
         raise
 
 
-def _device(config: LaunchConfig) -> torch.device:
-    if config.device == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    if config.device == "auto" and torch.cuda.device_count() < local_world():
-        return torch.device("cpu")
-    torch.cuda.set_device(local_rank())
-    return torch.device("cuda", local_rank())
-
-
 def _join(config: LaunchConfig, device: torch.device) -> None:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     limit = config.timeout_minutes * 60
     os.environ.setdefault(FLIGHT_RECORDER, "256")  # collectives remembered: for the name of one that does not end
     try:
         meeting = timedelta(seconds=max(limit, _MEETING))
-        store, rank, size = None, -1, -1  # torch reads the environment
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         if under_agent() and agent_holds_store():
-            rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
             store = fresh_store(rank, size, meeting)
+        else:
+            store, *_ = next(dist.rendezvous("env://", timeout=meeting))
+            store.set_timeout(meeting)
+        agree_on_devices(store, rank, size, device)
         gpu = device if device.type == "cuda" else None
         dist.init_process_group(backend, timeout=meeting, device_id=gpu, store=store, rank=rank, world_size=size)
     except (dist.DistNetworkError, dist.DistStoreError) as error:
