@@ -149,6 +149,18 @@ def test_a_slow_link_between_nodes_keeps_experts_inside_them() -> None:
     assert any("next best" in reason for reason in slow.reasons)
 
 
+def test_a_plan_says_what_a_strategy_says_of_the_layout() -> None:
+    """Of the chosen layout where it divides experts, and nothing of one that does not."""
+    torn = {"name": "sam", "routing": {"num_groups": 2, "top_k": 1}}
+    for keys, words in ((torn, "the 2 groups of 8 experts are split"), ({"name": "thor"}, "routing.draw=batch")):
+        for expert_parallel in (1, 16):
+            reasons = make_plan(config(layout={"expert_parallel": expert_parallel, "two_level": False}, **keys)).reasons
+            assert any(words in reason for reason in reasons) == (expert_parallel > 1)
+    whole = {**torn, "routing": {"num_groups": 16, "top_k": 1}}
+    reasons = make_plan(config(layout={"expert_parallel": 16, "two_level": False}, **whole)).reasons
+    assert not any("split" in reason for reason in reasons)
+
+
 def test_memory_forces_experts_apart() -> None:
     free = config(world=8, experts=64)
     plan = make_plan(free)
