@@ -25,7 +25,8 @@ ROOMS = (
     "commands",
 )
 TORCH_ONLY = ("config", "routing", "parallel", "experts", "layers")
-BESIDE = {"errors": -1, "fairseq_compat": ROOMS.index("layers")}  # modules of no room: they stand behind this one
+# Modules of no room: they stand behind this one.
+BESIDE = {"errors": -1, "parent": -1, "fairseq_compat": ROOMS.index("layers")}
 
 
 def imports(source: str) -> Iterator[str]:

@@ -27,6 +27,7 @@ from moe_train.evaluation.decoding import Job, Outcome, Translator
 from moe_train.evaluation.in_step import decode_in_step, plan_evaluation
 from moe_train.evaluation.loading import OpenedRun, choose_device, open_run
 from moe_train.parallel.layout_plan import LayoutPlan
+from moe_train.parent import die_with
 from moe_train.training.world import World
 
 Progress = Callable[[int], None]
@@ -34,8 +35,12 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True)
 class _Recipe:
-    """What a process needs to build its own translator; ``plan`` where the processes divide the experts."""
+    """What a process needs to build its own translator; ``plan`` where the processes divide the experts.
 
+    ``parent``: the process that has started it, with which it ends.
+    """
+
+    parent: int
     run: Path
     checkpoint: Path
     data: str
@@ -130,6 +135,7 @@ def _decode_in_processes(
     divided = plan.expert_parallel > 1
     count = plan.world if divided else min(launch.processes, len(jobs))
     recipe = _Recipe(
+        os.getpid(),
         run.folder.path.resolve(),
         run.checkpoint.resolve(),
         run.config.data,
@@ -196,6 +202,7 @@ def _threads(processes: int) -> int:
 
 def _work_as_rank(recipe: _Recipe, rank: int, jobs: Sequence[Job], meeting: str, outbox: Any) -> None:
     """A process that holds a part of the experts: its share of the jobs, in step with the others."""
+    die_with(recipe.parent)
     try:
         assert recipe.plan is not None
         torch.set_num_threads(recipe.threads)
@@ -215,6 +222,7 @@ def _work_as_rank(recipe: _Recipe, rank: int, jobs: Sequence[Job], meeting: str,
 
 def _work(recipe: _Recipe, number: int, inbox: Any, outbox: Any) -> None:
     """A process: takes (index, job) until None, gives (index, outcome); what goes wrong travels as (-1, error)."""
+    die_with(recipe.parent)
     try:
         torch.set_num_threads(recipe.threads)
         device = choose_device(recipe.device, number)

@@ -5,11 +5,9 @@ Reads what to call from ``JOB/job.json``, writes ``JOB/result_N.json`` or ``JOB/
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import json
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -20,8 +18,7 @@ from typing import Any, NoReturn
 from moe_train.errors import UserError
 from moe_train.launch.failures import failure_file, write_failure
 from moe_train.launch.leaving import leave
-
-_PR_SET_PDEATHSIG = 1
+from moe_train.parent import die_with
 
 
 def main() -> None:
@@ -55,14 +52,6 @@ def resolve(target: str) -> Callable[..., Any]:
     module, function = target.split(":")
     found: Callable[..., Any] = getattr(importlib.import_module(module), function)
     return found
-
-
-def die_with(parent: int) -> None:
-    """A parent that is killed outright cannot end us; Linux does it then."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != parent:
-            sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -174,6 +180,45 @@ def test_killed_processes_are_noticed(tmp_path: Path, tiny_data: DataFolder) -> 
 
     with pytest.raises(LaunchError, match="exit code -9"):
         decode(run, batches, SEARCH, LaunchConfig(processes=2, device="cpu"), kill)
+
+
+def test_processes_end_with_a_parent_that_is_killed(tmp_path: Path, tiny_data: DataFolder) -> None:
+    """It is killed when the first batch is done, with hours of work left."""
+    program = """
+        import multiprocessing, os, signal, sys
+        from moe_train.config import LaunchConfig, SearchConfig
+        from moe_train.evaluation.decoding import encode
+        from moe_train.evaluation.loading import open_run
+        from moe_train.evaluation.sharding import decode
+
+        def kill(_):
+            print(*(process.pid for process in multiprocessing.active_children()), flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        run = open_run(sys.argv[1])
+        jobs = encode(run.task, ["Das Kind kauft das Buch."] * 400, "de", "en", 30).jobs
+        decode(run, jobs * 1000, SearchConfig(beam=2), LaunchConfig(processes=2, device="cpu"), kill)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program), str(make_run(tmp_path, tiny_data))]
+    with (tmp_path / "children").open("w") as told:  # a pipe would be held open by children that are left
+        done = subprocess.run(command, stdout=told, timeout=200, check=False)
+    children = [int(word) for word in (tmp_path / "children").read_text().split()]
+    assert done.returncode == -signal.SIGKILL and len(children) == 2
+    deadline = time.monotonic() + 30
+    try:
+        while any(map(_runs, children)):
+            assert time.monotonic() < deadline, "they outlive it"
+            time.sleep(0.1)
+    finally:
+        for child in filter(_runs, children):
+            os.kill(child, signal.SIGKILL)
+
+
+def _runs(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def test_shuffling_leaves_no_line_in_its_place() -> None:
