@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import json
 import statistics
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,11 +12,11 @@ from typing import Any
 
 from moe_train.errors import ConfigError, DataError
 from moe_train.evaluation.results import Results, read_results
-from moe_train.training.run_folder import CONFIG, FAILURE, FINISHED, RunFolder
+from moe_train.training.heartbeat import alive
+from moe_train.training.run_folder import ALIVE, CONFIG, FAILURE, FINISHED
 
 _HYDRA = ".hydra"
 _DEPTH = 3  # multirun/date/time/job
-_FRESH = 120.0  # seconds since the last log line within which a run is believed to be alive
 
 
 @dataclass(frozen=True)
@@ -204,7 +203,7 @@ def _status(path: Path, info: Mapping[str, Any]) -> tuple[str, str]:
         return "failed", _cause(failure)
     if status == "interrupted":
         return status, ""
-    if time.time() - _changed(RunFolder(path).train_log) < _FRESH:  # on another host, whose lock may not show here
+    if alive(path / ALIVE):  # on another host, whose lock may not show here
         return "running", ""
     return "failed", _last_words(path) or "it ended without a word: killed, or the host went down"
 

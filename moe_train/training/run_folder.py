@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,10 +14,13 @@ from typing import Any
 
 from moe_train.config import RunConfig, build, to_mapping
 from moe_train.errors import CheckpointError, ConfigError
+from moe_train.training.heartbeat import other_host
 from moe_train.training.integrity import replace_text
 
 CONFIG, INFO, TRAIN, VALID = "config.json", "run.json", "train.jsonl", "valid.jsonl"
+ALIVE = ".alive"  # its age says whether a process trains here, to other hosts too (moe_train.training.heartbeat)
 FAILURE = "failure.json"  # why the last session ended, where it failed; older than run.json: a session before that
+LOG = logging.getLogger("moe_train")
 FINISHED = ("finished", "stopped_early")
 # Keys that may differ between the sessions of one run: they change where it runs, how long, and what it keeps.
 FREE = ("launch", "layout", "engine", "resume", "search", "data", "evaluate")
@@ -158,6 +162,9 @@ class RunFolder:
     def claimed(self) -> Iterator[None]:
         """While entered, no other process on this host can claim the folder (the kernel lets go when we die).
 
+        Other hosts see the lock where the file system shares it (NFS 4, Lustre with ``flock``), else not: then, and
+        where there are no locks at all, a warning is all there is.
+
         Raises:
             ConfigError: another process trains here.
         """
@@ -171,8 +178,10 @@ class RunFolder:
                     str(self.path),
                     "wait for it, or choose another hydra.run.dir=…",
                 ) from None
-            except OSError:  # file systems without locks
-                pass
+            except OSError as error:  # file systems without locks
+                LOG.warning("%s cannot be locked (%s): see to it that one run alone trains there", self.path, error)
+            if other := other_host(self.path / ALIVE):
+                LOG.warning("%s was in use by %s a moment ago: end that run if it is still there", self.path, other)
             yield
 
     def describe(self, **values: Any) -> None:

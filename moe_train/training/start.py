@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ from moe_train.training.about import Account, describe_run, summary
 from moe_train.training.background import world_aside
 from moe_train.training.checkpoints import CheckpointStore
 from moe_train.training.engines import Engine, EngineInputs, build_engine
+from moe_train.training.heartbeat import heartbeat
 from moe_train.training.hooks import tell
 from moe_train.training.initial import initialise_from
 from moe_train.training.journal import Interval
@@ -27,7 +29,7 @@ from moe_train.training.layouts import build_layout, layout_warnings, pictures
 from moe_train.training.loop import Loop, Outcome, ValidateBleu
 from moe_train.training.progress import Display
 from moe_train.training.records import Records
-from moe_train.training.run_folder import RunFolder, config_digest
+from moe_train.training.run_folder import ALIVE, RunFolder, config_digest
 from moe_train.training.samples import SampleLoader
 from moe_train.training.state import RunState
 from moe_train.training.steps import Stepper
@@ -68,13 +70,20 @@ def train(
     world = world or World.current()
     world.pulse.run = folder.path
     parts = _Parts(config, task, folder, world, validate_bleu, account, console if world.main else None)
+    with heartbeat(folder.path / ALIVE) if world.main else nullcontext():
+        return _run(parts)
+
+
+def _run(parts: _Parts) -> Outcome:
     loop = _assemble(parts)
     try:
         return loop.run()
     except OSError as error:
         if error.errno in _FULL:
             raise TrainingError(
-                f"the disk is full ({error.strerror})", str(folder.path), "make room and start the same command again"
+                f"the disk is full ({error.strerror})",
+                str(parts.folder.path),
+                "make room and start the same command again",
             ) from error
         raise
     finally:

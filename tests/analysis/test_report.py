@@ -21,6 +21,8 @@ from moe_train.analysis.report_runs import find_runs, read_run, read_runs
 from moe_train.analysis.report_table import ranked
 from moe_train.config.evaluation import ReportConfig
 from moe_train.errors import ConfigError
+from moe_train.training.heartbeat import heartbeat
+from moe_train.training.run_folder import ALIVE
 from tests.analysis.report_folders import DIRECTIONS, failure, overridden, references, scored, trained
 
 
@@ -89,15 +91,28 @@ def test_failures_and_their_causes(sweep: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_that_is_alive_has_not_failed(tmp_path: Path) -> None:
-    run = trained(tmp_path / "run")
+    """However old its last log line is: it may be validating, or take long over its updates."""
+    run = aged(trained(tmp_path / "run"))
     (run / "run.json").write_text('{"status": "running"}')
-    assert read_run(run, "run").status == "running", "its last line is recent"
-    aged(run)
+    assert read_run(run, "run").status == "failed"
+    with heartbeat(run / ALIVE, every=0.05):
+        _wait_for(run / ALIVE)
+        assert read_run(run, "run").status == "running"
+    (run / ALIVE).write_text("elsewhere 1\n")
+    assert read_run(run, "run").status == "running", "on another host, whose lock does not show"
+    os.utime(run / ALIVE, (time.time() - 3600,) * 2)
     assert read_run(run, "run").status == "failed"
     with (run / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert read_run(run, "run").status == "running"
     assert read_run(run, "run").status == "failed"
+
+
+def _wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 30
+    while not path.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_damaged_files_are_left_out(tmp_path: Path) -> None:
