@@ -113,17 +113,20 @@ class LaunchConfig:
         processes: processes to start on this host (1: run in this one; ignored under torchrun, which has started them).
         port: rendezvous port (0: a free one is found).
         timeout_minutes: a collective that waits longer than this ends the job.
+        silent_minutes: one that waits for a rank of which nothing is heard for so long ends it, too (0: it does not).
         device: ``auto`` takes a GPU per process where there is one.
     """
 
     processes: int = 1
     port: int = 0
     timeout_minutes: float = 30.0
+    silent_minutes: float = 0.0
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def __post_init__(self) -> None:
         check.positive("launch.processes", self.processes)
         check.positive("launch.timeout_minutes", self.timeout_minutes)
+        check.not_negative("launch.silent_minutes", self.silent_minutes)
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"'launch.port' cannot be {self.port}", remedy="choose a port from 0 (any) to 65535")
 

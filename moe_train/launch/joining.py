@@ -66,7 +66,8 @@ def joined_world(config: LaunchConfig, threads: int = 0) -> Iterator[World]:
         _join(config, device)
         world = World.current(device)
         board = Board.of(world)
-        watch = watched(world, board, config.timeout_minutes * 60) if world.size > 1 else nullcontext()
+        limits = config.timeout_minutes * 60, config.silent_minutes * 60
+        watch = watched(world, board, *limits) if world.size > 1 else nullcontext()
         with watch, _told(world, board):
             yield world
         # Not after an error: leaving would break the others' connections, and their complaints would come first.

@@ -49,6 +49,19 @@ def failure(beats: Mapping[int, Beat], guilty: Sequence[int], limit: float, cond
     return Failure(first, time.time(), what, remedy=remedy, trace="\n".join(lines))
 
 
+def silence(beats: Mapping[int, Beat], silent: Sequence[int], limit: float, condition: str) -> Failure:
+    """What the user reads where ranks said nothing for ``limit`` seconds, of ``launch.silent_minutes``."""
+    first, others = silent[0], sorted(beats.keys() - set(silent))
+    also = f" (so have {names(silent[1:])})" if silent[1:] else ""
+    what = f"it has fallen silent{also}: {names(others)} heard nothing of it for {limit:.0f} s"
+    lines = [*_culprit(beats[first], condition), *(line for rank in others for line in _waiting(beats[rank]))]
+    remedy = (
+        f"Look whether its host ({beats[first].host}) is up and can be reached. If it was only busy, raise "
+        f"launch.silent_minutes (now {limit / 60:g}). The same command goes on from the last checkpoint."
+    )
+    return Failure(first, time.time(), what, remedy=remedy, trace="\n".join(lines))
+
+
 def _culprit(beat: Beat, condition: str) -> list[str]:
     process = f"process {beat.pid} on {beat.host}" + (f", {condition}" if condition else "")
     head = f"rank {beat.rank} hangs ({process}): update {beat.update}, {beat.phase}, still for {beat.still:.0f} s, at"

@@ -28,7 +28,7 @@ from moe_train.launch.environment import has_our_parent
 from moe_train.launch.failures import Failure, leave_failure, tell_agent
 from moe_train.launch.leaving import leave, within
 from moe_train.launch.standing import ALIVE, Beat, beat, born, condition, set_time_limit
-from moe_train.launch.verdict import culprits, failure
+from moe_train.launch.verdict import culprits, failure, silence
 from moe_train.training.run_folder import FAILURE
 from moe_train.training.world import World
 
@@ -40,13 +40,14 @@ _STILL = 3  # beats without progress until a rank says which collective it stand
 
 
 @contextmanager
-def watched(world: World, board: Board, limit: float) -> Iterator[None]:
+def watched(world: World, board: Board, limit: float, silence: float = 0.0) -> Iterator[None]:
     """While entered, this rank tells how far it has come, and ends with the others when one of them hangs.
 
     Args:
         limit: seconds that a rank may wait for the others.
+        silence: seconds that it may wait for one of which nothing is heard; 0: ``limit``.
     """
-    thread = _Watch(world, board, limit)
+    thread = _Watch(world, board, limit, silence)
     thread.say()  # so that nobody is unknown to the others, whatever happens next
     thread.start()
     try:
@@ -57,15 +58,17 @@ def watched(world: World, board: Board, limit: float) -> Iterator[None]:
 
 
 class _Watch(threading.Thread):
-    def __init__(self, world: World, board: Board, limit: float) -> None:
+    def __init__(self, world: World, board: Board, limit: float, silence: float = 0.0) -> None:
         super().__init__(name="watch", daemon=True)
-        self.world, self.board, self.limit = world, board, limit
+        self.world, self.board, self.limit, self.silence = world, board, limit, silence
         # Thousands of ranks share one store: each speaks less often then.
-        self.pause = max(_QUICKEST, min(_SLOWEST, limit / 20), world.size / 400)
+        self.pause = max(_QUICKEST, min(_SLOWEST, min(limit, silence or limit) / 20), world.size / 400)
         self.done = threading.Event()
         self.number = 0
         self.moved, self.progress = time.monotonic(), (-1, dict[str, int]())
         self.limited: set[str] = set()
+        self.heard: tuple[float, dict[int, Beat]] | None = None  # when, and what the others said; while this rank waits
+        self.turn = time.monotonic()
 
     def run(self) -> None:
         while not self.done.wait(self.pause):
@@ -75,6 +78,7 @@ class _Watch(threading.Thread):
                 set_time_limit(self.limited, timedelta(seconds=self.limit + MARGIN))
                 verdict = self._verdict()
             except (dist.DistError, RuntimeError):
+                self.heard = None
                 continue
             except Exception:
                 _LOG.exception("the watch for ranks that hang goes on after an error")
@@ -89,7 +93,28 @@ class _Watch(threading.Thread):
             return verdict
         if still > self.limit and (found := self._judge()):
             return self.board.first_verdict(found)
+        if self.silence and (found := self._fallen_silent(still)):
+            return self.board.first_verdict(found)
         return None
+
+    def _fallen_silent(self, still: float) -> Failure | None:
+        """Whether ranks have said nothing for the shorter limit, while this one waited and the store was quick."""
+        before, self.turn = self.turn, time.monotonic()
+        late = self.turn - before > 3 * self.pause + 1  # then the others may not have come to a word either
+        if late or still < self.pause:
+            self.heard = None
+            return None
+        if self.heard is None:
+            self.heard = self.turn, self._beats()
+        since, earlier = self.heard
+        if self.turn - since < max(self.silence, 3 * self.pause):
+            return None
+        later = self._beats()
+        self.heard = self.turn, later
+        silent = [rank for rank, now in later.items() if now.number == earlier[rank].number]
+        if not silent or self.world.rank in silent or not later[self.world.rank].pending:
+            return None
+        return silence(later, silent, self.silence, self._look(later[silent[0]], True))
 
     def say(self) -> float:
         """Tells the others; gives the seconds that this rank has stood still."""

@@ -6,6 +6,7 @@
 #
 # MAX_RESTARTS  how often processes are started again (3); a lost host costs one or two
 # LOST_AFTER    seconds of silence after which a host is given up (10): longer than the breaks your network has
+# A host that vanishes without closing its connections is found by launch.silent_minutes, here 2.
 # JOB, NPROC, LOCAL: see multi_node.sh. A layout that counts ranks (layout.expert_parallel=2) cannot shrink below them;
 # layout=expert_parallel takes as many as there are.
 set -euo pipefail
@@ -15,4 +16,4 @@ rdzv=join_timeout=600,last_call_timeout=5,keep_alive_interval=2,keep_alive_max_a
 export MAX_RESTARTS="${MAX_RESTARTS:-3}" TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-30}"
 # torchrun takes each option from PET_… too (--rdzv-conf, --monitor-interval).
 PET_RDZV_CONF=$rdzv PET_MONITOR_INTERVAL=0.5 exec "$(dirname "${BASH_SOURCE[0]}")/multi_node.sh" \
-    training.checkpoint.damaged=skip "$@"
+    training.checkpoint.damaged=skip launch.silent_minutes=2 "$@"

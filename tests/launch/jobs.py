@@ -69,9 +69,10 @@ def fail(rank: int, how: str, others: str = "wait", note: str = "") -> None:
         world.barrier()
 
 
-def hang(rank: int, how: str, minutes: float = 0.1, note: str = "") -> None:
+def hang(rank: int, how: str, minutes: float = 0.1, note: str = "", silent: float = 0.0) -> None:
     """After two collectives rank ``rank`` never comes to the third, for which the others wait."""
-    with joined_world(dataclasses.replace(CONFIG, timeout_minutes=minutes)) as world:
+    config = dataclasses.replace(CONFIG, timeout_minutes=minutes, silent_minutes=silent)
+    with joined_world(config) as world:
         world.pulse.mark("warming up", 7)
         world.barrier()
         world.barrier()

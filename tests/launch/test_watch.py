@@ -48,6 +48,21 @@ def test_a_rank_that_hangs_under_torchrun(how: str, tmp_path: Path) -> None:
     assert "rank 2 failed first: it hangs" in root_cause
 
 
+@SLOW
+@pytest.mark.parametrize("how", ["stop", "sleep"])
+def test_a_rank_that_falls_silent(how: str, tmp_path: Path) -> None:
+    """It is found by the shorter limit; one that is alive, and says so, by the other. Two minutes on a busy machine."""
+    arguments = {"rank": 2, "how": how, "minutes": 0.3, "silent": 0.1}
+    with in_time(tmp_path, 6 if how == "stop" else 18) as note, pytest.raises(WorkerError) as raised:
+        launch(f"{JOBS}:hang", {**arguments, "note": note}, LaunchConfig(processes=4), tmp_path)
+    text = str(raised.value)
+    if how == "stop":
+        assert "rank 2 failed first: it has fallen silent: ranks 0, 1 and 3 heard nothing of it for 6 s" in text
+        assert "stopped by a signal" in text and "raise launch.silent_minutes (now 0.1)" in text
+    else:
+        assert "rank 2 failed first: it hangs: ranks 0, 1 and 3 have waited for it for 18 s" in text
+
+
 def test_a_rank_out_of_memory_under_torchrun(tmp_path: Path) -> None:
     """Its cause and what to do are what torchrun shows last."""
     with in_time(tmp_path, 60 * CONFIG.timeout_minutes) as note:
