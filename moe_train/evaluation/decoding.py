@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +13,7 @@ import torch
 from moe_train.config import RunConfig, SearchConfig
 from moe_train.data.folder import DataFolder
 from moe_train.evaluation.beam_search import BeamSearch, SearchableModel
+from moe_train.evaluation.routed_tokens import counting
 from moe_train.routing.context import Ranks
 
 _FRAME = 2  # a tag and the end symbol, at most
@@ -60,10 +61,15 @@ class Translation:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A job done: a translation per sentence, and the seconds that it took."""
+    """A job done: a translation per sentence, and the seconds that it took.
+
+    Attributes:
+        routing: what routers counted of sources and of all hypotheses that were tried, as plain values.
+    """
 
     translations: tuple[Translation, ...]
     seconds: float
+    routing: Mapping[str, Any] = field(default_factory=dict)
 
 
 EMPTY = Translation("", 0.0, 0)
@@ -144,6 +150,7 @@ class Translator:
         company: Ranks | None = None,
     ) -> None:
         self.task, self.config, self.device = task, search, torch.device(device)
+        self._model = model
         self._search = BeamSearch(model, task.target_dictionary, search, company)
 
     def run(self, job: Job) -> Outcome:
@@ -151,13 +158,14 @@ class Translator:
         start = time.perf_counter()
         sample = self.task.inference_sample(job.sentences, job.source, job.target, job.uids)
         net_input = {k: v.to(self.device) if isinstance(v, torch.Tensor) else v for k, v in sample["net_input"].items()}
-        found = self._search(net_input)
+        with counting(self._model) as counted:
+            found = self._search(net_input)
         tokenizer = self.task.folder.tokenizer()
         translations = tuple(
             Translation(tokenizer.decode(ids).translate(_LINE_ENDS), round(score, 6), len(ids) + 1)
             for ids, score in zip(found.best(), found.best_scores(), strict=True)
         )
-        return Outcome(translations, time.perf_counter() - start)
+        return Outcome(translations, time.perf_counter() - start, counted().to_json())
 
     def translate(
         self, lines: Sequence[str], source: str, target: str, progress: Callable[[int], None] | None = None

@@ -22,6 +22,7 @@ from moe_train.evaluation.decoding import Encoded, Outcome, Translation, encode
 from moe_train.evaluation.loading import OpenedRun, open_run
 from moe_train.evaluation.outputs import OutputFiles, set_aside
 from moe_train.evaluation.results import DirectionResult, Results, read_results
+from moe_train.evaluation.routed_tokens import describe_all
 from moe_train.evaluation.scoring import Scorer
 from moe_train.evaluation.sharding import decode
 from moe_train.training.about import versions
@@ -220,7 +221,10 @@ def _settings(run: OpenedRun, config: EvaluateConfig) -> dict[str, Any]:
 def _speed(
     translations: Sequence[Sequence[Translation]], outcomes: Sequence[Outcome], seconds: float, config: EvaluateConfig
 ) -> dict[str, Any]:
-    """Words and tokens per second of decoding: over the summed time of all processes, divided by their number."""
+    """Words and tokens per second of decoding: over the summed time of all processes, divided by their number.
+
+    And how tokens were routed.
+    """
     tokens = sum(t.tokens for lines in translations for t in lines)
     words = _words([t.text for lines in translations for t in lines])
     processes = World.current().size if dist.is_initialized() else config.launch.processes
@@ -233,6 +237,7 @@ def _speed(
         "words_per_second": round(words / busy, 2) if busy else 0.0,
         "tokens_per_second": round(tokens / busy, 2) if busy else 0.0,
         "processes": processes,
+        "routing": describe_all([outcome.routing for outcome in outcomes]),
     }
 
 

@@ -16,9 +16,10 @@ from rich.table import Table
 from moe_train.config.evaluation import EvaluateConfig
 from moe_train.data.batching import Indices
 from moe_train.evaluation.loading import LoadedRun, choose_device, load_run
+from moe_train.evaluation.routed_tokens import describe_routed
 from moe_train.training.about import versions
 from moe_train.training.integrity import replace_text
-from moe_train.training.journal import describe_routing, per_token
+from moe_train.training.journal import per_token
 from moe_train.training.samples import move
 from moe_train.training.statistics import Sums, total
 
@@ -30,8 +31,8 @@ def measure(config: EvaluateConfig) -> dict[str, Any]:
 
     Returns:
         The file's content: ``sets`` (name → measures), ``summary`` (what the task makes of them), ``routing`` (name →
-        load of each expert, drops and entropy by layer; with strata, tokens by the passes they asked for), ``items``,
-        ``seconds``.
+        load of each expert, drops and entropy by layer; with strata, the shares of tokens by the passes they asked for,
+        with slots the largest weights), ``items``, ``seconds``.
 
     Raises:
         ConfigError, DataError, CheckpointError: as :func:`load_run`, and a split that is not there.
@@ -53,7 +54,7 @@ def measure(config: EvaluateConfig) -> dict[str, Any]:
         "sets": found,
         "average": _average(found),
         "summary": summary,
-        "routing": {name: _routing(entry) for name, entry in sums.items()},
+        "routing": {name: describe_routed(entry) for name, entry in sums.items()},
         "items": items,
         "seconds": seconds,
         "items_per_second": items / max(seconds, 1e-9),
@@ -77,13 +78,6 @@ def _measure_set(run: LoadedRun, split: str, name: str, batches: Sequence[Indice
         sample["world_ntokens"] = torch.tensor(float(sample["ntokens"]), device=device)
         parts.append(Sums.of(criterion(run.model, sample)[2], device))
     return total(parts)
-
-
-def _routing(sums: Sums) -> dict[str, Any]:
-    layers = sums.routing()
-    extra = {str(layer): {k: v.tolist() for k, v in found.extra.items()} for layer, found in layers.items()}
-    tokens = {str(layer): int(found.tokens) for layer, found in layers.items()}
-    return {**describe_routing(layers), "tokens": tokens, "extra": extra} if layers else {}
 
 
 def _average(sets: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:

@@ -64,7 +64,8 @@ class Results:
         settings: what decides the outputs (checkpoint, search, data …); results of equal settings can be merged.
         tiers: language -> resource tier.
         signatures: ``{"bleu": {tokenizer: signature}, "chrf": signature}``.
-        decoding: sentences, tokens, words, seconds, words per second, processes, of the last evaluation.
+        decoding: sentences, tokens, words, seconds, words per second, processes, and what routers counted, of the last
+            evaluation.
         notes: what a reader should know about the scores.
     """
 

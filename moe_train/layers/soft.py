@@ -58,14 +58,16 @@ def present(x: Tensor, padding: Tensor | None) -> Tensor:
 def count_mixes(mixes: SoftMixes, load: Tensor, context: BatchContext) -> RoutingStatistics:
     """Statistics; the entropy is that of the combine weights over slots.
 
-    ``extra``: ``slots`` filled, ``dispatch_max`` (the largest weight of each slot) and ``combine_max`` (the largest of
-    each token), summed; divided by slots and tokens they tell whether mixes have collapsed to one.
+    ``extra``: ``slots`` filled, ``combine_max`` (the largest weight of each token), ``dispatch_max`` (the mean over the
+    slots of the token's sentence of their largest weights), summed over tokens: near 1 the mixes have become choices.
     """
     with torch.no_grad():
         combine, dispatch = mixes.combine, mixes.dispatch
         tokens = torch.full((), context.routing.sentence.shape[0], device=load.device)
         longest = dispatch.amax(1) if dispatch.shape[1] else dispatch.sum(1)  # amax of nothing is an error
-        extra = {"dispatch_max": longest.sum(), "combine_max": combine.amax(2).sum(), "slots": load.sum()}
+        lengths = dispatch.shape[1] if context.padding is None else (~context.padding).sum(1)
+        largest = (longest.mean(1) * lengths).sum()
+        extra = {"dispatch_max": largest, "combine_max": combine.amax(2).sum(), "slots": load.sum()}
         return RoutingStatistics(load, load, tokens, entropy_sum(combine), extra)
 
 

@@ -51,7 +51,7 @@ class RoutingStatistics:
         requested: [E] pairs asked for per expert, drops included.
         tokens: 0-dim, tokens routed.
         entropy: 0-dim, summed over tokens, in nats (0 where a strategy has no distribution).
-        extra: further additive counts of a strategy, by name.
+        extra: further additive counts of a strategy, by name; logs show them over ``tokens``.
     """
 
     load: Tensor

@@ -81,7 +81,10 @@ def per_token(scalars: Mapping[str, float]) -> dict[str, Any]:
 
 
 def describe_routing(layers: Mapping[int, RoutingStatistics]) -> dict[str, Any]:
-    """Experts' load as a fraction, its peak over the mean, dead experts, drops; pairs and entropy (nats) per token."""
+    """Experts' load as a fraction, its peak over the mean, dead experts, drops; pairs and entropy (nats) per token.
+
+    ``extra_per_token`` holds what a strategy counts besides, over its tokens: by layer, then by name.
+    """
     if not layers:
         return {}
     load, peak, pairs, entropy, dead, dropped, requested = {}, {}, {}, {}, 0, 0.0, 0.0
@@ -94,6 +97,7 @@ def describe_routing(layers: Mapping[int, RoutingStatistics]) -> dict[str, Any]:
         dead += int((statistics.load == 0).sum())
         dropped += float(statistics.dropped)
         requested += float(statistics.requested.sum())
+    extra = {str(layer): _extra(statistics) for layer, statistics in layers.items() if statistics.extra}
     return {
         "load": load,
         "load_max_over_mean": peak,
@@ -102,4 +106,10 @@ def describe_routing(layers: Mapping[int, RoutingStatistics]) -> dict[str, Any]:
         "dead_experts": dead,
         "dropped": int(dropped),
         "dropped_fraction": dropped / max(requested, 1.0),
+        **({"extra_per_token": extra} if extra else {}),
     }
+
+
+def _extra(statistics: RoutingStatistics) -> dict[str, Any]:
+    tokens = max(float(statistics.tokens), 1.0)
+    return {name: (value.double() / tokens).tolist() for name, value in statistics.extra.items()}

@@ -77,10 +77,27 @@ def test_ranks_that_divide_the_experts_are_told(run: Path) -> None:
     place = run / "variants" / "inference=token,draw_seed=9"
     want, standard = (outputs(folder)[0].splitlines() for folder in (place, run))
     divided = evaluate(config(run, **changes, launch=TWO, expert_parallel=2))
+    for counted in (alone.decoding["routing"], divided.decoding["routing"]):
+        assert counted["pairs_per_token"] == dict.fromkeys("0123", 1.0) and counted["dropped"] == 0
+        assert counted["tokens"]["0"] == counted["tokens"]["1"] and counted["tokens"]["2"] == counted["tokens"]["3"]
+    assert divided.decoding["routing"]["tokens"]["0"] == alone.decoding["routing"]["tokens"]["0"]
+    assert divided.decoding["routing"]["load"]["0"] == alone.decoding["routing"]["load"]["0"]
     assert divided.settings == alone.settings and divided.decoding["processes"] == 2
     found = outputs(place)[0].splitlines()
     same = sum(a == b for a, b in zip(found, want, strict=True))  # sums in another order may turn a tie
     assert same >= SENTENCES - 1 > sum(a == b for a, b in zip(found, standard, strict=True))
+
+
+def test_scores_tell_the_capacity_that_was_requested(tmp_path: Path, tiny_data: DataFolder) -> None:
+    run = make_run(tmp_path, tiny_data, "smoe", evaluation_capacity_factor=1.0)
+    counted = evaluate(config(run)).decoding["routing"]
+    assert 0 < counted["dropped_fraction"] < 1
+    for layer, extra in counted["extra_per_token"].items():
+        once, twice = extra["passes"]
+        assert once + twice == pytest.approx(1.0)
+        asked = 2 * (once + 2 * twice)  # two experts a pass; with a limit fewer are carried out
+        assert counted["pairs_per_token"][layer] < asked
+    assert json.loads((run / "test.json").read_text())["decoding"]["routing"] == counted
 
 
 def test_a_decoder_with_a_strategy_of_its_own(tmp_path: Path, tiny_data: DataFolder) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -72,6 +73,8 @@ def test_routing_is_described_by_fractions() -> None:
     assert line["dead_experts"] == 2 and line["dropped"] == 1 and line["dropped_fraction"] == 0.25
     assert line["router_entropy"]["3"] == pytest.approx(1.3863, abs=1e-4)
     assert line["pairs_per_token"] == {"3": 0.75}  # three of four tokens, one was dropped
+    assert line["extra_per_token"] == {"3": {"odd": [0.25, 0.5]}}
+    assert "extra_per_token" not in describe_routing({3: dataclasses.replace(statistics(0), extra={})})
     assert describe_routing({}) == {}
 
 
