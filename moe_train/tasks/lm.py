@@ -77,7 +77,8 @@ class LanguageModelTask:
         """The text of ``train``, ``valid`` or ``test``, opened once."""
         if name not in self._splits:
             bos, pad = self.dictionary.bos(), self.dictionary.pad()
-            self._splits[name] = open_text(self.folder, name, self.keys, bos, pad, self._batching.longest)
+            block = self._batching.longest if self.keys.pack else None
+            self._splits[name] = open_text(self.folder, name, self.keys, bos, pad, block)
         return self._splits[name]
 
     def check_data(self) -> None:

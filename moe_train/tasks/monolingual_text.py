@@ -89,12 +89,12 @@ class MonolingualText:
 
 
 def open_text(
-    folder: DataFolder, split: str, keys: LanguageModelConfig, bos: int, pad: int, block: int
+    folder: DataFolder, split: str, keys: LanguageModelConfig, bos: int, pad: int, block: int | None = None
 ) -> MonolingualText:
     """Opens a split; pairs of the translation LM are streams of their own, in ``train`` only.
 
     Args:
-        block: tokens of a block, its beginning included, where sentences are packed (``task.pack``); pairs never are.
+        block: pack sentences into blocks of this many tokens, beginning included; pairs never are (None: no blocks).
 
     Raises:
         DataError: a language that the folder has not, or a split without text of those wanted.
@@ -115,7 +115,7 @@ def open_text(
         files = {side: SentenceFile(folder.prefix(split, sides, side)) for side in sides}
         for offset, side in enumerate(sides):
             if side in by_language and _is_read(folder, sides, side, keys.sides):
-                text = PackedFile(files[side], max(1, block - 1)) if keys.pack else files[side]
+                text = files[side] if block is None else PackedFile(files[side], max(1, block - 1))
                 by_language[side].append(Piece((text,), (numbers[offset],), uid + offset * len(files[side])))
         both = tuple(files.values())
         if keys.translation_lm and split == "train" and len(both) == 2 and all(side in by_language for side in sides):
