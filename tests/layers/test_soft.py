@@ -287,7 +287,7 @@ def test_the_slots_say_how_much_mixes_have_collapsed() -> None:
 
 
 @given(st.integers(1, 9), st.integers(0, 50))
-@settings(max_examples=10)
+@settings(max_examples=4)
 def test_the_cost_of_a_forward_pass_depends_on_slots_and_not_on_experts(length: int, seed: int) -> None:
     """Counted products, and rows that went through experts, of 1 to 12 experts with 12 slots in all."""
     x, found = inputs(2, length, seed), set()
