@@ -68,7 +68,7 @@ class CheckpointStore:
         Raises:
             CheckpointError: there is none, or it is damaged (an undamaged one before it is offered).
         """
-        path = self._told(lambda: self._find(str(which)))
+        path = self.told(lambda: self._find(str(which)))
         if path is None:
             known = [p.name for p in (*map(self.path, self.updates()), self.folder / "averaged") if p.is_dir()]
             remedy = f"there are: {', '.join(known)}" if known else "the run has written none yet"
@@ -99,13 +99,13 @@ class CheckpointStore:
         Raises:
             CheckpointError: on every rank, whichever of them found it; names the file.
         """
-        files = self._told(lambda: integrity.read_manifest(path))
+        files = self.told(lambda: integrity.read_manifest(path))
         mine = dict(sorted(files.items())[self.world.rank :: self.world.size])
         everywhere(self.world, lambda: integrity.check_files(path, mine))
 
     def way_out(self, damaged: Path) -> str:
         """What to do about a damaged checkpoint: the newest one before it that is whole. Every rank calls it."""
-        for update in reversed(self._told(self.updates)):
+        for update in reversed(self.told(self.updates)):
             earlier = self.path(update)
             if damaged.name == earlier.name or (damaged.name[5:].isdigit() and update > int(damaged.name[5:])):
                 continue
@@ -119,7 +119,7 @@ class CheckpointStore:
             )
         return "no other checkpoint of this run is whole: train again in another run folder"
 
-    def _told(self, look: Callable[[], T]) -> T:
+    def told(self, look: Callable[[], T]) -> T:
         """What rank 0 sees, on every rank: hosts may see a shared folder differently for a while."""
         seen = everywhere(self.world, look if self.world.main else lambda: None)
         return self.world.broadcast(seen)  # type: ignore[return-value]

@@ -112,7 +112,7 @@ class Keeper:
         return state
 
     def _whole(self) -> Path | None:
-        updates = self.store.world.broadcast(self.store.updates())
+        updates = self.store.told(self.store.updates)
         for number in reversed(updates):
             path = self.store.path(number)
             try:
@@ -148,7 +148,7 @@ class Keeper:
 
     def _worth_averaging(self) -> list[int]:
         whole = []
-        for number in self.store.world.broadcast(self.store.updates()[-self.config.average :]):
+        for number in self.store.told(self.store.updates)[-self.config.average :]:
             try:
                 self.store.verify(self.store.path(number))
             except CheckpointError as error:

@@ -162,7 +162,7 @@ def _engine(given: _Parts, ranks: Ranks, layout: ExpertLayout) -> Engine:
     module = given.task.build_model(layout).to(world.device).train()
     tell(module, "set_recompute", config.training.recompute)
     tell(module, "set_ranks", ranks)
-    latest = world.broadcast(CheckpointStore(folder.checkpoints, world).latest())
-    if config.training.init_from is not None and latest is None:
+    store = CheckpointStore(folder.checkpoints, world)
+    if config.training.init_from is not None and store.told(store.latest) is None:
         initialise_from(module, config.training.init_from, world)
     return build_engine(EngineInputs(module, config.engine, config.training, world, layout))
