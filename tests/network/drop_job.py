@@ -1,4 +1,4 @@
-"""One rank of a toy run on network hosts: ``python -m tests.network.drop_job FOLDER UPDATES MINUTES``."""
+"""One rank of a toy run on network hosts: ``python -m tests.network.drop_job FOLDER UPDATES MINUTES SILENT``."""
 
 from __future__ import annotations
 
@@ -28,9 +28,10 @@ class Unhurried(ToyTask):
 
 def main() -> None:
     """Exit code 2 with the message where the run cannot go on."""
-    folder, updates, minutes = RunFolder(Path(sys.argv[1])), int(sys.argv[2]), float(sys.argv[3])
+    folder, updates = RunFolder(Path(sys.argv[1])), int(sys.argv[2])
+    minutes, silent = map(float, sys.argv[3:5])
     config = toy_config(max_updates=updates, log_every=1, checkpoint={"every_updates": 5})
-    config = dataclasses.replace(config, launch=LaunchConfig(timeout_minutes=minutes))
+    config = dataclasses.replace(config, launch=LaunchConfig(timeout_minutes=minutes, silent_minutes=silent))
     try:
         with joined_world(config.launch, 1) as world:
             if world.main:

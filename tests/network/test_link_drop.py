@@ -30,9 +30,9 @@ def hosts() -> Iterator[Any]:
         yield made
 
 
-def start(hosts: Any, folder: Path, minutes: float) -> list[subprocess.Popen[str]]:
+def start(hosts: Any, folder: Path, minutes: float, silent: float = 0.0) -> list[subprocess.Popen[str]]:
     """A rank on each host."""
-    command = [sys.executable, "-m", "tests.network.drop_job", str(folder), str(UPDATES), str(minutes)]
+    command = [sys.executable, "-m", "tests.network.drop_job", str(folder), str(UPDATES), str(minutes), str(silent)]
     world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0", "PYTHONPATH": str(ROOT)}
     meeting = {"MASTER_ADDR": hosts.addresses[0], "MASTER_PORT": "29557"}
     options = {"stderr": subprocess.PIPE, "cwd": ROOT}
@@ -67,19 +67,28 @@ def test_a_link_that_drops_for_5_seconds(hosts: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow  # the other kind of break: half a minute more
-def test_a_link_that_stays_down(hosts: Any, tmp_path: Path) -> None:
-    """Both ranks end by the time limit and rank 0 says what to look at; the run goes on from its last checkpoint.
+@pytest.mark.parametrize(
+    ("minutes", "silent", "how"),
+    [
+        (0.1, 0.0, "it hangs: rank 0 has waited for it for 6 s, in all_reduce"),
+        (5.0, 0.1, "it has fallen silent: rank 0 heard nothing of it for 6 s"),
+    ],
+)
+def test_a_link_that_stays_down(minutes: float, silent: float, how: str, hosts: Any, tmp_path: Path) -> None:
+    """Both ranks end by the limit for those that wait, or by the one for the silent, and rank 0 says what to look at.
+
+    The run goes on from its last checkpoint.
 
     The hosts share their processes' numbers, so that rank 0 may end rank 1 as it would one of its own host.
     """
-    ranks = start(hosts, tmp_path / "run", 0.1)
+    ranks = start(hosts, tmp_path / "run", minutes, silent)
     wait_for(tmp_path / "run", 6, ranks)
     hosts.link("down")
     started = time.monotonic()
     said = [rank.communicate(timeout=200)[1] for rank in ranks]
     assert time.monotonic() - started < 6 + 30 + 10  # the limit, the promise, and a slow machine's leave
     assert all(rank.returncode for rank in ranks)
-    assert "rank 1 failed first: it hangs: rank 0 has waited for it for 6 s, in all_reduce" in said[0], said
+    assert f"rank 1 failed first: {how}" in said[0], said
     assert "the network between the hosts is down" in said[0]
     assert ranks[1].returncode == -9 or "What to do" in said[1]
     hosts.link("up")
