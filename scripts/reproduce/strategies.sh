@@ -4,7 +4,8 @@
 #   scripts/reproduce/strategies.sh TEXT_FOLDER [OUT] [OVERRIDE ...]      overrides go to moe-train
 #
 # TEXT_FOLDER holds {train,valid,test}.en-XX.{en,XX} of the six languages. Run it again to go on where it was stopped: what
-# is finished is not repeated. OUT (outputs/strategies) gets a run folder a strategy and the leaderboard of all.
+# is finished is not repeated. OUT (outputs/strategies) gets a run folder a strategy and the leaderboard of all. Two minutes
+# of one core a run, THOR's four.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
@@ -14,11 +15,11 @@ shift $(($# < 2 ? $# : 2))
 data=$out/data
 strategies=dense,switch,top_k,expert_choice,hash,random,thor,smoe,xmoe,sam,soft_moe
 budget=(
-    model=tiny seed=1 launch.processes=2
-    training.max_updates=160 training.tokens_per_update=2048 training.log_every=20
+    model=tiny seed=1 launch.processes=1 training.threads=1
+    training.max_updates=220 training.tokens_per_update=1024 training.log_every=20
     training.optimizer.lr=0.002 training.schedule.name=linear training.schedule.warmup_updates=40
-    training.validation.every_updates=40 training.validation.max_sentences=40
-    training.checkpoint.every_updates=80 training.checkpoint.keep=1
+    training.validation.every_updates=55 training.validation.max_sentences=20
+    training.checkpoint.every_updates=110 training.checkpoint.keep=1
 )
 
 export PATH="$PWD/.venv/bin:$PATH"
