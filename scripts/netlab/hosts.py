@@ -11,6 +11,7 @@ one host send each other passes its ``lo``.
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,7 @@ class Hosts:
     """``number`` hosts, made on entering and removed on leaving."""
 
     def __init__(self, number: int = 2, subnet: str = "10.213.7") -> None:
-        tag = f"moe{os.getpid()}"
+        tag = f"moe{os.getpid()}{secrets.token_hex(2)}"  # a process may have several sets
         self.hub = f"{tag}hub"
         self.names = [f"{tag}host{i}" for i in range(number)]
         self.addresses = [f"{subnet}.{i + 1}" for i in range(number)]

@@ -48,3 +48,10 @@ def test_the_table_sets_measured_beside_planned(lab: Any) -> None:
         "bytes_across": dict.fromkeys(names, 5e6),
     }
     assert list(lab.step_table(report))[-1] == "| top-4 | 5.00 | 1.500 | 2.00 | 1.200 | 1.80 | -10% |"
+
+
+def test_two_sets_of_hosts_of_one_process_do_not_meet(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(root / "scripts" / "netlab"))
+    kind = importlib.import_module("hosts").Hosts
+    one, other = kind(2), kind(2)
+    assert not {one.hub, *one.names} & {other.hub, *other.names}
