@@ -80,6 +80,7 @@ def planted(data: DataFolder, sweep: Path, seeds: int, at_a_time: int) -> list[s
     return keys(data, *SHORT, f"hydra.sweep.dir={sweep}", *launcher, f"seed={','.join(map(str, range(seeds)))}")
 
 
+@pytest.mark.slow  # a minute and a half on two cores; the array above has the fast suite's resume=missing
 @pytest.mark.timeout(900)
 def test_jobs_of_this_host_that_fail_and_die(tiny_data: DataFolder, tmp_path: Path) -> None:
     """One job fails, one is killed outright: the third goes on, both causes are named, and only these two run again."""

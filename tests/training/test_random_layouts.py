@@ -95,12 +95,12 @@ def check(worlds: Worlds, data: DataFolder, seeds: range, sizes: tuple[int, ...]
                     raise AssertionError(f"seed {seed}, {world} ranks, {case}: {error}") from error
 
 
-def test_twenty_configurations(worlds: Worlds, tiny_data: DataFolder) -> None:
-    check(worlds, tiny_data, range(20), (2, 4))
+def test_ten_configurations(worlds: Worlds, tiny_data: DataFolder) -> None:
+    check(worlds, tiny_data, range(10), (2, 4))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("first", range(20, 220, 20))
+@pytest.mark.parametrize("first", range(10, 210, 20))
 def test_two_hundred_configurations(worlds: Worlds, tiny_data: DataFolder, first: int) -> None:
     """A rank that hangs ends the call after the time that a world allows it."""
     check(worlds, tiny_data, range(first, first + 20), (2, 3, 4))
