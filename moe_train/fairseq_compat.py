@@ -49,7 +49,7 @@ def require_fairseq() -> None:
     if "fairseq" not in sys.modules and importlib.util.find_spec("fairseq") is None:
         raise MissingDependency(
             "fairseq is not installed, and this needs it",
-            remedy=f"run scripts/setup.sh, or pip install moe_train[fairseq] and --no-deps fairseq=={FAIRSEQ_VERSION}",
+            remedy=f"run scripts/setup.sh, or pip install --no-deps fairseq=={FAIRSEQ_VERSION}",
         )
 
 

@@ -207,7 +207,7 @@ def _import_deepspeed_moe() -> Callable[..., nn.Module]:
         import deepspeed
         from deepspeed.moe.layer import MoE
     except ImportError as error:
-        raise ImportError("DeepSpeed is not installed: pip install 'moe_train[deepspeed]'") from error
+        raise ImportError("DeepSpeed is not installed: run scripts/setup.sh, or pip install deepspeed") from error
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # a minute of compiling that nothing here needs
     if not dist.is_initialized():

@@ -66,7 +66,8 @@ def _figure() -> tuple[Figure, Axes]:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingDependency(
-            "drawing curves needs matplotlib", remedy="pip install 'moe_train[report]', or set html=false"
+            "drawing curves needs matplotlib",
+            remedy="run scripts/setup.sh, pip install matplotlib, or set html=false",
         ) from error
     logging.getLogger("matplotlib").setLevel(logging.WARNING)
     figure = Figure(figsize=_SIZE, layout="constrained")

@@ -72,7 +72,9 @@ def check_launcher(overrides: Sequence[str], multirun: bool) -> None:
         )
     if chosen[-1].startswith("submitit") and find_spec("submitit") is None:
         raise MissingDependency(
-            "submitit is not installed", f"hydra/launcher={chosen[-1]}", "pip install 'moe_train[slurm]'"
+            "submitit is not installed",
+            f"hydra/launcher={chosen[-1]}",
+            "run scripts/setup.sh, or pip install submitit hydra-submitit-launcher",
         )
 
 

@@ -49,7 +49,7 @@ def failure(beats: Mapping[int, Beat], guilty: Sequence[int], limit: float, cond
     return Failure(first, time.time(), what, remedy=remedy, trace="\n".join(lines))
 
 
-def silence(beats: Mapping[int, Beat], silent: Sequence[int], limit: float, condition: str) -> Failure:
+def failure_of_silent(beats: Mapping[int, Beat], silent: Sequence[int], limit: float, condition: str) -> Failure:
     """What the user reads where ranks said nothing for ``limit`` seconds, of ``launch.silent_minutes``."""
     first, others = silent[0], sorted(beats.keys() - set(silent))
     also = f" (so have {names(silent[1:])})" if silent[1:] else ""

@@ -28,13 +28,14 @@ from moe_train.launch.environment import has_our_parent
 from moe_train.launch.failures import Failure, leave_failure, tell_agent
 from moe_train.launch.leaving import leave, within
 from moe_train.launch.standing import ALIVE, Beat, beat, born, condition, set_time_limit
-from moe_train.launch.verdict import culprits, failure, silence
+from moe_train.launch.verdict import culprits, failure, failure_of_silent
 from moe_train.training.run_folder import FAILURE
 from moe_train.training.world import World
 
 MARGIN = 15.0  # seconds that torch's own limits come after ours, since it knows who waits but not for whom
 _SLOWEST, _QUICKEST = 5.0, 0.2  # seconds between beats
 _HEARING = 3.0  # seconds, at least, within which a rank must say something new, or it is silent
+_TELLING = 3.0  # seconds that each step of telling the others and the user may take, whatever disk, screen and store do
 _LOG = logging.getLogger(__name__)
 _STILL = 3  # beats without progress until a rank says which collective it stands in
 
@@ -45,7 +46,7 @@ def watched(world: World, board: Board, limit: float, silence: float = 0.0) -> I
 
     Args:
         limit: seconds that a rank may wait for the others.
-        silence: seconds that it may wait for one of which nothing is heard; 0: ``limit``.
+        silence: seconds that it may wait for one of which nothing is heard; 0: there is no such limit.
     """
     thread = _Watch(world, board, limit, silence)
     thread.say()  # so that nobody is unknown to the others, whatever happens next
@@ -114,7 +115,7 @@ class _Watch(threading.Thread):
         silent = [rank for rank, now in later.items() if now.number == earlier[rank].number]
         if not silent or self.world.rank in silent or not later[self.world.rank].pending:
             return None
-        return silence(later, silent, self.silence, self._look(later[silent[0]], True))
+        return failure_of_silent(later, silent, self.silence, self._look(later[silent[0]], True))
 
     def say(self) -> float:
         """Tells the others; gives the seconds that this rank has stood still."""
@@ -161,11 +162,11 @@ class _Watch(threading.Thread):
             self._tell(verdict, speaker)
             # The first end makes an agent end the rest, the speaker too.
             if speaker:
-                within(_HEARING, self.board.shown)
+                within(_TELLING, self.board.shown)
             else:
-                within(2 * _HEARING, lambda: self.board.wait_until_shown(_HEARING))
+                within(2 * _TELLING, lambda: self.board.wait_until_shown(_TELLING))
             if not has_our_parent() and self.world.rank != verdict.rank:
-                beats = within(_HEARING, self._beats) or {}
+                beats = within(_TELLING, self._beats) or {}
                 if verdict.rank in beats:
                     _put_down(beats[verdict.rank], verdict)
         finally:
@@ -176,7 +177,7 @@ class _Watch(threading.Thread):
         record = folder / FAILURE if speaker and folder is not None else None
         leave_failure(found if speaker or has_our_parent() else found.retold(), self.world.rank, record)
         if speaker and not has_our_parent():
-            within(_HEARING, lambda: print(f"Failed: {found.text()}", file=sys.stderr, flush=True))
+            within(_TELLING, lambda: print(f"Failed: {found.text()}", file=sys.stderr, flush=True))
 
 
 def _put_down(hanging: Beat, verdict: Failure) -> None:

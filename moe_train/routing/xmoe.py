@@ -60,10 +60,11 @@ class XMoEConfig(TokenChoiceConfig):
         for key in ("routing_dim", "balance_temperature", "initial_temperature"):
             if getattr(self, key) is not None:
                 check.positive(f"routing.{key}", getattr(self, key))
-        if self.mode == "torchscale" and (self.gate != "softmax" or self.initial_temperature is not None):
+        temperatures = self.initial_temperature is not None or self.balance_temperature is not None
+        if self.mode == "torchscale" and (self.gate != "softmax" or temperatures):
             raise ConfigError(
-                "routing.mode=torchscale has no sigmoid gate and no temperature",
-                remedy="set routing.mode=paper, or leave routing.gate and routing.initial_temperature alone",
+                "routing.mode=torchscale has no sigmoid gate and no temperature of gate or balance loss",
+                remedy="set routing.mode=paper, or leave routing.gate and both temperatures alone",
             )
         if self.top_k > self.num_experts:
             raise ConfigError(

@@ -208,6 +208,7 @@ def test_accounting() -> None:
     [
         ({"mode": "torchscale", "gate": "sigmoid"}, ["torchscale", "routing.mode=paper"]),
         ({"mode": "torchscale", "initial_temperature": 0.1}, ["torchscale", "temperature"]),
+        ({"mode": "torchscale", "balance_temperature": 0.1}, ["torchscale", "temperature"]),
         ({"mode": "torchscale", "num_experts": 1}, ["two experts"]),
         ({"balance_temperature": 0.0}, ["routing.balance_temperature", "above 0"]),
         ({"routing_dim": -1}, ["routing.routing_dim"]),

@@ -51,7 +51,7 @@ def require_deepspeed() -> None:
     if importlib.util.find_spec("deepspeed") is None:
         raise MissingDependency(
             "DeepSpeed is not installed, and engine=deepspeed needs it",
-            remedy="pip install 'moe_train[deepspeed]', or choose engine=ddp",
+            remedy="run scripts/setup.sh (or pip install deepspeed), or choose engine=ddp",
         )
 
 
