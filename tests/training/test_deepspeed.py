@@ -185,7 +185,7 @@ def test_fp16_is_refused() -> None:
 
 def test_without_deepspeed_the_remedy_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(MissingDependency, match=r"DeepSpeed is not installed.*Pip install 'moe_train\[deepspeed\]'"):
+    with pytest.raises(MissingDependency, match=r"DeepSpeed is not installed.*Run scripts/setup\.sh"):
         check_deepspeed(config(engine=zero(1)))
 
 
