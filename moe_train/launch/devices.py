@@ -41,9 +41,8 @@ def device_of_rank(config: LaunchConfig) -> torch.device:
     if config.device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     if _one_of_its_own():
-        os.environ["LOCAL_RANK"] = (
-            "0"  # the number of the GPU among those that are seen, to others such as DeepSpeed too
-        )
+        # The number of the GPU among those that this task sees, to others such as DeepSpeed too.
+        os.environ["LOCAL_RANK"] = "0"
     elif config.device == "auto" and torch.cuda.device_count() < local_world():
         return torch.device("cpu")
     torch.cuda.set_device(local_rank())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.required import skip_or_fail
+from tests.network.hosts import two_hosts
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.network
@@ -31,10 +30,7 @@ esac
 @pytest.fixture
 def hosts() -> Iterator[Any]:
     """Two network hosts on a bridge, without a way to anywhere else."""
-    kind = runpy.run_path(str(ROOT / "scripts" / "netlab" / "hosts.py"))["Hosts"]
-    if reason := kind.why_not():
-        skip_or_fail("network", f"no network hosts: {reason}")
-    with kind(2, subnet="10.213.8") as made:
+    with two_hosts("10.213.8") as made:
         yield made
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import runpy
 import subprocess
 import sys
 import time
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.required import skip_or_fail
+from tests.network.hosts import two_hosts
 from tests.training.toy_run import assert_same_bits, final_tensors, lines
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,10 +22,7 @@ pytestmark = [pytest.mark.network, pytest.mark.timeout(600)]
 @pytest.fixture
 def hosts() -> Iterator[Any]:
     """Two network hosts on a bridge."""
-    kind = runpy.run_path(str(ROOT / "scripts" / "netlab" / "hosts.py"))["Hosts"]
-    if reason := kind.why_not():
-        skip_or_fail("network", f"no network hosts: {reason}")
-    with kind(2, subnet="10.213.9") as made:
+    with two_hosts("10.213.9") as made:
         yield made
 
 
