@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from moe_train.layers import Block, RoutingRecord
 from moe_train.routing.types import RoutingStatistics
@@ -18,40 +18,29 @@ from moe_train.training.statistics import ROUTING, Sums, total
 @contextmanager
 def counting(model: Any) -> Iterator[Callable[[], Sums]]:
     """Gives what counts, when it is called, everything that the model's sparse blocks have routed inside."""
-    records: list[RoutingRecord] = []
+    seen: dict[int, list[RoutingStatistics]] = {}
 
     def listen(block: Any, inputs: Any, output: tuple[Any, RoutingRecord | None]) -> None:
-        if output[1] is not None:
-            records.append(output[1])
+        if (record := output[1]) is not None:
+            seen.setdefault(record.layer, []).append(record.statistics)
 
     modules = model.modules() if isinstance(model, nn.Module) else ()
     handles = [module.register_forward_hook(listen) for module in modules if isinstance(module, Block)]
     try:
         # Summed afterwards: a step of the search must not wait for it.
-        yield lambda: _sum(records)
+        yield lambda: _sum(seen)
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _sum(records: list[RoutingRecord]) -> Sums:
-    layers: dict[int, list[RoutingStatistics]] = {}
-    for record in records:
-        layers.setdefault(record.layer, []).append(record.statistics)
-    return Sums.of({ROUTING: {layer: _added(parts) for layer, parts in layers.items()}}, torch.device("cpu"))
-
-
-def _added(parts: list[RoutingStatistics]) -> RoutingStatistics:
-    def add(values: Iterable[Tensor]) -> Tensor:
-        return torch.stack(list(values)).sum(0)
-
-    return RoutingStatistics(
-        add(part.load for part in parts),
-        add(part.requested for part in parts),
-        add(part.tokens for part in parts),
-        add(part.entropy for part in parts),
-        {name: add(part.extra[name] for part in parts) for name in parts[0].extra},
-    )
+def _sum(seen: Mapping[int, list[RoutingStatistics]]) -> Sums:
+    device = torch.device("cpu")
+    layers = {
+        layer: total([Sums.of({ROUTING: {layer: part}}, device) for part in parts]).routing()[layer]
+        for layer, parts in seen.items()
+    }
+    return Sums.of({ROUTING: layers}, device)
 
 
 def describe_routed(sums: Sums) -> dict[str, Any]:
