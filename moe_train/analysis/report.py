@@ -8,17 +8,10 @@ from pathlib import Path
 from rich.console import Console
 
 from moe_train.analysis.report_compare import Comparisons, choose_baseline, compare
+from moe_train.analysis.report_files import directions_csv, to_csv, to_markdown
 from moe_train.analysis.report_page import run_page
 from moe_train.analysis.report_runs import RunReport, read_runs
-from moe_train.analysis.report_table import (
-    cost_table,
-    directions_csv,
-    explanation,
-    failures,
-    score_table,
-    to_csv,
-    to_markdown,
-)
+from moe_train.analysis.report_table import explanation, failures, run_tables, score_table
 from moe_train.config.evaluation import ReportConfig
 from moe_train.training.integrity import replace_text
 
@@ -58,7 +51,8 @@ def _common(runs: list[RunReport]) -> Path:
 
 
 def _print(runs: list[RunReport], comparisons: Comparisons, console: Console) -> None:
-    console.print(cost_table(runs))
+    for table in run_tables(runs):
+        console.print(table)
     if any(run.results for run in runs):
         console.print(score_table(runs, comparisons))
     for line in failures(runs):

@@ -8,7 +8,7 @@ from typing import Any
 
 from moe_train.analysis import report_figures as figures
 from moe_train.analysis.report_runs import RunReport
-from moe_train.analysis.report_table import cost_cells
+from moe_train.analysis.report_table import run_cells
 from moe_train.evaluation.averages import tier_of
 from moe_train.evaluation.results import BASELINES, Results
 
@@ -21,16 +21,17 @@ th:first-child, td:first-child, td.text { text-align: left; }
 svg { max-width: 100%; height: auto; }
 code { overflow-wrap: anywhere; }
 """
-_FACTS = (
-    "run",
-    "routing",
-    "status",
-    "updates",
-    "parameters",
-    "active parameters",
-    "FLOPs per token",
-    "words per second",
-)
+#: Names of facts, and the columns of the leaderboard that have them.
+_FACTS = {
+    "routing": "strategy",
+    "status": "status",
+    "updates": "updates",
+    "parameters": "params",
+    "active parameters": "active",
+    "FLOPs per token, forward": "FLOPs/tok forward",
+    "FLOPs per token, training": "FLOPs/tok training",
+    "words per second": "words/s",
+}
 
 
 def run_page(run: RunReport) -> str:
@@ -60,10 +61,10 @@ def _section(title: str, content: Sequence[str]) -> list[str]:
 
 
 def _facts(run: RunReport) -> str:
-    rows = dict(zip(_FACTS, cost_cells(run), strict=False))
-    rows["run"] = str(run.path)
+    found = run_cells(run)
+    rows = {"run": str(run.path), **{name: found[column] for name, column in _FACTS.items()}}
     if run.loss is not None:
-        rows["lowest validation loss"] = f"{run.loss:.4f} nats per token"
+        rows["lowest valid nll"] = f"{run.loss:.4f} nats per token"
     world: Mapping[str, Any] = run.info.get("world", {})
     if world:
         rows["processes"] = (

@@ -12,6 +12,7 @@ from typing import Any
 
 from moe_train.errors import ConfigError, DataError
 from moe_train.evaluation.results import Results, read_results
+from moe_train.routing import routing_config
 from moe_train.training.heartbeat import alive
 from moe_train.training.run_folder import ALIVE, CONFIG, FAILURE, FINISHED
 
@@ -27,6 +28,7 @@ class RunReport:
         name: short and unique among the runs of a report.
         status: ``finished``, ``stopped_early``, ``interrupted``, ``running`` or ``failed``.
         cause: why it failed; "" otherwise.
+        passes: over each batch in training (THOR: 2); None where the strategy is not known here.
         overrides: what its command line set, such as ``routing=switch``.
         train, valid: the lines of ``train.jsonl`` and ``valid.jsonl``.
         results: the scores, None where it was not evaluated.
@@ -37,6 +39,7 @@ class RunReport:
     status: str
     cause: str = ""
     strategy: str = ""
+    passes: int | None = None
     overrides: tuple[str, ...] = ()
     info: Mapping[str, Any] = field(default_factory=dict)
     train: Sequence[Mapping[str, Any]] = ()
@@ -70,6 +73,12 @@ class RunReport:
         return self.info.get("flops_per_token")
 
     @property
+    def training_flops_per_token(self) -> float | None:
+        """Forward and backward, which is twice the forward pass, as often as training passes over a batch."""
+        forward = self.flops_per_token
+        return None if forward is None or self.passes is None else 3 * forward * self.passes
+
+    @property
     def words_per_second(self) -> float | None:
         """The median of the log lines: the first ones warm up."""
         speeds = [float(line["words_per_second"]) for line in self.train if "words_per_second" in line]
@@ -94,7 +103,7 @@ def read_runs(paths: Sequence[Path | str], split: str = "test") -> list[RunRepor
             raise ConfigError("there is no run here", str(path), "name run folders, or a folder of runs (a multirun)")
         found += [run for run in below if run not in found]
     if not found:
-        raise ConfigError("no runs are given", "runs", "set runs=[FOLDER,FOLDER] or runs=[MULTIRUN_FOLDER]")
+        raise ConfigError("no runs are given", "runs", "set 'runs=[FOLDER,FOLDER]' or 'runs=[MULTIRUN_FOLDER]'")
     return [read_run(path, name, split) for path, name in zip(found, _names(found), strict=True)]
 
 
@@ -125,7 +134,7 @@ def _names(paths: Sequence[Path]) -> list[str]:
 def read_run(path: Path, name: str, split: str = "test") -> RunReport:
     """Reads one run folder; what is missing or damaged in it is left out, not an error."""
     info = _json(path / "run.json")
-    config = _json(path / CONFIG).get("config", {})
+    routing = _json(path / CONFIG).get("config", {}).get("routing", {})
     train, valid = (_lines(path / file) for file in ("train.jsonl", "valid.jsonl"))
     status, cause = _status(path, info)
     return RunReport(
@@ -133,13 +142,21 @@ def read_run(path: Path, name: str, split: str = "test") -> RunReport:
         path=path,
         status=status,
         cause=cause,
-        strategy=str(config.get("routing", {}).get("name", "")) or _overridden_strategy(path),
+        strategy=str(routing.get("name", "")) or _overridden_strategy(path),
+        passes=_passes(routing),
         overrides=_overrides(path),
         info=info,
         train=train,
         valid=valid,
         results=_results(path / f"{split}.json"),
     )
+
+
+def _passes(routing: Mapping[str, Any]) -> int | None:
+    try:
+        return routing_config(routing).passes
+    except ConfigError:
+        return None
 
 
 def _results(path: Path) -> Results | None:

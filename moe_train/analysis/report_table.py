@@ -1,21 +1,26 @@
-"""The leaderboard: on the screen, as CSV, as Markdown."""
+"""The leaderboard on the screen, and what its cells hold wherever it is written."""
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Collection, Sequence
+import re
+from collections.abc import Sequence
 
 from rich import box
+from rich.console import JustifyMethod
 from rich.table import Table
 
 from moe_train.analysis.report_compare import Comparisons
 from moe_train.analysis.report_runs import RunReport
+from moe_train.analysis.report_settings import settings
 from moe_train.evaluation.averages import TIERS
 
 GROUPS = ("all", "from English", "into English", "between others", *(f"{tier} resource" for tier in TIERS))
-_COSTS = ("run", "strategy", "status", "updates", "params", "active", "FLOPs/tok", "words/s", "loss")
-_RIGHT = ("updates", "params", "active", "FLOPs/tok", "words/s", "loss", "BLEU", "chrF++")
+_RESULTS = ("run", "strategy", "status", "updates", "words/s", "valid nll")
+_COSTS = ("run", "strategy", "params", "active", "FLOPs/tok forward", "FLOPs/tok training")
+_SETTINGS = ("run", "settings")
+_NAME = 20  # columns of the screen for a run's name
+COLUMNS = (*_RESULTS[:2], "settings", *_RESULTS[2:], *_COSTS[2:])
+RIGHT = (*_RESULTS[3:], *_COSTS[2:], "BLEU", "chrF++")
 
 
 def ranked(runs: Sequence[RunReport]) -> list[RunReport]:
@@ -34,40 +39,25 @@ def present_groups(runs: Sequence[RunReport]) -> list[str]:
     return [name for name in GROUPS if name in present]
 
 
-def cost_cells(run: RunReport, common: Collection[str] = ()) -> list[str]:
-    """A row of the first table: what it is, and what it costs.
+def run_cells(run: RunReport, told: Sequence[str] = ()) -> dict[str, str]:
+    """By name of the column: what a run is, how far it came, and what it costs.
 
     Args:
-        common: words of the command line that every run has; they tell none from the others.
+        told: its settings that tell it from the others.
     """
-    strategy = " ".join([run.strategy or "?", *(_short(w) for w in run.overrides if _tells(w) and w not in common)])
-    return [
-        run.name,
-        strategy,
-        run.status,
-        f"{run.update:,}",
-        _amount(run.parameters),
-        _amount(run.active_parameters),
-        _amount(run.flops_per_token),
-        "-" if run.words_per_second is None else f"{run.words_per_second:,.0f}",
-        "-" if run.loss is None else f"{run.loss:.4f}",
-    ]
-
-
-def common_words(runs: Sequence[RunReport]) -> set[str]:
-    """The words of the command line that all of several runs have."""
-    return set.intersection(*(set(run.overrides) for run in runs)) if len(runs) > 1 else set()
-
-
-def _short(override: str) -> str:
-    """``num_experts=8`` for ``routing.num_experts=8``: leaderboard.csv has the whole key."""
-    key, is_set, value = override.partition("=")
-    return f"{key.rpartition('.')[2]}{is_set}{value}"
-
-
-def _tells(override: str) -> bool:
-    """Whether an override helps to tell runs apart; the strategy has a place of its own."""
-    return not override.startswith(("routing=", "data=", "hydra", "launch"))
+    return {
+        "run": run.name,
+        "strategy": run.strategy or "?",
+        "settings": " ".join(told),
+        "status": run.status,
+        "updates": f"{run.update:,}",
+        "words/s": "-" if run.words_per_second is None else f"{run.words_per_second:,.0f}",
+        "valid nll": "-" if run.loss is None else f"{run.loss:.4f}",
+        "params": _amount(run.parameters),
+        "active": _amount(run.active_parameters),
+        "FLOPs/tok forward": _amount(run.flops_per_token),
+        "FLOPs/tok training": _amount(run.training_flops_per_token),
+    }
 
 
 def _amount(value: float | None) -> str:
@@ -92,12 +82,16 @@ def score_cells(run: RunReport, group: str, comparisons: Comparisons) -> tuple[s
     return f"{scores.bleu:.2f}", f"{scores.chrf:.2f}", against
 
 
-def cost_table(runs: Sequence[RunReport]) -> Table:
-    """Runs and what they cost."""
-    table = _table([name.replace("/", "\n/") for name in _COSTS])
+def run_tables(runs: Sequence[RunReport]) -> list[Table]:
+    """For 80 columns: what runs are and how far they came, what they cost, and the settings in which they differ."""
+    told = settings(runs)
+    tables = {columns: _table(columns) for columns in (_RESULTS, _COSTS, _SETTINGS)}
     for run in ranked(runs):
-        table.add_row(*cost_cells(run, common_words(runs)), style="dim" if run.failed else None)
-    return table
+        found = {**run_cells(run, told[run.name]), "run": _folded(run.name)}
+        for columns, table in tables.items():
+            if columns != _SETTINGS or told[run.name]:
+                table.add_row(*(found[name] for name in columns), style="dim" if run.failed else None)
+    return [table for table in tables.values() if table.row_count]
 
 
 def score_table(runs: Sequence[RunReport], comparisons: Comparisons) -> Table:
@@ -105,19 +99,31 @@ def score_table(runs: Sequence[RunReport], comparisons: Comparisons) -> Table:
     table = _table(("directions", "run", "strategy", "BLEU", "chrF++", "against baseline"))
     for group in present_groups(runs):
         for run in ranked(runs):
-            cells = score_cells(run, group, comparisons)
-            if cells[0] != "-":
-                table.add_row("average" if group == "all" else group, run.name, run.strategy, *cells)
+            found = score_cells(run, group, comparisons)
+            if found[0] != "-":
+                table.add_row("average" if group == "all" else group, _folded(run.name), run.strategy, *found)
         table.add_section()
     return table
 
 
 def _table(columns: Sequence[str]) -> Table:
+    """A heading's words stand in lines of their own; of the cells only settings and names of runs may take several."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for name in columns:
-        right = name.replace("\n", "") in _RIGHT
-        table.add_column(name, justify="right" if right else "left", overflow="fold", no_wrap=right)
+        wraps = name in ("run", "settings")
+        side: JustifyMethod = "right" if name in RIGHT else "left"
+        table.add_column(name.replace(" ", "\n"), justify=side, overflow="fold", no_wrap=not wraps)
     return table
+
+
+def _folded(name: str) -> str:
+    """A long name in lines that end at a mark of its own, such as a slash, rather than anywhere."""
+    lines = [""]
+    for part in re.findall(r"[^/,_-]*[/,_-]?", name):
+        if lines[-1] and len(lines[-1]) + len(part) > _NAME:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(lines)
 
 
 def failures(runs: Sequence[RunReport]) -> list[str]:
@@ -134,83 +140,3 @@ def explanation(comparisons: Comparisons) -> list[str]:
         f"compared (/); paired bootstrap, {comparisons.samples} samples, p < {comparisons.significance:g} per direction"
     )
     return [meaning, *comparisons.notes]
-
-
-def to_csv(runs: Sequence[RunReport], comparisons: Comparisons) -> str:
-    """A row per run, numbers unrounded; empty where there is none."""
-    groups = present_groups(runs)
-    header = ["run", "path", "strategy", "overrides", "status", "cause", "updates", "parameters", "active_parameters"]
-    header += ["flops_per_token", "words_per_second", "valid_nll_loss", "baseline"]
-    for group in groups:
-        name = group.replace(" ", "_")
-        header += [f"{name}_{column}" for column in ("bleu", "chrf", "better", "worse", "compared")]
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(header)
-    for run in ranked(runs):
-        row: list[object] = [
-            run.name,
-            run.path,
-            run.strategy,
-            " ".join(run.overrides),
-            run.status,
-            run.cause,
-            run.update,
-        ]
-        row += [run.parameters, run.active_parameters, run.flops_per_token, run.words_per_second, run.loss]
-        row.append(comparisons.baseline)
-        for group in groups:
-            row += _csv_group(run, group, comparisons)
-        writer.writerow(["" if value is None else value for value in row])
-    return stream.getvalue()
-
-
-def _csv_group(run: RunReport, group: str, comparisons: Comparisons) -> list[object]:
-    members = run.results.groups.get(group) if run.results else None
-    if run.results is None or not members:
-        return [None] * 5
-    scores, count = run.results.average(members), comparisons.count(run.name, members)
-    counts = [count.better, count.worse, count.directions] if count else [None] * 3
-    return [scores.bleu, scores.chrf, *counts]
-
-
-def directions_csv(runs: Sequence[RunReport], comparisons: Comparisons) -> str:
-    """A row per run and direction, with differences to the baseline and p values."""
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(
-        ["run", "direction", "bleu", "chrf", "baseline", "bleu_difference", "bleu_p", "chrf_difference", "chrf_p"]
-    )
-    for run in ranked(runs):
-        for direction, result in run.results.directions.items() if run.results else ():
-            row: list[object] = [run.name, direction, result.scores.bleu, result.scores.chrf, comparisons.baseline]
-            found = comparisons.by_run.get(run.name, {}).get(direction)
-            if found is not None:
-                row += [found.difference.bleu, f"{found.bleu_p:.4g}", found.difference.chrf, f"{found.chrf_p:.4g}"]
-            writer.writerow([*row, *[""] * (9 - len(row))])
-    return stream.getvalue()
-
-
-def to_markdown(runs: Sequence[RunReport], comparisons: Comparisons) -> str:
-    """Both tables, failures and the explanation."""
-    parts = ["# Leaderboard", "", *_markdown(_COSTS, [cost_cells(run, common_words(runs)) for run in ranked(runs)])]
-    rows = []
-    for group in present_groups(runs):
-        for run in ranked(runs):
-            cells = score_cells(run, group, comparisons)
-            if cells[0] != "-":
-                rows.append(["average" if group == "all" else group, run.name, run.strategy, *cells])
-    if rows:
-        parts += ["", *_markdown(("directions", "run", "strategy", "BLEU", "chrF++", "against baseline"), rows)]
-    for line in (*failures(runs), *explanation(comparisons)):
-        parts += ["", _escaped(line)]
-    return "\n".join(parts) + "\n"
-
-
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    rule = ["---:" if name in _RIGHT else "---" for name in header]
-    return [f"| {' | '.join(map(_escaped, row))} |" for row in (header, rule, *rows)]
-
-
-def _escaped(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")

@@ -87,7 +87,7 @@ COLUMNS = (
     ("bleu low resource", "low"),
     ("chrf", "chrF++"),
     ("copy", "chrF++ of the source as it is"),
-    ("loss", "held-out loss"),
+    ("loss", "valid nll"),
     ("better", "directions better than Switch (p < 0.05)"),
     ("worse", "worse"),
     ("words_per_second", "words/s (training)"),
@@ -99,7 +99,7 @@ def _above(one: str, other: str, paper: str, says: str) -> Claim:
 
     def measured(means: Any) -> tuple[str, Verdict]:
         said, agrees = above(one, means[one]["bleu"], other, means[other]["bleu"], ".2f")
-        return f"{said} (loss {means[one]['loss'].text('.3f')} and {means[other]['loss'].text('.3f')})", agrees
+        return f"{said} (valid nll {means[one]['loss'].text('.3f')} and {means[other]['loss'].text('.3f')})", agrees
 
     return Claim(paper, says, (one, other), measured)
 
@@ -108,7 +108,7 @@ def _more_is_better(means: Any) -> tuple[str, Verdict]:
     scores, losses = ([means[f"sam_{k}"][measure] for k in (1, 2, 4)] for measure in ("bleu", "loss"))
     both = (", ".join(f"{value:.{digits}f}" for value in values) for values, digits in ((scores, 2), (losses, 3)))
     _, last_above_first = above("4", scores[2], "1", scores[0], ".2f")
-    return "k = 1, 2, 4: {} BLEU (loss {})".format(*both), last_above_first and scores[0] < scores[1] < scores[2]
+    return "k = 1, 2, 4: {} BLEU (valid nll {})".format(*both), last_above_first and scores[0] < scores[1] < scores[2]
 
 
 CLAIMS = (

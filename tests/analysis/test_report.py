@@ -72,9 +72,17 @@ def test_what_a_run_was(sweep: Path) -> None:
     run = read_run(sweep / "1", "1")
     assert (run.status, run.strategy, run.update) == ("finished", "switch", 300)
     assert (run.parameters, run.active_parameters, run.flops_per_token) == (2_500_000, 1_000_000, 3.1e6)
+    assert run.training_flops_per_token == pytest.approx(9.3e6), "backward is twice forward"
     assert run.words_per_second == 2000.0
     assert run.loss == pytest.approx(1.25)
     assert run.overrides == ("routing=switch", "seed=3")
+
+
+def test_training_costs_a_backward_pass_and_every_pass_over_the_batch(sweep: Path, tmp_path: Path) -> None:
+    costs = {s: read_run(trained(tmp_path / s, s), s).training_flops_per_token for s in ("dense", "top_k", "thor")}
+    assert costs == pytest.approx({"dense": 9.3e6, "top_k": 9.3e6, "thor": 18.6e6})
+    assert read_run(trained(tmp_path / "mine", "of_another_package"), "").training_flops_per_token is None
+    assert read_run(sweep / "9", "9").training_flops_per_token is None
 
 
 def test_failures_and_their_causes(sweep: Path, tmp_path: Path) -> None:
@@ -173,12 +181,24 @@ def test_the_leaderboard(sweep: Path, tmp_path: Path) -> None:
     )
     text = screen.getvalue()
     assert ranked(runs)[0].name == "1" and {run.name for run in ranked(runs)[-2:]} == {"9", "10"}
-    for word in ("switch", "2.50M", "3.10M", "average", "low resource", "+4 -0 /4", "baseline", "SIGKILL", "grups"):
+    for word in (
+        "switch",
+        "2.50M",
+        "3.10M",
+        "9.30M",
+        "average",
+        "low resource",
+        "+4 -0 /4",
+        "baseline",
+        "SIGKILL",
+        "grups",
+    ):
         assert word in text, word
     rows = list(csv.DictReader(io.StringIO((tmp_path / "leaderboard.csv").read_text())))
     assert [row["run"] for row in rows] == [run.name for run in ranked(runs)]
     best = rows[0]
     assert best["all_better"] == "4" and best["status"] == "finished" and float(best["low_resource_chrf"]) > 50
+    assert float(best["training_flops_per_token"]) == pytest.approx(9.3e6) and float(best["valid_nll_loss"]) == 1.25
     assert float(best["words_per_second"]) == 2000 and best["active_parameters"] == "1000000"
     assert next(row for row in rows if row["run"] == "10")["cause"].startswith("it was killed")
     details = list(csv.DictReader(io.StringIO((tmp_path / "directions.csv").read_text())))
@@ -192,17 +212,26 @@ def test_the_leaderboard(sweep: Path, tmp_path: Path) -> None:
 
 
 def test_the_leaderboard_fits_a_terminal(tmp_path: Path) -> None:
-    """80 columns, whole names, and no word that every run has."""
+    """80 columns, no word broken, none that every run has, and none that changes neither results nor speed."""
+    name = "a_name_longer_than_its_column-of-the-screen"
     for number, (strategy, experts) in enumerate([("dense", 8), ("expert_choice", 16)]):
         words = (f"routing={strategy}", f"routing.num_experts={experts}", "training.optimizer.lr=0.0012", "model=iwslt")
-        scored(overridden(trained(tmp_path / str(number), strategy), *words), 0.6, seed=number)
+        silent = ("resume=missing", "evaluate=test", "launch.port=29500", "hydra.job.name=x", "training.log_every=7")
+        words = (*words, f"launch.processes={number + 1}", *(silent if number else ()))
+        scored(overridden(trained(tmp_path / f"{name}{number}", strategy, 1_200_000), *words), 0.6, seed=number)
     screen = io.StringIO()
     make_report(ReportConfig((str(tmp_path),), html=False, samples=50), Console(file=screen, width=80))
-    table = screen.getvalue().split("directions")[0]
-    assert max(map(len, table.splitlines())) <= 80
-    assert all(word in table for word in ("expert_choice", "num_experts=16", "finished", "2.50M", "words", "loss"))
-    assert "iwslt" not in table and "lr=" not in table
-    assert "routing.num_experts=16" in (tmp_path / "leaderboard.csv").read_text()
+    tables, _, rest = screen.getvalue().partition("against baseline (")
+    assert max(map(len, tables.splitlines())) <= 80 and "written" in rest
+    shown = tables.split()
+    for word in ("expert_choice", "finished", "1,200,000", "2.50M", "words/s", "valid", "nll", "FLOPs/tok", "training"):
+        assert word in shown, word
+    assert {"a_name_longer_than_", "its_column-of-the-", "routing.num_experts=16", "launch.processes=2"} <= set(shown)
+    for absent in ("iwslt", "lr=", "resume", "evaluate", "port", "hydra", "log_every", "loss", "…"):
+        assert absent not in tables, absent
+    written = (tmp_path / "leaderboard.csv").read_text()
+    assert "routing.num_experts=16" in written and "resume=missing" in written, "of all words there is a record"
+    assert "| routing.num_experts=16 launch.processes=2 |" in (tmp_path / "leaderboard.md").read_text()
 
 
 def test_the_page(sweep: Path) -> None:
@@ -212,7 +241,16 @@ def test_the_page(sweep: Path) -> None:
     assert len(drawings) == 5, "losses, routing losses, speed, and two layers' loads"
     for drawing in drawings:
         xml.dom.minidom.parseString(drawing)
-    for word in ("en-sw", "low resource", "nrefs:1", "a note", "0123abcd", "sparse layer 1"):
+    for word in (
+        "FLOPs per token, training",
+        "lowest valid nll",
+        "en-sw",
+        "low resource",
+        "nrefs:1",
+        "a note",
+        "0123abcd",
+        "sparse layer 1",
+    ):
         assert word in page
     assert page == run_page(read_run(sweep / "1", "1 <best>")), "the same run gives the same page"
     assert "http://" not in re.sub(

@@ -1,0 +1,104 @@
+"""The leaderboard on disk: as CSV, numbers unrounded, and as Markdown."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+
+from moe_train.analysis.report_compare import Comparisons
+from moe_train.analysis.report_runs import RunReport
+from moe_train.analysis.report_settings import settings
+from moe_train.analysis.report_table import (
+    COLUMNS,
+    RIGHT,
+    explanation,
+    failures,
+    present_groups,
+    ranked,
+    run_cells,
+    score_cells,
+)
+
+
+def to_csv(runs: Sequence[RunReport], comparisons: Comparisons) -> str:
+    """A row per run, numbers unrounded; empty where there is none."""
+    groups = present_groups(runs)
+    header = ["run", "path", "strategy", "overrides", "status", "cause", "updates", "parameters", "active_parameters"]
+    header += ["flops_per_token", "training_flops_per_token", "words_per_second", "valid_nll_loss", "baseline"]
+    for group in groups:
+        name = group.replace(" ", "_")
+        header += [f"{name}_{column}" for column in ("bleu", "chrf", "better", "worse", "compared")]
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(header)
+    for run in ranked(runs):
+        row: list[object] = [
+            run.name,
+            run.path,
+            run.strategy,
+            " ".join(run.overrides),
+            run.status,
+            run.cause,
+            run.update,
+        ]
+        row += [run.parameters, run.active_parameters, run.flops_per_token, run.training_flops_per_token]
+        row += [run.words_per_second, run.loss]
+        row.append(comparisons.baseline)
+        for group in groups:
+            row += _csv_group(run, group, comparisons)
+        writer.writerow(["" if value is None else value for value in row])
+    return stream.getvalue()
+
+
+def _csv_group(run: RunReport, group: str, comparisons: Comparisons) -> list[object]:
+    members = run.results.groups.get(group) if run.results else None
+    if run.results is None or not members:
+        return [None] * 5
+    scores, count = run.results.average(members), comparisons.count(run.name, members)
+    counts = [count.better, count.worse, count.directions] if count else [None] * 3
+    return [scores.bleu, scores.chrf, *counts]
+
+
+def directions_csv(runs: Sequence[RunReport], comparisons: Comparisons) -> str:
+    """A row per run and direction, with differences to the baseline and p values."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(
+        ["run", "direction", "bleu", "chrf", "baseline", "bleu_difference", "bleu_p", "chrf_difference", "chrf_p"]
+    )
+    for run in ranked(runs):
+        for direction, result in run.results.directions.items() if run.results else ():
+            row: list[object] = [run.name, direction, result.scores.bleu, result.scores.chrf, comparisons.baseline]
+            found = comparisons.by_run.get(run.name, {}).get(direction)
+            if found is not None:
+                row += [found.difference.bleu, f"{found.bleu_p:.4g}", found.difference.chrf, f"{found.chrf_p:.4g}"]
+            writer.writerow([*row, *[""] * (9 - len(row))])
+    return stream.getvalue()
+
+
+def to_markdown(runs: Sequence[RunReport], comparisons: Comparisons) -> str:
+    """Both tables, failures and the explanation."""
+    told, columns = settings(runs), [name for name in COLUMNS if name != "settings" or any(settings(runs).values())]
+    table = [[run_cells(run, told[run.name])[name] for name in columns] for run in ranked(runs)]
+    parts = ["# Leaderboard", "", *_markdown(columns, table)]
+    rows = []
+    for group in present_groups(runs):
+        for run in ranked(runs):
+            scores = score_cells(run, group, comparisons)
+            if scores[0] != "-":
+                rows.append(["average" if group == "all" else group, run.name, run.strategy, *scores])
+    if rows:
+        parts += ["", *_markdown(("directions", "run", "strategy", "BLEU", "chrF++", "against baseline"), rows)]
+    for line in (*failures(runs), *explanation(comparisons)):
+        parts += ["", _escaped(line)]
+    return "\n".join(parts) + "\n"
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    rule = ["---:" if name in RIGHT else "---" for name in header]
+    return [f"| {' | '.join(map(_escaped, row))} |" for row in (header, rule, *rows)]
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
