@@ -10,7 +10,7 @@ import time
 import traceback
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ class Failure:
         trace: the traceback; empty for a UserError and for a process that was killed.
         user: whether it is the user's to mend.
         killed: whether a signal ended it. Then other ranks' errors are echoes.
+        beside: other ranks that have failed in the same way at the same time.
     """
 
     rank: int
@@ -38,6 +39,7 @@ class Failure:
     trace: str = ""
     user: bool = False
     killed: bool = False
+    beside: list[int] = field(default_factory=list)
 
     def text(self, log: Path | None = None) -> str:
         """What the user reads: the cause, the trace, and last, where a long trace cannot hide it, the remedy."""

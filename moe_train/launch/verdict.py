@@ -34,7 +34,7 @@ def failure(beats: Mapping[int, Beat], guilty: Sequence[int], limit: float, cond
         condition: of the first one's process, as the kernel of its host tells; empty where nobody could look.
     """
     first, others = guilty[0], sorted(beats.keys() - set(guilty))
-    also = f" (so do {names(guilty[1:])})" if guilty[1:] else ""
+    also = f" (so {'do' if guilty[2:] else 'does'} {names(guilty[1:])})" if guilty[1:] else ""
     where = next((beats[rank].pending for rank in others if beats[rank].pending), "")
     have = "has" if len(others) == 1 else "have"
     what = f"it hangs{also}: {names(others)} {have} waited for it for {limit:.0f} s" + (
@@ -46,20 +46,20 @@ def failure(beats: Mapping[int, Beat], guilty: Sequence[int], limit: float, cond
         f"If it is only slow, raise launch.timeout_minutes (now {limit / 60:g}). "
         "The same command goes on from the last checkpoint."
     )
-    return Failure(first, time.time(), what, remedy=remedy, trace="\n".join(lines))
+    return Failure(first, time.time(), what, remedy=remedy, trace="\n".join(lines), beside=list(guilty[1:]))
 
 
 def failure_of_silent(beats: Mapping[int, Beat], silent: Sequence[int], limit: float, condition: str) -> Failure:
     """What the user reads where ranks said nothing for ``limit`` seconds, of ``launch.silent_minutes``."""
     first, others = silent[0], sorted(beats.keys() - set(silent))
-    also = f" (so have {names(silent[1:])})" if silent[1:] else ""
+    also = f" (so {'have' if silent[2:] else 'has'} {names(silent[1:])})" if silent[1:] else ""
     what = f"it has fallen silent{also}: {names(others)} heard nothing of it for {limit:.0f} s"
     lines = [*_culprit(beats[first], condition), *(line for rank in others for line in _waiting(beats[rank]))]
     remedy = (
         f"Look whether its host ({beats[first].host}) is up and can be reached. If it was only busy, raise "
         f"launch.silent_minutes (now {limit / 60:g}). The same command goes on from the last checkpoint."
     )
-    return Failure(first, time.time(), what, remedy=remedy, trace="\n".join(lines))
+    return Failure(first, time.time(), what, remedy=remedy, trace="\n".join(lines), beside=list(silent[1:]))
 
 
 def _culprit(beat: Beat, condition: str) -> list[str]:

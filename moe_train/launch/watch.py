@@ -158,17 +158,19 @@ class _Watch(threading.Thread):
     def _execute(self, verdict: Failure) -> NoReturn:
         """Ends this process, whatever fails on the way; the main thread stands in a collective and cannot do it."""
         try:
-            speaker = self.world.rank == (1 if verdict.rank == 0 else 0)
+            hanging = verdict.rank, *verdict.beside  # they may be unable to say anything
+            speaker = self.world.rank == next(rank for rank in range(self.world.size) if rank not in hanging)
             self._tell(verdict, speaker)
             # The first end makes an agent end the rest, the speaker too.
             if speaker:
                 within(_TELLING, self.board.shown)
             else:
                 within(2 * _TELLING, lambda: self.board.wait_until_shown(_TELLING))
-            if not has_our_parent() and self.world.rank != verdict.rank:
+            if not has_our_parent() and self.world.rank not in hanging:
                 beats = within(_TELLING, self._beats) or {}
-                if verdict.rank in beats:
-                    _put_down(beats[verdict.rank], verdict)
+                for rank in hanging:
+                    if rank in beats:
+                        _put_down(beats[rank], verdict)
         finally:
             leave(1)
 

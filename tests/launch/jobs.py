@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
 import dataclasses
 import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -69,14 +70,14 @@ def fail(rank: int, how: str, others: str = "wait", note: str = "") -> None:
         world.barrier()
 
 
-def hang(rank: int, how: str, minutes: float = 0.1, note: str = "", silent: float = 0.0) -> None:
-    """After two collectives rank ``rank`` never comes to the third, for which the others wait."""
+def hang(rank: int | Collection[int], how: str, minutes: float = 0.1, note: str = "", silent: float = 0.0) -> None:
+    """After two collectives ``rank``, one or several, never come to the third, for which the others wait."""
     config = dataclasses.replace(CONFIG, timeout_minutes=minutes, silent_minutes=silent)
     with joined_world(config) as world:
         world.pulse.mark("warming up", 7)
         world.barrier()
         world.barrier()
-        if world.rank == rank:
+        if world.rank in ({rank} if isinstance(rank, int) else rank):
             _note(note)
             _fall_asleep(how)
         world.sum(torch.ones(3))
@@ -97,6 +98,8 @@ def _note(path: str) -> None:
 def _fall_asleep(how: str) -> None:
     if how == "stop":
         os.kill(os.getpid(), signal.SIGSTOP)
+    if how == "lock":  # in C code that keeps the interpreter's lock: no thread of Python's comes to a word
+        ctypes.PyDLL(None).sleep(3600)
     time.sleep(3600)
 
 

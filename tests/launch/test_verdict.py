@@ -85,6 +85,8 @@ def test_what_the_user_reads() -> None:
     assert "    a.py:7 in read\n    b.py:1 in main" in text
     assert "rank 0 waits in all_reduce 5 of group 0: update 7, computing the update, at a.py:7 in read" in text
     assert text.splitlines()[-1].startswith("What to do: See where rank 1 stood") and "(now 1)" in text
+    several = failure({**beats, 2: beats[1], 3: beats[1]}, [1, 2, 3], 60.0, "")
+    assert several.beside == [2, 3] and "it hangs (so do ranks 2 and 3): rank 0 has waited" in several.text()
 
 
 def test_names_of_ranks() -> None:

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import random
 import re
+import signal
+import subprocess
+import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -46,6 +52,31 @@ def test_a_rank_that_hangs_under_torchrun(how: str, tmp_path: Path) -> None:
     hung(done.stderr, how)
     root_cause = done.stderr.split("Root Cause")[1]
     assert "rank 2 failed first: it hangs" in root_cause
+
+
+def test_the_lowest_rank_that_can_speaks_where_no_launcher_does(tmp_path: Path) -> None:
+    """As under plain srun. Both that hang, rank 0 among them, are ended too: nobody else on their host would do it."""
+    call = f"from tests.launch import jobs; jobs.hang((0, 1), 'lock', 0.05, {str(tmp_path / 'note')!r})"
+    with in_time(tmp_path, 3):
+        ended = _without_launcher(3, call)
+    said = [text for text, _ in ended]
+    assert "Failed: rank 0 failed first: it hangs (so does rank 1): rank 2 has waited for it for 3 s" in said[2]
+    assert [code for _, code in ended] == [-signal.SIGKILL, -signal.SIGKILL, 1], said
+
+
+def _without_launcher(processes: int, call: str) -> list[tuple[str, int]]:
+    """What each of some ranks says on standard error, and its exit code."""
+    port = random.randint(15000, 31000)  # below those that kernels hand out
+    told = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with ExitStack() as started:
+        ranks = []
+        for rank in range(processes):
+            place = {**os.environ, **told, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            words = [sys.executable, "-c", call]
+            process = subprocess.Popen(words, env=place, cwd=torchrun.ROOT, stderr=subprocess.PIPE, text=True)
+            started.callback(process.kill)
+            ranks.append(process)
+        return [(process.communicate(timeout=200)[1], process.returncode) for process in ranks]
 
 
 @SLOW
