@@ -14,7 +14,7 @@ from moe_train.config import RunConfig
 from moe_train.config.evaluation import Inference
 from moe_train.errors import DataError, LaunchError
 from moe_train.parallel.layout import ExpertLayout
-from moe_train.routing.after_training import changed, evaluation_values
+from moe_train.routing.after_training import changed, check_draw_seed, evaluation_values
 from moe_train.tasks import build_task, open_data
 from moe_train.training.checkpoints import CheckpointStore, load_model
 from moe_train.training.run_folder import RunFolder
@@ -95,7 +95,7 @@ def open_run(
         world: ranks that all open it and share the reading of checksums; None: this process alone.
 
     Raises:
-        ConfigError: no run folder, or a routing key that cannot change after training.
+        ConfigError: no run folder, a routing key that cannot change after training, or a seed of draws where none are.
         CheckpointError: no such checkpoint, or a damaged one.
         DataError: the data folder is missing or damaged.
     """
@@ -114,6 +114,8 @@ def open_run(
         )
     inference = inference or Inference()
     config = dataclasses.replace(config, routing=changed(config.routing, inference.routing))
+    if inference.draw_seed not in (None, config.seed):
+        check_draw_seed(config.routing, inference.draw_seed)
     opened = open_data(config)
     if not isinstance(checkpoint, Path):
         checkpoint = CheckpointStore(folder.checkpoints, world).resolve(checkpoint)

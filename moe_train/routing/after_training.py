@@ -47,6 +47,24 @@ def changed(keys: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
     return found
 
 
+def check_draw_seed(keys: Mapping[str, Any], draw_seed: int) -> None:
+    """Refuses a seed of draws where neither the ``routing`` group nor its decoder's own strategy draws at inference.
+
+    Raises:
+        ConfigError: it would change nothing.
+    """
+    config = routing_config(keys)
+    decoder = config if config.decoder is None else decoder_config(config)
+    if config.draws_at_inference or decoder.draws_at_inference:
+        return
+    as_set = [f"routing.{key}={value}" for key, value in evaluation_values(keys).items() if value is not None]
+    with_keys = ", ".join([f"routing={config.name}", *as_set])
+    raise ConfigError(
+        f"'draw_seed={draw_seed}' would change nothing: with {with_keys} no expert is drawn at inference",
+        remedy="leave draw_seed out",
+    )
+
+
 def _flat(changes: Mapping[str, Any]) -> dict[str, Any]:
     found = dict(changes)
     inner = found.get("decoder")

@@ -83,6 +83,11 @@ class RoutingConfig:
         return self
 
     @property
+    def draws_at_inference(self) -> bool:
+        """Whether experts are drawn at inference too, so that other seeds give other outputs (``draw_seed``)."""
+        return False
+
+    @property
     def has_shared_expert(self) -> bool:
         """Whether one more expert stands beside the routed ones, which every token passes."""
         return False

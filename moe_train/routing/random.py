@@ -30,6 +30,11 @@ class RandomConfig(RoutingConfig):
     name: str = "random"
     draw: Literal["token", "sentence", "batch"] = "token"
 
+    @property
+    def draws_at_inference(self) -> bool:
+        """Always."""
+        return True
+
 
 @register("random", RandomConfig)
 class RandomRouter(Router):

@@ -47,6 +47,11 @@ class ThorConfig(RoutingConfig):
     pair: Literal["distinct", "independent"] = "distinct"
     inference: Inference = "sentence"
 
+    @property
+    def draws_at_inference(self) -> bool:
+        """Unless all experts are averaged."""
+        return self.inference != "ensemble"
+
     def layout_warning(self, spread: Spread) -> str | None:
         """One expert for a whole pass keeps one rank busy."""
         if self.draw != "batch":

@@ -51,6 +51,7 @@ def test_the_table_and_the_files(run_folder: Path, tmp_path: Path) -> None:
             "These can: routing.evaluation_capacity_factor.",
         ),
         (("run={run}", "routing.evaluation_capacity_factor=-1"), "'routing.evaluation_capacity_factor' must be above"),
+        (("run={run}", "draw_seed=2"), "'draw_seed=2' would change nothing: with routing=switch no expert is drawn"),
         (("run={run}", "draw_seed=-1"), "'draw_seed' must not be negative"),
         ((), "the key 'run' has no value"),
     ],

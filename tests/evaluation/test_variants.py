@@ -71,6 +71,14 @@ def test_draw_seeds_give_other_outputs_that_can_be_had_again(run: Path) -> None:
     assert open_run(run, inference=Inference(draw_seed=1)).results == run
 
 
+def test_a_seed_is_refused_where_all_experts_are_averaged(run: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"with routing=thor, routing\.inference=ensemble no expert.*Leave draw_seed out"
+    ):
+        evaluate(config(run, routing={"inference": "ensemble"}, draw_seed=2))
+    assert not (run / "variants" / "inference=ensemble,draw_seed=2").exists()
+
+
 def test_ranks_that_divide_the_experts_are_told(run: Path) -> None:
     changes = {"routing": {"inference": "token"}, "draw_seed": 9}
     alone = evaluate(config(run, **changes))
@@ -108,6 +116,7 @@ def test_a_decoder_with_a_strategy_of_its_own(tmp_path: Path, tiny_data: DataFol
     configs = {type(m).__name__: m.config for m in opened.load().model.modules() if hasattr(m, "num_experts")
                and hasattr(m, "config")}  # fmt: skip
     assert configs["ThorRouter"].inference == "ensemble"
+    assert open_run(run, inference=Inference(draw_seed=2)).results.name == "draw_seed=2", "the decoder draws"
     for refused in ({"inference": "ensemble"}, {"decoder": {"pair": "independent"}}, {"decoder": "switch"}):
         with pytest.raises(ConfigError, match=r"cannot change after training.*These can: routing\.decoder\.inference"):
             open_run(run, inference=Inference(refused))
@@ -119,6 +128,9 @@ def test_a_strategy_without_such_keys_says_so(tmp_path: Path, tiny_data: DataFol
         open_run(run, inference=Inference({"table": "random"}))
     with pytest.raises(ConfigError, match=r"'routing\.decoder' cannot change"):
         open_run(run, inference=Inference({"decoder": "switch"}))
+    with pytest.raises(ConfigError, match=r"draw_seed=2' would change nothing: with routing=hash no expert is drawn"):
+        open_run(run, inference=Inference(draw_seed=2))
+    assert open_run(run, inference=Inference(draw_seed=1)).results == run, "the run's own is no change"
 
 
 def test_the_command_line(run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moe_train.layers import MoELayer
-from moe_train.routing import strategies
+from moe_train.routing import routing_config, strategies
 
 DIM = 12
 KEYS: dict[str, dict[str, Any]] = {
@@ -18,6 +18,7 @@ KEYS: dict[str, dict[str, Any]] = {
     "top_k_shared": {"name": "top_k", "shared_expert": True},
     "top_k_balanced": {"name": "top_k", "scores": "sigmoid", "balancing_bias_rate": 0.001},
     "xmoe_sublayers": {"name": "xmoe", "expert_sublayers": 3},
+    "thor_ensemble": {"name": "thor", "inference": "ensemble"},
     "smoe_official": {"name": "smoe", "norm": "official", "second_expert": "sampling", "normalise": "after_drop"},
 }
 CASES = [*strategies(), *(name for name in KEYS if name not in strategies())]
@@ -133,3 +134,15 @@ def test_a_shared_expert_is_passed_by_every_token() -> None:
     difference = shared(x)[0] - alone(x)[0]
     torch.testing.assert_close(difference, shared.block.shared(x)[0])
     assert sum(p.numel() for p in shared.block.shared.parameters()) == 2 * DIM * 16 + DIM + 16
+
+
+@every
+def test_what_draws_at_inference_says_so(case: str) -> None:
+    """Outputs of a trained layer depend on the seed of draws where its config says that it draws, and nowhere else."""
+    layer, x = make(case).eval(), inputs(2, 5)
+    found = []
+    for seed in (1, 2, 3):
+        layer.settings.seed = seed
+        found.append(run(layer, x)[0])
+    same = all(torch.equal(found[0], other) for other in found[1:])
+    assert same is not routing_config({"name": case, "num_experts": 4, **KEYS.get(case, {})}).draws_at_inference
