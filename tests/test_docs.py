@@ -72,6 +72,19 @@ def test_files_and_commands_that_are_named_exist(path: Path) -> None:
     assert named <= set(scripts), f"{path.name}: {named - set(scripts)}"
 
 
+def test_brackets_are_quoted_in_what_a_reader_types() -> None:
+    """Shells take them for patterns: zsh refuses such a word, bash may put file names in its place."""
+    files = [
+        *DOCUMENTS,
+        *(ROOT / "configs").rglob("*.yaml"),
+        *(p for p in (ROOT / "scripts").rglob("*.s*") if p.is_file()),
+    ]
+    words = [(path.name, word) for path in files for word in re.findall(r"\S*[a-z]=\[\S*", path.read_text("utf-8"))]
+    typed = [(name, word) for name, word in words if re.match(r"`?['\"]?[a-z_.]+=\[", word)]
+    assert len(typed) > 15
+    assert [found for found in typed if found[1].lstrip("`")[0] not in "'\""] == []
+
+
 def test_shared_keys_are_those_of_the_code() -> None:
     every, token_choice = key_tables(section("strategies.md", "Shared keys"))
     assert defaults(every) == fields(RoutingConfig)

@@ -104,7 +104,7 @@ def choose_directions(run: OpenedRun, split: str, wanted: Sequence[str]) -> list
     chosen = list(dict.fromkeys(wanted)) or [name for name in run.task.directions if name in known]
     if not chosen:
         remedy = (
-            f"it has: {', '.join(known)}; name them with directions=[…]" if known else "prepare data with that split"
+            f"it has: {', '.join(known)}; name them with 'directions=[…]'" if known else "prepare data with that split"
         )
         raise DataError(f"the split '{split}' has none of the trained directions", str(run.data.path), remedy)
     return sorted(chosen)

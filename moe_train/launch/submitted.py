@@ -78,7 +78,7 @@ class SubmittedJobs(BaseSubmititLauncher):
         if failed:
             self._say(
                 f"{len(failed)} of {len(jobs)} jobs failed ({', '.join(map(str, failed))}): moe-report "
-                f"runs=[{self._folder}] says why. The same command with resume=missing "
+                f"'runs=[{self._folder}]' says why. The same command with resume=missing "
                 f"hydra.sweep.dir={self._folder} runs only these again."
             )
         return [results[job.number] for job in jobs]

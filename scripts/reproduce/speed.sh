@@ -16,4 +16,4 @@ moe-train -m data="$data" routing=dense,switch,top_k,expert_choice,hash,random,t
     model=tiny training.max_updates=15 training.tokens_per_update=2048 training.log_every=5 \
     training.validation.every_updates=15 training.validation.max_sentences=1 \
     hydra.sweep.dir="$out" 'hydra.sweep.subdir=${hydra:runtime.choices.routing}' "$@"
-moe-report runs=["$out"] out="$out"
+moe-report "runs=[$out]" out="$out"

@@ -23,7 +23,7 @@ budget=(
 )
 
 export PATH="$PWD/.venv/bin:$PATH"
-moe-prepare corpus=text corpus.path="$text" corpus.languages=[ar,de,fr,ru,tr,zh] vocabulary.size=8000 out="$data"
+moe-prepare corpus=text corpus.path="$text" 'corpus.languages=[ar,de,fr,ru,tr,zh]' vocabulary.size=8000 out="$data"
 # The subfolder is Hydra's to fill in.
 # shellcheck disable=SC2016
 moe-train -m data="$data" routing=$strategies "${budget[@]}" \
@@ -32,4 +32,4 @@ for run in "$out"/runs/*/; do
     [[ -f $run/test.json ]] && continue
     moe-evaluate run="$run" split=test checkpoint=last max_sentences=50 search.beam=4 launch.processes=2
 done
-moe-report runs=["$out/runs"] baseline="$out/runs/switch" out="$out"
+moe-report "runs=[$out/runs]" baseline="$out/runs/switch" out="$out"

@@ -76,7 +76,7 @@ def _pairs(config: CorpusConfig, training: Sequence[CorpusText]) -> list[Pair]:
     raise ConfigError(
         "corpus=flores200 must be told which languages or pairs",
         "corpus.languages",
-        "add corpus.languages=[en,de,fr] (from and into English), or corpus.pairs=[de-fr]",
+        "add 'corpus.languages=[en,de,fr]' (from and into English), or 'corpus.pairs=[de-fr]'",
     )
 
 
