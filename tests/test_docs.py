@@ -6,6 +6,7 @@ import dataclasses
 import os
 import re
 import runpy
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -14,8 +15,15 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
 import yaml
+from hydra import compose, initialize_config_dir
 
+from moe_train.commands._app import plain
+from moe_train.commands._overrides import check_overrides
+from moe_train.config import build
+from moe_train.config.corpus import PrepareConfig
 from moe_train.config.evaluation import EvaluateConfig, ExportConfig, ReportConfig, TranslateConfig
+from moe_train.config.paths import configs_directory
+from moe_train.launch.schemas import forget_foreign_schemas
 from moe_train.routing import RoutingConfig, strategies
 from moe_train.routing.token_choice import TokenChoiceConfig
 
@@ -73,16 +81,36 @@ def test_files_and_commands_that_are_named_exist(path: Path) -> None:
 
 
 def test_brackets_are_quoted_in_what_a_reader_types() -> None:
-    """Shells take them for patterns: zsh refuses such a word, bash may put file names in its place."""
+    """Shells take them for patterns or lists: zsh refuses such a word, bash may put file names in its place."""
     files = [
         *DOCUMENTS,
         *(ROOT / "configs").rglob("*.yaml"),
         *(p for p in (ROOT / "scripts").rglob("*.s*") if p.is_file()),
     ]
-    words = [(path.name, word) for path in files for word in re.findall(r"\S*[a-z]=\[\S*", path.read_text("utf-8"))]
-    typed = [(name, word) for name, word in words if re.match(r"`?['\"]?[a-z_.]+=\[", word)]
+    words = [
+        (path.name, word) for path in files for word in re.findall(r"\S*[a-z]=[{\[](?!\")\S*", path.read_text("utf-8"))
+    ]
+    typed = [(name, word) for name, word in words if re.match(r"`?['\"]?[a-z_.]+=[{\[]", word)]
     assert len(typed) > 15
     assert [found for found in typed if found[1].lstrip("`")[0] not in "'\""] == []
+
+
+def test_the_recipes_of_data_are_words_that_moe_prepare_takes() -> None:
+    text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    recipes = [shlex.split(line) for line in re.findall(r"^ {4}moe-prepare (.*)$", text, flags=re.MULTILINE)]
+    configs = []
+    for recipe in recipes:
+        forget_foreign_schemas()
+        words = check_overrides("prepare", recipe)
+        with initialize_config_dir(str(configs_directory()), version_base="1.3"):
+            configs.append(build(PrepareConfig, plain(compose("prepare", overrides=words))))
+    assert [config.corpus.name for config in configs] == ["text", "text", "opus100", "flores200", "l10n"]
+    tiers = configs[2].tiers.languages
+    assert [tiers[code] for code in ("de", "fr", "ru", "zh", "ar", "tr")] == [
+        *["high"] * 2,
+        *["medium"] * 2,
+        *["low"] * 2,
+    ]
 
 
 def test_shared_keys_are_those_of_the_code() -> None:

@@ -33,7 +33,8 @@ def check_overrides(config_name: str, overrides: Sequence[str], config_dir: str 
         config_dir: a folder of the user's own configs (``--config-dir``).
 
     Returns:
-        The words as Hydra wants them: it takes keys of an open group only where they say that they are added.
+        The words as Hydra wants them: it takes new keys, of an open group or of a mapping such as ``{pt: pt_PT}``, only
+        where a word says that it adds them.
 
     Raises:
         ConfigError: names the word, and near spellings.
@@ -53,7 +54,8 @@ def check_overrides(config_name: str, overrides: Sequence[str], config_dir: str 
                 key = override.key_or_group.split("@", 1)[0]
                 group = key.partition(".")[0]
                 raise _unknown(key, keys, groups, dict(_with_each(config_name, search, group, groups.get(group, []))))
-    return [f"++{word}" if opened and word.startswith(opened) else word for word in overrides]
+    maps = {override.input_line for override in parsed if _is_map(override)}
+    return [f"++{word}" if word in maps or (opened and word.startswith(opened)) else word for word in overrides]
 
 
 def check_launcher(overrides: Sequence[str], multirun: bool) -> None:
@@ -134,6 +136,12 @@ def _check_group(override: Override, groups: Mapping[str, list[str]]) -> str | N
         if value not in options:
             raise ConfigError(f"there is no {group} '{value}'", remedy=did_you_mean(value, options))
     return f"{'+' if override.is_add() else ''}{group}={values[0]}" if values else None
+
+
+def _is_map(override: Override) -> bool:
+    """Whether a key is set to a mapping, which adds to what is there; those who read it refuse keys that cannot be."""
+    set_to = None if override.is_sweep_override() or override.is_delete() else override.value()
+    return isinstance(set_to, dict) and not (override.is_add() or override.is_force_add())
 
 
 def _values(override: Override) -> Iterable[Any]:

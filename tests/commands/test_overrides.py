@@ -101,3 +101,18 @@ def test_a_missing_value_is_asked_for() -> None:
         config = compose("train")
     with pytest.raises(ConfigError, match="the key 'data' has no value"):
         plain(config)
+
+
+@pytest.mark.parametrize(
+    ("word", "key", "found"),
+    [
+        ("tiers.languages={sw: low}", "tiers.languages", {"sw": "low"}),
+        ("corpus.codes={pt: pt_PT}", "corpus.codes", {"zh": "zh_Hans", "pt": "pt_PT"}),
+        ("vocabulary={size: 500}", "vocabulary.size", 500),
+    ],
+)
+def test_a_mapping_adds_its_keys(word: str, key: str, found: object) -> None:
+    words = check_overrides("prepare", ["corpus=l10n", word])
+    with initialize_config_dir(str(configs_directory()), version_base="1.3"):
+        config = compose("prepare", overrides=words)
+    assert OmegaConf.select(config, key) == found
