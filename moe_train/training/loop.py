@@ -76,14 +76,14 @@ class Loop:
     def _go_on(self) -> str:
         """Updates and what follows each of them; gives the reason to leave."""
         # A signal has come between the last update and its validation: that is done first.
-        left = self._follow_up(stop=False) if self.state.pending else ""
+        left = self._validate_and_save_if_due(stop=False) if self.state.pending else ""
         while not left and self.state.update < self.config.training.max_updates:
             report = self._update()
             self.state.pending = self._validation_due()
-            left = self._follow_up(report.stop)
+            left = self._validate_and_save_if_due(report.stop)
         return left or "finished"
 
-    def _follow_up(self, stop: bool) -> str:
+    def _validate_and_save_if_due(self, stop: bool) -> str:
         """Validates and saves where that is due; gives the reason to leave, "" where there is none.
 
         Who is asked to stop has no time for a validation, which may be long: it is left to the session that goes on.
