@@ -22,7 +22,7 @@ def render(plan: Plan) -> Group:
     text = [f"[bold]Choice:[/] {describe(chosen.layout)}", *(f"  - {reason}" for reason in plan.reasons)]
     if chosen.layout.world <= _PICTURED and chosen.shape.sparse:
         text.append(chosen.layout.picture(chosen.shape.sparse[0].num_experts))
-    return Group(*tables, *text)
+    return Group(_cluster(plan), *tables, *text)
 
 
 def show(plan: Plan, console: Console) -> None:
@@ -69,6 +69,17 @@ def _short(c: Candidate) -> dict[str, Any]:
         "step_seconds": c.time.total,
         "tokens_per_second": c.tokens_per_second,
     }
+
+
+def _cluster(plan: Plan) -> str:
+    """What the figures are for: a plan that does not say so is taken for one of the reader's own machines."""
+    cluster, layout = plan.config.cluster, plan.chosen.layout
+    nodes = layout.world // layout.ranks_per_node
+    return (
+        f"[bold]Cluster:[/] {cluster.name}, {nodes} node{'s' if nodes > 1 else ''} of {layout.ranks_per_node} ranks;"
+        f" cluster=… takes another\n  a rank: {cluster.memory_gb:g} GB, {cluster.tflops:g} TFLOP/s at"
+        f" {cluster.efficiency:.0%}; GB/s: {cluster.bandwidth_node:g} in a node, {cluster.bandwidth_across:g} between\n"
+    )
 
 
 def _model(c: Candidate) -> Table:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from moe_train.commands._overrides import check_overrides
 from moe_train.errors import ConfigError
@@ -25,11 +26,26 @@ def test_it_prints_tables_and_writes_json(tmp_path: Path) -> None:
     words = ("layout.world=64", "model=base", "routing=sam", "routing.num_experts=64", "routing.num_groups=8")
     done = moe_plan(*words, "json=plan.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    for part in ("Parameters", "Memory of a rank", "What a rank sends", "Time of a step", "Layouts", "Choice:"):
+    for part in (
+        "Cluster: dgx_a100, 8 nodes of 8 ranks; cluster=… takes another",
+        "Parameters",
+        "Memory of a rank",
+        "What a rank sends",
+        "Time of a step",
+        "Layouts",
+        "Choice:",
+    ):
         assert part in done.stdout
     content = json.loads((tmp_path / "plan.json").read_text())
     assert content["chosen"]["world"] == 64 and content["chosen"]["num_groups"] == 8
     assert {path.name for path in tmp_path.iterdir()} == {"plan.json"}
+
+
+def test_help_names_the_cluster_that_it_takes(tmp_path: Path) -> None:
+    done = moe_plan("--help", cwd=tmp_path)
+    taken = yaml.safe_load((ROOT / "configs" / "plan.yaml").read_text(encoding="utf-8"))["defaults"]
+    (name,) = (entry["cluster"] for entry in taken if "cluster" in entry)
+    assert f"cluster={name} unless" in done.stdout.split("==")[0], done.stderr
 
 
 def test_a_mistake_is_one_message(tmp_path: Path) -> None:
