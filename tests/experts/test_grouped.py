@@ -12,11 +12,13 @@ from tests.experts.reference import pool_of, random_assignment
 
 
 @pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this torch has no grouped_mm")
-@pytest.mark.parametrize("kind", [{}, {"activation": "gelu"}, {"bias": False}, {"sublayers": 2}], ids=str)
+@pytest.mark.parametrize(
+    "kind", [{}, {"activation": "gelu"}, {"bias": False}, {"sublayers": 2}, {"dim": 7, "hidden": 10}], ids=str
+)
 @pytest.mark.parametrize("pairs", [0, 5, 40])
 def test_equals_the_loop(kind: dict, pairs: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    pool = pool_of(0, 4, torch.float32, dim=8, hidden=16, **kind)
-    x = torch.randn(12, 8, requires_grad=True)
+    pool = pool_of(0, 4, torch.float32, **{"dim": 8, "hidden": 16, **kind})
+    x = torch.randn(12, pool.spec.dim, requires_grad=True)
     assignment = random_assignment(12, 4, pairs, 1)
     outcomes = []
     for grouped in (False, True):
