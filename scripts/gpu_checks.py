@@ -7,12 +7,15 @@ Needs torch and this package alone. In a world of one process, with the exchange
 all-to-all to the process itself), it
 
 - holds layers that exchange, overlap, go in chunks or have fixed sizes to the layer without an exchange;
-- holds grouped products in bf16 to fp32's loop, outputs and gradients, with experts that have no token;
+- holds grouped products in bf16 to fp32's loop, outputs and gradients, with experts that have no token, and with
+  a width that a GPU's grouped product would refuse;
 - counts the host syncs of a layer's step with ``torch.cuda.set_sync_debug_mode``;
+- compares attention over lengths that it has not seen with the same lengths again (kernels that plan for each shape on
+  the host would keep a GPU waiting);
 - times layers against a dense feed-forward over as many rows, and gives both in FLOP/s.
 
-Writes checks.json and checks.md, and ends with 1 where something does not hold. ``--rehearse`` goes through all but the
-counting of syncs on a CPU, with gloo and small sizes.
+Writes checks.json and checks.md, and ends with 1 where something does not hold. ``--rehearse`` goes through all but
+the syncs and attention on a CPU, with gloo and small sizes.
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ from torch import Tensor, nn
 
 from moe_train import MoELayer
 from moe_train.experts import ExpertPool, ExpertSpec
+from moe_train.layers.attention import SelfAttention
 from moe_train.parallel.layout import ExpertLayout
 from moe_train.parallel.layout_plan import LayoutPlan
 from moe_train.parallel.options import ExchangeOptions
@@ -57,7 +61,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of every layer here; ``sentences`` of ``length`` tokens."""
+    """Of every layer here; ``sentences`` of ``length`` tokens; rounds of steps that nobody waits for in between."""
 
     dim: int = 1024
     hidden: int = 4096
@@ -65,6 +69,7 @@ class Sizes:
     sentences: int = 32
     length: int = 512
     rounds: int = 20
+    in_a_row: int = 4
 
     @property
     def tokens(self) -> int:
@@ -72,7 +77,7 @@ class Sizes:
         return self.sentences * self.length
 
 
-SMALL = Sizes(16, 32, 8, 2, 16, 2)
+SMALL = Sizes(16, 32, 8, 2, 16, 2, 1)
 
 
 @dataclass(frozen=True)
@@ -155,9 +160,10 @@ def grouped_checks(sizes: Sizes, device: str) -> Iterator[Check]:
     token = torch.arange(sizes.tokens, device=device).repeat_interleave(2)
     drawn = torch.rand(2 * sizes.tokens, generator=generator).to(device)
     x = batch(sizes, device).flatten(0, 1)
-    for kind in ({}, {"bias": False}, {"sublayers": 2}):
+    for kind in ({}, {"bias": False}, {"sublayers": 2}, {"hidden": sizes.hidden // 3}):
         torch.manual_seed(0)
-        pool = ExpertPool(ExpertSpec(sizes.dim, sizes.hidden, activation="gelu", **kind), sizes.num_experts).to(device)
+        spec = ExpertSpec(**{"dim": sizes.dim, "hidden": sizes.hidden, "activation": "gelu", **kind})
+        pool = ExpertPool(spec, sizes.num_experts).to(device)
         found = []
         for enabled in (False, True):
             pool.zero_grad(set_to_none=True)
@@ -202,6 +208,29 @@ def count_syncs(run: Callable[[], Any]) -> int:
     return sum(SYNC in str(warning.message) for warning in said)
 
 
+def attention_checks(sizes: Sizes, device: str) -> Iterator[Check]:
+    """Host and device seconds of masked attention, both ways: over new lengths, and over the same ones again."""
+    attention = SelfAttention(sizes.dim, 8, dropout=0.1).to(device)
+    longest = torch.randn(sizes.sentences, 2 * sizes.length, sizes.dim, device=device)
+
+    def seconds(lengths: Sequence[int]) -> float:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for length in lengths:
+            visible = torch.arange(length, device=device) < torch.full((sizes.sentences, 1), length - 3, device=device)
+            with torch.autocast(device, torch.bfloat16):
+                attention(longest[:, :length], visible[:, None, None, :]).sum().backward()
+        torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    seconds([2 * sizes.length] * 3)  # libraries are loaded, and memory is there
+    lengths = range(64, 64 + 40 * 5, 5)
+    first, again = seconds(lengths), seconds(lengths)
+    yield Check(
+        "attention", f"{len(lengths)} lengths never seen before, over the same again: seconds", first / again, 3
+    )
+
+
 def speed_checks(sizes: Sizes, device: str) -> Iterator[Check]:
     """Layers and a dense feed-forward over as many rows, in turns: TFLOP/s of each, and the layer's over the dense."""
     x = batch(sizes, device)
@@ -214,7 +243,7 @@ def speed_checks(sizes: Sizes, device: str) -> Iterator[Check]:
             label = f"k = {k}, {way or 'no exchange'}"
             turns[label] = (lambda layer=layer: step(layer, x, torch.bfloat16)), flops
         turns[f"k = {k}, dense"] = _dense(sizes, x, k), flops
-    seconds = timed({name: run for name, (run, _) in turns.items()}, sizes.rounds, device)
+    seconds = timed({name: run for name, (run, _) in turns.items()}, sizes, device)
     for name, (_, flops) in turns.items():
         yield Check("speed", f"{name}: TFLOP/s", flops / seconds[name] / 1e12)
         dense = f"{name.split(',')[0]}, dense"
@@ -238,22 +267,26 @@ def _dense(sizes: Sizes, x: Tensor, k: int) -> Callable[[], None]:
     return run
 
 
-def timed(turns: Mapping[str, Callable[[], Any]], rounds: int, device: str) -> dict[str, float]:
-    """Median seconds of each, taken in turns; the first two rounds do not count."""
+def timed(turns: Mapping[str, Callable[[], Any]], sizes: Sizes, device: str) -> dict[str, float]:
+    """Median seconds of one step of each, several in a row as layers of a model follow each other, taken in turns.
+
+    The first two rounds do not count.
+    """
 
     def wait() -> None:
         if torch.device(device).type == "cuda":
             torch.cuda.synchronize()
 
     seconds: dict[str, list[float]] = {name: [] for name in turns}
-    for number in range(rounds + 2):
+    for number in range(sizes.rounds + 2):
         for name, run in turns.items():
             wait()
             start = time.perf_counter()
-            run()
+            for _ in range(sizes.in_a_row):
+                run()
             wait()
             if number >= 2:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append((time.perf_counter() - start) / sizes.in_a_row)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
@@ -278,7 +311,8 @@ def run_checks(sizes: Sizes, device: str) -> list[Check]:
         backend = "nccl" if device == "cuda" else "gloo"
         dist.init_process_group(backend, init_method=f"file://{folder}/meet", rank=0, world_size=1)
         try:
-            kinds = [exchange_checks, grouped_checks, *([sync_checks] if device == "cuda" else []), speed_checks]
+            only_there = [sync_checks, attention_checks] if device == "cuda" else []
+            kinds = [exchange_checks, grouped_checks, *only_there, speed_checks]
             return [check for kind in kinds for check in kind(sizes, device)]
         finally:
             dist.destroy_process_group()

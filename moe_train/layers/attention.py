@@ -7,12 +7,18 @@ gradient is zero and Adam would only let it wander.
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from moe_train.layers.linear import linear
+
+# All but cuDNN's, which plans on the host for each new shape: 9 ms a call and as much backward on an H200, where an
+# update's kernels take 40 ms in all, and the lengths of sentences make new shapes all the time.
+_KERNELS = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 
 
 def _split(projected: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
@@ -50,7 +56,8 @@ class _Attention(nn.Module):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
         """q [B, H, S, d/H], k and v [B, H, K, d/H] → [B, S, d]; ``mask`` [.., S, K], true: visible."""
         dropout = self.dropout if self.training else 0.0
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
+        with sdpa_kernel(list(_KERNELS)) if q.device.type == "cuda" else nullcontext():
+            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
         return linear(_merge(attended), self.out.weight, self.out.bias)
 
 

@@ -37,7 +37,7 @@ def test_rehearsal_holds_all_that_a_cpu_can_show(root: Path, tmp_path: Path) -> 
     written = json.loads((tmp_path / "checks.json").read_text())
     assert {check["subject"] for check in written["checks"]} == {"exchange", "grouped products", "speed"}
     bounded = [check for check in written["checks"] if check["bound"] is not None]
-    assert len(bounded) == 6 * 2 * 3 + 3 and all(check["holds"] for check in bounded)
+    assert len(bounded) == 6 * 2 * 3 + 4 and all(check["holds"] for check in bounded)
     assert any(check["value"] > 0 for check in bounded), "bf16 rounds"
     assert "| top_k, shared expert, overlap, 3 chunks, fp32: error |" in (tmp_path / "checks.md").read_text()
 
