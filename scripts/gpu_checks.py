@@ -313,9 +313,16 @@ def run_checks(sizes: Sizes, device: str) -> list[Check]:
         try:
             only_there = [sync_checks, attention_checks] if device == "cuda" else []
             kinds = [exchange_checks, grouped_checks, *only_there, speed_checks]
-            return [check for kind in kinds for check in kind(sizes, device)]
+            return [check for kind in kinds for check in told(kind(sizes, device))]
         finally:
             dist.destroy_process_group()
+
+
+def told(checks: Iterator[Check]) -> Iterator[Check]:
+    """The same, each shown as soon as it is there: all take one to two minutes."""
+    for check in checks:
+        print(f"{check.subject}: {check.what}: {check.value:.3g}", file=sys.stderr, flush=True)
+        yield check
 
 
 def main() -> None:

@@ -62,6 +62,18 @@ class Job:
                     command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True
                 )
             self.agents.append(agent)
+            if number == 0 and "HEAD" in settings:  # on one host, whoever comes first would be where all meet
+                self._wait_for_meeting(str(settings["HEAD"]))
+
+    def _wait_for_meeting(self, head: str) -> None:
+        """Until the first agent takes calls at its address."""
+        host, _, port = head.rpartition(":")
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline and self.agents[0].poll() is None:
+            with suppress(OSError), socket.create_connection((host, int(port)), timeout=1):
+                return
+            time.sleep(0.05)
+        raise RuntimeError(f"the first agent does not take calls:\n{self.screens()}")
 
     def __enter__(self) -> Job:
         return self

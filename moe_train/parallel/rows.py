@@ -123,7 +123,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: TokenRows) -> Tensor:
         ctx.rows = rows
-        return x.index_select(0, rows.row_token)
+        return _of_rows(x, rows)
 
     @staticmethod
     @once_differentiable
@@ -147,7 +147,12 @@ class _Mix(torch.autograd.Function):
         if saved:
             values, weight = saved
             return *_mix_gradients(grad, values, weight, ctx.rows), None, None
-        return grad.index_select(0, ctx.rows.row_token).to(ctx.dtype), None, None, None
+        return _of_rows(grad, ctx.rows).to(ctx.dtype), None, None, None
+
+
+def _of_rows(x: Tensor, rows: TokenRows) -> Tensor:
+    """Each row's token: x [T, d] → [N, d]. Where there are no tokens, all rows are padding, and zero."""
+    return x.index_select(0, rows.row_token) if x.shape[0] else x.new_zeros(rows.row_token.shape[0], x.shape[1])
 
 
 def _wide(values: Tensor) -> torch.dtype:
@@ -157,6 +162,8 @@ def _wide(values: Tensor) -> torch.dtype:
 
 def _mix_gradients(grad: Tensor, values: Tensor, weight: Tensor, rows: TokenRows) -> tuple[Tensor, Tensor]:
     """Of the values: weight · grad, 0 for padding. Of a weight: the product of its value and the gradient."""
+    if grad.shape[0] == 0:
+        return torch.zeros_like(values), torch.zeros_like(weight)
     grad = grad.contiguous()
     row = torch.arange(values.shape[0], device=values.device)
     of_row = torch.cat([weight, weight.new_zeros(1)])[rows.row_pair]

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from moe_train.experts import pool as pool_module
 from moe_train.experts.plan import plan_rows
+from moe_train.routing.types import Assignment
 from tests.experts.reference import pool_of, random_assignment
 
 
@@ -29,6 +30,22 @@ def test_equals_the_loop(kind: dict, pairs: int, monkeypatch: pytest.MonkeyPatch
         outcomes.append((y, *gradients))
     for loop, grouped_one in zip(*outcomes, strict=True):
         torch.testing.assert_close(grouped_one, loop, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this torch has no grouped_mm")
+@pytest.mark.parametrize("weighted", [True, False])
+def test_no_tokens_at_all(weighted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A later stratum may be reached by nobody. Rows are padding only then, of a token that is not there."""
+    pool = pool_of(0, 4, torch.float32, dim=8, hidden=16)
+    monkeypatch.setattr(pool_module, "prefers_grouped", lambda _: True)
+    monkeypatch.setattr(pool_module, "row_alignment", lambda *_: 16)
+    x = torch.randn(0, 8, requires_grad=True)
+    none = torch.empty(0, dtype=torch.int64)
+    weight = torch.empty(0, requires_grad=weighted)
+    y = pool(x, Assignment(none, none, weight, none))
+    assert y.shape == (0, 8)
+    for gradient in torch.autograd.grad(y.sum(), [x, *pool.parameters()]):
+        assert torch.equal(gradient, torch.zeros_like(gradient))
 
 
 def test_rows_without_a_host_sync_are_the_same_rows() -> None:
