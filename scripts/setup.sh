@@ -4,7 +4,8 @@
 #   scripts/setup.sh                 everything, with the tools that tests need
 #   scripts/setup.sh --minimal       what training, evaluation and reports need
 #   scripts/setup.sh --offline DIR   from the wheels in DIR (scripts/wheelhouse.sh collects them), without a network
-#   scripts/setup.sh --system-torch  use the torch that $PYTHON already has, such as a cluster's own build
+#   scripts/setup.sh --system-torch  use the torch that $PYTHON already has, such as a cluster's own build (also where that
+#                                    Python is a virtual environment's)
 #
 # PYTHON names the interpreter (3.11 or 3.12); otherwise one on PATH is taken, 3.11 first.
 set -euo pipefail
@@ -131,17 +132,50 @@ make_venv() {
     if $system_torch; then flags+=(--system-site-packages); fi
     say "making $VENV with $("$python" --version)"
     "$python" -m venv --clear "${flags[@]}" "$VENV"
+    if $system_torch; then see_outer_packages; fi
 }
 
-# The pins, with torch's replaced by the one that is already there under --system-torch.
-write_constraints() {
-    local version
-    cp constraints.txt "$VENV/constraints.txt"
-    if $system_torch; then
-        version=$("$VENV/bin/python" -c 'from importlib.metadata import version; print(version("torch"))' 2>/dev/null) ||
-            fail "--system-torch: $python has no torch."
-        sed -i "s/^torch==.*/torch==$version/" "$VENV/constraints.txt"
+# Where $python is that of a virtual environment itself, --system-site-packages shows what lies below that one, and not its own
+# packages: those are put behind ours.
+see_outer_packages() {
+    local outer
+    outer=$("$python" -c 'import sys, sysconfig
+if sys.prefix != sys.base_prefix:
+    print(*dict.fromkeys(sysconfig.get_path(kind) for kind in ("purelib", "platlib")), sep="\n")')
+    if [[ -n $outer ]]; then
+        printf '%s\n' "$outer" >"$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/outer.pth"
     fi
+}
+
+# The pins. Under --system-torch, torch's is that of the one that is there, and what it requires has none: pip keeps what is
+# installed, while a build in isolation, which gets the same pins, may need another version.
+write_constraints() {
+    cp constraints.txt "$VENV/constraints.txt"
+    if ! $system_torch; then return; fi
+    "$VENV/bin/python" - "$VENV/constraints.txt" <<'PYTHON' || fail "--system-torch: $python has no torch."
+import re, sys
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+def name(requirement):
+    return re.sub(r"[._-]+", "-", re.match(r"[\w.-]+", requirement)[0]).lower()
+
+versions, wanted = {}, ["torch"]
+while wanted:
+    package = wanted.pop()
+    if package not in versions:
+        try:
+            found = distribution(package)
+        except PackageNotFoundError:  # for another system
+            continue
+        versions[package] = found.version
+        wanted += [name(line) for line in found.requires or () if "extra ==" not in line]
+if "torch" not in versions:
+    sys.exit(1)
+pins = Path(sys.argv[1])
+kept = [line for line in pins.read_text(encoding="utf-8").splitlines() if not line[:1].isalnum() or name(line) not in versions]
+pins.write_text("\n".join([*kept, f"torch=={versions['torch']}"]) + "\n", encoding="utf-8")
+PYTHON
 }
 
 install() {

@@ -52,6 +52,51 @@ def test_an_environment_of_another_kind_is_made_again(root: Path, tmp_path: Path
     assert as_asked(f"PYTHON={sys.executable}") and not as_asked(f"PYTHON={other}")
 
 
+def test_the_torch_of_a_virtual_environment_is_seen(root: Path, tmp_path: Path) -> None:
+    """An environment upon an environment, as where a cluster's torch lies in one of its own."""
+    (tmp_path / "scripts").mkdir()
+    shutil.copy2(root / "scripts/setup.sh", tmp_path / "scripts/setup.sh")
+    assert run(sys.executable, "-m", "venv", "--without-pip", "outer", cwd=tmp_path).returncode == 0
+    (packages,) = (tmp_path / "outer").glob("lib/python*/site-packages")
+    (packages / "torch.py").write_text("from pathlib import Path\nplace = Path(__file__).parent\n", encoding="ascii")
+
+    def place(settings: str) -> subprocess.CompletedProcess[str]:
+        words = f"source scripts/setup.sh && python=outer/bin/python && {settings} && make_venv >&2"
+        look = ".venv/bin/python -c 'import torch; print(torch.place)'"
+        return run("bash", "-c", f"{words} && {look}", cwd=tmp_path)
+
+    seen = place("system_torch=true")
+    assert seen.stdout.strip() == str(packages), seen.stderr
+    assert "No module named 'torch'" in place("system_torch=false").stderr
+
+
+def test_what_the_systems_torch_requires_keeps_its_version(root: Path, tmp_path: Path) -> None:
+    """Other pins for it could not be met without a network, and elsewhere would shadow what that torch came with."""
+    (tmp_path / "scripts").mkdir()
+    shutil.copy2(root / "scripts/setup.sh", tmp_path / "scripts/setup.sh")
+    assert run(sys.executable, "-m", "venv", "--without-pip", ".venv", cwd=tmp_path).returncode == 0
+    (packages,) = (tmp_path / ".venv").glob("lib/python*/site-packages")
+
+    def installed(name: str, version: str, *requires: str) -> None:
+        (packages / f"{name}-{version}.dist-info").mkdir()
+        lines = [f"Name: {name}", f"Version: {version}", *(f"Requires-Dist: {one}" for one in requires)]
+        (packages / f"{name}-{version}.dist-info" / "METADATA").write_text("\n".join(lines) + "\n", encoding="ascii")
+
+    (tmp_path / "constraints.txt").write_text(
+        "# pins\ntorch==2.13.0\njinja2==3.1\nmarkupsafe==3.0\nrich==15.0\n", encoding="ascii"
+    )
+    command = "source scripts/setup.sh && system_torch=true && python=this && write_constraints"
+    missing = run("bash", "-c", command, cwd=tmp_path)
+    assert missing.returncode == 1 and "--system-torch: this has no torch" in missing.stderr
+    installed("torch", "2.12.0+own", "Jinja2>=3", 'absent; platform_system == "Plan9"', 'rich; extra == "pretty"')
+    installed("jinja2", "3.2", "MarkupSafe>=2.0")
+    installed("MarkupSafe", "3.1")
+    installed("rich", "14.0")
+    assert run("bash", "-c", command, cwd=tmp_path).returncode == 0
+    written = (tmp_path / ".venv/constraints.txt").read_text(encoding="ascii")
+    assert written.splitlines() == ["# pins", "rich==15.0", "torch==2.12.0+own"]
+
+
 USE = """
 import socket
 try:
