@@ -65,6 +65,13 @@ class Job:
             if number == 0 and "HEAD" in settings:  # on one host, whoever comes first would be where all meet
                 self._wait_for_meeting(str(settings["HEAD"]))
 
+    def __enter__(self) -> Job:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for agent in self.agents:
+            self.kill(agent)
+
     def _wait_for_meeting(self, head: str) -> None:
         """Until the first agent takes calls at its address."""
         host, _, port = head.rpartition(":")
@@ -73,14 +80,8 @@ class Job:
             with suppress(OSError), socket.create_connection((host, int(port)), timeout=1):
                 return
             time.sleep(0.05)
+        self.kill(self.agents[0])  # nobody has entered the job yet, and so nobody would leave it
         raise RuntimeError(f"the first agent does not take calls:\n{self.screens()}")
-
-    def __enter__(self) -> Job:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for agent in self.agents:
-            self.kill(agent)
 
     def kill(self, agent: subprocess.Popen[bytes]) -> None:
         """An agent and its workers at once, as when a host goes down."""

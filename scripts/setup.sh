@@ -112,11 +112,22 @@ print(sys.version, settings["build-system"], settings["project"], settings["tool
     } | sha256sum | cut -d' ' -f1
 }
 
-# Whether the environment has the interpreter's version that PYTHON asks for, and sees its torch if that is asked for.
+# Whether the environment has the interpreter's version that PYTHON asks for, and sees its packages if --system-torch does.
 is_as_asked() {
     local version='import sys; print(sys.version)'
     if [[ -n ${PYTHON:-} && "$("$PYTHON" -c "$version" 2>&1)" != "$("$VENV/bin/python" -c "$version")" ]]; then return 1; fi
-    ! $system_torch || grep -q '^include-system-site-packages = true' "$VENV/pyvenv.cfg"
+    if ! $system_torch; then return; fi
+    grep -q '^include-system-site-packages = true' "$VENV/pyvenv.cfg" || return 1
+    [[ -z ${PYTHON:-} || "$(packages_of_environment "$PYTHON")" == "$(cat "$VENV"/lib/python*/site-packages/outer.pth 2>/dev/null)" ]]
+}
+
+sees_torch() { "$VENV/bin/python" -c 'from importlib.metadata import version; version("torch")' 2>/dev/null; }
+
+# Where the packages of a virtual environment lie, one folder a line, by its Python; nothing for another Python.
+packages_of_environment() {
+    "$1" -c 'import sys, sysconfig
+if sys.prefix != sys.base_prefix:
+    print(*dict.fromkeys(sysconfig.get_path(kind) for kind in ("purelib", "platlib")), sep="\n")'
 }
 
 # A full environment also serves a minimal call.
@@ -139,9 +150,7 @@ make_venv() {
 # packages: those are put behind ours.
 see_outer_packages() {
     local outer
-    outer=$("$python" -c 'import sys, sysconfig
-if sys.prefix != sys.base_prefix:
-    print(*dict.fromkeys(sysconfig.get_path(kind) for kind in ("purelib", "platlib")), sep="\n")')
+    outer=$(packages_of_environment "$python")
     if [[ -n $outer ]]; then
         printf '%s\n' "$outer" >"$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/outer.pth"
     fi
@@ -169,7 +178,7 @@ while wanted:
         except PackageNotFoundError:  # for another system
             continue
         versions[package] = found.version
-        wanted += [name(line) for line in found.requires or () if "extra ==" not in line]
+        wanted += [name(line) for line in found.requires or () if not re.search(r"\bextra\s*==", line)]
 if "torch" not in versions:
     sys.exit(1)
 pins = Path(sys.argv[1])
@@ -209,7 +218,11 @@ main() {
     local started=$SECONDS
     find_python
     need_system_packages
-    if ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1 || ! is_as_asked; then make_venv; fi
+    if ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1 || ! is_as_asked; then
+        make_venv
+    elif $system_torch && ! sees_torch; then # made by a Python that had none
+        make_venv
+    fi
     rm -f "$STAMP"
     write_constraints
     install

@@ -74,11 +74,12 @@ def _short(c: Candidate) -> dict[str, Any]:
 def _cluster(plan: Plan) -> str:
     """What the figures are for: a plan that does not say so is taken for one of the reader's own machines."""
     cluster, layout = plan.config.cluster, plan.chosen.layout
-    nodes = layout.world // layout.ranks_per_node
+    nodes, ranks = layout.world // layout.ranks_per_node, layout.ranks_per_node
+    have = f"{nodes} node{'s' if nodes > 1 else ''} of {ranks} rank{'s' if ranks > 1 else ''}"
     return (
-        f"[bold]Cluster:[/] {cluster.name}, {nodes} node{'s' if nodes > 1 else ''} of {layout.ranks_per_node} ranks;"
-        f" cluster=… takes another\n  a rank: {cluster.memory_gb:g} GB, {cluster.tflops:g} TFLOP/s at"
-        f" {cluster.efficiency:.0%}; GB/s: {cluster.bandwidth_node:g} in a node, {cluster.bandwidth_across:g} between\n"
+        f"[bold]Cluster:[/] {cluster.name}, {have}; cluster=… takes another\n"
+        f"  a rank: {cluster.memory_gb:g} GB, {cluster.tflops:g} TFLOP/s at {cluster.efficiency:.0%};"
+        f" GB/s: {cluster.bandwidth_node:g} in a node, {cluster.bandwidth_across:g} between\n"
     )
 
 

@@ -41,7 +41,7 @@ def make_report(config: ReportConfig, console: Console) -> list[RunReport]:
         for run in runs:
             replace_text(run.path / "report.html", run_page(run))
         written.append(Path("report.html in every run folder"))
-    console.print("\n".join(f"written: {path}" for path in written), highlight=False, soft_wrap=True)
+    console.print("\n".join(f"written: {path}" for path in written), highlight=False, markup=False, soft_wrap=True)
     return runs
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from rich import box
 from rich.console import JustifyMethod
 from rich.table import Table
+from rich.text import Text
 
 from moe_train.analysis.report_compare import Comparisons
 from moe_train.analysis.report_runs import RunReport
@@ -90,7 +91,7 @@ def run_tables(runs: Sequence[RunReport]) -> list[Table]:
         found = {**run_cells(run, told[run.name]), "run": _folded(run.name)}
         for columns, table in tables.items():
             if columns != _SETTINGS or told[run.name]:
-                table.add_row(*(found[name] for name in columns), style="dim" if run.failed else None)
+                table.add_row(*_cells([found[name] for name in columns]), style="dim" if run.failed else None)
     return [table for table in tables.values() if table.row_count]
 
 
@@ -101,7 +102,8 @@ def score_table(runs: Sequence[RunReport], comparisons: Comparisons) -> Table:
         for run in ranked(runs):
             found = score_cells(run, group, comparisons)
             if found[0] != "-":
-                table.add_row("average" if group == "all" else group, _folded(run.name), run.strategy, *found)
+                named = "average" if group == "all" else group, _folded(run.name), run.strategy
+                table.add_row(*_cells([*named, *found]))
         table.add_section()
     return table
 
@@ -114,6 +116,11 @@ def _table(columns: Sequence[str]) -> Table:
         side: JustifyMethod = "right" if name in RIGHT else "left"
         table.add_column(name.replace(" ", "\n"), justify=side, overflow="fold", no_wrap=not wraps)
     return table
+
+
+def _cells(texts: Sequence[str]) -> list[Text]:
+    """As they are: of plain words rich would take ``[en-de]`` for a style, and leave it out."""
+    return [Text(text) for text in texts]
 
 
 def _folded(name: str) -> str:

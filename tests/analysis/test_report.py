@@ -217,7 +217,7 @@ def test_the_leaderboard_fits_a_terminal(tmp_path: Path) -> None:
     for number, (strategy, experts) in enumerate([("dense", 8), ("expert_choice", 16)]):
         words = (f"routing={strategy}", f"routing.num_experts={experts}", "training.optimizer.lr=0.0012", "model=iwslt")
         silent = ("resume=missing", "evaluate=test", "launch.port=29500", "hydra.job.name=x", "training.log_every=7")
-        words = (*words, f"launch.processes={number + 1}", *(silent if number else ()))
+        words = (*words, f"launch.processes={number + 1}", *(silent if number else ("task.directions=[en-de]",)))
         scored(overridden(trained(tmp_path / f"{name}{number}", strategy, 1_200_000), *words), 0.6, seed=number)
     screen = io.StringIO()
     make_report(ReportConfig((str(tmp_path),), html=False, samples=50), Console(file=screen, width=80))
@@ -227,6 +227,7 @@ def test_the_leaderboard_fits_a_terminal(tmp_path: Path) -> None:
     for word in ("expert_choice", "finished", "1,200,000", "2.50M", "words/s", "valid", "nll", "FLOPs/tok", "training"):
         assert word in shown, word
     assert {"a_name_longer_than_", "its_column-of-the-", "routing.num_experts=16", "launch.processes=2"} <= set(shown)
+    assert "task.directions=[en-de]" in shown
     for absent in ("iwslt", "lr=", "resume", "evaluate", "port", "hydra", "log_every", "loss", "…"):
         assert absent not in tables, absent
     written = (tmp_path / "leaderboard.csv").read_text()

@@ -41,6 +41,11 @@ def test_it_prints_tables_and_writes_json(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"plan.json"}
 
 
+def test_one_rank_is_told_as_one(tmp_path: Path) -> None:
+    done = moe_plan("layout.world=1", "routing=dense", "cluster=cpu", cwd=tmp_path)
+    assert "Cluster: cpu, 1 node of 1 rank; cluster=…" in done.stdout, done.stderr
+
+
 def test_help_names_the_cluster_that_it_takes(tmp_path: Path) -> None:
     done = moe_plan("--help", cwd=tmp_path)
     taken = yaml.safe_load((ROOT / "configs" / "plan.yaml").read_text(encoding="utf-8"))["defaults"]

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from moe_train.experts import pool as pool_module
+from moe_train.experts.feed_forward import Inner
+from moe_train.experts.grouped import grouped_feed_forward
 from moe_train.experts.plan import plan_rows
 from moe_train.routing.types import Assignment
 from tests.experts.reference import pool_of, random_assignment
@@ -46,6 +48,26 @@ def test_no_tokens_at_all(weighted: bool, monkeypatch: pytest.MonkeyPatch) -> No
     assert y.shape == (0, 8)
     for gradient in torch.autograd.grad(y.sum(), [x, *pool.parameters()]):
         assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+@pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this torch has no grouped_mm")
+def test_what_stands_behind_the_last_expert_reaches_no_gradient() -> None:
+    """There a GPU's grouped product leaves what it found in memory, in the rows and in their gradient."""
+    assignment = random_assignment(9, 3, 20, 2)
+    plan = plan_rows(assignment.token, assignment.expert, 9, 3, align=4)
+    end, total = int(plan.ends[-1]), plan.tokens.row_token.shape[0]
+    assert end < total
+    generator = torch.Generator().manual_seed(3)
+    stacks = [torch.randn(3, *shape, generator=generator) for shape in ((8, 16), (16,), (16, 8), (8,))]
+    rows, grad = (torch.randn(total, 8, generator=generator) for _ in range(2))
+    found = []
+    for behind in (0.0, float("nan")):
+        rows[end:], grad[end:] = behind, behind
+        w1, b1, w2, b2 = parameters = [stack.requires_grad_() for stack in stacks]
+        y = grouped_feed_forward(rows, w1, b1, w2, b2, plan, Inner("gelu"))
+        found.append(torch.autograd.grad(y, parameters, grad))
+    for clean, torn in zip(*found, strict=True):
+        assert clean.any() and torch.equal(clean, torn)
 
 
 def test_rows_without_a_host_sync_are_the_same_rows() -> None:

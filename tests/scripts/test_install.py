@@ -65,8 +65,15 @@ def test_the_torch_of_a_virtual_environment_is_seen(root: Path, tmp_path: Path) 
         look = ".venv/bin/python -c 'import torch; print(torch.place)'"
         return run("bash", "-c", f"{words} && {look}", cwd=tmp_path)
 
+    def as_asked(settings: str) -> bool:
+        words = f"source scripts/setup.sh && system_torch=true && {settings} && is_as_asked"
+        return run("bash", "-c", words, cwd=tmp_path).returncode == 0
+
     seen = place("system_torch=true")
     assert seen.stdout.strip() == str(packages), seen.stderr
+    base = run(sys.executable, "-c", "import os, sys; print(os.path.realpath(sys.executable))", cwd=tmp_path)
+    assert as_asked("true") and as_asked("PYTHON=outer/bin/python")
+    assert not as_asked(f"PYTHON={base.stdout.strip()}"), "of the same version, and without those packages"
     assert "No module named 'torch'" in place("system_torch=false").stderr
 
 
@@ -88,7 +95,7 @@ def test_what_the_systems_torch_requires_keeps_its_version(root: Path, tmp_path:
     command = "source scripts/setup.sh && system_torch=true && python=this && write_constraints"
     missing = run("bash", "-c", command, cwd=tmp_path)
     assert missing.returncode == 1 and "--system-torch: this has no torch" in missing.stderr
-    installed("torch", "2.12.0+own", "Jinja2>=3", 'absent; platform_system == "Plan9"', 'rich; extra == "pretty"')
+    installed("torch", "2.12.0+own", "Jinja2>=3", 'absent; platform_system == "Plan9"', 'rich; extra=="pretty"')
     installed("jinja2", "3.2", "MarkupSafe>=2.0")
     installed("MarkupSafe", "3.1")
     installed("rich", "14.0")
