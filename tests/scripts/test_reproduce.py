@@ -123,7 +123,7 @@ def test_a_comparison_runs_and_does_not_repeat_itself(
         *("images.py", "--data", "digits", "--seeds", "1", "--updates", "4", "--threads", "1"),
         *("--only", "token_choice", "--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results"), "--"),
         *("model.embed_dim=16", "model.ffn_dim=32", "model.num_heads=2", "model.encoder_layers=2"),
-        "training.log_every=2",
+        *("training.log_every=2", "model.patch_size=4"),  # these images have 8 pixels a side
     ]
     monkeypatch.setattr(sys, "argv", words)
     images.main()
