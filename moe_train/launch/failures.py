@@ -192,14 +192,14 @@ def lost(rank: int, error: BaseException) -> Failure:
     """The failure of a rank that has lost another one, which left no word."""
     said = str(error).splitlines()[0]
     if "Timed out" in said or "Timeout" in said:
-        what = f"a collective that all ranks had entered did not end in time ({said})"
+        what = f"a collective did not end in time ({said})"
     else:
         what = f"its connection to another rank broke ({said})"
     return Failure(rank, time.time(), what, remedy=_LOST, trace="".join(traceback.format_exception(error)))
 
 
 _LOST = (
-    "The other rank was killed, or its host or the network between the hosts is down: look at the other hosts' screens "
-    "and logs/rank_N.log. Which interface gloo and NCCL take: GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME. "
+    "The other rank was killed or stopped, or its host or the network between the hosts is down: look at the other "
+    "hosts' screens and logs/rank_N.log. Which interface gloo and NCCL take: GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME. "
     "The same command goes on from the last checkpoint."
 )
