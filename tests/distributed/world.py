@@ -31,7 +31,7 @@ class World:
         # A server that has imported torch once makes each rank cheap to start; a bare fork would inherit its threads.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch", "torch.distributed", "torch.distributed.device_mesh"])
-        port = _free_port()
+        port = free_port()
         self._pipes: list[Connection] = []
         self._processes = []
         for rank in range(size):
@@ -138,7 +138,8 @@ def _leave_groups() -> None:
             ends.destroy_process_group(group)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """One that nobody listens at just now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import re
 import signal
 import subprocess
@@ -17,6 +16,7 @@ import pytest
 from moe_train.config import LaunchConfig
 from moe_train.launch.failures import WorkerError
 from moe_train.launch.local import launch
+from tests.distributed.world import free_port
 from tests.launch import torchrun
 from tests.launch.jobs import CONFIG, in_time
 
@@ -66,8 +66,7 @@ def test_the_lowest_rank_that_can_speaks_where_no_launcher_does(tmp_path: Path) 
 
 def _without_launcher(processes: int, call: str) -> list[tuple[str, int]]:
     """What each of some ranks says on standard error, and its exit code."""
-    port = random.randint(15000, 31000)  # below those that kernels hand out
-    told = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    told = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     with ExitStack() as started:
         ranks = []
         for rank in range(processes):
