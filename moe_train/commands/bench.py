@@ -46,8 +46,9 @@ def run_layer(given: argparse.Namespace) -> None:
     rows = [bench_layer(shape, dtype, given.rounds, given.peers) for shape, dtype in _tracked(plan)]
     title = "One sparse layer, forward + backward"
     notes = [
-        "median ms; skew: fullest expert / mean; ratio: ours / bmm; beside a peer's time: ours / peer; ratios are medians of "
-        "those within a round, in which all have the same neighbours, not of the medians beside them"
+        "median ms; skew: fullest expert / mean; ratio: ours / bmm; beside a peer's time: ours / peer; "
+        "ratios are medians of those within a round, in which all have the same neighbours, "
+        "not of the medians beside them"
     ]
     absent = {name: reason for row in rows for name, reason in row.absent.items()}
     notes += [f"{name} took no part: {reason}" for name, reason in absent.items()]
@@ -74,7 +75,8 @@ def run_inference(given: argparse.Namespace) -> None:
     title = f"THOR with {given.experts} experts at inference, model={given.model}"
     notes = [
         f"median ms; search: beam {work.beam}, {work.steps} tokens; forward: {work.length} tokens on either side; "
-        f"{work.vocabulary} words; ratio: THOR / dense, the median of those within a round, not of the medians beside it"
+        f"{work.vocabulary} words; ratio: THOR / dense, the median of those within a round, "
+        "not of the medians beside it"
     ]
     _report(given, title, lines, notes, rows)
 

@@ -24,7 +24,7 @@ from moe_train.routing.types import Assignment
 class ExpertPool(nn.Module):
     """E experts, of which this rank holds its share, stacked.
 
-    Each parameter carries ``parameter.expert = True`` (from :mod:`parameters`) and ``parameter.expert_ids``, the global ids of its rows.
+    Each parameter carries ``parameter.expert = True`` and ``parameter.expert_ids``, the global ids of its rows.
 
     Args:
         spec: what one expert is.
