@@ -12,6 +12,7 @@ import socket
 import sys
 import sysconfig
 import threading
+import time
 import traceback
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -37,14 +38,15 @@ class Beat:
     """What a rank says of itself every few seconds.
 
     Attributes:
-        number: grows with every beat: a process that is stopped or gone falls silent.
-        still: seconds without a mark, a collective, or an update.
+        number: grows with every beat, from 0 (-1: it was never heard): a process that is stopped or gone falls silent.
+        still: seconds without a mark, a collective, or an update; as everything here, at the time of the beat.
         update, phase: of its :class:`Pulse`.
         entered: collectives that it has entered, by name of group.
         pending: the first collective that it has entered and not left; said once it has stood still for some beats.
         stack: ``file:line in function``, innermost first: of the main thread, then of others that do something.
         host, pid, born: who to look for; ``born`` tells a process from a later one with its number.
         report: the file of this host where its agent looks for why it ended.
+        said: when, in seconds of its host's clock; who hears it may have another one, so only messages tell by it.
     """
 
     rank: int
@@ -59,12 +61,14 @@ class Beat:
     pid: int = 0
     born: str = ""
     report: str = ""
+    said: float = 0.0
 
 
-def beat(rank: int, number: int, still: float, pulse: Pulse, look: bool) -> Beat:
+def beat(rank: int, number: int, still: float, pulse: Pulse, counts: dict[str, int], look: bool) -> Beat:
     """This process's beat.
 
     Args:
+        counts: :func:`entered`, by which ``still`` was judged.
         look: whether to ask torch for the pending collective, which costs a millisecond.
     """
     return Beat(
@@ -73,13 +77,14 @@ def beat(rank: int, number: int, still: float, pulse: Pulse, look: bool) -> Beat
         still=still,
         update=pulse.update,
         phase=pulse.phase,
-        entered=entered(),
+        entered=counts,
         pending=pending() if look else "",
         stack=stacks(),
         host=socket.gethostname(),
         pid=os.getpid(),
         born=born(os.getpid()),
         report=agents_file(),
+        said=time.time(),
     )
 
 

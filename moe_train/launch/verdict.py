@@ -25,13 +25,16 @@ def waits(one: Beat, other: Beat) -> bool:
     return any(count > other.entered.get(group, count) for group, count in one.entered.items())
 
 
-def failure(beats: Mapping[int, Beat], guilty: Sequence[int], limit: float, condition: str) -> Failure:
+def failure(
+    beats: Mapping[int, Beat], guilty: Sequence[int], limit: float, condition: str, ago: float | None = None
+) -> Failure:
     """What the user reads.
 
     Args:
         guilty: :func:`culprits`, not empty.
         limit: seconds; of ``launch.timeout_minutes``.
         condition: of the first one's process, as the kernel of its host tells; empty where nobody could look.
+        ago: seconds since the first one's last beat, where it says nothing new; None where it still speaks.
     """
     first, others = guilty[0], sorted(beats.keys() - set(guilty))
     also = f" (so {'do' if guilty[2:] else 'does'} {names(guilty[1:])})" if guilty[1:] else ""
@@ -40,32 +43,46 @@ def failure(beats: Mapping[int, Beat], guilty: Sequence[int], limit: float, cond
     what = f"it hangs{also}: {names(others)} {have} waited for it for {limit:.0f} s" + (
         f", in {where}" if where else ""
     )
-    lines = [*_culprit(beats[first], condition), *(line for rank in others for line in _waiting(beats[rank]))]
+    lines = [*_culprit(beats[first], condition, ago), *(line for rank in others for line in _waiting(beats[rank]))]
     remedy = (
-        f"See where rank {first} stood, and look at its host ({beats[first].host}: disk, network file system, GPU). "
+        f"See where rank {first} stood, and look at its host ({_host(beats[first])}: disk, network file system, GPU). "
         f"If it is only slow, raise launch.timeout_minutes (now {limit / 60:g}). "
         "The same command goes on from the last checkpoint."
     )
     return Failure(first, time.time(), what, remedy=remedy, trace="\n".join(lines), beside=list(guilty[1:]))
 
 
-def failure_of_silent(beats: Mapping[int, Beat], silent: Sequence[int], limit: float, condition: str) -> Failure:
+def failure_of_silent(
+    beats: Mapping[int, Beat], silent: Sequence[int], limit: float, condition: str, ago: float
+) -> Failure:
     """What the user reads where ranks said nothing for ``limit`` seconds, of ``launch.silent_minutes``."""
     first, others = silent[0], sorted(beats.keys() - set(silent))
     also = f" (so {'have' if silent[2:] else 'has'} {names(silent[1:])})" if silent[1:] else ""
     what = f"it has fallen silent{also}: {names(others)} heard nothing of it for {limit:.0f} s"
-    lines = [*_culprit(beats[first], condition), *(line for rank in others for line in _waiting(beats[rank]))]
+    lines = [*_culprit(beats[first], condition, ago), *(line for rank in others for line in _waiting(beats[rank]))]
     remedy = (
-        f"Look whether its host ({beats[first].host}) is up and can be reached. If it was only busy, raise "
+        f"Look whether its host ({_host(beats[first])}) is up and can be reached. If it was only busy, raise "
         f"launch.silent_minutes (now {limit / 60:g}). The same command goes on from the last checkpoint."
     )
     return Failure(first, time.time(), what, remedy=remedy, trace="\n".join(lines), beside=list(silent[1:]))
 
 
-def _culprit(beat: Beat, condition: str) -> list[str]:
+def _culprit(beat: Beat, condition: str, ago: float | None) -> list[str]:
+    if _unheard(beat):
+        return [f"rank {beat.rank} was never heard" + (f" ({condition})" if condition else "")]
     process = f"process {beat.pid} on {beat.host}" + (f", {condition}" if condition else "")
-    head = f"rank {beat.rank} hangs ({process}): update {beat.update}, {beat.phase}, still for {beat.still:.0f} s, at"
-    return [head, *(f"    {line}" for line in beat.stack)]
+    # A rank that is stopped cannot say where: what it said last is of up to a beat before, and may be another place.
+    then = "" if ago is None else f"last heard {ago:.0f} s ago, then at "
+    place = f"update {beat.update}, {beat.phase}, still for {beat.still:.0f} s, at"
+    return [f"rank {beat.rank} hangs ({process}): {then}{place}", *(f"    {line}" for line in beat.stack)]
+
+
+def _unheard(beat: Beat) -> bool:
+    return beat.number < 0
+
+
+def _host(beat: Beat) -> str:
+    return "which it never told" if _unheard(beat) else beat.host
 
 
 def _waiting(beat: Beat) -> list[str]:

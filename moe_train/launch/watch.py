@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -27,7 +28,7 @@ from moe_train.launch.board import Board
 from moe_train.launch.environment import has_our_parent
 from moe_train.launch.failures import Failure, leave_failure, tell_agent
 from moe_train.launch.leaving import leave, within
-from moe_train.launch.standing import ALIVE, Beat, beat, born, condition, set_time_limit
+from moe_train.launch.standing import ALIVE, Beat, beat, born, condition, entered, set_time_limit
 from moe_train.launch.verdict import culprits, failure, failure_of_silent
 from moe_train.training.run_folder import FAILURE
 from moe_train.training.world import World
@@ -66,9 +67,12 @@ class _Watch(threading.Thread):
         self.pause = max(_QUICKEST, min(_SLOWEST, min(limit, silence or limit) / 20), world.size / 400)
         self.done = threading.Event()
         self.number = 0
+        # When this thread first saw the marks and collectives that it sees now: up to a pause after they came.
         self.moved, self.progress = time.monotonic(), (-1, dict[str, int]())
         self.limited: set[str] = set()
-        self.heard: tuple[float, dict[int, Beat]] | None = None  # when, and what the others said; while this rank waits
+        # When, and what the others said then: what the next reading is compared with. None unless this rank waits.
+        self.heard: tuple[float, dict[int, Beat]] | None = None
+        # The last time that this thread came to look: long ago means that the store or this host was slow, not others.
         self.turn = time.monotonic()
 
     def run(self) -> None:
@@ -99,7 +103,11 @@ class _Watch(threading.Thread):
         return None
 
     def _fallen_silent(self, still: float) -> Failure | None:
-        """Whether ranks have said nothing for the shorter limit, while this one waited and the store was quick."""
+        """Whether ranks have said nothing for the shorter limit, while this one waited and the store was quick.
+
+        Here silence itself is the fault, so two readings a whole limit apart are compared. :meth:`_judge` knows that
+        its rank has waited for the limit, and only asks who still speaks: two readings seconds apart tell.
+        """
         before, self.turn = self.turn, time.monotonic()
         late = self.turn - before > 3 * self.pause + 1  # then the others may not have come to a word either
         if late or still < self.pause:
@@ -115,15 +123,17 @@ class _Watch(threading.Thread):
         silent = [rank for rank, now in later.items() if now.number == earlier[rank].number]
         if not silent or self.world.rank in silent or not later[self.world.rank].pending:
             return None
-        return failure_of_silent(later, silent, self.silence, self._look(later[silent[0]], True))
+        first = later[silent[0]]
+        return failure_of_silent(later, silent, self.silence, self._look(first, True), _age(first))
 
     def say(self) -> float:
         """Tells the others; gives the seconds that this rank has stood still."""
-        still = time.monotonic() - self.moved
-        own = beat(self.world.rank, self.number, still, self.world.pulse, look=still > _STILL * self.pause)
-        progress = self.world.pulse.beats, own.entered
+        progress = self.world.pulse.beats, entered()
         if progress != self.progress:
-            self.moved, self.progress, still = time.monotonic(), progress, 0.0
+            self.moved, self.progress = time.monotonic(), progress
+        still = time.monotonic() - self.moved  # after the reset: a beat tells of one moment
+        look = still > _STILL * self.pause
+        own = beat(self.world.rank, self.number, still, self.world.pulse, progress[1], look)
         self.number += 1
         self.board.put(f"beat/{own.rank}", json.dumps(asdict(own)))
         return still
@@ -140,8 +150,9 @@ class _Watch(threading.Thread):
         guilty = culprits(later, silent)
         if not guilty or self.world.rank in guilty:
             return None
-        first = guilty[0]
-        return failure(later, guilty, self.limit, self._look(later[first], first in silent))
+        first = later[guilty[0]]
+        ago = _age(first) if first.rank in silent else None
+        return failure(later, guilty, self.limit, self._look(first, ago is not None), ago)
 
     def _beats(self) -> dict[int, Beat]:
         found = self.board.get_all([f"beat/{rank}" for rank in range(self.world.size)])
@@ -149,7 +160,7 @@ class _Watch(threading.Thread):
         return {r: Beat(**json.loads(text)) if text else replace(unknown, rank=r) for r, text in enumerate(found)}
 
     def _look(self, other: Beat, silent: bool) -> str:
-        here = other.host == os.uname().nodename and born(other.pid) in ("", other.born)
+        here = other.host == socket.gethostname() and born(other.pid) in ("", other.born)
         known = condition(other.pid) if here else ""
         if silent and known in ("", ALIVE):
             return "silent: it is stuck, or its host or the network between the hosts is down"
@@ -182,12 +193,17 @@ class _Watch(threading.Thread):
             within(_TELLING, lambda: print(f"Failed: {found.text()}", file=sys.stderr, flush=True))
 
 
+def _age(last: Beat) -> float:
+    """Seconds since a beat was said, by two hosts' clocks."""
+    return max(0.0, time.time() - last.said)
+
+
 def _put_down(hanging: Beat, verdict: Failure) -> None:
     """Ends a process of this host that hangs: launchers give it half a minute more, or for ever.
 
     The cause is left in its name: its agent may notice its end before that of those who waited for it.
     """
-    if hanging.host == os.uname().nodename and born(hanging.pid) == hanging.born:
+    if hanging.host == socket.gethostname() and born(hanging.pid) == hanging.born:
         if hanging.report:
             with suppress(OSError):  # such as a full disk
                 tell_agent(verdict.retold(), Path(hanging.report))

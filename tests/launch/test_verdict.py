@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_train.launch.standing import Beat, stacks
-from moe_train.launch.verdict import culprits, failure, names
+from moe_train.launch.verdict import culprits, failure, failure_of_silent, names
 
 WORLD = 4
 GROUPS = st.sets(st.integers(0, WORLD - 1), min_size=2).map(lambda members: tuple(sorted(members)))
@@ -85,8 +85,18 @@ def test_what_the_user_reads() -> None:
     assert "    a.py:7 in read\n    b.py:1 in main" in text
     assert "rank 0 waits in all_reduce 5 of group 0: update 7, computing the update, at a.py:7 in read" in text
     assert text.splitlines()[-1].startswith("What to do: See where rank 1 stood") and "(now 1)" in text
+    silent = failure(beats, [1], 60.0, "gone", 17.2).text()
+    assert "(process 12 on node7, gone): last heard 17 s ago, then at update 7, reading samples, still for" in silent
     several = failure({**beats, 2: beats[1], 3: beats[1]}, [1, 2, 3], 60.0, "")
     assert several.beside == [2, 3] and "it hangs (so do ranks 2 and 3): rank 0 has waited" in several.text()
+
+
+def test_a_rank_that_was_never_heard() -> None:
+    beats = {0: Beat(0, 9, 61.0, 0, "getting ready", {"0": 1}, "all_reduce 1"), 1: Beat(1, -1, 0.0, 0, "getting ready")}
+    text = failure(beats, [1], 60.0, "silent: it is stuck", 1.8e9).text()
+    assert "rank 1 was never heard (silent: it is stuck)\nrank 0 waits" in text
+    assert "process 0" not in text and "host (:" not in text
+    assert "its host (which it never told) is up" in failure_of_silent(beats, [1], 60.0, "", 1.8e9).text()
 
 
 def test_names_of_ranks() -> None:

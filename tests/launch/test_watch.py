@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -12,10 +13,15 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from moe_train.config import LaunchConfig
+from moe_train.launch.board import Board
 from moe_train.launch.failures import WorkerError
 from moe_train.launch.local import launch
+from moe_train.launch.standing import Beat
+from moe_train.launch.watch import _Watch
+from moe_train.training.world import World
 from tests.distributed.world import free_port
 from tests.launch import torchrun
 from tests.launch.jobs import CONFIG, in_time
@@ -31,9 +37,30 @@ def hung(text: str, how: str) -> None:
     )
     assert "in _fall_asleep" in text or how == "stop"  # a stopped process may have said its last word before
     state = {"sleep": "alive", "stop": "stopped by a signal"}[how]
-    assert re.search(rf"rank 2 hangs \(process \d+ on \S+, {state}.*still for", text)
+    heard = {"sleep": r"update 7", "stop": r"last heard [1-9]\d* s ago, then at update \d"}[how]
+    assert re.search(rf"rank 2 hangs \(process \d+ on \S+, {state}.*\): {heard}, .*still for", text)
     assert len(re.findall(r"rank \d waits in all_reduce \d+ of group 0: update 7, warming up, at", text)) >= 3
     assert "What to do: See where rank 2 stood" in text and "raise launch.timeout_minutes (now 0.1)" in text
+
+
+def test_a_beat_tells_of_one_moment() -> None:
+    """The seconds of standing still belong to the update and place beside them: none after progress."""
+    world, store = World(), dist.HashStore()
+    watch = _Watch(world, Board(store), limit=60.0)
+
+    def told() -> Beat:
+        watch.say()
+        return Beat(**json.loads(store.get("beat/0")))
+
+    world.pulse.mark("reading samples", 3)
+    told()
+    time.sleep(0.1)
+    stood = told()
+    world.pulse.mark("computing the update", 4)
+    moved = told()
+    assert (stood.update, moved.update, moved.number) == (3, 4, 2)
+    assert stood.still >= 0.1 > moved.still
+    assert stood.said <= moved.said <= time.time()
 
 
 @pytest.mark.parametrize("how", ["sleep", pytest.param("stop", marks=SLOW)])
