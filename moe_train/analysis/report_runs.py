@@ -14,9 +14,8 @@ from moe_train.errors import ConfigError, DataError
 from moe_train.evaluation.results import Results, read_results
 from moe_train.routing import routing_config
 from moe_train.training.heartbeat import alive
-from moe_train.training.run_folder import ALIVE, CONFIG, FAILURE, FINISHED
+from moe_train.training.run_folder import ALIVE, CONFIG, FAILURE, FINISHED, recorded_overrides
 
-_HYDRA = ".hydra"
 _DEPTH = 3  # multirun/date/time/job
 
 
@@ -108,8 +107,11 @@ def read_runs(paths: Sequence[Path | str], split: str = "test") -> list[RunRepor
 
 
 def find_runs(path: Path, depth: int = _DEPTH) -> list[Path]:
-    """The run folders at or below ``path``, jobs of a sweep that failed before they began included."""
-    if (path / CONFIG).is_file() or (path / FAILURE).is_file() or (path / _HYDRA).is_dir():
+    """The run folders at or below ``path``, jobs of a sweep that failed before they began included.
+
+    Of these ``failure.json`` tells: a folder that Hydra made for a command that was refused is no run.
+    """
+    if (path / CONFIG).is_file() or (path / FAILURE).is_file():
         return [path.resolve()]
     if depth == 0 or not path.is_dir():
         return []
@@ -137,14 +139,15 @@ def read_run(path: Path, name: str, split: str = "test") -> RunReport:
     routing = _json(path / CONFIG).get("config", {}).get("routing", {})
     train, valid = (_lines(path / file) for file in ("train.jsonl", "valid.jsonl"))
     status, cause = _status(path, info)
+    overrides = recorded_overrides(path)
     return RunReport(
         name=name,
         path=path,
         status=status,
         cause=cause,
-        strategy=str(routing.get("name", "")) or _overridden_strategy(path),
+        strategy=str(routing.get("name", "")) or _overridden_strategy(overrides),
         passes=_passes(routing),
-        overrides=_overrides(path),
+        overrides=overrides,
         info=info,
         train=train,
         valid=valid,
@@ -191,18 +194,9 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _overrides(path: Path) -> tuple[str, ...]:
-    """Hydra's record of the command line: a YAML list with one plain word a line."""
-    try:
-        text = (path / _HYDRA / "overrides.yaml").read_text(encoding="utf-8")
-    except OSError:
-        return ()
-    return tuple(line[2:].strip().strip("'\"") for line in text.splitlines() if line.startswith("- "))
-
-
-def _overridden_strategy(path: Path) -> str:
+def _overridden_strategy(words: Sequence[str]) -> str:
     """Of a job that ended before it wrote its config."""
-    return next((word.partition("=")[2] for word in _overrides(path) if word.startswith("routing=")), "")
+    return next((word.partition("=")[2] for word in words if word.startswith("routing=")), "")
 
 
 # --- how it ended -----------------------------------------------------------------------------------------------------

@@ -9,18 +9,16 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from rich.console import Console
 
+from moe_train.commands._hydra import forget_folder, in_sweep, run_directory
 from moe_train.commands._overrides import check_launcher, check_overrides
 from moe_train.config.paths import configs_directory
 from moe_train.errors import ConfigError, UserError
@@ -102,12 +100,13 @@ def _job(callback: Callback, typed: list[str], words: list[str]) -> Callable[[Di
         sys.argv = typed  # what the user typed, for whoever records it
         try:
             take_place()  # where submitit has started this process: every rank is a Hydra job then
-            if HydraConfig.get().mode == RunMode.RUN:
-                note_folder(words, Path(HydraConfig.get().runtime.output_dir))
+            if not in_sweep():
+                note_folder(words, run_directory())
             return callback(plain(config))
         except (UserError, WorkerError) as error:
-            if HydraConfig.get().mode == RunMode.MULTIRUN:
+            if in_sweep():
                 raise  # Hydra tells which job of the sweep it was
+            forget_folder()
             return _leave(error)
         finally:
             forget_foreign_schemas()

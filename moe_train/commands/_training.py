@@ -9,9 +9,9 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from hydra.core.hydra_config import HydraConfig
 from rich.console import Console
 
+from moe_train.commands._hydra import is_awaited, overrides, run_directory
 from moe_train.commands._scoring import check_scoring, score_when_finished
 from moe_train.config import RunConfig, build, to_mapping
 from moe_train.errors import UserError
@@ -36,21 +36,28 @@ TARGET = "moe_train.commands._training:work"
 def train_as_configured(mapping: Mapping[str, Any]) -> float | None:
     """Checks the whole config, then trains; gives the best value of the validation metric, for sweepers.
 
-    What ends it otherwise is kept in the run folder, where moe-report finds it.
+    What ends it otherwise is kept in the run folder, where moe-report finds it. A start that is refused leaves no word
+    where there is a run, whose record stays as it was, nor in a folder that nobody has named.
     """
+    folder = None if launched_rank() else RunFolder(run_directory())
+    before = folder.session if folder else None
     try:
-        return _checked_and_trained(mapping)
+        return _checked_and_trained(mapping, folder)
     except Exception as error:
-        if not launched_rank():
+        if folder and not (_is_refusal(error, folder, before) and (folder.exists or not is_awaited())):
             with suppress(OSError):  # such as a full disk
-                write_failure(run_directory() / FAILURE, 0, error)
+                write_failure(folder.path / FAILURE, 0, error, overrides())
         if out_of_memory(error):  # what to do about it must not be lost in the traceback
             raise WorkerError(failure_of(launched_rank(), error), None) from None
         raise
 
 
-def _checked_and_trained(mapping: Mapping[str, Any]) -> float | None:
-    folder = None if launched_rank() else RunFolder(run_directory())
+def _is_refusal(error: Exception, folder: RunFolder, before: tuple[int, int] | None) -> bool:
+    """Whether the user's mistake was found before this session began."""
+    return isinstance(error, UserError) and folder.session == before
+
+
+def _checked_and_trained(mapping: Mapping[str, Any], folder: RunFolder | None) -> float | None:
     with _said_once():
         config = read_config(mapping)
         check_devices(config.launch)
@@ -105,11 +112,6 @@ def _said_once() -> Iterator[None]:
         raise
 
 
-def run_directory() -> Path:
-    """The folder that Hydra has made for this run."""
-    return Path(HydraConfig.get().runtime.output_dir)
-
-
 def on_this_host(config: RunConfig, data: TaskData, folder: RunFolder) -> Outcome:
     """Trains here, or in ``launch.processes`` processes; the folder is claimed for as long."""
     with folder.claimed():
@@ -162,7 +164,7 @@ def _begin(folder: RunFolder, config: RunConfig, data: TaskData) -> Outcome | No
         info = folder.info
         Console().print(f"nothing to do, the run is finished: {folder.path}", highlight=False, soft_wrap=True)
         return Outcome(info["status"], info["update"], info.get("best"), info.get("best_update", 0))
-    folder.begin(config, data.fingerprint)
+    folder.begin(config, data.fingerprint, overrides())
     return None
 
 

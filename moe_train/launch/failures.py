@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -94,13 +94,17 @@ MEMORY = (
 )
 
 
-def write_failure(path: Path, rank: int, error: BaseException) -> None:
+def write_failure(path: Path, rank: int, error: BaseException, overrides: Sequence[str] | None = None) -> None:
     """Called by the failing process, or by its parent, which hands on what it has read.
+
+    Args:
+        overrides: the words of the command line, for a run that may not have come to write its config; None: left out.
 
     Raises:
         OSError: it cannot be written, such as on a full disk.
     """
-    _write_whole(path, asdict(failure_of(rank, error)))
+    words = {} if overrides is None else {"overrides": list(overrides)}
+    _write_whole(path, asdict(failure_of(rank, error)) | words)
 
 
 def leave_failure(failure: Failure, rank: int, record: Path | None = None) -> None:

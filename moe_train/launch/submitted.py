@@ -128,7 +128,7 @@ class SubmittedJobs(BaseSubmititLauncher):
             result: JobReturn = submitted.results()[0]
         except UncompletedJobError as error:
             result = job.result(JobStatus.FAILED, error)
-            _note(job.folder, submitted, since)
+            _note(job, submitted, since)
         self._say(f"{job.title(_common(self.config))}: {_outcome(result)}")
         return result
 
@@ -171,11 +171,11 @@ def _left_alone(job: SweepJob) -> JobReturn | None:
     """With ``resume=missing``, the result of a job that is finished, as the same words made it; None: it is to run."""
     if job.config.get("resume") != "missing":
         return None
-    from moe_train.training.run_folder import RunFolder  # needs torch
+    from moe_train.training.run_folder import RunFolder, recorded_overrides  # needs torch
 
     folder, split = RunFolder(job.folder), job.config.get("evaluate")
     done = folder.exists and folder.finished and (split is None or (job.folder / f"{split}.json").is_file())
-    if not done or _told(job.folder) != _telling(job.overrides):
+    if not done or _telling(recorded_overrides(job.folder)) != _telling(job.overrides):
         return None
     return job.result(JobStatus.COMPLETED, folder.info.get("best"))
 
@@ -187,27 +187,23 @@ def _common(config: DictConfig) -> list[str]:
     return [str(word) for word in words]
 
 
-def _told(folder: Path) -> list[str] | None:
-    path = folder / ".hydra" / "overrides.yaml"
-    return _telling(OmegaConf.to_container(OmegaConf.load(path))) if path.is_file() else None  # type: ignore[arg-type]
-
-
 def _telling(words: Sequence[str]) -> list[str]:
     """The overrides that make the run what it is."""
     return sorted(word for word in words if not word.startswith(("hydra.", "hydra/", "resume=", "launch")))
 
 
-def _note(folder: Path, submitted: Any, since: float) -> None:
+def _note(job: SweepJob, submitted: Any, since: float) -> None:
     from moe_train.training.run_folder import FAILURE
 
-    path = folder / FAILURE
+    path = job.folder / FAILURE
     if path.is_file() and path.stat().st_mtime >= since:
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    job.folder.mkdir(parents=True, exist_ok=True)
     complaints = [line.strip() for line in (submitted.stderr() or "").splitlines() if "error" in line.lower()]
     how = f"its job {submitted.job_id} ended without a result" + (f": {complaints[-1]}" if complaints else "")
     remedy = "Perhaps it was killed: its memory, its time and its host decide" if not complaints else ""
-    write_failure(path, 0, LaunchError(f"{how} ({submitted.state})", remedy=remedy))
+    error = LaunchError(f"{how} ({submitted.state})", remedy=remedy)
+    write_failure(path, 0, error, filter_overrides(job.overrides))
 
 
 def _outcome(result: JobReturn) -> str:

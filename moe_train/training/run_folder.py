@@ -6,7 +6,7 @@ import fcntl
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,6 +88,15 @@ class RunFolder:
         """Whether the run came to its end."""
         return self.info.get("status") in FINISHED
 
+    @property
+    def session(self) -> tuple[int, int] | None:
+        """Changes whenever a session begins; None where none has."""
+        try:
+            written = (self.path / CONFIG).stat()
+        except OSError:
+            return None
+        return written.st_ino, written.st_mtime_ns
+
     def _config_file(self) -> dict[str, Any]:
         try:
             content = json.loads((self.path / CONFIG).read_text(encoding="utf-8"))
@@ -151,11 +160,20 @@ class RunFolder:
                 "give the data folder that the run began with, or choose another hydra.run.dir=…",
             )
 
-    def begin(self, config: RunConfig, data_fingerprint: str = "") -> None:
-        """Makes the folder and writes the config."""
+    def begin(self, config: RunConfig, data_fingerprint: str = "", overrides: Sequence[str] = ()) -> None:
+        """Makes the folder and writes the config.
+
+        Args:
+            overrides: the words of the command line that this session's config was made with.
+        """
         for folder in (self.path, self.checkpoints, self.logs):
             folder.mkdir(parents=True, exist_ok=True)
-        content = {"format": 1, "config": to_mapping(config), "data_fingerprint": data_fingerprint}
+        content = {
+            "format": 1,
+            "config": to_mapping(config),
+            "data_fingerprint": data_fingerprint,
+            "overrides": list(overrides),
+        }
         replace_text(self.path / CONFIG, json.dumps(content, indent=1) + "\n")
 
     @contextmanager
@@ -205,6 +223,23 @@ class RunFolder:
             if path.exists():
                 kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _update_of(line) <= last]
                 replace_text(path, "".join(f"{line}\n" for line in kept))
+
+
+def recorded_overrides(path: Path) -> tuple[str, ...]:
+    """The words of the command line that the run in a folder was last begun with, or was to begin with when it failed.
+
+    Folders of earlier versions have them from Hydra alone: a YAML list with one plain word a line.
+    """
+    for name in (CONFIG, FAILURE):
+        try:
+            return tuple(map(str, json.loads((path / name).read_text(encoding="utf-8"))["overrides"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    try:
+        text = (path / ".hydra" / "overrides.yaml").read_text(encoding="utf-8")
+    except OSError:
+        return ()
+    return tuple(line[2:].strip().strip("'\"") for line in text.splitlines() if line.startswith("- "))
 
 
 def differing_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

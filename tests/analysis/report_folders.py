@@ -66,7 +66,11 @@ def scored(folder: Path, quality: float, seed: int, directions: Sequence[str] = 
 
 
 def overridden(folder: Path, *words: str) -> Path:
-    """Adds Hydra's record of a sweep's job."""
+    """Adds the words of a sweep's job; where nothing was trained, as Hydra did for earlier versions."""
+    config = folder / "config.json"
+    if config.is_file():
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"overrides": words}), encoding="utf-8")
+        return folder
     (folder / ".hydra").mkdir(parents=True, exist_ok=True)
     (folder / ".hydra" / "overrides.yaml").write_text("".join(f"- {word}\n" for word in words), encoding="utf-8")
     return folder

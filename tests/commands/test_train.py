@@ -18,9 +18,11 @@ from pathlib import Path
 
 import pytest
 
+from moe_train.analysis.report_runs import read_run
 from moe_train.commands.train import main
 from moe_train.data.folder import DataFolder
 from moe_train.training.checkpoints import CheckpointStore
+from moe_train.training.run_folder import recorded_overrides
 from tests.small_disks import mounted_disk
 from tests.training.toy_run import assert_same_bits, final_tensors, lines
 
@@ -71,7 +73,7 @@ def two(tmp_path_factory: pytest.TempPathFactory, tiny_data: DataFolder) -> Path
     return path / "run"
 
 
-def test_the_run_folder(two: Path) -> None:
+def test_the_run_folder(two: Path, tiny_data: DataFolder) -> None:
     trained, validated = lines(two), lines(two, "valid.jsonl")
     assert [line["update"] for line in trained] == [5, 10, 15, 20]
     assert trained[-1]["nll_loss"] < trained[0]["nll_loss"]
@@ -85,7 +87,7 @@ def test_the_run_folder(two: Path) -> None:
     assert all(pairs == 1 for pairs in trained[-1]["pairs_per_token"].values())  # Switch, dropless
     assert info["flops_per_token_measured"] == trained[-1]["flops_per_token"] == info["flops_per_token"]
     assert "update 20" in (two / "logs" / "rank_1.log").read_text()
-    assert (two / ".hydra" / "overrides.yaml").is_file() and list((two / "tensorboard").iterdir())
+    assert {f"data={tiny_data.path}", *SMALL} < set(recorded_overrides(two)) and list((two / "tensorboard").iterdir())
     assert CheckpointStore(two / "checkpoints").resolve("best").name == "step_20"
 
 
@@ -199,8 +201,31 @@ def one(tmp_path_factory: pytest.TempPathFactory, tiny_data: DataFolder) -> Path
 def test_a_folder_that_cannot_be_gone_on_in(
     changes: list[str], messages: list[str], one: Path, tiny_data: DataFolder, tmp_path: Path
 ) -> None:
+    """And whose record stays as it was, byte by byte."""
+    before = contents(one)
     code, said = here(words(tiny_data, one, *changes)[3:], tmp_path)
     assert code == 2 and all(message in said for message in messages), said
+    assert contents(one) == before and "training.max_updates=8" in read_run(one, "one").overrides
+    assert read_run(one, "one").status == "finished"
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_start_that_is_refused_leaves_no_folder_with_the_time_in_its_name(
+    tiny_data: DataFolder, tmp_path: Path
+) -> None:
+    """One that was named has the cause in it: a list of runs may be waiting for it."""
+    refused = words(tiny_data, tmp_path / "named", "training.clip_norm=-1")[3:]
+    unnamed = [word for word in refused if not word.startswith("hydra.run.dir=")]
+    for command in (unnamed, [word for word in unnamed if not word.startswith("data=")]):
+        assert here(command, tmp_path)[0] == 2 and not list(tmp_path.glob("outputs/*"))
+    assert here(refused, tmp_path)[0] == 2 and contents(tmp_path / "named").keys() == {
+        tmp_path / "named" / "failure.json"
+    }
+    run = read_run(tmp_path / "named", "named")
+    assert run.failed and "training.clip_norm" in run.cause and "training.clip_norm=-1" in run.overrides
 
 
 def test_a_damaged_checkpoint_is_skipped_where_the_key_says_so(

@@ -1,0 +1,38 @@
+"""What Hydra knows of the job that it runs: its folder and its words."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+
+
+def run_directory() -> Path:
+    """The folder that Hydra has made for this run."""
+    return Path(HydraConfig.get().runtime.output_dir)
+
+
+def overrides() -> list[str]:
+    """The words of the command line that made this run's config; of a sweep's job, its own."""
+    return [str(word) for word in HydraConfig.get().overrides.task]
+
+
+def in_sweep() -> bool:
+    """Whether this is a sweep's job."""
+    return bool(HydraConfig.get().mode == RunMode.MULTIRUN)
+
+
+def is_awaited() -> bool:
+    """Whether the folder was named, by a word or as a sweep's job: somebody will look there for what became of it."""
+    return in_sweep() or any(word.startswith("hydra.run.dir=") for word in HydraConfig.get().overrides.hydra)
+
+
+def forget_folder() -> None:
+    """Removes the folder with the time in its name, and the day's, where nothing came into them."""
+    folder = run_directory()
+    if not is_awaited() and folder != Path.cwd():
+        with suppress(OSError):  # not empty
+            folder.rmdir()
+            folder.parent.rmdir()
