@@ -9,6 +9,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+_SPELLINGS = {"k": "top_k"}  # what papers and documents call a key, too far from its name to be found as a near word
+
 
 class UserError(Exception):
     """A mistake that the user can mend.
@@ -57,7 +59,18 @@ class MissingDependency(UserError):
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """The part of a message that offers near spellings, and every choice where none is near."""
     known = sorted(choices)
-    near = difflib.get_close_matches(word, known, n=3, cutoff=0.6)
+    full = spelt_out(word)
+    near = [full] if full != word and full in known else difflib.get_close_matches(word, known, n=3, cutoff=0.6)
     if near:
         return f"did you mean {' or '.join(repr(n) for n in near)}?"
     return f"known: {', '.join(known)}"
+
+
+def spelt_out(word: str) -> str:
+    """The name of the key that papers and documents call ``word``: ``top_k`` for ``k``; else the word itself."""
+    return _SPELLINGS.get(word, word)
+
+
+def plural(count: int, noun: str) -> str:
+    """Such as ``1 rank`` and ``2,000 ranks``."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"

@@ -13,7 +13,7 @@ from moe_train.analysis.cost_time import TimePlan, time_plan
 from moe_train.analysis.cost_traffic import StepTraffic, Workload, step_traffic
 from moe_train.config.plan import PlanConfig
 from moe_train.errors import ConfigError
-from moe_train.parallel.layout_plan import LayoutPlan, plan_layout
+from moe_train.parallel.layout_plan import LayoutPlan, in_words, plan_layout
 from moe_train.routing import resolve, routing_config, strategy
 
 _OPTIMIZER_BYTES = {"adam": 8, "adamw": 8, "sgd": 0}
@@ -207,4 +207,4 @@ def _against(chosen: Candidate, rival: Candidate) -> str:
 def describe(layout: LayoutPlan) -> str:
     """Such as ``8 replicas x 8 expert-parallel, two-level``."""
     levels = ", two-level" if layout.exchanges_by_node else ""
-    return f"{layout.replicas} replicas x {layout.expert_parallel} expert-parallel{levels}"
+    return f"{in_words(layout.replicas, layout.expert_parallel)}{levels}"

@@ -10,6 +10,7 @@ from rich.console import Console, Group
 from rich.table import Table
 
 from moe_train.analysis.plan import Candidate, Plan, describe
+from moe_train.errors import plural
 from moe_train.parallel.counters import LINKS
 
 _PICTURED = 16  # ranks whose experts are drawn
@@ -75,7 +76,7 @@ def _cluster(plan: Plan) -> str:
     """What the figures are for: a plan that does not say so is taken for one of the reader's own machines."""
     cluster, layout = plan.config.cluster, plan.chosen.layout
     nodes, ranks = layout.world // layout.ranks_per_node, layout.ranks_per_node
-    have = f"{nodes} node{'s' if nodes > 1 else ''} of {ranks} rank{'s' if ranks > 1 else ''}"
+    have = f"{plural(nodes, 'node')} of {plural(ranks, 'rank')}"
     return (
         f"[bold]Cluster:[/] {cluster.name}, {have}; cluster=… takes another\n"
         f"  a rank: {cluster.memory_gb:g} GB, {cluster.tflops:g} TFLOP/s at {cluster.efficiency:.0%};"

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import hydra
@@ -23,7 +24,7 @@ from moe_train.commands._overrides import check_launcher, check_overrides
 from moe_train.config.paths import configs_directory
 from moe_train.errors import ConfigError, UserError
 from moe_train.launch.elastic import folder_words, note_folder
-from moe_train.launch.environment import launched_rank, under_launcher
+from moe_train.launch.environment import launched_rank, local_rank, under_launcher
 from moe_train.launch.failures import WorkerError
 from moe_train.launch.leaving import leave
 from moe_train.launch.schemas import forget_foreign_schemas
@@ -76,6 +77,17 @@ def _run(config_name: str, callback: Callback) -> None:
         sys.argv += folder_words(arguments.overrides)
     job = _job(callback, typed, arguments.overrides)
     hydra.main(version_base="1.3", config_path=str(configs_directory()), config_name=config_name)(job)()
+
+
+@contextmanager
+def said_once() -> Iterator[None]:
+    """What a launcher's ranks all find wrong alike is said by the first of each host."""
+    try:
+        yield
+    except UserError:
+        if under_launcher() and local_rank():
+            sys.exit(2)
+        raise
 
 
 def plain(config: DictConfig) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from moe_train.config.paths import configs_directory
-from moe_train.errors import ConfigError, MissingDependency, did_you_mean
+from moe_train.errors import ConfigError, MissingDependency, did_you_mean, spelt_out
 
 _NOTHING = "<nothing>"
 
@@ -167,10 +167,14 @@ def _unknown(
         options: the config with each option of the key's group.
     """
     group = key.partition(".")[0]
-    owners = [name for name, config in options.items() if OmegaConf.select(config, key, default=_NOTHING) != _NOTHING]
+    full = ".".join([*key.split(".")[:-1], spelt_out(key.rpartition(".")[2])])
+    if full != key and full in keys:
+        return ConfigError(f"unknown key '{key}'", remedy=f"did you mean '{full}'?")
+    owners = [name for name, config in options.items() if OmegaConf.select(config, full, default=_NOTHING) != _NOTHING]
     if owners:
+        what = "it" if full == key else f"'{full}'"
         return ConfigError(
-            f"unknown key '{key}': it belongs to {', '.join(f'{group}={name}' for name in owners)}",
+            f"unknown key '{key}': {what} belongs to {', '.join(f'{group}={name}' for name in owners)}",
             remedy=f"leave it out, or choose {'one of these' if len(owners) > 1 else f'{group}={owners[0]}'}",
         )
     values = [known for known in keys if not any(other.startswith(f"{known}.") for other in keys)]

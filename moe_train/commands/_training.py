@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from moe_train.commands._app import said_once
 from moe_train.commands._hydra import is_awaited, overrides, run_directory
 from moe_train.commands._scoring import check_scoring, score_when_finished
 from moe_train.config import RunConfig, build, to_mapping
 from moe_train.errors import UserError
 from moe_train.launch.devices import check_devices
 from moe_train.launch.elastic import restarted
-from moe_train.launch.environment import launched_rank, local_rank, under_launcher
+from moe_train.launch.environment import launched_rank, under_launcher
 from moe_train.launch.failures import WorkerError, failure_of, out_of_memory, write_failure
 from moe_train.launch.joining import joined_world, logging_to, ranks_per_node, world_size
 from moe_train.launch.local import launch
@@ -58,7 +58,7 @@ def _is_refusal(error: Exception, folder: RunFolder, before: tuple[int, int] | N
 
 
 def _checked_and_trained(mapping: Mapping[str, Any], folder: RunFolder | None) -> float | None:
-    with _said_once():
+    with said_once():
         config = read_config(mapping)
         check_devices(config.launch)
         check_scoring(config)
@@ -99,17 +99,6 @@ def checked(config: RunConfig, folder: RunFolder | None) -> tuple[RunConfig, Tas
     if folder is not None or settled.routing == config.routing:
         check_run(settled, data, plan)
     return settled, data
-
-
-@contextmanager
-def _said_once() -> Iterator[None]:
-    """What a launcher's ranks all find wrong alike is said by the first of each host."""
-    try:
-        yield
-    except UserError:
-        if under_launcher() and local_rank():
-            sys.exit(2)
-        raise
 
 
 def on_this_host(config: RunConfig, data: TaskData, folder: RunFolder) -> Outcome:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
-from moe_train.commands._app import run_app
+from moe_train.commands._app import run_app, said_once
 from moe_train.launch.environment import under_launcher
 
 
@@ -16,12 +16,17 @@ def run(mapping: Mapping[str, Any]) -> float:
     from moe_train.commands._scoring import score
     from moe_train.config import build
     from moe_train.config.evaluation import EvaluateConfig
-    from moe_train.launch.joining import joined_world
+    from moe_train.evaluation.in_step import plan_evaluation
+    from moe_train.launch.joining import joined_world, ranks_per_node, world_size
     from moe_train.training.run_folder import RunFolder
     from moe_train.training.world import World
 
     config = build(EvaluateConfig, mapping)
-    together = under_launcher() and RunFolder.open(config.run).config.task.translates
+    with said_once():  # before ranks meet, checkpoints are verified and texts are encoded
+        trained = RunFolder.open(config.run).config
+        if trained.task.translates:
+            plan_evaluation(trained, config.expert_parallel, world_size(config.launch), ranks_per_node(config.launch))
+    together = under_launcher() and trained.task.translates
     with joined_world(config.launch) if together else nullcontext(World()) as world:
         return score(config, world)
 

@@ -119,4 +119,6 @@ def _convert_scalar(hint: Any, value: Any, where: str) -> Any:
 def _expect(kind: Any, value: Any, where: str, name: str) -> Any:
     if isinstance(value, kind) and not isinstance(value, (str, bytes)):
         return value
-    raise ConfigError(f"'{where}' must be {name}, not {value!r}", remedy=f"correct {where}=…")
+    alone = kind is Sequence and isinstance(value, (str, int, float)) and "[" not in where
+    remedy = f"write '{where}=[{value}]'" if alone else f"correct {where}=…"
+    raise ConfigError(f"'{where}' must be {name}, not {value!r}", remedy=remedy)

@@ -8,9 +8,11 @@ from collections.abc import Callable
 
 import torch
 from rich.console import Console
-from rich.progress import Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress, ProgressColumn, Task, TimeElapsedColumn
+from rich.text import Text
 
 from moe_train.config.evaluation import TranslateConfig
+from moe_train.errors import plural
 from moe_train.evaluation.decoding import Translator
 from moe_train.evaluation.loading import choose_device, open_run
 from moe_train.evaluation.stream import buffers, check_languages, prompt
@@ -48,8 +50,13 @@ def translate_input(config: TranslateConfig) -> None:
         _pipe(translate, config.buffer, console)
 
 
+class _Translated(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"translated {plural(int(task.completed), 'sentence')}")
+
+
 def _pipe(translate: Translate, size: int, console: Console) -> None:
-    columns = TextColumn("translated {task.completed:,} sentences"), TimeElapsedColumn()
+    columns = _Translated(), TimeElapsedColumn()
     with Progress(*columns, console=console, redirect_stdout=False) as progress:
         task = progress.add_task("", total=None)
         try:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moe_train.errors import ConfigError
+from moe_train.errors import ConfigError, plural
 from moe_train.parallel.counters import Link
 
 
@@ -119,7 +119,7 @@ class LayoutPlan:
     def picture(self, num_experts: int) -> str:
         """One line a rank: its node, its expert group, its experts; replicas stand under one another."""
         lines = [
-            f"{self.world} ranks = {self.replicas} replicas x {self.expert_parallel} expert-parallel"
+            f"{plural(self.world, 'rank')} = {in_words(self.replicas, self.expert_parallel)}"
             f" ({num_experts} experts, {num_experts // self.expert_parallel} a rank)"
         ]
         width = len(str(self.world - 1))
@@ -130,6 +130,11 @@ class LayoutPlan:
             span = f"{held[0]}" if len(held) == 1 else f"{held[0]}-{held[-1]}"
             lines.append(f"  rank {rank:>{width}}  group {rank // self.expert_parallel}  experts {span}")
         return "\n".join(lines)
+
+
+def in_words(replicas: int, expert_parallel: int) -> str:
+    """Such as ``8 replicas x 4 expert-parallel``."""
+    return f"{plural(replicas, 'replica')} x {expert_parallel} expert-parallel"
 
 
 def plan_layout(
@@ -164,7 +169,8 @@ def plan_layout(
             remedy="give every node the same number of ranks",
         )
     if expert_parallel > world:
-        raise ConfigError(f"layout.expert_parallel={expert_parallel} is above the {world} ranks", remedy=offer)
+        ranks = plural(world, "rank")
+        raise ConfigError(f"layout.expert_parallel={expert_parallel} is above the {ranks}", remedy=offer)
     if world % expert_parallel:
         raise ConfigError(f"layout.expert_parallel={expert_parallel} does not divide {world} ranks", remedy=offer)
     if not _fits_nodes(expert_parallel, per_node, world):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from moe_train.config.build import build
-from moe_train.errors import ConfigError, did_you_mean
+from moe_train.errors import ConfigError, did_you_mean, spelt_out
 from moe_train.routing.base import Router, RouterInputs, RoutingConfig
 
 R = TypeVar("R", bound=type[Router])
@@ -75,10 +75,11 @@ def _built(target: Strategy, keys: Mapping[str, Any], where: str) -> RoutingConf
     """The strategy's config; a key that only others have is refused with their names."""
     own = {f.name for f in dataclasses.fields(target.config)}
     for key in keys:
-        owners = [s.name for s in _STRATEGIES.values() if key in {f.name for f in dataclasses.fields(s.config)}]
-        if key not in own and owners:
+        full = spelt_out(key)
+        owners = [s.name for s in _STRATEGIES.values() if full in {f.name for f in dataclasses.fields(s.config)}]
+        if not own & {key, full} and owners:
             raise ConfigError(
-                f"'{where}.{key}' is a key of {', '.join(sorted(owners))}, not of {target.name}",
+                f"'{where}.{full}' is a key of {', '.join(sorted(owners))}, not of {target.name}",
                 remedy=f"leave {where}.{key} out, or choose another strategy",
             )
     return build(target.config, keys, where)

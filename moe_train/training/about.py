@@ -19,7 +19,7 @@ from torch import nn
 import moe_train
 from moe_train.config import RunConfig
 from moe_train.data.batching import WorldBatches
-from moe_train.parallel.layout_plan import LayoutPlan
+from moe_train.parallel.layout_plan import LayoutPlan, in_words
 from moe_train.training.run_folder import RunFolder
 from moe_train.training.state import RunState
 from moe_train.training.world import World
@@ -146,7 +146,7 @@ def _layout(world: dict[str, Any]) -> str:
     """Replicas and expert-parallel ranks, where experts are divided."""
     size = world["expert_parallel"]
     levels = ", node by node" if world["two_level"] else ""
-    return f"{world['processes'] // size} replicas x {size} expert-parallel{levels}" if size > 1 else ""
+    return f"{in_words(world['processes'] // size, size)}{levels}" if size > 1 else ""
 
 
 def _left_out(batches: WorldBatches) -> str:

@@ -31,7 +31,13 @@ def plan_run(config: RunConfig, processes: int, ranks_per_node: int) -> LayoutPl
     layout, counts = config.layout, [routing.num_experts for routing in sparse_routings(config)]
     per_node = layout.ranks_per_node or ranks_per_node
     size = layout.expert_parallel or _widest(layout, LayoutPlan(processes, 1, min(per_node, processes)), counts)
-    plan = plan_layout(processes, per_node, size, counts, layout.two_level)
+    try:
+        plan = plan_layout(processes, per_node, size, counts, layout.two_level)
+    except ConfigError as error:
+        if size <= processes or any(count % size for count in counts):
+            raise
+        more = f", or start {size} processes (launch.processes={size}, or by torchrun)"
+        raise ConfigError(error.what, error.where, error.remedy + more) from None
     if layout.name == "node" and plan.nodes_per_group > 1:
         inside = _widest(layout, plan, counts)
         raise ConfigError(

@@ -52,6 +52,8 @@ def test_the_table_and_the_files(run_folder: Path, tmp_path: Path) -> None:
         ),
         (("run={run}", "routing.evaluation_capacity_factor=-1"), "'routing.evaluation_capacity_factor' must be above"),
         (("run={run}", "draw_seed=2"), "'draw_seed=2' would change nothing: with routing=switch no expert is drawn"),
+        (("run={run}", "launch.processes=3", "expert_parallel=3"), "4 experts cannot be divided over expert_parallel"),
+        (("run={run}", "expert_parallel=2"), "above the 1 rank. Set expert_parallel to 1, or start 2 processes"),
         (("run={run}", "draw_seed=-1"), "'draw_seed' must not be negative"),
         ((), "the key 'run' has no value"),
     ],

@@ -53,6 +53,7 @@ def test_what_exists_passes(words: list[str]) -> None:
         ("routing.capacity_facter=1", r"'routing\.capacity_factor'"),
         ("routing.strata=[4,4]", "unknown key 'routing.strata': it belongs to routing=smoe. .*choose routing=smoe"),
         ("routing.top_k=2", "it belongs to routing=sam, routing=smoe, routing=top_k"),
+        ("routing.k=2", r"key 'routing.k': 'routing.top_k' belongs to routing=sam, routing=smoe, routing=top_k"),
         ("engine.zero_stage=1", "it belongs to engine=deepspeed"),
         ("seed.x=3", "'seed' is a value, not a group"),
         ("training.zzz=1", r"unknown key 'training\.zzz'.*known in training: .*max_updates"),
@@ -64,6 +65,11 @@ def test_what_exists_passes(words: list[str]) -> None:
 def test_what_does_not_exist_is_named_with_near_spellings(word: str, message: str) -> None:
     with pytest.raises(ConfigError, match=f"(?i){message}"):
         check_overrides("train", [word])
+
+
+def test_k_is_taken_for_top_k_where_the_strategy_has_it() -> None:
+    with pytest.raises(ConfigError, match=r"unknown key 'routing\.k'\. Did you mean 'routing\.top_k'\?$"):
+        check_overrides("train", ["routing=top_k", "routing.k=2"])
 
 
 def composed(*words: str) -> dict[str, Any]:

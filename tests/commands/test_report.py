@@ -41,6 +41,7 @@ def test_a_training_that_failed_says_why(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["runs=outputs/quickstart"], "write 'runs=[outputs/quickstart]'"),
         (["runs=[nowhere]"], "there is no run here"),
         (["runs=[.]", "sampels=3"], "did you mean 'samples'"),
         ([], "the key 'runs' has no value"),

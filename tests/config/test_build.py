@@ -42,7 +42,8 @@ def test_nested_values_and_defaults() -> None:
         ({"path": "x", "count": True}, ["'count' must be a whole number"]),
         ({"path": "x", "inner": {"mode": "maen"}}, ["inner.mode", "'mean'"]),
         ({"path": "x", "inner": 3}, ["'inner' must be a group of keys"]),
-        ({"path": "x", "names": "ab"}, ["'names' must be a list"]),
+        ({"path": "x", "names": "ab"}, ["'names' must be a list, not 'ab'. Write 'names=[ab]'."]),
+        ({"path": "x", "names": {"a": 1}}, ["'names' must be a list", "Correct names=…"]),
     ],
 )
 def test_what_does_not_fit_is_named_with_a_remedy(mapping: dict[str, object], words: list[str]) -> None:

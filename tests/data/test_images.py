@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import struct
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from moe_train.config import ImageConfig
 from moe_train.data.images import open_images
-from moe_train.errors import DataError
+from moe_train.errors import DataError, MissingDependency
 from tests.data.image_files import write_class_folders, write_idx, write_idx_folder
 
 PIXELS = np.arange(40 * 6 * 5, dtype=np.int64).reshape(40, 6, 5).astype(np.uint8)
@@ -139,6 +140,12 @@ def test_a_damaged_image_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be read") as raised:
         open_images(str(tmp_path), ImageConfig())
     assert raised.value.where.endswith("1.png")
+
+
+def test_digits_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(MissingDependency, match=r"needs scikit-learn\. Install it: pip install scikit-learn\.$"):
+        open_images("digits", ImageConfig())
 
 
 def test_digits() -> None:

@@ -71,6 +71,7 @@ def test_picture() -> None:
         "  rank 2  group 1  experts 0-3",
         "  rank 3  group 1  experts 4-7",
     ]
+    assert plan_layout(2, 2, 2, 8).picture(8).startswith("2 ranks = 1 replica x 2 expert-parallel")
 
 
 def test_a_layout_that_tears_groups_warns() -> None:

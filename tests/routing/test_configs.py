@@ -58,6 +58,10 @@ def test_a_key_of_another_strategy_is_answered_with_its_owner() -> None:
         routing_config({"name": "switch", "strata": [4, 4]})
     with pytest.raises(ConfigError, match=r"'routing\.decoder\.num_groups' is a key of sam, not of top_k"):
         decoder_config(routing_config({"name": "switch", "decoder": {"name": "top_k", "num_groups": 4}}))
+    with pytest.raises(ConfigError, match=r"'routing\.top_k' is a key of sam, smoe, top_k, not .*routing\.k out"):
+        routing_config({"name": "switch", "k": 2})
+    with pytest.raises(ConfigError, match=r"unknown key 'routing\.k'\. Did you mean 'top_k'\?"):
+        routing_config({"name": "sam", "k": 2})
 
 
 def test_the_decoder_inherits_what_both_strategies_have() -> None:

@@ -47,7 +47,8 @@ def test_the_layout_that_a_config_means(
 @pytest.mark.parametrize(
     ("layout", "routing", "said"),
     [
-        ({"expert_parallel": 8}, {}, ["above the 4 ranks", "Set layout.expert_parallel to 1, 2 or 4"]),
+        ({"expert_parallel": 8}, {}, ["above the 4 ranks", "to 1, 2 or 4, or start 8 processes (launch.processes=8"]),
+        ({"expert_parallel": 6}, {}, ["above the 4 ranks. Set layout.expert_parallel to 1, 2 or 4."]),
         ({"expert_parallel": 3}, {}, ["does not divide 4 ranks", "1, 2 or 4"]),
         ({"expert_parallel": 4}, {"num_experts": 6}, ["6 experts cannot be divided", "1 or 2"]),
         ({"expert_parallel": 4, "ranks_per_node": 3}, {}, ["4 ranks are not whole nodes of 3"]),

@@ -110,7 +110,7 @@ def _opened(path: Path) -> Any:
     try:
         from PIL import Image, UnidentifiedImageError
     except ImportError:
-        raise MissingDependency("images in files need Pillow", remedy="pip install pillow") from None
+        raise MissingDependency("images in files need Pillow", remedy="install it: pip install pillow") from None
     try:
         return Image.open(path)
     except (OSError, UnidentifiedImageError) as error:

@@ -54,7 +54,8 @@ def open_digits(path: Path, config: ImageConfig) -> Images:
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise MissingDependency(f"data={DIGITS} needs scikit-learn", remedy="pip install scikit-learn") from None
+        remedy = "install it: pip install scikit-learn"
+        raise MissingDependency(f"data={DIGITS} needs scikit-learn", remedy=remedy) from None
     values, labels = load_digits(return_X_y=True)
     pixels = np.rint(values.reshape(-1, 8, 8, 1) * (255.0 / 16.0)).astype(np.uint8)
     rows = np.arange(len(labels), dtype=np.int64)
