@@ -243,13 +243,17 @@ def recorded_overrides(path: Path) -> tuple[str, ...]:
 
 
 def differing_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """``key=then (now other)`` for every key that must not change within a run."""
+    """``key=one then, other now`` for every key that must not change within a run.
+
+    Groups of which another option was chosen (``routing=switch then, thor now``) come first, and without their keys,
+    which follow from the choice.
+    """
     old, new = dict(_flat(before)), dict(_flat(now))
-    return [
-        f"{key}={_show(old.get(key))} then, {_show(new.get(key))} now"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not _is_free(key)
-    ]
+    keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and not _is_free(key)]
+    groups = [key.removesuffix(".name") for key in keys if key.endswith(".name") and key.count(".") == 1]
+    choices = [f"{group}={old.get(f'{group}.name')} then, {new.get(f'{group}.name')} now" for group in groups]
+    others = [key for key in keys if key.partition(".")[0] not in groups]
+    return choices + [f"{key}={_show(old.get(key))} then, {_show(new.get(key))} now" for key in others]
 
 
 def config_digest(config: RunConfig) -> str:

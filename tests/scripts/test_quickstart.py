@@ -25,6 +25,28 @@ def stages(printed: str) -> list[str]:
     return re.findall(r"^== (\w+): ", printed, flags=re.MULTILINE)
 
 
+def test_the_folder_may_be_named_in_either_way(root: Path, tmp_path: Path) -> None:
+    """It alone tells whether a run is to go on; the commands only say here what they were called with."""
+    (tmp_path / "scripts").mkdir()
+    shutil.copy2(root / "scripts" / "quickstart.sh", tmp_path / "scripts")
+    for name in ("scripts/setup.sh", *(f".venv/bin/moe-{command}" for command in ("prepare", "train", "evaluate"))):
+        script = tmp_path / name
+        script.parent.mkdir(parents=True, exist_ok=True)
+        script.write_text('#!/bin/sh\necho "called: $*"\n', encoding="ascii")
+        script.chmod(0o755)
+    old = tmp_path / "outputs" / "quickstart" / "config.json"
+    old.parent.mkdir(parents=True)
+    old.touch()
+
+    def called(*words: str, **named: str) -> str:
+        script = [str(tmp_path / "scripts" / "quickstart.sh"), *words]
+        return subprocess.run(script, env={**os.environ, **named}, capture_output=True, text=True, check=True).stdout
+
+    assert "resume=must hydra.run.dir=outputs/quickstart" in called()
+    for said in (called("routing=thor", "hydra.run.dir=outputs/a b"), called("routing=thor", RUN="outputs/a b")):
+        assert "resume=auto hydra.run.dir=outputs/a b" in said and "called: run=outputs/a b split=test" in said
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_what_is_finished_is_not_done_again(root: Path, tmp_path: Path) -> None:

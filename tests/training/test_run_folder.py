@@ -61,6 +61,14 @@ def test_another_config_is_refused_with_its_keys(begun: RunFolder) -> None:
     assert "launch" not in message
 
 
+def test_another_choice_is_named_before_all_else_and_without_its_keys(begun: RunFolder) -> None:
+    routing = {"name": "thor", "num_experts": 7}
+    with pytest.raises(ConfigError) as raised:
+        begun.check(dataclasses.replace(toy_config(), routing=routing, seed=9), "abc")
+    before = toy_config().routing["name"]
+    assert f"with another config: routing={before} then, thor now; seed=1 then, 9 now. Set" in str(raised.value)
+
+
 def test_other_data_is_refused(begun: RunFolder) -> None:
     with pytest.raises(ConfigError, match="other data"):
         begun.check(toy_config(), "other")
