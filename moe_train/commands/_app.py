@@ -15,17 +15,18 @@ from typing import Any, NoReturn
 import hydra
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
-from rich.console import Console
 
 from moe_train.commands._hydra import forget_folder, in_sweep, run_directory
+from moe_train.commands._messages import say_error
 from moe_train.commands._overrides import check_launcher, check_overrides
+from moe_train.commands._sweeps import KNOWN, SweepErrors, run_sweep
 from moe_train.config.paths import configs_directory
 from moe_train.errors import ConfigError, UserError
 from moe_train.launch.elastic import folder_words, note_folder
 from moe_train.launch.environment import launched_rank, local_rank, under_launcher
-from moe_train.launch.failures import WorkerError
 from moe_train.launch.leaving import leave
 from moe_train.launch.schemas import forget_foreign_schemas
 from moe_train.launch.slurm import take_place
@@ -69,14 +70,19 @@ def _run(config_name: str, callback: Callback) -> None:
         if launched_rank():
             _follow(arguments, config_name, callback)
             return
-    except (UserError, WorkerError) as error:
+    except KNOWN as error:
         _leave(error)
     as_hydra_wants = dict(zip(words, arguments.overrides, strict=True))
     sys.argv = [as_hydra_wants.get(word, word) for word in typed]
     if not arguments.multirun:
         sys.argv += folder_words(arguments.overrides)
-    job = _job(callback, typed, arguments.overrides)
-    hydra.main(version_base="1.3", config_path=str(configs_directory()), config_name=config_name)(job)()
+    errors = SweepErrors()
+    job = _job(callback, typed, arguments.overrides, errors)
+    app = hydra.main(version_base="1.3", config_path=str(configs_directory()), config_name=config_name)(job)
+    if arguments.multirun or "hydra.mode=MULTIRUN" in arguments.overrides:
+        run_sweep(app, errors)
+    else:
+        app()
 
 
 @contextmanager
@@ -107,7 +113,7 @@ def plain(config: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in content.items()}
 
 
-def _job(callback: Callback, typed: list[str], words: list[str]) -> Callable[[DictConfig], Any]:
+def _job(callback: Callback, typed: list[str], words: list[str], errors: SweepErrors) -> Callable[[DictConfig], Any]:
     def moe_train_job(config: DictConfig) -> Any:
         sys.argv = typed  # what the user typed, for whoever records it
         try:
@@ -115,9 +121,11 @@ def _job(callback: Callback, typed: list[str], words: list[str]) -> Callable[[Di
             if not in_sweep():
                 note_folder(words, run_directory())
             return callback(plain(config))
-        except (UserError, WorkerError) as error:
+        except Exception as error:
             if in_sweep():
-                raise  # Hydra tells which job of the sweep it was
+                errors.note(int(HydraConfig.get().job.num), error)
+            if in_sweep() or not isinstance(error, KNOWN):
+                raise  # Hydra lets a sweep's other jobs run
             forget_folder()
             return _leave(error)
         finally:
@@ -141,10 +149,5 @@ def _follow(arguments: Any, config_name: str, callback: Callback) -> None:
 
 
 def _leave(error: Exception) -> NoReturn:
-    rank = launched_rank()
-    prefix = f"[rank {rank}] " if rank else ""
-    console = Console(stderr=True, soft_wrap=True)
-    label = "Error:" if isinstance(error, UserError) else "Failed:"
-    console.print(f"{prefix}[bold red]{label}[/]", end=" ", highlight=False)
-    console.print(str(error), highlight=False, markup=False)
+    say_error(error)
     raise SystemExit(2 if isinstance(error, UserError) else 1)

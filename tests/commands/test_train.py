@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_train.analysis.report_runs import read_run
+from moe_train.analysis.report_runs import read_run, read_runs
 from moe_train.commands.train import main
 from moe_train.data.folder import DataFolder
 from moe_train.training.checkpoints import CheckpointStore
@@ -176,10 +176,17 @@ def test_a_sweep_in_one_process(tiny_data: DataFolder, tmp_path: Path) -> None:
         assert info["status"] == "finished" and config["routing"]["name"] == name
 
 
-def test_a_mistake_in_a_sweep_is_hydras_to_report(tiny_data: DataFolder, tmp_path: Path) -> None:
-    sweep = [f"hydra.sweep.dir={tmp_path}/sweep", "training.clip_norm=-1"]
-    done = run([*COMMAND, "-m", *words(tiny_data, tmp_path)[3:], *sweep], tmp_path, code=1)
-    assert "Error executing job with overrides" in done.stderr and "'training.clip_norm' must not be" in done.stderr
+def test_the_mistakes_in_a_sweep_are_told_once_each(tiny_data: DataFolder, tmp_path: Path) -> None:
+    """With the jobs that they are about, and without a traceback; the report has them too."""
+    sweep = [f"hydra.sweep.dir={tmp_path}/sweep", "model.num_heads=2,3", "training.clip_norm=-1,1"]
+    keys = [word for word in words(tiny_data, tmp_path)[3:] if not word.startswith("model.num_heads")]
+    code, said = here(["-m", *keys, *sweep, "training.max_updates=2"], tmp_path)
+    assert code == 2 and "Traceback" not in said and "HYDRA_FULL_ERROR" not in [*said.split(), *os.environ]
+    assert said.count("Error: ") == 2 and "Error: job 0: 'training.clip_norm' must not be negative" in said
+    assert "Error: jobs 2, 3: model.embed_dim=32 is not divisible by model.num_heads=3" in said
+    runs = read_runs([tmp_path / "sweep"])
+    assert [run.status for run in runs] == ["failed", "finished", "failed", "failed"]
+    assert "model.num_heads=3" in runs[3].overrides and "num_heads=3" in runs[3].cause
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,22 @@
+"""What a command says when it ends badly."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from moe_train.errors import UserError
+from moe_train.launch.environment import launched_rank
+
+
+def say_error(error: Exception, about: str = "") -> None:
+    """One message on stderr, without a traceback; ``Error`` is the user's to mend.
+
+    Args:
+        about: what it concerns, such as a sweep's job.
+    """
+    rank = launched_rank()
+    prefix = f"[rank {rank}] " if rank else ""
+    console = Console(stderr=True, soft_wrap=True)
+    label = "Error:" if isinstance(error, UserError) else "Failed:"
+    console.print(f"{prefix}[bold red]{label}[/]", end=" ", highlight=False)
+    console.print(f"{about}: {error}" if about else str(error), highlight=False, markup=False)
