@@ -7,6 +7,7 @@ to stop by a signal, everything saved: the same command goes on.
 from __future__ import annotations
 
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,6 +31,8 @@ from moe_train.launch.environment import launched_rank, local_rank, under_launch
 from moe_train.launch.leaving import leave
 from moe_train.launch.schemas import forget_foreign_schemas
 from moe_train.launch.slurm import take_place
+
+_PATIENCE = 15.0  # seconds; rank 0 finds a mistake some seconds later than others, since it is a Hydra app too
 
 Callback = Callable[[dict[str, Any]], Any]
 
@@ -87,12 +90,15 @@ def _run(config_name: str, callback: Callback) -> None:
 
 @contextmanager
 def said_once() -> Iterator[None]:
-    """What a launcher's ranks all find wrong alike is said by the first of each host."""
+    """What a launcher's ranks all find wrong alike is said by the first of each host.
+
+    The first end makes an agent of torchrun end the other ranks: the rest wait for it, and speak where it never comes.
+    """
     try:
         yield
     except UserError:
         if under_launcher() and local_rank():
-            sys.exit(2)
+            time.sleep(_PATIENCE)
         raise
 
 

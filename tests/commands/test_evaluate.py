@@ -38,6 +38,15 @@ def test_the_table_and_the_files(run_folder: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow  # half a minute: two ranks under torchrun
+def test_a_layout_that_cannot_be_is_said_once_under_torchrun(run_folder: Path, tmp_path: Path) -> None:
+    """By one rank, before they meet: the others may not end it before it has come to a word."""
+    ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *COMMAND[1:]]
+    words = [*ranks, f"run={run_folder}", "expert_parallel=3"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=280, check=False, cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr.count("Error: expert_parallel=3 is above the 2 ranks") == 1, done.stderr
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
