@@ -171,9 +171,14 @@ class Cluster:
         return dict(re.findall(r"(\S+?)=(\S*)", shown))
 
     def wait_for(self, job: str, *states: str, timeout: float = 600) -> dict[str, str]:
-        """Until the job is in one of the states; what ``show`` says then. A requeued job need not wait its 120 s."""
-        deadline = time.monotonic() + timeout
-        while (shown := self.show(job))["JobState"] not in states:
+        """Until the job is in one of the states; what ``show`` says then. A requeued job need not wait its 120 s.
+
+        A job on its way back into the queue looks ended for a moment: only what is seen several times in a row counts.
+        """
+        deadline, seen = time.monotonic() + timeout, 0
+        while seen < 4:
+            shown = self.show(job)
+            seen = seen + 1 if shown["JobState"] in states else 0
             if shown["Reason"] == "BeginTime":
                 self.run("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
             assert time.monotonic() < deadline, f"{job} is {shown['JobState']} ({shown['Reason']}), not {states}"
