@@ -218,9 +218,8 @@ main() {
     local started=$SECONDS
     find_python
     need_system_packages
-    if ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1 || ! is_as_asked; then
-        make_venv
-    elif $system_torch && ! sees_torch; then # made by a Python that had none
+    # One that sees no torch was made by a Python that had none.
+    if ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1 || ! is_as_asked || { $system_torch && ! sees_torch; }; then
         make_venv
     fi
     rm -f "$STAMP"

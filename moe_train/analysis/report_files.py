@@ -79,7 +79,8 @@ def directions_csv(runs: Sequence[RunReport], comparisons: Comparisons) -> str:
 
 def to_markdown(runs: Sequence[RunReport], comparisons: Comparisons) -> str:
     """Both tables, failures and the explanation."""
-    told, columns = settings(runs), [name for name in COLUMNS if name != "settings" or any(settings(runs).values())]
+    told = settings(runs)
+    columns = [name for name in COLUMNS if name != "settings" or any(told.values())]
     table = [[run_cells(run, told[run.name])[name] for name in columns] for run in ranked(runs)]
     parts = ["# Leaderboard", "", *_markdown(columns, table)]
     rows = []

@@ -123,7 +123,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: TokenRows) -> Tensor:
         ctx.rows = rows
-        return _of_rows(x, rows)
+        return _token_of_each_row(x, rows)
 
     @staticmethod
     @once_differentiable
@@ -147,11 +147,11 @@ class _Mix(torch.autograd.Function):
         if saved:
             values, weight = saved
             return *_mix_gradients(grad, values, weight, ctx.rows), None, None
-        return _of_rows(grad, ctx.rows).to(ctx.dtype), None, None, None
+        return _token_of_each_row(grad, ctx.rows).to(ctx.dtype), None, None, None
 
 
-def _of_rows(x: Tensor, rows: TokenRows) -> Tensor:
-    """Each row's token: x [T, d] → [N, d]. Where there are no tokens, all rows are padding, and zero."""
+def _token_of_each_row(x: Tensor, rows: TokenRows) -> Tensor:
+    """x [T, d] → [N, d]. Where there are no tokens, all rows are padding, and zero."""
     return x.index_select(0, rows.row_token) if x.shape[0] else x.new_zeros(rows.row_token.shape[0], x.shape[1])
 
 
