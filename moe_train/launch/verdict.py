@@ -36,35 +36,46 @@ def failure(
         condition: of the first one's process, as the kernel of its host tells; empty where nobody could look.
         ago: seconds since the first one's last beat, where it says nothing new; None where it still speaks.
     """
-    first, others = guilty[0], sorted(beats.keys() - set(guilty))
-    also = f" (so {'do' if guilty[2:] else 'does'} {names(guilty[1:])})" if guilty[1:] else ""
+    first, others = guilty[0], _others(beats, guilty)
     where = next((beats[rank].pending for rank in others if beats[rank].pending), "")
     have = "has" if len(others) == 1 else "have"
-    what = f"it hangs{also}: {names(others)} {have} waited for it for {limit:.0f} s" + (
+    what = f"it hangs{_so(guilty, 'does', 'do')}: {names(others)} {have} waited for it for {limit:.0f} s" + (
         f", in {where}" if where else ""
     )
-    lines = [*_culprit(beats[first], condition, ago), *(line for rank in others for line in _waiting(beats[rank]))]
     remedy = (
         f"See where rank {first} stood, and look at its host ({_host(beats[first])}: disk, network file system, GPU). "
-        f"If it is only slow, raise launch.timeout_minutes (now {limit / 60:g}). "
-        "The same command goes on from the last checkpoint."
+        f"If it is only slow, raise launch.timeout_minutes (now {limit / 60:g})."
     )
-    return Failure(first, time.time(), what, remedy=remedy, trace="\n".join(lines), beside=list(guilty[1:]))
+    return _told(beats, guilty, what, remedy, _culprit(beats[first], condition, ago))
 
 
 def failure_of_silent(
     beats: Mapping[int, Beat], silent: Sequence[int], limit: float, condition: str, ago: float
 ) -> Failure:
     """What the user reads where ranks said nothing for ``limit`` seconds, of ``launch.silent_minutes``."""
-    first, others = silent[0], sorted(beats.keys() - set(silent))
-    also = f" (so {'have' if silent[2:] else 'has'} {names(silent[1:])})" if silent[1:] else ""
-    what = f"it has fallen silent{also}: {names(others)} heard nothing of it for {limit:.0f} s"
-    lines = [*_culprit(beats[first], condition, ago), *(line for rank in others for line in _waiting(beats[rank]))]
+    first, others = silent[0], _others(beats, silent)
+    what = f"it has fallen silent{_so(silent, 'has', 'have')}: {names(others)} heard nothing of it for {limit:.0f} s"
     remedy = (
         f"Look whether its host ({_host(beats[first])}) is up and can be reached. If it was only busy, raise "
-        f"launch.silent_minutes (now {limit / 60:g}). The same command goes on from the last checkpoint."
+        f"launch.silent_minutes (now {limit / 60:g})."
     )
-    return Failure(first, time.time(), what, remedy=remedy, trace="\n".join(lines), beside=list(silent[1:]))
+    return _told(beats, silent, what, remedy, _culprit(beats[first], condition, ago))
+
+
+def _told(beats: Mapping[int, Beat], guilty: Sequence[int], what: str, remedy: str, culprit: Sequence[str]) -> Failure:
+    """The first guilty rank's failure, its lines before those of the ranks that waited."""
+    lines = [*culprit, *(line for rank in _others(beats, guilty) for line in _waiting(beats[rank]))]
+    remedy = f"{remedy} The same command goes on from the last checkpoint."
+    return Failure(guilty[0], time.time(), what, remedy=remedy, trace="\n".join(lines), beside=list(guilty[1:]))
+
+
+def _others(beats: Mapping[int, Beat], guilty: Sequence[int]) -> list[int]:
+    return sorted(beats.keys() - set(guilty))
+
+
+def _so(guilty: Sequence[int], one: str, many: str) -> str:
+    """Such as `` (so do ranks 2 and 3)``: who else it is."""
+    return f" (so {many if guilty[2:] else one} {names(guilty[1:])})" if guilty[1:] else ""
 
 
 def _culprit(beat: Beat, condition: str, ago: float | None) -> list[str]:
