@@ -26,7 +26,8 @@ from moe_train.analysis.bench_peers import PEERS
 from moe_train.analysis.bench_shape import SHAPES, LayerShape
 from moe_train.config import ModelConfig, build
 from moe_train.config.paths import configs_directory
-from moe_train.experts.products import processor_maker
+from moe_train.experts.native import serves
+from moe_train.parallel.processor import processor_maker
 from moe_train.training.about import commit
 from moe_train.training.integrity import replace_text
 
@@ -110,7 +111,10 @@ def markdown(title: str, lines: Lines, notes: Sequence[str], about: dict[str, An
     head, *body = (f"| {' | '.join(line)} |" for line in lines)
     rule = "|" + "---:|" * len(lines[0])
     made = f"`{about['command']}`, {about['threads']} threads, {about['processor']}, torch {about['torch']}"
-    return "\n".join([f"# {title}", "", f"{made}, commit {about['commit']}.", "", head, rule, *body, "", *notes, ""])
+    kernels = f"experts in bf16 by {about['bf16_experts']}"
+    return "\n".join(
+        [f"# {title}", "", f"{made}, {kernels}, commit {about['commit']}.", "", head, rule, *body, "", *notes, ""]
+    )
 
 
 def _report(given: argparse.Namespace, title: str, lines: Lines, notes: Sequence[str], rows: Sequence[Any]) -> None:
@@ -122,6 +126,7 @@ def _report(given: argparse.Namespace, title: str, lines: Lines, notes: Sequence
         "machine": platform.machine(),
         "processor": _processor(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
+        "bf16_experts": "our kernel" if serves(torch.empty(0, dtype=torch.bfloat16), "relu") else "torch's products",
         "threads": given.threads,
     }
     content = json.dumps({**about, "rows": [dataclasses.asdict(row) for row in rows]}, indent=2) + "\n"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_train.experts.grouped import can_group, prefers_grouped
+from moe_train.experts.native import serves
 from moe_train.experts.parameters import StackedFeedForward, initialise
 from moe_train.experts.plan import RowPlan, plan_rows
 from moe_train.experts.products import padding_worth_a_batch, row_alignment
@@ -113,6 +114,8 @@ class ExpertPool(nn.Module):
         elif counts is None:
             counts = self.layout.counters.read(count_ids(expert, held))
         align, padding = row_alignment(x, mean), padding_worth_a_batch(x, mean)
+        if serves(x, self.spec.activation):
+            align, padding = 1, 0.0
         return self._run(x, weight, plan_rows(token, expert, x.shape[0], held, align, counts, padding), dtype)
 
     def _mix_fixed(

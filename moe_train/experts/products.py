@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 import math
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from moe_train.parallel.memory import empty
+from moe_train.parallel.processor import processor_maker
 
 # Below this many rows BLAS, straight into its place, beats oneDNN and a copy for a weight gradient (measured).
 _ONEDNN_CONTRACTION = 512
@@ -30,15 +30,6 @@ def has_onednn_linear() -> bool:
 def blas_is_at_home() -> bool:
     """Whether the BLAS behind ``torch.mm`` is MKL on a processor of its own maker."""
     return bool(torch.backends.mkl.is_available()) and processor_maker() == "GenuineIntel"
-
-
-def processor_maker() -> str:
-    """Who made the processor, as it says itself; empty where the system does not tell."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
-    except OSError:
-        return ""
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")
 
 
 def prefers_onednn(like: Tensor) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 from moe_train.experts.batched import BatchedFeedForward
 from moe_train.experts.feed_forward import Inner, LoopedFeedForward
 from moe_train.experts.grouped import grouped_feed_forward
+from moe_train.experts.native import NativeFeedForward, serves
 from moe_train.experts.parameters import StackedFeedForward
 from moe_train.experts.plan import RowPlan
 
@@ -31,6 +32,8 @@ def _feed_forward(rows: Tensor, plan: RowPlan, stack: StackedFeedForward, traini
     inner = Inner(stack.spec.activation, stack.spec.dropout if training else 0.0)
     if not plan.rows:
         return grouped_feed_forward(rows, w1, b1, w2, b2, plan, inner)
+    if serves(rows, inner.activation):
+        return NativeFeedForward.apply(rows, w1, b1, w2, b2, plan, inner)  # type: ignore[no-any-return, no-untyped-call]
     if plan.even:
         return BatchedFeedForward.apply(rows, w1, b1, w2, b2, inner)  # type: ignore[no-any-return, no-untyped-call]
     return LoopedFeedForward.apply(rows, w1, b1, w2, b2, plan, inner)  # type: ignore[no-any-return, no-untyped-call]

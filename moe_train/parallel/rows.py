@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moe_train.parallel import native_rows
 from moe_train.parallel.memory import empty
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -152,7 +153,9 @@ class _Mix(torch.autograd.Function):
 
 def _token_of_each_row(x: Tensor, rows: TokenRows) -> Tensor:
     """x [T, d] → [N, d]. Where there are no tokens, all rows are padding, and zero."""
-    return x.index_select(0, rows.row_token) if x.shape[0] else x.new_zeros(rows.row_token.shape[0], x.shape[1])
+    if not x.shape[0]:
+        return x.new_zeros(rows.row_token.shape[0], x.shape[1])
+    return native_rows.take(x, rows.row_token) if native_rows.serves(x) else x.index_select(0, rows.row_token)
 
 
 def _wide(values: Tensor) -> torch.dtype:
@@ -167,6 +170,9 @@ def _mix_gradients(grad: Tensor, values: Tensor, weight: Tensor, rows: TokenRows
     grad = grad.contiguous()
     row = torch.arange(values.shape[0], device=values.device)
     of_row = torch.cat([weight, weight.new_zeros(1)])[rows.row_pair]
+    if grad.dtype == values.dtype and native_rows.serves(values):
+        by_values, by_row = native_rows.add_up_backward(grad, values, of_row, rows.row_token)
+        return by_values, by_row[rows.pair_row].to(weight.dtype)
     return _bags(grad, rows.row_token, row, of_row, values.dtype), _dots(grad, values, rows).to(weight.dtype)
 
 
@@ -195,7 +201,9 @@ def _sum(values: Tensor, weight: Tensor | None, rows: TokenRows, dtype: torch.dt
     if rows.single:
         moved = values.index_select(0, rows.by_token)
         return (moved if weight is None else weight.to(_wide(values)).unsqueeze(1) * moved).to(dtype)
-    by = None if weight is None else weight[rows.row_pair[rows.by_token]]
+    by = weight if weight is None or rows.by_token is rows.pair_row else weight[rows.row_pair[rows.by_token]]
+    if dtype == values.dtype and native_rows.serves(values):
+        return native_rows.add_up(values, rows.by_token, rows.token_start, by)
     return _bags(values, rows.by_token, rows.token_start, by, dtype)
 
 

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moe_train.experts import batched
 from moe_train.experts import pool as pool_module
+from moe_train.experts import stack as stack_module
 from moe_train.experts.plan import plan_rows
 from moe_train.experts.products import padding_worth_a_batch, row_alignment
 from tests.experts.reference import mix, pool_of, random_assignment
@@ -91,6 +92,9 @@ def test_only_small_experts_of_16_bits_are_batched() -> None:
 
 
 def test_bf16_takes_it_by_itself_and_sums_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where our kernel does not serve."""
+    for module in (pool_module, stack_module):
+        monkeypatch.setattr(module, "serves", lambda *_: False)
     calls = []
     product = batched.batched_affine
     monkeypatch.setattr(batched, "batched_affine", lambda *a: calls.append(1) or product(*a))

@@ -1,0 +1,101 @@
+/* The feed-forward of one expert in bfloat16: act(X W1 + b1) W2 + b2 with ReLU, its dropout, and all gradients.
+ *
+ * X [n, d], W1 [d, h], b1 [h], W2 [h, d], b2 [d]. `hidden` [n, h] is what stands between the products; it is kept from
+ * forward to backward by patches, n and h filled up to multiples of 32. Called by moe_train/experts/native.py.
+ */
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "matrix.h"
+
+enum { ASK_FOR_UNIT = 0x1023, TILE_DATA = 18, LARGE_PAGE = 2 << 20, KEPT = 32 << 20, NO_MEMORY = 1 };
+
+/* Room of this thread's own, kept up to a size: a fresh one would cost its pages anew with every expert. */
+static __thread char *own_room;
+static __thread long own_size;
+
+static char *room_of(long size) {
+    if (size > own_size) {
+        free(own_room);
+        size = (size + LARGE_PAGE - 1) / LARGE_PAGE * LARGE_PAGE;
+        own_room = aligned_alloc(LARGE_PAGE, size);
+        own_size = own_room ? size : 0;
+        if (own_room) madvise(own_room, size, MADV_HUGEPAGE);
+    }
+    return own_room;
+}
+
+static void leave(void) {
+    _tile_release();
+    if (own_size <= KEPT) return;
+    free(own_room);
+    own_room = 0;
+    own_size = 0;
+}
+
+/* Asks Linux for the matrix unit, once for a process and its threads to come. 0: granted. */
+int moe_ask(void) { return (int)syscall(SYS_arch_prctl, ASK_FOR_UNIT, TILE_DATA); }
+
+/* y [n, d]. `hidden`: NULL where nobody needs it later. `scale` [n, h]: dropout's, or NULL. */
+int moe_forward(bf16 *y, bf16 *hidden, const bf16 *x, const bf16 *w1, const bf16 *b1, const bf16 *w2, const bf16 *b2,
+                const bf16 *scale, long n, long d, long h) {
+    long size = hidden ? 0 : blocks(n) * blocks(h) * PAIR;
+    Operand by_rows = plain(x, n, d, 0, 1), first_weight = plain(w1, d, h, 0, 0), second_weight = plain(w2, h, d, 0, 0);
+    long need = room_of_product(&by_rows, &first_weight);
+    char *room = room_of(size + most(need, SUMS + blocks(h) * PAIR));
+    if (!room) return NO_MEMORY;
+    if (!hidden) hidden = (bf16 *)room;
+    Operand by_hidden = patched(hidden, n, h, 0, 1);
+    Result between = to_patched(hidden, n, h), last = to_plain(y, n, d);
+    between.bias = b1;
+    between.scale = scale;
+    between.relu = 1;
+    last.bias = b2;
+    configure();
+    product(&by_rows, &first_weight, &between, room + size);
+    product(&by_hidden, &second_weight, &last, room + size);
+    leave();
+    return 0;
+}
+
+/* Gradients of x, w1, b1 (fp32, added to) and w2, given y's. NULL for gx, or for gw1, gb1 and gw2: nobody asks.
+ * `factor`: what dropout multiplied what it left by. */
+int moe_backward(bf16 *gx, bf16 *gw1, float *gb1, bf16 *gw2, const bf16 *gy, const bf16 *hidden, const bf16 *x,
+                 const bf16 *w1, const bf16 *w2, float factor, long n, long d, long h) {
+    long size = blocks(n) * blocks(h) * PAIR;
+    Operand gy_left = plain(gy, n, d, 0, 1), w2_turned = plain(w2, h, d, 1, 0);
+    Operand hidden_turned = patched(hidden, n, h, 1, 1), gy_right = plain(gy, n, d, 0, 0);
+    Operand w1_turned = plain(w1, d, h, 1, 0), x_turned = plain(x, n, d, 1, 1);
+    Operand shape_of_g = patched(hidden, n, h, 0, 0);
+    long need = most(room_of_product(&gy_left, &w2_turned), room_of_product(&gy_right, &hidden_turned));
+    need = most(most(need, SUMS + depth(&w1_turned) * PAIR), room_of_product(&shape_of_g, &x_turned));
+    bf16 *g = (bf16 *)room_of(size + need); /* the gradient before ReLU */
+    if (!g) return NO_MEMORY;
+    char *room = (char *)g + size;
+    Operand g_left = patched(g, n, h, 0, 1), g_right = patched(g, n, h, 0, 0);
+    Result to_g = to_patched(g, n, h);
+    to_g.kept = hidden;
+    to_g.factor = factor;
+    to_g.sums = gb1;
+    configure();
+    product(&gy_left, &w2_turned, &to_g, room);
+    if (gw2) {
+        Result to_w2 = to_plain(gw2, h, d);
+        to_w2.fresh = d % BLOCK == 0 && (uintptr_t)gw2 % 64 == 0;
+        product(&gy_right, &hidden_turned, &to_w2, room);
+    }
+    if (gx) {
+        Result to_x = to_plain(gx, n, d);
+        product(&g_left, &w1_turned, &to_x, room);
+    }
+    if (gw1) {
+        Result to_w1 = to_plain(gw1, d, h);
+        to_w1.fresh = h % BLOCK == 0 && (uintptr_t)gw1 % 64 == 0;
+        product(&g_right, &x_turned, &to_w1, room);
+    }
+    _mm_sfence();
+    leave();
+    return 0;
+}

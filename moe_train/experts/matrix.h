@@ -1,0 +1,283 @@
+/* Products of bfloat16 matrices on the matrix unit of x86 processors (AMX), with fp32 sums.
+ *
+ * The unit multiplies tiles: 16 rows of 64 bytes. Of A [M, K] a tile holds 16 rows of 32 numbers; of B [K, N] it holds
+ * 16 columns, in a row for each pair of neighbours in K. So a matrix is packed first, by patches of 32 x 32 numbers,
+ * each of which makes two tiles, and the edges are filled up with zeros.
+ *
+ * One operand of a product is packed whole, or as much of it as second-level caches hold; the other passes by in panels
+ * of 32 rows or columns, and while one panel is multiplied the next is fetched: that is what small products wait for.
+ */
+#ifndef MOE_TRAIN_MATRIX_H
+#define MOE_TRAIN_MATRIX_H
+
+#include <immintrin.h>
+#include <stdint.h>
+
+typedef uint16_t bf16;
+enum { BLOCK = 32, PATCH = BLOCK * BLOCK, TILE = 1024, PAIR = 2 * TILE, HELD = 1 << 20, SUMS = 4 * PATCH };
+
+#define INLINE static inline __attribute__((always_inline))
+
+/* One side of a product. Numbers stand in patches: `down` from a patch to that below it, `across` to that beside it. */
+typedef struct {
+    const bf16 *at;
+    long stride, down, across; /* in numbers; stride: from row to row within a patch */
+    long rows, columns;        /* as stored */
+    int turned;                /* the product takes the transposed of what is stored */
+    int left;                  /* it is A, not B */
+    const char *packed;        /* its tiles, where they are there already */
+} Operand;
+
+/* Where a product goes, and what is done to it on the way out. */
+typedef struct {
+    bf16 *at;
+    long stride, down, across, rows, columns;
+    int patched;       /* blocks are written whole, with what the edges are filled up by */
+    const bf16 *bias;  /* [columns], added */
+    const bf16 *scale; /* [rows, columns], multiplied after ReLU */
+    const bf16 *kept;  /* laid out like `at`: zero where this is, times `factor` elsewhere */
+    float factor;
+    float *sums; /* [columns], to which the sums over rows are added */
+    int relu;
+    int fresh; /* written past the caches: nobody reads it soon */
+} Result;
+
+INLINE long blocks(long n) { return (n + BLOCK - 1) / BLOCK; }
+INLINE long least(long a, long b) { return a < b ? a : b; }
+INLINE long most(long a, long b) { return a > b ? a : b; }
+INLINE __mmask32 first(long n) { return n >= BLOCK ? 0xffffffffu : n <= 0 ? 0 : (1u << n) - 1; }
+
+/* A matrix [rows, columns] as C stores it. */
+INLINE Operand plain(const bf16 *at, long rows, long columns, int turned, int left) {
+    return (Operand){at, columns, BLOCK * columns, BLOCK, rows, columns, turned, left, 0};
+}
+
+/* A matrix stored patch after patch, in rows of patches: as A those are tiles already. */
+INLINE Operand patched(const bf16 *at, long rows, long columns, int turned, int left) {
+    long full = blocks(columns) * BLOCK;
+    const char *packed = left && !turned ? (const char *)at : 0;
+    return (Operand){at, BLOCK, BLOCK * full, PATCH, blocks(rows) * BLOCK, full, turned, left, packed};
+}
+
+INLINE Result to_plain(bf16 *at, long rows, long columns) {
+    return (Result){at, columns, BLOCK * columns, BLOCK, rows, columns, .patched = 0};
+}
+
+INLINE Result to_patched(bf16 *at, long rows, long columns) {
+    long full = blocks(columns) * BLOCK;
+    return (Result){at, BLOCK, BLOCK * full, PATCH, rows, columns, .patched = 1};
+}
+
+/* 16 x 16 pairs of numbers, transposed. */
+INLINE void turn(__m512i r[16]) {
+    __m512i t[16];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for (int i = 0; i < 4; i++) {
+        t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+        t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+        t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+        t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 4; i++) {
+        r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+        r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+        r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+        r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+    }
+}
+
+INLINE __m512i row_of_patch(const Operand *o, const bf16 *at, long i, long rows, __mmask32 mask) {
+    return i < rows ? _mm512_maskz_loadu_epi16(mask, at + i * o->stride) : _mm512_setzero_si512();
+}
+
+/* The patch at (down, across), in patches, as two tiles. */
+INLINE void pack_patch(char *to, const Operand *o, long down, long across) {
+    static const uint16_t ZIP[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                     8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+    const bf16 *at = o->at + down * o->down + across * o->across;
+    long rows = o->rows - down * BLOCK;
+    __mmask32 mask = first(o->columns - across * BLOCK);
+    __m512i one[16], two[16];
+    if (o->turned == o->left) { /* K runs down what is stored: neighbours in K are zipped */
+        __m512i low = _mm512_loadu_si512(ZIP), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+        for (int i = 0; i < 16; i++) {
+            __m512i even = row_of_patch(o, at, 2 * i, rows, mask), odd = row_of_patch(o, at, 2 * i + 1, rows, mask);
+            one[i] = _mm512_permutex2var_epi16(even, low, odd);
+            two[i] = _mm512_permutex2var_epi16(even, high, odd);
+        }
+    } else {
+        for (int i = 0; i < 16; i++) {
+            one[i] = row_of_patch(o, at, i, rows, mask);
+            two[i] = row_of_patch(o, at, i + 16, rows, mask);
+        }
+    }
+    if (o->turned) {
+        turn(one);
+        turn(two);
+    }
+    for (int i = 0; i < 16; i++) {
+        _mm512_store_si512(to + 64 * i, one[i]);
+        _mm512_store_si512(to + TILE + 64 * i, two[i]);
+    }
+}
+
+/* Whether M (of A) or N (of B) runs down what is stored; K then runs across. */
+INLINE int runs_down(const Operand *o) { return o->left != o->turned; }
+INLINE long extent(const Operand *o) { return blocks(runs_down(o) ? o->rows : o->columns); } /* panels */
+INLINE long depth(const Operand *o) { return blocks(runs_down(o) ? o->columns : o->rows); }  /* pairs of tiles in one */
+
+/* Panels from .. upto - 1, in the order in which they stand in memory. */
+static void pack(char *to, const Operand *o, long from, long upto) {
+    long deep = depth(o);
+    if (runs_down(o)) {
+        for (long x = from; x < upto; x++)
+            for (long k = 0; k < deep; k++) pack_patch(to + ((x - from) * deep + k) * PAIR, o, x, k);
+    } else {
+        for (long k = 0; k < deep; k++)
+            for (long x = from; x < upto; x++) pack_patch(to + ((x - from) * deep + k) * PAIR, o, k, x);
+    }
+}
+
+/* Rows from .. upto - 1 of each patch of the panel to be packed next. */
+typedef struct {
+    const bf16 *at;
+    long step, stride, from, upto;
+} Ahead;
+
+INLINE Ahead ahead(const Operand *o, long panel, long part, long parts) {
+    if (o->packed || panel >= extent(o)) return (Ahead){0};
+    const bf16 *at = o->at + panel * (runs_down(o) ? o->down : o->across);
+    return (Ahead){at, runs_down(o) ? o->across : o->down, o->stride, part * BLOCK / parts, (part + 1) * BLOCK / parts};
+}
+
+/* One block of 32 x 32 sums, from a panel of A and one of B. */
+INLINE void multiply(const char *a, const char *b, long deep, float *sums, Ahead next) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (long k = 0; k < deep; k++, a += PAIR, b += PAIR) {
+        _tile_loadd(4, a, 64);
+        _tile_loadd(6, b, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, b + TILE, 64);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(5, a + TILE, 64);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+        for (long i = next.from; i < next.upto; i++)
+            _mm_prefetch((const char *)(next.at + k * next.step + i * next.stride), _MM_HINT_T1);
+    }
+    _tile_stored(0, sums, 4 * BLOCK);
+    _tile_stored(1, sums + 16, 4 * BLOCK);
+    _tile_stored(2, sums + 16 * BLOCK, 4 * BLOCK);
+    _tile_stored(3, sums + 16 * BLOCK + 16, 4 * BLOCK);
+}
+
+INLINE __m512 widen(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
+INLINE __m512 low_half(__m512i x) { return widen(_mm512_castsi512_si256(x)); }
+INLINE __m512 high_half(__m512i x) { return widen(_mm512_extracti64x4_epi64(x, 1)); }
+
+/* Writes the block at (down, across), in blocks. */
+INLINE void finish(const Result *c, long down, long across, const float *block) {
+    long real = least(c->rows - down * BLOCK, BLOCK), rows = c->patched ? BLOCK : real;
+    long place = down * c->down + across * c->across;
+    __mmask32 mask = first(c->columns - across * BLOCK), written = c->patched ? first(BLOCK) : mask;
+    __m512 zero = _mm512_setzero_ps(), sum_low = zero, sum_high = zero, factor = _mm512_set1_ps(c->factor);
+    __m512i bias = c->bias ? _mm512_maskz_loadu_epi16(mask, c->bias + across * BLOCK) : _mm512_setzero_si512();
+    for (long i = 0; i < rows; i++, block += BLOCK, place += c->stride) {
+        __m512 low = _mm512_add_ps(_mm512_load_ps(block), low_half(bias));
+        __m512 high = _mm512_add_ps(_mm512_load_ps(block + 16), high_half(bias));
+        if (c->relu) { /* operands in this order: a NaN stays one */
+            low = _mm512_max_ps(zero, low);
+            high = _mm512_max_ps(zero, high);
+        }
+        if (c->scale) {
+            long at = (down * BLOCK + i) * c->columns + across * BLOCK;
+            __m512i scale = _mm512_maskz_loadu_epi16(i < real ? mask : 0, c->scale + at);
+            low = _mm512_mul_ps(low, low_half(scale));
+            high = _mm512_mul_ps(high, high_half(scale));
+        }
+        if (c->kept) {
+            __m512i kept = _mm512_maskz_loadu_epi16(mask, c->kept + place);
+            __mmask32 live = _mm512_test_epi16_mask(kept, _mm512_set1_epi16(0x7fff));
+            low = _mm512_maskz_mul_ps((__mmask16)live, low, factor);
+            high = _mm512_maskz_mul_ps((__mmask16)(live >> 16), high, factor);
+        }
+        if (c->sums) {
+            sum_low = _mm512_add_ps(sum_low, low);
+            sum_high = _mm512_add_ps(sum_high, high);
+        }
+        __m512i both = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+        if (c->fresh) {
+            _mm512_stream_si512((__m512i *)(c->at + place), both);
+        } else {
+            _mm512_mask_storeu_epi16(c->at + place, written, both);
+        }
+    }
+    if (c->sums) {
+        float *sums = c->sums + across * BLOCK;
+        __mmask16 mask_low = (__mmask16)mask, mask_high = (__mmask16)(mask >> 16);
+        _mm512_mask_storeu_ps(sums, mask_low, _mm512_add_ps(_mm512_maskz_loadu_ps(mask_low, sums), sum_low));
+        sums += 16;
+        _mm512_mask_storeu_ps(sums, mask_high, _mm512_add_ps(_mm512_maskz_loadu_ps(mask_high, sums), sum_high));
+    }
+}
+
+INLINE long held_panels(const Operand *o) { return least(extent(o), most(1, HELD / (depth(o) * PAIR))); }
+
+/* Bytes of room that a product needs. */
+INLINE long room_of_product(const Operand *held, const Operand *passing) {
+    return SUMS + (held->packed ? 0 : held_panels(held) * depth(held) * PAIR) + (passing->packed ? 0 : depth(passing) * PAIR);
+}
+
+/* A B, with A held and B passing by, or the other way round. `room` starts at a multiple of 64 bytes. */
+static void product(const Operand *held, const Operand *passing, const Result *c, char *room) {
+    long deep = depth(held), panel = deep * PAIR, step = held_panels(held);
+    float *sums = (float *)room;
+    char *of_held = room + SUMS, *of_passing = of_held + (held->packed ? 0 : step * panel);
+    for (long from = 0; from < extent(held); from += step) {
+        long count = least(step, extent(held) - from);
+        const char *stay = held->packed ? held->packed + from * panel : of_held;
+        if (!held->packed) pack(of_held, held, from, from + count);
+        for (long i = 0; i < extent(passing); i++) {
+            const char *pass = passing->packed ? passing->packed + i * panel : of_passing;
+            if (!passing->packed) pack(of_passing, passing, i, i + 1);
+            for (long j = 0; j < count; j++) {
+                Ahead next = ahead(passing, i + 1, j, count);
+                if (held->left) {
+                    multiply(stay + j * panel, pass, deep, sums, next);
+                    finish(c, from + j, i, sums);
+                } else {
+                    multiply(pass, stay + j * panel, deep, sums, next);
+                    finish(c, i, from + j, sums);
+                }
+            }
+        }
+    }
+}
+
+/* Eight tiles of 16 rows of 64 bytes; undone by _tile_release. */
+static void configure(void) {
+    struct {
+        uint8_t palette, start, reserved[14];
+        uint16_t width[16];
+        uint8_t rows[16];
+    } shape = {.palette = 1};
+    for (int i = 0; i < 8; i++) {
+        shape.width[i] = 64;
+        shape.rows[i] = 16;
+    }
+    _tile_loadconfig(&shape);
+}
+
+#endif

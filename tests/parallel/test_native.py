@@ -1,0 +1,114 @@
+"""Kernels in C: built once, kept, built again where damaged, and done without where they cannot be."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from moe_train.parallel import native
+
+BUILDS = shutil.which("gcc") or shutil.which("cc")
+needs_compiler = pytest.mark.skipif(not BUILDS, reason="no C compiler here")
+
+
+@pytest.fixture
+def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A C file of its own, an empty place for libraries, and a processor with everything."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv(native.SWITCH, raising=False)
+    monkeypatch.setattr(native, "processor_flags", lambda: frozenset(native._UNITS))
+    monkeypatch.setattr(native, "_FOR_UNITS", ())
+    monkeypatch.setattr(native, "_compiler", native._compiler.__wrapped__)
+    folder = tmp_path / "source"
+    folder.mkdir()
+    (folder / "answer.h").write_text("#define ANSWER 42\n")
+    (folder / "answer.c").write_text('#include "answer.h"\nint answer(void) { return ANSWER; }\n')
+    return folder / "answer.c"
+
+
+def built(tmp_path: Path) -> list[Path]:
+    return sorted((tmp_path / "cache" / "moe_train" / "kernels").iterdir())
+
+
+def answer(source: Path) -> int | None:
+    library = native.library.__wrapped__(source)
+    return None if library is None else library.answer()
+
+
+@needs_compiler
+def test_built_once_and_anew_when_a_text_changes(source: Path, tmp_path: Path) -> None:
+    assert answer(source) == 42
+    (first,) = built(tmp_path)
+    stamp = first.stat().st_mtime_ns
+    assert answer(source) == 42 and first.stat().st_mtime_ns == stamp
+    source.with_name("answer.h").write_text("#define ANSWER 43\n")
+    assert answer(source) == 43
+    assert len(built(tmp_path)) == 2
+
+
+@needs_compiler
+def test_a_damaged_library_is_built_again(source: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "cache" / "moe_train" / "kernels"
+    command = native._compiler()
+    assert command is not None
+    native._from_cache(source, command)
+    (first,) = built(tmp_path)
+    name = first.name
+    shutil.rmtree(folder)  # a loaded file must not be written over
+    folder.mkdir(mode=0o700)
+    (folder / name).write_bytes(b"cut")
+    assert answer(source) == 42
+
+
+@needs_compiler
+def test_a_place_where_others_may_write_is_not_used(source: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "cache" / "moe_train" / "kernels"
+    folder.mkdir(parents=True)
+    folder.chmod(0o777)
+    assert answer(source) == 42
+    assert built(tmp_path) == []
+
+
+@needs_compiler
+def test_what_does_not_compile_is_said(source: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source.write_text("int answer(void) { return FORTY; }\n")
+    with caplog.at_level(logging.WARNING):
+        assert answer(source) is None
+    assert "answer.c could not be built" in caplog.text and "FORTY" in caplog.text
+
+
+def test_without_a_compiler(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    with caplog.at_level(logging.WARNING):
+        assert answer(source) is None
+    assert "there is no C compiler" in caplog.text and f"{native.SWITCH}=off" in caplog.text
+
+
+def test_switched_off_and_on_other_processors_nothing_is_said(
+    source: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setenv(native.SWITCH, "off")
+        assert answer(source) is None
+    monkeypatch.setattr(native, "processor_flags", lambda: frozenset({"avx2"}))
+    assert answer(source) is None
+    assert not caplog.records
+
+
+@needs_compiler
+def test_for_whom(source: Path) -> None:
+    """For bf16 on the CPU, unless somebody counts what torch does."""
+    rows = torch.zeros(1, dtype=torch.bfloat16)
+    assert native.library_for(rows, source) is not None
+    assert native.library_for(rows.float(), source) is None
+    assert native.library_for(rows.to("meta"), source) is None
+    with FlopCounterMode(display=False):
+        assert native.library_for(rows, source) is None

@@ -1,0 +1,70 @@
+"""Kernels for rows of bf16 against plain formulas, in any number of threads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from moe_train.parallel import native_rows
+
+pytestmark = pytest.mark.skipif(
+    not native_rows.serves(torch.zeros(1, dtype=torch.bfloat16)), reason="no matrix units (AMX) here, or no C compiler"
+)
+EPS = torch.finfo(torch.bfloat16).eps
+
+
+def draw(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16)
+
+
+@given(st.lists(st.integers(0, 5), max_size=12), st.integers(1, 150), st.integers(0, 99))
+def test_take(tokens: list[int], dim: int, seed: int) -> None:
+    x, token = draw(seed, 6, dim), torch.tensor(tokens, dtype=torch.int64)
+    assert torch.equal(native_rows.take(x, token), x[token])
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=8), st.integers(1, 150), st.booleans(), st.integers(0, 99))
+def test_add_up(sizes: list[int], dim: int, weighted: bool, seed: int) -> None:
+    """Bags of any size, none included, over rows in any order."""
+    total, count = sum(sizes), torch.tensor(sizes)
+    values = draw(seed, max(total, 1), dim)
+    ids = torch.randperm(values.shape[0], generator=torch.Generator().manual_seed(seed))[:total]
+    weight = draw(seed + 1, total).float() + 2**-12 if weighted else None
+    found = native_rows.add_up(values, ids, count.cumsum(0) - count, weight)
+    rows = values.double()[ids] * (1 if weight is None else weight.double()[:, None])
+    bag = torch.arange(len(sizes)).repeat_interleave(count)
+    wanted = torch.zeros(len(sizes), dim, dtype=torch.float64).index_add(0, bag, rows)
+    largest = torch.zeros_like(wanted).index_add(0, bag, rows.abs())
+    assert ((found - wanted).abs() <= EPS / 2 * wanted.abs() + 1e-6 * largest).all()
+
+
+@given(st.lists(st.integers(0, 3), max_size=12), st.integers(1, 150), st.integers(0, 99))
+def test_add_up_backward(tokens: list[int], dim: int, seed: int) -> None:
+    token = torch.tensor(tokens, dtype=torch.int64)
+    grad, values, weight = draw(seed, 4, dim), draw(seed + 1, len(tokens), dim), draw(seed + 2, len(tokens)).float()
+    by_values, by_weight = native_rows.add_up_backward(grad, values, weight, token)
+    torch.testing.assert_close(by_values, (weight[:, None] * grad.float()[token]).to(torch.bfloat16), rtol=0, atol=0)
+    products = grad.double()[token] * values.double()
+    assert ((by_weight - products.sum(1)).abs() <= 1e-5 * products.abs().sum(1)).all()
+
+
+def test_numbers_that_are_none() -> None:
+    """NaN and infinity pass through, and what is too large becomes infinite."""
+    row = torch.tensor([[float("nan"), float("inf"), -float("inf"), 3.3e38, 0.0]]).to(torch.bfloat16)
+    one = torch.zeros(1, dtype=torch.int64)
+    twice = native_rows.add_up(row, one, one, torch.tensor([2.0]))
+    torch.testing.assert_close(twice, row * 2, rtol=0, atol=0, equal_nan=True)
+
+
+def test_any_number_of_threads() -> None:
+    values, before = draw(0, 20_000, 64), torch.get_num_threads()
+    ids, starts, weight = torch.arange(20_000), torch.arange(0, 20_000, 2), torch.rand(20_000)
+    outcomes = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        outcomes.append(native_rows.add_up(values, ids, starts, weight))
+    torch.set_num_threads(before)
+    assert torch.equal(outcomes[0], outcomes[1]) and torch.equal(outcomes[0], outcomes[2])
