@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from moe_train.experts.feed_forward import Inner
 from moe_train.experts.products import bag_sums, batched, batched_affine
+from moe_train.parallel.reuse import gradient_like
 
 
 class BatchedFeedForward(torch.autograd.Function):
@@ -37,9 +38,9 @@ class BatchedFeedForward(torch.autograd.Function):
         inner: Inner = ctx.inner
         gy = grad.reshape(*x.shape[:2], -1)
         learns, biased = any(ctx.needs_input_grad[1:5]), ctx.biased and any(ctx.needs_input_grad[1:5])
-        by_w2 = batched(inner.recall(kept, scale).transpose(1, 2), gy) if learns else None
+        by_w2 = batched(inner.recall(kept, scale).transpose(1, 2), gy, gradient_like(w2)) if learns else None
         g = inner.backward(batched(gy, w2.transpose(1, 2)), kept, scale)
-        by_w1 = batched(x.transpose(1, 2), g) if learns else None
+        by_w1 = batched(x.transpose(1, 2), g, gradient_like(w1)) if learns else None
         by_rows = batched(g, w1.transpose(1, 2)).flatten(0, 1) if ctx.needs_input_grad[0] else None
         by_b1, by_b2 = (_sum_of_each(g), _sum_of_each(gy)) if biased else (None, None)
         return by_rows, by_w1, by_b1, by_w2, by_b2, None

@@ -20,6 +20,7 @@ from moe_train.experts.plan import RowPlan
 from moe_train.experts.products import affine, affine_into, bag_sums, outer_into
 from moe_train.experts.spec import Activation
 from moe_train.parallel.memory import empty_like
+from moe_train.parallel.reuse import gradient_like
 from moe_train.parallel.threads import over_parts
 
 
@@ -131,7 +132,7 @@ class _WeightGradients:
     """The stacked gradients, filled expert by expert; experts without rows stand at zero."""
 
     def __init__(self, w1: Tensor, w2: Tensor, biased: bool, plan: RowPlan) -> None:
-        self.w1, self.w2 = empty_like(w1), empty_like(w2)
+        self.w1, self.w2 = gradient_like(w1), gradient_like(w2)
         self.each_w1, self.each_w2 = _each(self.w1, plan), _each(self.w2, plan)
         for e, count in enumerate(plan.rows):
             if count == 0:

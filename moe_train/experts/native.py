@@ -22,8 +22,9 @@ from moe_train.experts.feed_forward import Inner
 from moe_train.experts.plan import RowPlan
 from moe_train.experts.products import bag_sums
 from moe_train.experts.spec import Activation
-from moe_train.parallel.memory import empty, empty_like
+from moe_train.parallel.memory import empty
 from moe_train.parallel.native import library, library_for
+from moe_train.parallel.reuse import gradient_like
 from moe_train.parallel.threads import over_parts
 
 _SOURCE = Path(__file__).with_name("feed_forward.c")
@@ -129,7 +130,7 @@ def _each(buffer: Tensor | None, starts: Sequence[int]) -> Sequence[int | None]:
 
 def _gradient_of(weight: Tensor, plan: RowPlan) -> Tensor:
     """Room for it; zero for experts without rows."""
-    gradient = empty_like(weight)
+    gradient = gradient_like(weight)
     for e, count in enumerate(plan.rows):
         if count == 0:
             gradient[e].zero_()

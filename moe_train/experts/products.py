@@ -120,9 +120,9 @@ def outer_into(out: Tensor, x: Tensor, grad: Tensor) -> None:
         torch.mm(x.t(), grad, out=out)
 
 
-def batched(x: Tensor, w: Tensor) -> Tensor:
-    """x @ w of every expert at once. x [E, n, k], w [E, k, m]."""
-    return torch.bmm(x, w, out=empty((*x.shape[:2], w.shape[2]), x))
+def batched(x: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
+    """x @ w of every expert at once, into ``out`` if given. x [E, n, k], w [E, k, m]."""
+    return torch.bmm(x, w, out=empty((*x.shape[:2], w.shape[2]), x) if out is None else out)
 
 
 def batched_affine(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:

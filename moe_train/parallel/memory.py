@@ -17,7 +17,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-_LARGE = 8 << 20  # bytes: four huge pages
+LARGE = 8 << 20  # bytes: four huge pages
 _MADV_HUGEPAGE = 14
 _SWITCH = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
@@ -26,11 +26,17 @@ def empty(shape: Sequence[int], like: Tensor) -> Tensor:
     """An uninitialised tensor of ``like``'s type and device, in huge pages if it is large and on the CPU."""
     buffer = like.new_empty(shape)
     size = buffer.numel() * buffer.element_size()
-    if size >= _LARGE and buffer.device.type == "cpu" and (advise := _advice()) is not None:
-        page, begin = mmap.PAGESIZE, buffer.data_ptr()
-        start = -(-begin // page) * page
-        advise(start, (begin + size - start) // page * page, _MADV_HUGEPAGE)
+    if size >= LARGE and buffer.device.type == "cpu":
+        advise(buffer.data_ptr(), size)
     return buffer
+
+
+def advise(begin: int, size: int) -> None:
+    """Asks for huge pages for so many bytes of memory from an address on."""
+    if (ask := _advice()) is not None:
+        page = mmap.PAGESIZE
+        start = -(-begin // page) * page
+        ask(start, (begin + size - start) // page * page, _MADV_HUGEPAGE)
 
 
 def empty_like(like: Tensor) -> Tensor:

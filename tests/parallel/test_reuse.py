@@ -1,0 +1,119 @@
+"""Memory of freed gradients: used again for the same size, never while anybody has it, given up for other sizes."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from moe_train.experts import ExpertPool, ExpertSpec
+from moe_train.parallel import reuse
+from moe_train.routing.types import Assignment
+
+LARGE = torch.zeros(1024, 2048)  # 8 MiB
+LARGER = torch.zeros(1025, 2048)
+
+
+@pytest.fixture(autouse=True)
+def memory(monkeypatch: pytest.MonkeyPatch) -> reuse._Memory:
+    """One of the test's own."""
+    own = reuse._Memory()
+    monkeypatch.setattr(reuse, "_memory", lambda: own)
+    return own
+
+
+def waiting(memory: reuse._Memory) -> dict[int, int]:
+    """How many mappings wait, by size."""
+    gc.collect()
+    return {size: len(mappings) for size, mappings in memory.free.items() if mappings}
+
+
+def test_used_again_when_nobody_has_it(memory: reuse._Memory) -> None:
+    first = reuse.gradient_like(LARGE)
+    first.fill_(1)
+    place, part = first.data_ptr(), first[3:]
+    del first
+    second = reuse.gradient_like(LARGE)
+    assert second.data_ptr() != place and (part == 1).all()
+    del part
+    assert waiting(memory) == {8 << 20: 1}
+    third = reuse.gradient_like(LARGE)
+    assert third.data_ptr() == place and third.shape == LARGE.shape and waiting(memory) == {}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_like_the_weight(dtype: torch.dtype) -> None:
+    weight = torch.zeros(2, 2100, 1024, dtype=dtype)
+    gradient = reuse.gradient_like(weight)
+    assert gradient.shape == weight.shape and gradient.dtype == dtype and gradient.is_contiguous()
+    assert gradient.data_ptr() % 64 == 0
+
+
+def test_another_size_gives_up_what_waits(memory: reuse._Memory) -> None:
+    del_me = reuse.gradient_like(LARGE)
+    kept = reuse.gradient_like(LARGE)
+    del del_me
+    assert waiting(memory) == {8 << 20: 1}
+    other = reuse.gradient_like(LARGER)
+    assert waiting(memory) == {}
+    kept.fill_(3)
+    other.fill_(4)
+    assert (kept == 3).all()
+
+
+def test_small_ones_and_other_devices_are_torchs(memory: reuse._Memory) -> None:
+    assert reuse.gradient_like(torch.zeros(3, 4)).shape == (3, 4)
+    assert reuse.gradient_like(LARGE.to("meta")).device.type == "meta"
+    assert memory.free == {}
+
+
+@pytest.mark.parametrize("tokens", [6, 7], ids=["equal loads", "unequal loads"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_stand_in_it_and_come_back(
+    tokens: int, dtype: torch.dtype, memory: reuse._Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """autograd takes the tensor as it is, accumulates onto it, and freeing gradients returns it."""
+    made: list[int] = []
+    new = memory._new
+    monkeypatch.setattr(memory, "_new", lambda size: made.append(size) or new(size))
+    pool = ExpertPool(ExpertSpec(dim=1024, hidden=2048, bias=False), 2).to(dtype)
+    x, once = torch.randn(tokens, 1024).to(dtype), torch.arange(tokens)
+    pairs = Assignment(once, once % 2, torch.ones(tokens), torch.zeros(tokens, dtype=torch.int64))
+    for _ in range(3):
+        pool(x, pairs).sum().backward()
+        first = [gradient.clone() for gradient in _gradients(pool)]
+        pool(x, pairs).sum().backward()
+        for gradient, single in zip(_gradients(pool), first, strict=True):
+            torch.testing.assert_close(gradient, 2 * single)
+        del gradient
+        pool.zero_grad(set_to_none=True)
+    size = 2 * 1024 * 2048 * dtype.itemsize
+    assert set(made) == {size} and len(made) <= 4 and waiting(memory) == {size: len(made)}
+
+
+def _gradients(module: nn.Module) -> list[Tensor]:
+    return [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+
+
+def test_freed_by_any_thread(memory: reuse._Memory) -> None:
+    held = [[reuse.gradient_like(LARGE)] for _ in range(4)]
+    threads = [threading.Thread(target=one.clear) for one in held]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert waiting(memory) == {8 << 20: 4}
+
+
+def test_a_process_ends_with_gradients_in_use() -> None:
+    code = (
+        "import torch\nfrom moe_train.parallel.reuse import gradient_like\n"
+        "w = torch.nn.Parameter(torch.zeros(1024, 2048)); w.grad = gradient_like(w); w.grad.fill_(1)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0 and not ended.stderr
