@@ -60,10 +60,24 @@ int moe_forward(bf16 *y, bf16 *hidden, const bf16 *x, const bf16 *w1, const bf16
     return 0;
 }
 
-/* Gradients of x, w1, b1 (fp32, added to) and w2, given y's. NULL for gx, or for gw1, gb1 and gw2: nobody asks.
- * `factor`: what dropout multiplied what it left by. */
-int moe_backward(bf16 *gx, bf16 *gw1, float *gb1, bf16 *gw2, const bf16 *gy, const bf16 *hidden, const bf16 *x,
-                 const bf16 *w1, const bf16 *w2, float factor, long n, long d, long h) {
+/* sums [columns] += the rows of x. */
+static void add_rows(float *sums, const bf16 *x, long rows, long columns) {
+    for (long c = 0; c < columns; c += WIDTH) {
+        __mmask32 mask = first(columns - c);
+        __m512 low = _mm512_setzero_ps(), high = low;
+        for (long i = 0; i < rows; i++) {
+            __m512i row = load(mask, x + i * columns + c);
+            low = _mm512_add_ps(low, low_half(row));
+            high = _mm512_add_ps(high, high_half(row));
+        }
+        add_to(sums + c, mask, low, high);
+    }
+}
+
+/* Gradients of x, w1, b1, w2 and b2, given y's; those of biases are in fp32 and added to what stands there. NULL: nobody
+ * asks. `factor`: what dropout multiplied what it left by. */
+int moe_backward(bf16 *gx, bf16 *gw1, float *gb1, bf16 *gw2, float *gb2, const bf16 *gy, const bf16 *hidden,
+                 const bf16 *x, const bf16 *w1, const bf16 *w2, float factor, long n, long d, long h) {
     long size = blocks(n) * blocks(h) * PAIR;
     Operand gy_left = plain(gy, n, d, 0, 1), w2_turned = plain(w2, h, d, 1, 0);
     Operand hidden_turned = patched(hidden, n, h, 1, 1), gy_right = plain(gy, n, d, 0, 0);
@@ -81,6 +95,7 @@ int moe_backward(bf16 *gx, bf16 *gw1, float *gb1, bf16 *gw2, const bf16 *gy, con
     to_g.sums = gb1;
     configure();
     product(&gy_left, &w2_turned, &to_g, room);
+    if (gb2) add_rows(gb2, gy, n, d);
     if (gw2) {
         Result to_w2 = to_plain(gw2, h, d);
         to_w2.fresh = d % BLOCK == 0 && (uintptr_t)gw2 % 64 == 0;

@@ -10,13 +10,9 @@
 #ifndef MOE_TRAIN_MATRIX_H
 #define MOE_TRAIN_MATRIX_H
 
-#include <immintrin.h>
-#include <stdint.h>
+#include "bf16.h"
 
-typedef uint16_t bf16;
-enum { BLOCK = 32, PATCH = BLOCK * BLOCK, TILE = 1024, PAIR = 2 * TILE, HELD = 1 << 20, SUMS = 4 * PATCH };
-
-#define INLINE static inline __attribute__((always_inline))
+enum { BLOCK = WIDTH, PATCH = BLOCK * BLOCK, TILE = 1024, PAIR = 2 * TILE, HELD = 1 << 20, SUMS = 4 * PATCH };
 
 /* One side of a product. Numbers stand in patches: `down` from a patch to that below it, `across` to that beside it. */
 typedef struct {
@@ -45,7 +41,6 @@ typedef struct {
 INLINE long blocks(long n) { return (n + BLOCK - 1) / BLOCK; }
 INLINE long least(long a, long b) { return a < b ? a : b; }
 INLINE long most(long a, long b) { return a > b ? a : b; }
-INLINE __mmask32 first(long n) { return n >= BLOCK ? 0xffffffffu : n <= 0 ? 0 : (1u << n) - 1; }
 
 /* A matrix [rows, columns] as C stores it. */
 INLINE Operand plain(const bf16 *at, long rows, long columns, int turned, int left) {
@@ -96,7 +91,7 @@ INLINE void turn(__m512i r[16]) {
 }
 
 INLINE __m512i row_of_patch(const Operand *o, const bf16 *at, long i, long rows, __mmask32 mask) {
-    return i < rows ? _mm512_maskz_loadu_epi16(mask, at + i * o->stride) : _mm512_setzero_si512();
+    return load(i < rows ? mask : 0, at + i * o->stride);
 }
 
 /* The patch at (down, across), in patches, as two tiles. */
@@ -159,8 +154,8 @@ INLINE Ahead ahead(const Operand *o, long panel, long part, long parts) {
     return (Ahead){at, runs_down(o) ? o->across : o->down, o->stride, part * BLOCK / parts, (part + 1) * BLOCK / parts};
 }
 
-/* One block of 32 x 32 sums, from a panel of A and one of B. */
-INLINE void multiply(const char *a, const char *b, long deep, float *sums, Ahead next) {
+/* One block of 32 x 32 sums, from a panel of A and one of B; of A's rows the first 16 alone where the others are zero. */
+INLINE void multiply(const char *a, const char *b, long deep, int whole, float *sums, Ahead next) {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -171,9 +166,11 @@ INLINE void multiply(const char *a, const char *b, long deep, float *sums, Ahead
         _tile_dpbf16ps(0, 4, 6);
         _tile_loadd(7, b + TILE, 64);
         _tile_dpbf16ps(1, 4, 7);
-        _tile_loadd(5, a + TILE, 64);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
+        if (whole) {
+            _tile_loadd(5, a + TILE, 64);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
         for (long i = next.from; i < next.upto; i++)
             _mm_prefetch((const char *)(next.at + k * next.step + i * next.stride), _MM_HINT_T1);
     }
@@ -183,9 +180,11 @@ INLINE void multiply(const char *a, const char *b, long deep, float *sums, Ahead
     _tile_stored(3, sums + 16 * BLOCK + 16, 4 * BLOCK);
 }
 
-INLINE __m512 widen(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
-INLINE __m512 low_half(__m512i x) { return widen(_mm512_castsi512_si256(x)); }
-INLINE __m512 high_half(__m512i x) { return widen(_mm512_extracti64x4_epi64(x, 1)); }
+INLINE void add_to(float *sums, __mmask32 mask, __m512 low, __m512 high) {
+    __mmask16 mask_low = (__mmask16)mask, mask_high = (__mmask16)(mask >> 16);
+    _mm512_mask_storeu_ps(sums, mask_low, _mm512_add_ps(_mm512_maskz_loadu_ps(mask_low, sums), low));
+    _mm512_mask_storeu_ps(sums + 16, mask_high, _mm512_add_ps(_mm512_maskz_loadu_ps(mask_high, sums + 16), high));
+}
 
 /* Writes the block at (down, across), in blocks. */
 INLINE void finish(const Result *c, long down, long across, const float *block) {
@@ -193,7 +192,7 @@ INLINE void finish(const Result *c, long down, long across, const float *block) 
     long place = down * c->down + across * c->across;
     __mmask32 mask = first(c->columns - across * BLOCK), written = c->patched ? first(BLOCK) : mask;
     __m512 zero = _mm512_setzero_ps(), sum_low = zero, sum_high = zero, factor = _mm512_set1_ps(c->factor);
-    __m512i bias = c->bias ? _mm512_maskz_loadu_epi16(mask, c->bias + across * BLOCK) : _mm512_setzero_si512();
+    __m512i bias = c->bias ? load(mask, c->bias + across * BLOCK) : _mm512_setzero_si512();
     for (long i = 0; i < rows; i++, block += BLOCK, place += c->stride) {
         __m512 low = _mm512_add_ps(_mm512_load_ps(block), low_half(bias));
         __m512 high = _mm512_add_ps(_mm512_load_ps(block + 16), high_half(bias));
@@ -203,12 +202,12 @@ INLINE void finish(const Result *c, long down, long across, const float *block) 
         }
         if (c->scale) {
             long at = (down * BLOCK + i) * c->columns + across * BLOCK;
-            __m512i scale = _mm512_maskz_loadu_epi16(i < real ? mask : 0, c->scale + at);
+            __m512i scale = load(i < real ? mask : 0, c->scale + at);
             low = _mm512_mul_ps(low, low_half(scale));
             high = _mm512_mul_ps(high, high_half(scale));
         }
         if (c->kept) {
-            __m512i kept = _mm512_maskz_loadu_epi16(mask, c->kept + place);
+            __m512i kept = load(mask, c->kept + place);
             __mmask32 live = _mm512_test_epi16_mask(kept, _mm512_set1_epi16(0x7fff));
             low = _mm512_maskz_mul_ps((__mmask16)live, low, factor);
             high = _mm512_maskz_mul_ps((__mmask16)(live >> 16), high, factor);
@@ -217,20 +216,14 @@ INLINE void finish(const Result *c, long down, long across, const float *block) 
             sum_low = _mm512_add_ps(sum_low, low);
             sum_high = _mm512_add_ps(sum_high, high);
         }
-        __m512i both = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+        __m512i both = narrow(low, high);
         if (c->fresh) {
             _mm512_stream_si512((__m512i *)(c->at + place), both);
         } else {
             _mm512_mask_storeu_epi16(c->at + place, written, both);
         }
     }
-    if (c->sums) {
-        float *sums = c->sums + across * BLOCK;
-        __mmask16 mask_low = (__mmask16)mask, mask_high = (__mmask16)(mask >> 16);
-        _mm512_mask_storeu_ps(sums, mask_low, _mm512_add_ps(_mm512_maskz_loadu_ps(mask_low, sums), sum_low));
-        sums += 16;
-        _mm512_mask_storeu_ps(sums, mask_high, _mm512_add_ps(_mm512_maskz_loadu_ps(mask_high, sums), sum_high));
-    }
+    if (c->sums) add_to(c->sums + across * BLOCK, mask, sum_low, sum_high);
 }
 
 INLINE long held_panels(const Operand *o) { return least(extent(o), most(1, HELD / (depth(o) * PAIR))); }
@@ -255,10 +248,10 @@ static void product(const Operand *held, const Operand *passing, const Result *c
             for (long j = 0; j < count; j++) {
                 Ahead next = ahead(passing, i + 1, j, count);
                 if (held->left) {
-                    multiply(stay + j * panel, pass, deep, sums, next);
+                    multiply(stay + j * panel, pass, deep, c->rows - (from + j) * BLOCK > 16, sums, next);
                     finish(c, from + j, i, sums);
                 } else {
-                    multiply(pass, stay + j * panel, deep, sums, next);
+                    multiply(pass, stay + j * panel, deep, c->rows - i * BLOCK > 16, sums, next);
                     finish(c, i, from + j, sums);
                 }
             }

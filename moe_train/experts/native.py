@@ -20,7 +20,6 @@ from torch.autograd.function import once_differentiable
 
 from moe_train.experts.feed_forward import Inner
 from moe_train.experts.plan import RowPlan
-from moe_train.experts.products import bag_sums
 from moe_train.experts.spec import Activation
 from moe_train.parallel.memory import empty
 from moe_train.parallel.native import library, library_for
@@ -80,11 +79,11 @@ class NativeFeedForward(torch.autograd.Function):
         learns = any(ctx.needs_input_grad[1:5])
         by_rows = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
         by_w1, by_w2 = (_gradient_of(w, plan) if learns else None for w in (w1, w2))
-        by_b1 = torch.zeros(w1.shape[0], w1.shape[2]) if learns and ctx.biased else None
+        by_b1, by_b2 = (torch.zeros(*w.shape[::2]) if learns and ctx.biased else None for w in (w1, w2))
         _run(
             _functions()["moe_backward"],
             (
-                *(_each(by_rows, at.rows), *(_each(gradient, at.experts) for gradient in (by_w1, by_b1, by_w2))),
+                *(_each(by_rows, at.rows), *(_each(gradient, at.experts) for gradient in (by_w1, by_b1, by_w2, by_b2))),
                 *(_each(grad, at.rows), _each(hidden, at.blocks), _each(rows, at.rows)),
                 *(_each(w1, at.experts), _each(w2, at.experts)),
                 [_scale_of_dropout(ctx.inner, rows)] * len(plan.rows),
@@ -92,10 +91,8 @@ class NativeFeedForward(torch.autograd.Function):
             w1,
             plan,
         )
-        if by_b1 is None:
-            return by_rows, by_w1, None, by_w2, None, None, None
-        by_b2 = bag_sums(grad, torch.arange(grad.shape[0]), torch.tensor(at.rows[:-1]))
-        return by_rows, by_w1, by_b1.to(w1.dtype), by_w2, by_b2, None, None
+        by_b1, by_b2 = (None if by is None else by.to(w1.dtype) for by in (by_b1, by_b2))
+        return by_rows, by_w1, by_b1, by_w2, by_b2, None, None
 
 
 @dataclass(frozen=True)
@@ -164,7 +161,7 @@ def _functions() -> Mapping[str, Callable[..., int]]:
     pointer, size = ctypes.c_void_p, ctypes.c_long
     forward, backward = kernels.moe_forward, kernels.moe_backward
     forward.argtypes = [pointer] * 8 + [size] * 3
-    backward.argtypes = [pointer] * 9 + [ctypes.c_float] + [size] * 3
+    backward.argtypes = [pointer] * 10 + [ctypes.c_float] + [size] * 3
     return {"moe_forward": forward, "moe_backward": backward}
 
 

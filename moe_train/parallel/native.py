@@ -30,6 +30,7 @@ SWITCH = "MOE_TRAIN_KERNELS"  # set it to "off" to do without
 _UNITS = ("avx512f", "avx512bw", "avx512vl", "avx512_bf16", "amx_tile", "amx_bf16")
 _FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-fopenmp-simd", "-mprefer-vector-width=512")
 _FOR_UNITS = tuple("-m" + unit.replace("_", "-").replace("avx512-", "avx512") for unit in _UNITS)
+_HEADERS = Path(__file__).parent
 _COMPILERS = ("gcc", "cc", "clang")
 _SECONDS = 120
 
@@ -92,7 +93,7 @@ def _from_cache(source: Path, compiler: tuple[str, ...]) -> ctypes.CDLL:
         subprocess.SubprocessError: the compiler failed.
     """
     command = (*compiler, *_FLAGS, *_FOR_UNITS)
-    texts = [source, *sorted(source.parent.glob("*.h"))]
+    texts = [source, *sorted({*source.parent.glob("*.h"), *_HEADERS.glob("*.h")})]
     digest = hashlib.sha256(b"\0".join([*(path.read_bytes() for path in texts), *map(os.fsencode, command)]))
     with contextlib.ExitStack() as stack:
         folder = _own_folder() or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="moe_train-")))
@@ -100,7 +101,7 @@ def _from_cache(source: Path, compiler: tuple[str, ...]) -> ctypes.CDLL:
         if built.exists():
             with contextlib.suppress(OSError):  # damaged: built again
                 return ctypes.CDLL(str(built))
-        _build(source, built, command)
+        _build(source, built, (*command, f"-I{_HEADERS}"))
         return ctypes.CDLL(str(built))
 
 

@@ -1,4 +1,4 @@
-"""Rows of bf16 taken, added up and multiplied by kernels of our own (rows.c), where these serve."""
+"""Rows of bf16 added up and multiplied by kernels of our own (rows.c), where these serve."""
 
 from __future__ import annotations
 
@@ -20,14 +20,6 @@ _COST = 100.0  # of a number, beside a product's FLOP: these passes wait for mem
 def serves(like: Tensor) -> bool:
     """Whether these kernels take tensors of this type and place, as things are."""
     return library_for(like, _SOURCE) is not None
-
-
-def take(x: Tensor, token: Tensor) -> Tensor:
-    """Rows ``token`` [n] of x [T, d] → [n, d]."""
-    x, token = x.contiguous(), token.contiguous()
-    out = x.new_empty(token.shape[0], x.shape[1])
-    _run("moe_take", (out, x, token), (), *out.shape)
-    return out
 
 
 def add_up(values: Tensor, ids: Tensor, starts: Tensor, weight: Tensor | None) -> Tensor:
@@ -83,7 +75,7 @@ def _run(name: str, tensors: tuple[Tensor | None, ...], sizes: tuple[int, ...], 
 def _functions() -> Mapping[str, Callable[..., None]]:
     kernels = library(_SOURCE)
     assert kernels is not None
-    functions = {"moe_take": (3, 3), "moe_add_up": (5, 5), "moe_add_up_backward": (6, 3)}  # pointers, sizes
+    functions = {"moe_add_up": (5, 5), "moe_add_up_backward": (6, 3)}  # pointers, sizes
     for name, (pointers, sizes) in functions.items():
         function = getattr(kernels, name)
         function.argtypes, function.restype = [ctypes.c_void_p] * pointers + [ctypes.c_long] * sizes, None

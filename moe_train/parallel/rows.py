@@ -153,9 +153,7 @@ class _Mix(torch.autograd.Function):
 
 def _token_of_each_row(x: Tensor, rows: TokenRows) -> Tensor:
     """x [T, d] → [N, d]. Where there are no tokens, all rows are padding, and zero."""
-    if not x.shape[0]:
-        return x.new_zeros(rows.row_token.shape[0], x.shape[1])
-    return native_rows.take(x, rows.row_token) if native_rows.serves(x) else x.index_select(0, rows.row_token)
+    return x.index_select(0, rows.row_token) if x.shape[0] else x.new_zeros(rows.row_token.shape[0], x.shape[1])
 
 
 def _wide(values: Tensor) -> torch.dtype:

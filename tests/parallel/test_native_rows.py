@@ -20,12 +20,6 @@ def draw(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16)
 
 
-@given(st.lists(st.integers(0, 5), max_size=12), st.integers(1, 150), st.integers(0, 99))
-def test_take(tokens: list[int], dim: int, seed: int) -> None:
-    x, token = draw(seed, 6, dim), torch.tensor(tokens, dtype=torch.int64)
-    assert torch.equal(native_rows.take(x, token), x[token])
-
-
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=8), st.integers(1, 150), st.booleans(), st.integers(0, 99))
 def test_add_up(sizes: list[int], dim: int, weighted: bool, seed: int) -> None:
     """Bags of any size, none included, over rows in any order."""
