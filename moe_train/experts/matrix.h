@@ -5,14 +5,14 @@
  * each of which makes two tiles, and the edges are filled up with zeros.
  *
  * One operand of a product is packed whole, or as much of it as second-level caches hold; the other passes by in panels
- * of 32 rows or columns, and while one panel is multiplied the next is fetched: that is what small products wait for.
+ * of 32 rows or columns, and while some are multiplied the next are fetched: that is what small products wait for.
  */
 #ifndef MOE_TRAIN_MATRIX_H
 #define MOE_TRAIN_MATRIX_H
 
 #include "bf16.h"
 
-enum { BLOCK = WIDTH, PATCH = BLOCK * BLOCK, TILE = 1024, PAIR = 2 * TILE, HELD = 1 << 20, SUMS = 4 * PATCH };
+enum { BLOCK = WIDTH, PATCH = BLOCK * BLOCK, TILE = 1024, PAIR = 2 * TILE, HELD = 1 << 20, SHALLOW = 8, SUMS = 4 * PATCH };
 
 /* One side of a product. Numbers stand in patches: `down` from a patch to that below it, `across` to that beside it. */
 typedef struct {
@@ -228,31 +228,37 @@ INLINE void finish(const Result *c, long down, long across, const float *block) 
 
 INLINE long held_panels(const Operand *o) { return least(extent(o), most(1, HELD / (depth(o) * PAIR))); }
 
+/* How many pass by together: two where both stay in the first-level cache, so that what is held comes from the second
+ * half as often. */
+INLINE long passing_panels(const Operand *o) { return depth(o) <= SHALLOW ? 2 : 1; }
+
 /* Bytes of room that a product needs. */
 INLINE long room_of_product(const Operand *held, const Operand *passing) {
-    return SUMS + (held->packed ? 0 : held_panels(held) * depth(held) * PAIR) + (passing->packed ? 0 : depth(passing) * PAIR);
+    long kept = held->packed ? 0 : held_panels(held), passed = passing->packed ? 0 : passing_panels(passing);
+    return SUMS + (kept + passed) * depth(held) * PAIR;
 }
 
 /* A B, with A held and B passing by, or the other way round. `room` starts at a multiple of 64 bytes. */
 static void product(const Operand *held, const Operand *passing, const Result *c, char *room) {
-    long deep = depth(held), panel = deep * PAIR, step = held_panels(held);
+    long deep = depth(held), panel = deep * PAIR, step = held_panels(held), group = passing_panels(passing);
     float *sums = (float *)room;
     char *of_held = room + SUMS, *of_passing = of_held + (held->packed ? 0 : step * panel);
     for (long from = 0; from < extent(held); from += step) {
         long count = least(step, extent(held) - from);
         const char *stay = held->packed ? held->packed + from * panel : of_held;
         if (!held->packed) pack(of_held, held, from, from + count);
-        for (long i = 0; i < extent(passing); i++) {
-            const char *pass = passing->packed ? passing->packed + i * panel : of_passing;
-            if (!passing->packed) pack(of_passing, passing, i, i + 1);
+        for (long x = 0; x < extent(passing); x += group) {
+            long together = least(group, extent(passing) - x);
+            const char *pass = passing->packed ? passing->packed + x * panel : of_passing;
+            if (!passing->packed) pack(of_passing, passing, x, x + together);
             for (long j = 0; j < count; j++) {
-                Ahead next = ahead(passing, i + 1, j, count);
-                if (held->left) {
-                    multiply(stay + j * panel, pass, deep, c->rows - (from + j) * BLOCK > 16, sums, next);
-                    finish(c, from + j, i, sums);
-                } else {
-                    multiply(pass, stay + j * panel, deep, c->rows - i * BLOCK > 16, sums, next);
-                    finish(c, i, from + j, sums);
+                for (long i = 0; i < together; i++) {
+                    long down = held->left ? from + j : x + i, across = held->left ? x + i : from + j;
+                    const char *one = stay + j * panel, *other = pass + i * panel;
+                    Ahead next = ahead(passing, x + group + i, j, count);
+                    int whole = c->rows - down * BLOCK > BLOCK / 2;
+                    multiply(held->left ? one : other, held->left ? other : one, deep, whole, sums, next);
+                    finish(c, down, across, sums);
                 }
             }
         }

@@ -38,22 +38,24 @@ def add_up(values: Tensor, ids: Tensor, starts: Tensor, weight: Tensor | None) -
     return out
 
 
-def add_up_backward(grad: Tensor, values: Tensor, weight: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of rows and weights in y_t = Σ over rows i of token t of weight_i · values_i.
+def add_up_backward(grad: Tensor, values: Tensor, weight: Tensor, token: Tensor, pair: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of rows and weights in y_t = Σ over rows i of token t of weight_pair[i] · values_i.
 
     Args:
         grad: of y, [T, d] bf16.
         values: [N, d] bf16.
-        weight: [N], of each row.
+        weight: [P] fp32, each of one row.
         token: [N] int64, of each row.
+        pair: [N] int64, which weight is each row's; P for rows that have none.
 
     Returns:
-        That of values [N, d], bf16, and that of weight [N], fp32.
+        That of values [N, d], bf16, 0 for rows without a weight, and that of weight [P], fp32.
     """
-    grad, values, token = grad.contiguous(), values.contiguous(), token.contiguous()
+    grad, values, token, pair = grad.contiguous(), values.contiguous(), token.contiguous(), pair.contiguous()
     weight = weight.float().contiguous()
     by_values, by_weight = torch.empty_like(values), torch.empty_like(weight)
-    _run("moe_add_up_backward", (by_values, by_weight, grad, values, weight, token), (), *values.shape)
+    tensors = by_values, by_weight, grad, values, weight, token, pair
+    _run("moe_add_up_backward", tensors, (weight.shape[0],), *values.shape)
     return by_values, by_weight
 
 
@@ -75,7 +77,7 @@ def _run(name: str, tensors: tuple[Tensor | None, ...], sizes: tuple[int, ...], 
 def _functions() -> Mapping[str, Callable[..., None]]:
     kernels = library(_SOURCE)
     assert kernels is not None
-    functions = {"moe_add_up": (5, 5), "moe_add_up_backward": (6, 3)}  # pointers, sizes
+    functions = {"moe_add_up": (5, 5), "moe_add_up_backward": (7, 4)}  # pointers, sizes
     for name, (pointers, sizes) in functions.items():
         function = getattr(kernels, name)
         function.argtypes, function.restype = [ctypes.c_void_p] * pointers + [ctypes.c_long] * sizes, None

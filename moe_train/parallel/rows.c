@@ -25,22 +25,24 @@ void moe_add_up(bf16 *out, const bf16 *values, const int64_t *ids, const int64_t
     }
 }
 
-/* Of y_t = sum of weight[i] values[i] over the rows i of token t, given y's gradient [T, d]: by_values [n, d], and
- * by_weight [n], the product of each row of values and its token's gradient. */
+/* Of y_t = sum of weight[pair[i]] values[i] over the rows i of token t, given y's gradient [T, d]: by_values [n, d], and
+ * by_weight [pairs], for each the product of its row of values and its token's gradient. Rows whose pair is none of
+ * these are padding, whose gradient is zero. */
 void moe_add_up_backward(bf16 *by_values, float *by_weight, const bf16 *grad, const bf16 *values, const float *weight,
-                         const int64_t *token, long from, long upto, long d) {
+                         const int64_t *token, const int64_t *pair, long pairs, long from, long upto, long d) {
     for (long i = from; i < upto; i++) {
         const bf16 *grads = grad + token[i] * d, *row = values + i * d;
-        __m512 w = _mm512_set1_ps(weight[i]), low = _mm512_setzero_ps(), high = _mm512_setzero_ps();
+        int real = pair[i] < pairs;
+        __m512 w = _mm512_set1_ps(real ? weight[pair[i]] : 0), low = _mm512_setzero_ps(), high = _mm512_setzero_ps();
         for (long c = 0; c < d; c += WIDTH) {
             __mmask32 mask = first(d - c);
-            __m512i g = load(mask, grads + c), v = load(mask, row + c);
+            __m512i g = load(real ? mask : 0, grads + c), v = load(mask, row + c);
             __m512 g_low = low_half(g), g_high = high_half(g);
             low = _mm512_fmadd_ps(g_low, low_half(v), low);
             high = _mm512_fmadd_ps(g_high, high_half(v), high);
             __m512i scaled = narrow(_mm512_mul_ps(w, g_low), _mm512_mul_ps(w, g_high));
             _mm512_mask_storeu_epi16(by_values + i * d + c, mask, scaled);
         }
-        by_weight[i] = _mm512_reduce_add_ps(_mm512_add_ps(low, high));
+        if (real) by_weight[pair[i]] = _mm512_reduce_add_ps(_mm512_add_ps(low, high));
     }
 }

@@ -166,11 +166,11 @@ def _mix_gradients(grad: Tensor, values: Tensor, weight: Tensor, rows: TokenRows
     if grad.shape[0] == 0:
         return torch.zeros_like(values), torch.zeros_like(weight)
     grad = grad.contiguous()
+    if grad.dtype == values.dtype and native_rows.serves(values):
+        by_values, by_weight = native_rows.add_up_backward(grad, values, weight, rows.row_token, rows.row_pair)
+        return by_values, by_weight.to(weight.dtype)
     row = torch.arange(values.shape[0], device=values.device)
     of_row = torch.cat([weight, weight.new_zeros(1)])[rows.row_pair]
-    if grad.dtype == values.dtype and native_rows.serves(values):
-        by_values, by_row = native_rows.add_up_backward(grad, values, of_row, rows.row_token)
-        return by_values, by_row[rows.pair_row].to(weight.dtype)
     return _bags(grad, rows.row_token, row, of_row, values.dtype), _dots(grad, values, rows).to(weight.dtype)
 
 

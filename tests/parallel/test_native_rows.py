@@ -35,13 +35,20 @@ def test_add_up(sizes: list[int], dim: int, weighted: bool, seed: int) -> None:
     assert ((found - wanted).abs() <= EPS / 2 * wanted.abs() + 1e-6 * largest).all()
 
 
-@given(st.lists(st.integers(0, 3), max_size=12), st.integers(1, 150), st.integers(0, 99))
-def test_add_up_backward(tokens: list[int], dim: int, seed: int) -> None:
-    token = torch.tensor(tokens, dtype=torch.int64)
-    grad, values, weight = draw(seed, 4, dim), draw(seed + 1, len(tokens), dim), draw(seed + 2, len(tokens)).float()
-    by_values, by_weight = native_rows.add_up_backward(grad, values, weight, token)
-    torch.testing.assert_close(by_values, (weight[:, None] * grad.float()[token]).to(torch.bfloat16), rtol=0, atol=0)
-    products = grad.double()[token] * values.double()
+@given(st.lists(st.integers(0, 3), max_size=12), st.integers(0, 4), st.integers(1, 150), st.integers(0, 99))
+def test_add_up_backward(tokens: list[int], padding: int, dim: int, seed: int) -> None:
+    """Rows in any order; what stands in padding rows, and where they point, reaches nobody."""
+    pairs, total = len(tokens), len(tokens) + padding
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
+    pair = order.clamp(max=pairs)
+    token = torch.tensor([*tokens, 0], dtype=torch.int64)[pair]
+    grad, values, weight = draw(seed, 4, dim), draw(seed + 1, total, dim), draw(seed + 2, pairs).float()
+    values[pair == pairs] = float("nan")
+    by_values, by_weight = native_rows.add_up_backward(grad, values, weight, token, pair)
+    scale = torch.cat([weight, weight.new_zeros(1)])[pair]
+    torch.testing.assert_close(by_values, (scale[:, None] * grad.float()[token]).to(torch.bfloat16), rtol=0, atol=0)
+    rows = order.argsort()[:pairs]
+    products = grad.double()[token[rows]] * values.double()[rows]
     assert ((by_weight - products.sum(1)).abs() <= 1e-5 * products.abs().sum(1)).all()
 
 
