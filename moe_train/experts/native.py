@@ -121,8 +121,8 @@ def _each(buffer: Tensor | None, starts: Sequence[int]) -> Sequence[int | None]:
     """The address of each expert's part of a contiguous buffer; None for each where there is none."""
     if buffer is None:
         return [None] * (len(starts) - 1)
-    step = buffer.stride(0) * buffer.element_size()
-    return [buffer.data_ptr() + start * step for start in starts[:-1]]
+    begin, step = buffer.data_ptr(), buffer.stride(0) * buffer.element_size()
+    return [begin + start * step for start in starts[:-1]]
 
 
 def _gradient_of(weight: Tensor, plan: RowPlan) -> Tensor:
