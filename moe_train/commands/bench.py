@@ -174,7 +174,7 @@ def _parser() -> argparse.ArgumentParser:
     inference.add_argument("--vocabulary", type=int, default=8000)
     inference.set_defaults(run=run_inference)
     for each in (layer, inference):
-        each.add_argument("--rounds", type=int, default=9, help="how often each contender runs")
+        each.add_argument("--rounds", type=int, default=15, help="how often each contender runs")
         each.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
         each.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
         each.add_argument("--out", type=Path, metavar="FOLDER", help=f"write {'{layer,inference}.{json,md}'} there")
