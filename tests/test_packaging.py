@@ -55,8 +55,9 @@ def test_wheel_holds_the_whole_package_and_every_config(wheel: Path, root: Path)
         str(path.relative_to(root)) for room in ("moe_train", "hydra_plugins") for path in root.glob(f"{room}/**/*.py")
     }
     configs = {f"moe_train/{path.relative_to(root)}" for path in root.glob("configs/**/*.yaml")}
-    assert modules and configs
-    assert modules | configs | {"moe_train/py.typed"} <= names
+    kernels = {str(path.relative_to(root)) for end in "ch" for path in root.glob(f"moe_train/**/*.{end}")}
+    assert modules and configs and kernels
+    assert modules | kernels | configs | {"moe_train/py.typed"} <= names
     assert {name for name in names if name.endswith(".yaml")} == configs
     assert not [name for name in names if name.startswith(("tests/", "scripts/", "configs/"))]
 
