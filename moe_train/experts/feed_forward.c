@@ -3,6 +3,7 @@
  * X [n, d], W1 [d, h], b1 [h], W2 [h, d], b2 [d]. `hidden` [n, h] is what stands between the products; it is kept from
  * forward to backward by patches, n and h filled up to multiples of 32. Called by moe_train/experts/native.py.
  */
+#include <pthread.h>
 #include <stdlib.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
@@ -12,16 +13,25 @@
 
 enum { ASK_FOR_UNIT = 0x1023, TILE_DATA = 18, LARGE_PAGE = 2 << 20, KEPT = 32 << 20, NO_MEMORY = 1 };
 
-/* Room of this thread's own, kept up to a size: a fresh one would cost its pages anew with every expert. */
+/* Room of this thread's own, kept up to KEPT bytes: a fresh one would cost its pages anew with every expert. */
 static __thread char *own_room;
 static __thread long own_size;
+static pthread_key_t room_of_thread; /* frees it where the thread ends */
+
+__attribute__((constructor)) static void prepare(void) { pthread_key_create(&room_of_thread, free); }
+
+static void keep(char *room, long size) {
+    free(own_room);
+    own_room = room;
+    own_size = room ? size : 0;
+    pthread_setspecific(room_of_thread, room);
+}
 
 static char *room_of(long size) {
     if (size > own_size) {
-        free(own_room);
         size = (size + LARGE_PAGE - 1) / LARGE_PAGE * LARGE_PAGE;
-        own_room = aligned_alloc(LARGE_PAGE, size);
-        own_size = own_room ? size : 0;
+        keep(0, 0);
+        keep(aligned_alloc(LARGE_PAGE, size), size);
         if (own_room) madvise(own_room, size, MADV_HUGEPAGE);
     }
     return own_room;
@@ -29,10 +39,7 @@ static char *room_of(long size) {
 
 static void leave(void) {
     _tile_release();
-    if (own_size <= KEPT) return;
-    free(own_room);
-    own_room = 0;
-    own_size = 0;
+    if (own_size > KEPT) keep(0, 0);
 }
 
 /* Asks Linux for the matrix unit, once for a process and its threads to come. 0: granted. */
@@ -43,8 +50,9 @@ int moe_forward(bf16 *y, bf16 *hidden, const bf16 *x, const bf16 *w1, const bf16
                 const bf16 *scale, long n, long d, long h) {
     long size = hidden ? 0 : blocks(n) * blocks(h) * PAIR;
     Operand by_rows = plain(x, n, d, 0, 1), first_weight = plain(w1, d, h, 0, 0), second_weight = plain(w2, h, d, 0, 0);
-    long need = room_of_product(&by_rows, &first_weight);
-    char *room = room_of(size + most(need, SUMS + blocks(h) * PAIR));
+    Operand like_hidden = patched(x, n, h, 0, 1); /* of its size */
+    long need = most(room_of_product(&by_rows, &first_weight), room_of_product(&like_hidden, &second_weight));
+    char *room = room_of(size + need);
     if (!room) return NO_MEMORY;
     if (!hidden) hidden = (bf16 *)room;
     Operand by_hidden = patched(hidden, n, h, 0, 1);
@@ -82,10 +90,11 @@ int moe_backward(bf16 *gx, bf16 *gw1, float *gb1, bf16 *gw2, float *gb2, const b
     Operand gy_left = plain(gy, n, d, 0, 1), w2_turned = plain(w2, h, d, 1, 0);
     Operand hidden_turned = patched(hidden, n, h, 1, 1), gy_right = plain(gy, n, d, 0, 0);
     Operand w1_turned = plain(w1, d, h, 1, 0), x_turned = plain(x, n, d, 1, 1);
-    Operand shape_of_g = patched(hidden, n, h, 0, 0);
+    Operand like_g_left = patched(hidden, n, h, 0, 1), like_g_right = patched(hidden, n, h, 0, 0);
     long need = most(room_of_product(&gy_left, &w2_turned), room_of_product(&gy_right, &hidden_turned));
-    need = most(most(need, SUMS + depth(&w1_turned) * PAIR), room_of_product(&shape_of_g, &x_turned));
-    bf16 *g = (bf16 *)room_of(size + need); /* the gradient before ReLU */
+    need = most(need, room_of_product(&like_g_left, &w1_turned));
+    need = most(need, room_of_product(&like_g_right, &x_turned));
+    bf16 *g = (bf16 *)room_of(size + need); /* the gradient of what goes into ReLU */
     if (!g) return NO_MEMORY;
     char *room = (char *)g + size;
     Operand g_left = patched(g, n, h, 0, 1), g_right = patched(g, n, h, 0, 0);

@@ -12,7 +12,15 @@
 
 #include "bf16.h"
 
-enum { BLOCK = WIDTH, PATCH = BLOCK * BLOCK, TILE = 1024, PAIR = 2 * TILE, HELD = 1 << 20, SHALLOW = 8, SUMS = 4 * PATCH };
+enum {
+    BLOCK = WIDTH,
+    PATCH = BLOCK * BLOCK,
+    TILE = 1024,
+    PAIR = 2 * TILE,
+    SUMS = 4 * PATCH,
+    HELD = 1 << 20, /* half of a second-level cache (2 MB a core since Sapphire Rapids) */
+    SHALLOW = 8,    /* two panels of so many pairs are two thirds of a first-level cache (48 KB) */
+};
 
 /* One side of a product. Numbers stand in patches: `down` from a patch to that below it, `across` to that beside it. */
 typedef struct {
@@ -164,6 +172,7 @@ INLINE void fetch(Ahead next, long k) {
  * Each tile is loaded again as soon as its last product has been asked for: where another core thread shares the unit
  * and the caches, products and loads overlap less by themselves (a sixth faster there, the same elsewhere). */
 INLINE void multiply(const char *a, const char *b, long deep, int whole, float *sums, Ahead next) {
+    __asm__ volatile("" ::: "memory"); /* tile loads do not tell the compiler that they read memory */
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -194,6 +203,7 @@ INLINE void multiply(const char *a, const char *b, long deep, int whole, float *
     _tile_stored(1, sums + 16, 4 * BLOCK);
     _tile_stored(2, sums + 16 * BLOCK, 4 * BLOCK);
     _tile_stored(3, sums + 16 * BLOCK + 16, 4 * BLOCK);
+    __asm__ volatile("" ::: "memory");
 }
 
 INLINE void add_to(float *sums, __mmask32 mask, __m512 low, __m512 high) {
@@ -292,6 +302,7 @@ static void configure(void) {
         shape.width[i] = 64;
         shape.rows[i] = 16;
     }
+    __asm__ volatile("" ::"m"(shape)); /* all of it is read */
     _tile_loadconfig(&shape);
 }
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from moe_train.experts.batched import BatchedFeedForward
 from moe_train.experts.feed_forward import Inner, LoopedFeedForward
 from moe_train.experts.grouped import grouped_feed_forward
-from moe_train.experts.native import NativeFeedForward, serves
+from moe_train.experts.native import native_feed_forward, serves
 from moe_train.experts.parameters import StackedFeedForward
 from moe_train.experts.plan import RowPlan
 
@@ -33,7 +33,7 @@ def _feed_forward(rows: Tensor, plan: RowPlan, stack: StackedFeedForward, traini
     if not plan.rows:
         return grouped_feed_forward(rows, w1, b1, w2, b2, plan, inner)
     if serves(rows, inner.activation):
-        return NativeFeedForward.apply(rows, w1, b1, w2, b2, plan, inner)  # type: ignore[no-any-return, no-untyped-call]
+        return native_feed_forward(rows, w1, b1, w2, b2, plan, inner)
     if plan.even:
         return BatchedFeedForward.apply(rows, w1, b1, w2, b2, inner)  # type: ignore[no-any-return, no-untyped-call]
     return LoopedFeedForward.apply(rows, w1, b1, w2, b2, plan, inner)  # type: ignore[no-any-return, no-untyped-call]

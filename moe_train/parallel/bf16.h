@@ -19,7 +19,7 @@ INLINE __m512 widen(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_m
 INLINE __m512 low_half(__m512i x) { return widen(_mm512_castsi512_si256(x)); }
 INLINE __m512 high_half(__m512i x) { return widen(_mm512_extracti64x4_epi64(x, 1)); }
 
-/* To the nearest, ties to even. */
+/* To the nearest, ties to even; numbers below the smallest normal one (1e-38) become 0. */
 INLINE __m512i narrow(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
 
 #endif

@@ -25,10 +25,10 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from moe_train.parallel.processor import processor_flags
 
-SWITCH = "MOE_TRAIN_KERNELS"  # set it to "off" to do without
+SWITCH = "MOE_TRAIN_KERNELS"  # set it to "off" (or 0, no, false) to do without
 
 _UNITS = ("avx512f", "avx512bw", "avx512vl", "avx512_bf16", "amx_tile", "amx_bf16")
-_FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-fopenmp-simd", "-mprefer-vector-width=512")
+_FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-pthread", "-mprefer-vector-width=512")
 _FOR_UNITS = tuple("-m" + unit.replace("_", "-").replace("avx512-", "avx512") for unit in _UNITS)
 _HEADERS = Path(__file__).parent
 _COMPILERS = ("gcc", "cc", "clang")
@@ -44,7 +44,7 @@ def library_for(like: Tensor, source: Path) -> ctypes.CDLL | None:
     """
     if like.dtype != torch.bfloat16 or like.device.type != "cpu":
         return None
-    if _get_current_dispatch_mode() is not None or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
         return None
     return library(source)
 
@@ -52,7 +52,8 @@ def library_for(like: Tensor, source: Path) -> ctypes.CDLL | None:
 @functools.cache
 def library(source: Path) -> ctypes.CDLL | None:
     """The library of a C file; None where the processor lacks the units or it cannot be built, which is logged."""
-    if os.environ.get(SWITCH) == "off" or not processor_flags().issuperset(_UNITS):
+    off = os.environ.get(SWITCH, "").lower() in ("off", "0", "no", "false")
+    if off or not processor_flags().issuperset(_UNITS):
         return None
     compiler = _compiler()
     if compiler is None:
@@ -78,7 +79,7 @@ def _compiler() -> tuple[str, ...] | None:
 
 def _warn(why: str) -> None:
     _log.warning(
-        "bf16 experts on this CPU take torch's products instead of our kernels, and about half as long again: %s. "
+        "bf16 experts on this CPU take torch's products instead of our kernels, which are faster: %s. "
         "Install gcc 11 or newer; %s=off silences this.",
         why,
         SWITCH,
@@ -94,7 +95,8 @@ def _from_cache(source: Path, compiler: tuple[str, ...]) -> ctypes.CDLL:
     """
     command = (*compiler, *_FLAGS, *_FOR_UNITS)
     texts = [source, *sorted({*source.parent.glob("*.h"), *_HEADERS.glob("*.h")})]
-    digest = hashlib.sha256(b"\0".join([*(path.read_bytes() for path in texts), *map(os.fsencode, command)]))
+    words = [*command, _age_of(compiler[0])]
+    digest = hashlib.sha256(b"\0".join([*(path.read_bytes() for path in texts), *map(os.fsencode, words)]))
     with contextlib.ExitStack() as stack:
         folder = _own_folder() or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="moe_train-")))
         built = folder / f"{source.stem}-{digest.hexdigest()[:24]}.so"
@@ -105,16 +107,32 @@ def _from_cache(source: Path, compiler: tuple[str, ...]) -> ctypes.CDLL:
         return ctypes.CDLL(str(built))
 
 
+def _age_of(compiler: str) -> str:
+    """What changes where another version of it is installed."""
+    found = shutil.which(compiler)
+    about = Path(found).stat() if found else None
+    return f"{about.st_size}:{about.st_mtime_ns}" if about else ""
+
+
 def _own_folder() -> Path | None:
-    """Where libraries are kept; None where that cannot be, or others may write there too."""
+    """Where libraries are kept; None where that cannot be, or others may write there or above."""
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moe_train" / "kernels"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = folder.stat()
+        folder = folder.resolve()
+        safe = _only_ours(folder) and all(_only_ours(parent, sticky=True) for parent in folder.parents)
     except (OSError, RuntimeError):  # the second: nobody knows where home is
         return None
-    safe = found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
     return folder if safe and os.access(folder, os.W_OK) else None
+
+
+def _only_ours(folder: Path, sticky: bool = False) -> bool:
+    """Whether nobody but us and root may change what stands in a folder; ``sticky``: or what others own there."""
+    found = folder.stat()
+    open_to_others = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    if sticky and found.st_mode & stat.S_ISVTX:
+        open_to_others = 0
+    return found.st_uid in (0, os.getuid()) and not open_to_others
 
 
 def _build(source: Path, to: Path, command: tuple[str, ...]) -> None:

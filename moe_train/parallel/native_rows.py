@@ -14,7 +14,7 @@ from moe_train.parallel.native import library, library_for
 from moe_train.parallel.threads import over_parts
 
 _SOURCE = Path(__file__).with_name("rows.c")
-_COST = 100.0  # of a number, beside a product's FLOP: these passes wait for memory
+_COST = 100.0  # of a number in FLOPs of a product, which a thread does in the time: these passes wait for memory
 
 
 def serves(like: Tensor) -> bool:
@@ -31,6 +31,7 @@ def add_up(values: Tensor, ids: Tensor, starts: Tensor, weight: Tensor | None) -
         starts: [T] int64.
         weight: [P] fp32, of each of ``ids``; None: all 1.
     """
+    _check_ids(ids, starts)
     values, ids, starts = values.contiguous(), ids.contiguous(), starts.contiguous()
     weight = None if weight is None else weight.float().contiguous()
     out = values.new_empty(starts.shape[0], values.shape[1])
@@ -51,12 +52,20 @@ def add_up_backward(grad: Tensor, values: Tensor, weight: Tensor, token: Tensor,
     Returns:
         That of values [N, d], bf16, 0 for rows without a weight, and that of weight [P], fp32.
     """
+    _check_ids(token, pair)
     grad, values, token, pair = grad.contiguous(), values.contiguous(), token.contiguous(), pair.contiguous()
     weight = weight.float().contiguous()
     by_values, by_weight = torch.empty_like(values), torch.empty_like(weight)
     tensors = by_values, by_weight, grad, values, weight, token, pair
     _run("moe_add_up_backward", tensors, (weight.shape[0],), *values.shape)
     return by_values, by_weight
+
+
+def _check_ids(*ids: Tensor) -> None:
+    """The kernels would read them as what they are not."""
+    for tensor in ids:
+        if tensor.dtype != torch.int64:
+            raise ValueError(f"ids are int64, not {tensor.dtype}")
 
 
 def _run(name: str, tensors: tuple[Tensor | None, ...], sizes: tuple[int, ...], rows: int, dim: int) -> None:

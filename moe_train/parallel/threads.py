@@ -12,7 +12,7 @@ import heapq
 import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
@@ -42,7 +42,15 @@ def over_parts(work: Callable[[Iterable[int]], None], rows: Sequence[int], flops
         with torch.inference_mode(inference), torch.no_grad():
             work(queue)
 
-    list(_executor(threads).map(call, range(threads)))
+    futures = [_executor(threads).submit(call, number) for number in range(threads)]
+    try:
+        for future in futures:
+            future.result()
+    except BaseException:  # Ctrl-C too: whoever called must not let go of memory that is being written
+        for _ in queue:
+            pass
+        wait(futures)
+        raise
 
 
 def fullest_part(experts: Sequence[int], rows: Sequence[int], parts: int) -> int:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
+import platform
 import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -95,12 +99,40 @@ def test_without_a_compiler(
 def test_switched_off_and_on_other_processors_nothing_is_said(
     source: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with monkeypatch.context() as patch:
-        patch.setenv(native.SWITCH, "off")
-        assert answer(source) is None
+    for word in ("off", "0", "False"):
+        with monkeypatch.context() as patch:
+            patch.setenv(native.SWITCH, word)
+            assert answer(source) is None
     monkeypatch.setattr(native, "processor_flags", lambda: frozenset({"avx2"}))
     assert answer(source) is None
     assert not caplog.records
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["experts/feed_forward.c", "parallel/rows.c"])
+def test_the_kernels_compile_without_a_warning(name: str, tmp_path: Path) -> None:
+    """On any x86-64 machine with a compiler that knows the unit, whether the processor has it or not."""
+    if platform.machine() != "x86_64":
+        pytest.skip("the kernels are for x86-64")
+    compiler, package = native._compiler.__wrapped__(), Path(native.__file__).parents[1]
+    assert compiler is not None
+    command = [*compiler, *native._FLAGS, *native._FOR_UNITS, f"-I{native._HEADERS}"]
+    if subprocess.run([*command, "-E", "-x", "c", os.devnull], capture_output=True, check=False).returncode:
+        pytest.skip(f"{compiler[0]} does not know AMX")
+    source = str(package / name)
+    built = [*command, "-Wall", "-Wextra", "-Werror", source, "-o", str(tmp_path / "kernel.so")]
+    done = subprocess.run(built, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@needs_compiler
+def test_processes_that_build_at_once(source: Path, tmp_path: Path) -> None:
+    command = native._compiler()
+    assert command is not None
+    with ThreadPoolExecutor(4) as four:
+        libraries = list(four.map(lambda _: native._from_cache(source, command), range(4)))
+    assert [library.answer() for library in libraries] == [42] * 4
+    assert len(built(tmp_path)) == 1
 
 
 @needs_compiler

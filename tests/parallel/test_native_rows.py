@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moe_train.parallel import native_rows
+from moe_train.parallel import native_rows, threads
 
 pytestmark = pytest.mark.skipif(
     not native_rows.serves(torch.zeros(1, dtype=torch.bfloat16)), reason="no matrix units (AMX) here, or no C compiler"
@@ -61,11 +61,22 @@ def test_numbers_that_are_none() -> None:
 
 
 def test_any_number_of_threads() -> None:
-    values, before = draw(0, 20_000, 64), torch.get_num_threads()
-    ids, starts, weight = torch.arange(20_000), torch.arange(0, 20_000, 2), torch.rand(20_000)
-    outcomes = []
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        outcomes.append(native_rows.add_up(values, ids, starts, weight))
+    values, before = draw(0, 20_000, 128), torch.get_num_threads()
+    rows, starts, weight = torch.arange(20_000), torch.arange(0, 20_000, 2), torch.rand(20_000)
+    grad, token, outcomes = draw(1, 10_000, 128), rows // 2, []
+    assert native_rows._COST * values.numel() > threads._WORTHWHILE_FLOPS
+    for number in (1, 2, 3):
+        torch.set_num_threads(number)
+        sums = native_rows.add_up(values, rows, starts, weight)
+        outcomes.append((sums, *native_rows.add_up_backward(grad, values, weight, token, rows)))
     torch.set_num_threads(before)
-    assert torch.equal(outcomes[0], outcomes[1]) and torch.equal(outcomes[0], outcomes[2])
+    for single, *others in zip(*outcomes, strict=True):
+        assert all(torch.equal(single, other) for other in others)
+
+
+def test_other_ids_are_refused() -> None:
+    values, ids = draw(0, 2, 4), torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(ValueError, match="int32"):
+        native_rows.add_up(values, ids.int(), ids, None)
+    with pytest.raises(ValueError, match="int32"):
+        native_rows.add_up_backward(values, values, torch.ones(2), ids.int(), ids)

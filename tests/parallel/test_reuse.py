@@ -10,6 +10,7 @@ import threading
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from moe_train.experts import ExpertPool, ExpertSpec
 from moe_train.parallel import reuse
@@ -54,16 +55,37 @@ def test_like_the_weight(dtype: torch.dtype) -> None:
     assert gradient.data_ptr() % 64 == 0
 
 
-def test_another_size_gives_up_what_waits(memory: reuse._Memory) -> None:
-    del_me = reuse.gradient_like(LARGE)
+def test_sizes_in_turn_wait_for_each_other(memory: reuse._Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where gradients are converted and freed at once."""
+    made: list[int] = []
+    new = memory._new
+    monkeypatch.setattr(memory, "_new", lambda size: made.append(size) or new(size))
+    for _ in range(5):
+        for like in (LARGE, LARGER):
+            reuse.gradient_like(like)
+            gc.collect()
+    assert len(made) == 2
+
+
+def test_what_waits_for_long_is_given_up(memory: reuse._Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was an earlier model's."""
+    monkeypatch.setattr(reuse, "_PATIENCE", 3)
+    early = reuse.gradient_like(LARGE)
     kept = reuse.gradient_like(LARGE)
-    del del_me
-    assert waiting(memory) == {8 << 20: 1}
-    other = reuse.gradient_like(LARGER)
-    assert waiting(memory) == {}
     kept.fill_(3)
-    other.fill_(4)
-    assert (kept == 3).all()
+    del early
+    for _ in range(4):
+        assert waiting(memory)[8 << 20] == 1
+        reuse.gradient_like(LARGER)
+    later = reuse.gradient_like(LARGER)
+    later.fill_(4)
+    assert 8 << 20 not in waiting(memory) and (kept == 3).all()
+
+
+def test_watched_it_is_torchs(memory: reuse._Memory) -> None:
+    with FlopCounterMode(display=False):
+        reuse.gradient_like(LARGE)
+    assert memory.free == {} and memory.loans == 0
 
 
 def test_small_ones_and_other_devices_are_torchs(memory: reuse._Memory) -> None:

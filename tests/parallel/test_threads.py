@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -41,6 +45,34 @@ def test_every_busy_expert_is_taken_once_the_fullest_first(
     assert len(parts) == (2 if threaded else 1)
     assert sorted(e for part in parts for e in part) == [e for e, count in enumerate(rows) if count]
     assert all([rows[e] for e in part] == sorted((rows[e] for e in part), reverse=True) for part in parts)
+
+
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+def test_nobody_works_on_when_the_call_has_failed(
+    two_threads: None, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    """Else threads would write to memory that the caller has let go of."""
+    monkeypatch.setattr(threads, "_WORTHWHILE_FLOPS", 0.0)
+    done: list[int] = []
+
+    def work(experts: Iterable[int]) -> None:
+        for e in experts:
+            if e == 0 and error is MemoryError:
+                raise error
+            if e == 0:
+                signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            time.sleep(0.05)
+            done.append(e)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(error):
+            threads.over_parts(work, [9] * 40, 1.0)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    taken = len(done)
+    time.sleep(0.2)
+    assert len(done) == taken < 40
 
 
 ASLEEP = """
