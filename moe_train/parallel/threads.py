@@ -12,7 +12,7 @@ import heapq
 import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
@@ -42,8 +42,10 @@ def over_parts(work: Callable[[Iterable[int]], None], rows: Sequence[int], flops
         with torch.inference_mode(inference), torch.no_grad():
             work(queue)
 
-    futures = [_executor(threads).submit(call, number) for number in range(threads)]
+    futures: list[Future[None]] = []
     try:
+        for number in range(threads):
+            futures.append(_executor(threads).submit(call, number))
         for future in futures:
             future.result()
     except BaseException:  # Ctrl-C too: whoever called must not let go of memory that is being written

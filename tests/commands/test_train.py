@@ -138,6 +138,7 @@ def under_torchrun(data: DataFolder, cwd: Path, *options: str, **keys: object) -
     return running
 
 
+@pytest.mark.slow
 def test_a_worker_killed_under_torchrun(two: Path, tiny_data: DataFolder, tmp_path: Path) -> None:
     """All ranks share one folder, the default one, and so do both lives; the end has the bits of an unbroken run."""
     running = under_torchrun(tiny_data, tmp_path, "--max-restarts=2")
@@ -235,6 +236,7 @@ def test_a_start_that_is_refused_leaves_no_folder_with_the_time_in_its_name(
     assert run.failed and "training.clip_norm" in run.cause and "training.clip_norm=-1" in run.overrides
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_skipped_where_the_key_says_so(
     two: Path, tiny_data: DataFolder, tmp_path: Path
 ) -> None:

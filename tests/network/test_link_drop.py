@@ -43,6 +43,7 @@ def wait_for(folder: Path, update: int, ranks: list[subprocess.Popen[str]]) -> N
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_a_link_that_drops_for_5_seconds(hosts: Any, tmp_path: Path) -> None:
     """TCP sends again what was lost: the same bits as without the break, and no update is done twice."""
     endings = {}

@@ -60,6 +60,7 @@ def test_nobody_works_on_when_the_call_has_failed(
             if e == 0 and error is MemoryError:
                 raise error
             if e == 0:
+                time.sleep(0.2)  # until the caller waits: a signal just before that is noticed when all is done
                 signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
             time.sleep(0.05)
             done.append(e)

@@ -32,6 +32,7 @@ def sessions(run: Path) -> int:
     return len(RunFolder(run).info["sessions"])
 
 
+@pytest.mark.slow
 @pytest.mark.slurm
 @pytest.mark.timeout(900)
 def test_three_strategies_as_one_array(cluster: Cluster, tiny_data: DataFolder, tmp_path: Path) -> None:

@@ -75,6 +75,7 @@ def test_sbatch_on_two_nodes_preempted(cluster: Cluster, tiny_data: DataFolder, 
     assert {path.name for path in (folder / "logs").iterdir()} == {"rank_0.log", "rank_1.log"}
 
 
+@pytest.mark.slow
 def test_submitit_on_two_nodes_preempted(
     cluster: Cluster, tiny_data: DataFolder, unbroken: Path, tmp_path: Path
 ) -> None:

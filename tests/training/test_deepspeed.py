@@ -61,7 +61,9 @@ def test_two_ranks_equal_one_process(worlds: Worlds, sgd: Result, stage: int, ex
     assert len(held) == EXPERTS // expert_parallel
 
 
-@pytest.mark.parametrize(("stage", "expert_parallel"), [(0, 2), (1, 2), (2, 2), (2, 4)])
+@pytest.mark.parametrize(
+    ("stage", "expert_parallel"), [pytest.param(0, 2, marks=pytest.mark.slow), (1, 2), (2, 2), (2, 4)]
+)
 def test_four_ranks_equal_one_process(worlds: Worlds, sgd: Result, stage: int, expert_parallel: int) -> None:
     check(worlds(4).run(run, Case(zero(stage), expert_parallel=expert_parallel)), sgd)
 
