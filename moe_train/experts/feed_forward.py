@@ -128,16 +128,21 @@ class LoopedFeedForward(torch.autograd.Function):
         return grad_rows, *((None,) * 4 if weights is None else weights.all(grad)), None, None
 
 
+def gradient_of(weight: Tensor, plan: RowPlan) -> Tensor:
+    """Room for the gradient of stacked weights [E, …], expert by expert; those without rows stand at zero."""
+    gradient = gradient_like(weight)
+    for e, count in enumerate(plan.rows):
+        if count == 0:
+            gradient[e].zero_()
+    return gradient
+
+
 class _WeightGradients:
-    """The stacked gradients, filled expert by expert; experts without rows stand at zero."""
+    """The stacked gradients, filled expert by expert."""
 
     def __init__(self, w1: Tensor, w2: Tensor, biased: bool, plan: RowPlan) -> None:
-        self.w1, self.w2 = gradient_like(w1), gradient_like(w2)
+        self.w1, self.w2 = gradient_of(w1, plan), gradient_of(w2, plan)
         self.each_w1, self.each_w2 = _each(self.w1, plan), _each(self.w2, plan)
-        for e, count in enumerate(plan.rows):
-            if count == 0:
-                self.each_w1[e].zero_()
-                self.each_w2[e].zero_()
         self.plan = plan
         self.b1 = w1.new_zeros(w1.shape[0], w1.shape[2]) if biased else None
         self.each_b1 = _each(self.b1, plan)

@@ -20,12 +20,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_train.experts.feed_forward import Inner
+from moe_train.experts.feed_forward import Inner, gradient_of
 from moe_train.experts.plan import RowPlan
 from moe_train.experts.spec import Activation
 from moe_train.parallel.memory import empty
 from moe_train.parallel.native import library, library_for
-from moe_train.parallel.reuse import gradient_like
 from moe_train.parallel.threads import over_parts
 
 _log = logging.getLogger(__name__)
@@ -81,7 +80,7 @@ class NativeFeedForward(torch.autograd.Function):
         rows, w1, w2 = rows.contiguous(), w1.contiguous(), w2.contiguous()
         b1, b2 = (None if b is None else b.contiguous() for b in (b1, b2))
         at, y, scale = _Places.of(plan.rows), torch.empty_like(rows), inner.draw(rows, w1.shape[2])
-        hidden = empty((at.blocks[-1], _filled(w1.shape[2])), rows) if keeps else None
+        hidden = empty((at.blocks[-1], _filled(w1.shape[2])), rows) if keeps and any(ctx.needs_input_grad) else None
         _run(
             _functions()["moe_forward"],
             (
@@ -103,7 +102,7 @@ class NativeFeedForward(torch.autograd.Function):
         plan, at, grad = ctx.plan, ctx.at, grad.contiguous()
         learns = any(ctx.needs_input_grad[1:5])
         by_rows = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
-        by_w1, by_w2 = (_gradient_of(w, plan) if learns else None for w in (w1, w2))
+        by_w1, by_w2 = (gradient_of(w, plan) if learns else None for w in (w1, w2))
         by_b1, by_b2 = (_sums_of(w) if learns and ctx.biased else None for w in (w1, w2))
         _run(
             _functions()["moe_backward"],
@@ -148,15 +147,6 @@ def _each(buffer: Tensor | None, starts: Sequence[int]) -> Sequence[int | None]:
         return [None] * (len(starts) - 1)
     begin, step = buffer.data_ptr(), buffer.stride(0) * buffer.element_size()
     return [begin + start * step for start in starts[:-1]]
-
-
-def _gradient_of(weight: Tensor, plan: RowPlan) -> Tensor:
-    """Room for it; zero for experts without rows."""
-    gradient = gradient_like(weight)
-    for e, count in enumerate(plan.rows):
-        if count == 0:
-            gradient[e].zero_()
-    return gradient
 
 
 def _sums_of(weight: Tensor) -> Tensor:
