@@ -44,6 +44,27 @@ def build(cls: type[T], mapping: Mapping[str, Any], where: str = "") -> T:
     return cls(**values)
 
 
+def without_unknown(cls: type, mapping: Mapping[str, Any], where: str = "") -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The keys of ``mapping`` that ``cls`` has, and the dotted names of the others.
+
+    For what another version has recorded: :func:`build` refuses a key that is not there any more.
+    """
+    cls = getattr(cls, "variant", lambda _: cls)(mapping)
+    hints = typing.get_type_hints(cls)
+    fields = {field.name for field in dataclasses.fields(cls) if field.init}
+    known: dict[str, Any] = {}
+    unknown: list[str] = []
+    for key, value in mapping.items():
+        if key not in fields:
+            unknown.append(_join(where, key))
+        elif dataclasses.is_dataclass(hints[key]) and isinstance(value, Mapping):
+            known[key], below = without_unknown(typing.cast(type, hints[key]), value, _join(where, key))
+            unknown += below
+        else:
+            known[key] = value
+    return known, tuple(unknown)
+
+
 def to_mapping(config: Any) -> dict[str, Any]:
     """The inverse of :func:`build`: nested plain dicts and lists, ready for JSON."""
     plain: dict[str, Any] = _plain(dataclasses.asdict(config))

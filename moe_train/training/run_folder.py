@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_train.config import RunConfig, build, to_mapping
+from moe_train.config import RunConfig, to_mapping
 from moe_train.errors import CheckpointError, ConfigError
 from moe_train.training.heartbeat import other_host
 from moe_train.training.integrity import replace_text
+from moe_train.training.recorded_config import note_ignored_keys, recorded_config, with_defaults
 
 CONFIG, INFO, TRAIN, VALID = "config.json", "run.json", "train.jsonl", "valid.jsonl"
 ALIVE = ".alive"  # its age says whether a process trains here, to other hosts too (moe_train.training.heartbeat)
@@ -45,6 +46,7 @@ class RunFolder:
             raise ConfigError(
                 f"this is no run folder: {CONFIG} is missing", str(path), "name the folder of a moe-train run"
             )
+        note_ignored_keys(folder._config_file()["config"], folder.path / CONFIG)
         return folder
 
     @property
@@ -75,7 +77,7 @@ class RunFolder:
     @property
     def config(self) -> RunConfig:
         """The run's config as it was last started."""
-        return build(RunConfig, self._config_file()["config"])
+        return recorded_config(self._config_file()["config"])
 
     @property
     def info(self) -> dict[str, Any]:
@@ -146,7 +148,8 @@ class RunFolder:
 
     def _check_same(self, config: RunConfig, data_fingerprint: str) -> None:
         before = self._config_file()
-        different = differing_keys(before["config"], to_mapping(config))
+        note_ignored_keys(before["config"], self.path / CONFIG)
+        different = differing_keys(with_defaults(recorded_config(before["config"])), with_defaults(config))
         if different:
             raise ConfigError(
                 f"the folder holds a run with another config: {'; '.join(different)}",
