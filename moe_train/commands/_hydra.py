@@ -19,6 +19,11 @@ def overrides() -> list[str]:
     return [str(word) for word in HydraConfig.get().overrides.task]
 
 
+def group_choices() -> dict[str, str]:
+    """The option of each group that the config was made with, such as ``{"routing": "sam", "model": "base"}``."""
+    return {str(group): str(option) for group, option in HydraConfig.get().runtime.choices.items()}
+
+
 def in_sweep() -> bool:
     """Whether this is a sweep's job."""
     return bool(HydraConfig.get().mode == RunMode.MULTIRUN)

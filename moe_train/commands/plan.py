@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_train.commands._app import run_app
+from moe_train.commands._hydra import group_choices, overrides
 
 
 def run(mapping: Mapping[str, Any]) -> None:
@@ -18,16 +19,19 @@ def run(mapping: Mapping[str, Any]) -> None:
 
     from moe_train.analysis.plan import make_plan
     from moe_train.analysis.plan_tables import as_mapping, show
+    from moe_train.analysis.train_command import train_command, train_words
     from moe_train.config import build
     from moe_train.config.plan import PlanConfig
 
     config = build(PlanConfig, mapping)
     plan = make_plan(config)
-    content = json.dumps(as_mapping(plan), indent=2)
+    words = train_words(plan, group_choices(), overrides())
+    content = json.dumps({**as_mapping(plan), "train_words": words}, indent=2)
     if config.json == "-":
         print(content)
         return
     show(plan, Console())
+    print(f"\nTo train it (DIR: a folder of moe-prepare):\n{train_command(plan, words)}")
     if config.json:
         write(Path(config.json), content)
 

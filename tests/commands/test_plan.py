@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from moe_train.commands._overrides import check_overrides
+from moe_train.config import RunConfig, build
 from moe_train.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,11 +42,36 @@ def test_it_prints_tables_and_writes_json(tmp_path: Path) -> None:
     content = json.loads((tmp_path / "plan.json").read_text())
     assert content["chosen"]["world"] == 64 and content["chosen"]["num_groups"] == 8
     assert {path.name for path in tmp_path.iterdir()} == {"plan.json"}
+    last = done.stdout.splitlines()[-1]
+    assert last.startswith(
+        "sbatch --nodes=8 --ntasks-per-node=8 --gpus-per-node=8 scripts/slurm/train.sbatch data=DIR "
+    )
+    assert last.endswith(" ".join(content["train_words"]))
+    config = trained_with(content["train_words"])
+    assert config.layout.expert_parallel == content["chosen"]["expert_parallel"]
+    assert config.layout.two_level == content["chosen"]["two_level"] and config.training.precision == "bf16"
+    assert config.model.embed_dim == 512 and config.routing["num_experts"] == 64 and config.routing["num_groups"] == 8
+
+
+def trained_with(words: list[str]) -> RunConfig:
+    """What moe-train makes of words."""
+    check_overrides("train", words)
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        config = OmegaConf.to_container(compose("train", overrides=["data=DIR", *words]), resolve=True)
+    assert isinstance(config, dict)
+    return build(RunConfig, {str(key): value for key, value in config.items() if key != "experiment"})
 
 
 def test_one_rank_is_told_as_one(tmp_path: Path) -> None:
-    done = moe_plan("layout.world=1", "routing=dense", "cluster=cpu", cwd=tmp_path)
+    words = ("layout.world=1", "model=vit_s16", "routing=soft_moe", "cluster=cpu", "training.optimizer=adamw")
+    done = moe_plan(*words, "model.dropout=0.2", "training.accumulation=2", "training.recompute=true", cwd=tmp_path)
     assert "Cluster: cpu, 1 node of 1 rank; cluster=…" in done.stdout, done.stderr
+    command, data, *last = done.stdout.splitlines()[-1].split()
+    config = trained_with(last)
+    assert (command, data) == ("moe-train", "data=DIR") and config.launch.processes == 1
+    assert config.task.name == "image_classification" and config.model.dropout == 0.2
+    assert config.training.optimizer.name == "adamw" and config.training.recompute
+    assert config.training.tokens_per_update == 8192 and config.training.accumulation == 2
 
 
 def test_help_names_the_cluster_that_it_takes(tmp_path: Path) -> None:
