@@ -8,16 +8,27 @@ from typing import Literal
 from moe_train.config import check
 from moe_train.errors import ConfigError
 
+Decay = Literal["matrices", "all"]
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """Adam(W) by default; ``sgd`` is there for parity checks."""
+    """Adam by default; ``sgd`` is there for parity checks.
+
+    Attributes:
+        name: ``adamw`` decays parameters beside the gradient's step (decoupled, Loshchilov & Hutter 2019), as fairseq's
+            ``--optimizer adam`` does; ``adam`` and ``sgd`` add ``weight_decay`` times a parameter to its gradient (L2).
+        weight_decay: its coefficient.
+        decay: which parameters decay: ``matrices``, or ``all`` as with fairseq, biases and norms too. A parameter with
+            the attribute ``decays`` (:func:`moe_train.training.optimizer.parameter_groups`) keeps to that.
+    """
 
     name: Literal["adam", "adamw", "sgd"] = "adam"
     lr: float = 5e-4
     betas: tuple[float, ...] = (0.9, 0.98)
     eps: float = 1e-8
     weight_decay: float = 0.0
+    decay: Decay = "matrices"
     momentum: float = 0.0
 
     def __post_init__(self) -> None:

@@ -8,22 +8,28 @@ import torch
 from torch import nn
 
 from moe_train.config import OptimizerConfig
+from moe_train.config.training import Decay
 
 Groups = list[dict[str, object]]
 _BUILDERS: dict[str, Callable[[Groups, OptimizerConfig], torch.optim.Optimizer]] = {}
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """The optimizer over all trainable parameters of ``model``, biases and norms without weight decay."""
-    return _BUILDERS[config.name](parameter_groups(model, config.weight_decay), config)
+    """The optimizer over all trainable parameters of ``model``; :func:`parameter_groups` says which of them decay."""
+    return _BUILDERS[config.name](parameter_groups(model, config.weight_decay, config.decay), config)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> Groups:
-    """Two groups: matrices, which decay, and vectors (biases, norms, scales), which do not. Empty ones are left out."""
+def parameter_groups(model: nn.Module, weight_decay: float, decay: Decay = "matrices") -> Groups:
+    """Two groups, with and without weight decay; an empty one is left out.
+
+    A parameter with a boolean attribute ``decays`` is in the group that this names. Of the others matrices decay, and
+    vectors (biases, norms, scales) where ``decay`` is ``all``.
+    """
     decayed: list[nn.Parameter] = []
     spared: list[nn.Parameter] = []
     for parameter in _unique(model):
-        (decayed if _is_matrix(parameter) else spared).append(parameter)
+        decays = getattr(parameter, "decays", decay == "all" or _is_matrix(parameter))
+        (decayed if decays else spared).append(parameter)
     groups: Groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 

@@ -24,6 +24,7 @@ from moe_train.models.accounting import Accounting, account
 from moe_train.models.encoder import build_masked_language_model
 from moe_train.models.vision import ImageShape, build_vision_model
 from moe_train.routing import routing_config
+from moe_train.training.optimizer import parameter_groups
 from tests.models.helpers import Words
 
 RECIPES = sorted(path.stem for path in (configs_directory() / "experiment").glob("*.yaml"))
@@ -83,6 +84,45 @@ def test_a_recipe_at_published_size_has_the_paper_s_parameters(name: str) -> Non
     assert found.blocks
     if millions is not None:
         assert found.parameters_total / 1e6 == pytest.approx(millions, rel=0.01), source
+
+
+# What a recipe's source says of its optimizer: name, peak rate, betas, eps, decay, of what, clipping, warm-up, its start.
+# fairseq's `adam` decays decoupled and all parameters; vmoe's `adam` decays decoupled, kernels alone.
+OPTIMIZERS: dict[str, tuple[Any, ...]] = {
+    "thor_iwslt14": ("adamw", 1e-3, (0.9, 0.98), 1e-8, 1e-4, "all", 0.0, 4000, 0.0),  # run_iwslt14_de_en.sh
+    "smoe_m4": ("adam", 8e-4, (0.9, 0.98), 1e-6, 0.0, "matrices", 0.0, 8000, 1e-7),  # run_m4.sh, appendix B
+    "smoe_m15": ("adam", 8e-4, (0.9, 0.98), 1e-6, 0.0, "matrices", 0.0, 8000, 1e-7),
+    "smoe_opus100": ("adam", 5e-4, (0.9, 0.98), 1e-6, 0.0, "matrices", 0.0, 8000, 1e-7),
+    "xmoe_xtreme": ("adamw", 5e-4, (0.9, 0.98), 1e-6, 0.01, "all", 2.0, 10000, 0.0),  # torchscale's README
+    "soft_moe_s16": ("adamw", 1e-3, (0.9, 0.999), 1e-8, 0.03, "matrices", 1.0, 10000, 1e-7),  # configs/common.py
+    "soft_moe_b16": ("adamw", 1e-3, (0.9, 0.999), 1e-8, 0.03, "matrices", 1.0, 10000, 1e-7),
+}
+
+
+@pytest.mark.parametrize("name", list(OPTIMIZERS))
+def test_a_recipe_s_optimizer_is_its_source_s(name: str) -> None:
+    training = composed(name).training
+    optimizer, schedule = training.optimizer, training.schedule
+    adam = (optimizer.name, optimizer.lr, optimizer.betas, optimizer.eps, optimizer.weight_decay, optimizer.decay)
+    assert (*adam, training.clip_norm, schedule.warmup_updates, schedule.warmup_init_lr) == OPTIMIZERS[name]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_no_recipe_decays_by_the_gradient(name: str) -> None:
+    """Every source of a recipe decays decoupled: ``adam`` with a decay is none of theirs."""
+    optimizer = composed(name).training.optimizer
+    assert optimizer.name == "adamw" or not optimizer.weight_decay
+
+
+@pytest.mark.parametrize("name", ["soft_moe_s16", "soft_moe_b16"])
+def test_soft_moe_s_recipes_take_the_released_code_s_slots(name: str) -> None:
+    config = composed(name)
+    model = model_of(config, 10)
+    routers = [(key, p) for key, p in model.named_parameters() if key.endswith(("router.phi", "router.scale"))]
+    decayed = {id(p) for group in parameter_groups(model, 0.03) if group["weight_decay"] for p in group["params"]}  # type: ignore[attr-defined]
+    assert len(routers) == 2 * 6
+    assert all((id(p) in decayed) == key.endswith("scale") for key, p in routers)
+    assert config.routing["normalisation"] == "official" and config.routing["decayed"] == "scale"
 
 
 def test_x_moe_s_updates_are_2048_sequences_of_512_tokens() -> None:

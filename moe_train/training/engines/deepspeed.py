@@ -180,7 +180,7 @@ def _cpu_adam(module: nn.Module, config: OptimizerConfig) -> torch.optim.Optimiz
     """DeepSpeed's Adam for shards that live on the host."""
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-    groups = parameter_groups(module, config.weight_decay)
+    groups = parameter_groups(module, config.weight_decay, config.decay)
     betas, decoupled = tuple(config.betas), config.name == "adamw"
     optimizer: torch.optim.Optimizer = DeepSpeedCPUAdam(
         groups, lr=config.lr, betas=betas, eps=config.eps, adamw_mode=decoupled
