@@ -49,10 +49,13 @@ class RoutingConfig:
             the number of these at the first launch.
         evaluation_keys: keys that change nothing of what was trained, so that an evaluation may set them anew
             (:mod:`moe_train.routing.after_training`).
+        unrecorded: keys, None by default, that earlier versions did not have, with what these did where that is not
+            what None means now: so goes on a run that does not record such a key.
     """
 
     layout_keys: ClassVar[tuple[str, ...]] = ()
     evaluation_keys: ClassVar[tuple[str, ...]] = ()
+    unrecorded: ClassVar[Mapping[str, Any]] = {}
 
     name: str = ""
     num_experts: int = 8

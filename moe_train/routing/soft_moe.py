@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -40,16 +41,21 @@ class SoftMoEConfig(RoutingConfig):
         slots_per_expert: p.
         num_slots: n·p, instead of ``slots_per_expert``.
         normalisation: ``paper`` divides by ‖x‖ + 1e-6 (Algorithm 2), ``official`` by sqrt(‖x‖² + 1e-6) (the released
-            code), ``none`` takes plain products (Appendix E: softmaxes collapse as d grows).
+            code), ``none`` takes plain products (Appendix E: softmaxes collapse as d grows). Slot vectors start at
+            length 1, under ``official`` at 1/√n, as the released code draws them.
+        decayed: what weight decay takes of the router: the ``scale`` (the released configs) or the ``slots`` Φ. None:
+            the scale, and the slots in a run that an earlier version has begun.
         identical_experts: all experts start from the same weights, as in the released configs.
         expected_tokens: tokens of a usual sentence: for the number of slots where it is not set, and for FLOPs in
             closed form.
     """
 
+    unrecorded: ClassVar[Mapping[str, Any]] = {"decayed": "slots"}
     name: str = "soft_moe"
     slots_per_expert: int | None = None
     num_slots: int | None = None
     normalisation: Literal["paper", "official", "none"] = "paper"
+    decayed: Literal["scale", "slots"] | None = None
     identical_experts: bool = False
     expected_tokens: int = 32
 
@@ -102,7 +108,8 @@ class SoftMoERouter(Router):
     """Mixes tokens into slots and slots into tokens.
 
     Attributes:
-        phi: [s, d], a slot per row; the p slots of an expert stand together.
+        phi: [s, d], a slot per row; the p slots of an expert stand together. Its entries start with standard deviation
+            1/√d, or 1/√(n·d): the released code takes the fan-in of [d, n, p].
         scale: 0-dim, starts at 1.
     """
 
@@ -112,8 +119,11 @@ class SoftMoERouter(Router):
     def __init__(self, config: SoftMoEConfig, inputs: RouterInputs) -> None:
         super().__init__(config, inputs)
         self.config: SoftMoEConfig = config
-        self.phi = nn.Parameter(lecun_normal(torch.empty(config.slots, inputs.dim)))
+        fan_in = inputs.dim * (config.num_experts if config.normalisation == "official" else 1)
+        self.phi = nn.Parameter(lecun_normal(torch.empty(config.slots, inputs.dim), fan_in))
         self.scale = nn.Parameter(torch.ones(()))
+        self.phi.decays = config.decayed == "slots"  # type: ignore[attr-defined]
+        self.scale.decays = not self.phi.decays  # type: ignore[attr-defined]
 
     def logits(self, x: Tensor) -> Tensor:
         """[B, m, s] fp32 (fp64 for fp64) of x [B, m, d]."""
@@ -165,8 +175,8 @@ class SoftMoERouter(Router):
         return 6.0 * dim * config.slots
 
 
-def lecun_normal(weight: Tensor) -> Tensor:
-    """Truncated normal of std sqrt(1 / d) for rows of d, as flax draws it."""
-    std = math.sqrt(1 / weight.shape[1]) / 0.87962566103423978  # std of a standard normal cut at two
+def lecun_normal(weight: Tensor, fan_in: int) -> Tensor:
+    """Truncated normal of std sqrt(1 / fan_in), as flax draws it."""
+    std = math.sqrt(1 / fan_in) / 0.87962566103423978  # std of a standard normal cut at two
     with torch.no_grad():
         return nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)

@@ -76,7 +76,8 @@ def settle(config: RunConfig, plan: LayoutPlan, before: RunConfig | None) -> Run
 
     Args:
         before: the run's config as it was last started: SAM's ``num_groups=rank`` then means the number of that time,
-            whatever the layout is now. None: it is the first launch.
+            whatever the layout is now, and a key that says nothing may go on as an earlier version had it
+            (``unrecorded`` of the strategy's config). None: it is the first launch.
     """
     layout = config.layout
     if layout.name == "data_parallel" and plan.expert_parallel > 1:
@@ -88,12 +89,13 @@ def settle(config: RunConfig, plan: LayoutPlan, before: RunConfig | None) -> Run
 
 
 def _as_before(keys: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    unsaid = [key for key in strategy(str(keys.get("name", ""))).config.unrecorded if keys.get(key) is None]
+    found: dict[str, Any] = {key: before[key] for key in unsaid if key in before}
     for key, value in keys.items():
         earlier = before.get(key)
         if isinstance(value, Mapping) and isinstance(earlier, Mapping):
             found[key] = _as_before(value, earlier)
-        else:
+        elif key not in found:
             found[key] = earlier if value in _WORDS and isinstance(earlier, int) else value
     return found
 

@@ -18,6 +18,8 @@ LOG = logging.getLogger("moe_train")
 def recorded_config(mapping: Mapping[str, Any]) -> RunConfig:
     """The config of a run; keys that this version does not have are left out, those that it adds have their defaults.
 
+    Of a routing strategy they have what earlier versions did (``unrecorded`` of its config).
+
     Raises:
         ConfigError: a value of the wrong type or out of its range.
     """
@@ -25,7 +27,15 @@ def recorded_config(mapping: Mapping[str, Any]) -> RunConfig:
     target = strategies().get(str(config.routing.get("name")))
     if target is None:  # a strategy from elsewhere that is not loaded: whoever builds its model says so
         return config
-    return dataclasses.replace(config, routing=without_unknown(target.config, config.routing)[0])
+    known = without_unknown(target.config, config.routing)[0]
+    return dataclasses.replace(config, routing={**target.config.unrecorded, **known})
+
+
+def to_record(config: RunConfig) -> dict[str, Any]:
+    """What a run records of its config; keys without which it would count as an earlier version's are always there."""
+    target = strategies().get(str(config.routing.get("name")))
+    named = dict.fromkeys(target.config.unrecorded) if target else {}
+    return to_mapping(dataclasses.replace(config, routing={**named, **config.routing}))
 
 
 def with_defaults(config: RunConfig) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from moe_train.config import RunConfig, to_mapping
 from moe_train.errors import CheckpointError, ConfigError
 from moe_train.training.heartbeat import other_host
 from moe_train.training.integrity import replace_text
-from moe_train.training.recorded_config import note_ignored_keys, recorded_config, with_defaults
+from moe_train.training.recorded_config import note_ignored_keys, recorded_config, to_record, with_defaults
 
 CONFIG, INFO, TRAIN, VALID = "config.json", "run.json", "train.jsonl", "valid.jsonl"
 ALIVE = ".alive"  # its age says whether a process trains here, to other hosts too (moe_train.training.heartbeat)
@@ -173,7 +173,7 @@ class RunFolder:
             folder.mkdir(parents=True, exist_ok=True)
         content = {
             "format": 1,
-            "config": to_mapping(config),
+            "config": to_record(config),
             "data_fingerprint": data_fingerprint,
             "overrides": list(overrides),
         }

@@ -270,6 +270,36 @@ def test_initial_slots_and_scale() -> None:
     assert layer.router.phi.abs().max() <= 2 * 400**-0.5 / 0.8796 + 1e-9
 
 
+def test_official_slots_start_as_the_released_code_draws_them() -> None:
+    """vmoe's mu [d, n, p] is lecun_normal, whose fan-in there is n · d: a slot is 1 / √n long."""
+    phi = make(dim=400, num_experts=64, normalisation="official").router.phi
+    assert phi.std().item() == pytest.approx((64 * 400) ** -0.5, rel=0.02)
+    assert phi.norm(dim=1).mean().item() == pytest.approx(64**-0.5, rel=0.02)
+    assert torch.allclose(phi * 8, make(dim=400, num_experts=64).router.phi), "the same draws, of another length"
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+def test_official_mixes_are_the_released_code_s(slots: int) -> None:
+    """vmoe/projects/soft_moe/router.py on mu [d, n, p], as it is written there; short slots make its epsilon count."""
+    layer, x = make(num_experts=4, slots_per_expert=slots, normalisation="official"), inputs(2, 5)
+    with torch.no_grad():
+        layer.router.phi.mul_(0.01)
+        layer.router.scale.fill_(3.0)
+
+    def normalize(values: Tensor, axis: int) -> Tensor:
+        return values * torch.rsqrt(values.square().sum(axis, keepdim=True) + 1e-6)
+
+    mu = layer.router.phi.T.reshape(DIM, 4, slots)
+    logits = torch.einsum("gmd,dnp->gmnp", normalize(x, -1), normalize(mu, 0) * 3.0)
+    dispatch, combine = torch.softmax(logits, 1), torch.softmax(logits.flatten(2), 2)
+    mixes = layer.router.mixes(x, None)
+    torch.testing.assert_close(mixes.dispatch, dispatch.flatten(2))
+    torch.testing.assert_close(mixes.combine, combine)
+    other = make(num_experts=4, slots_per_expert=slots)
+    other.load_state_dict(layer.state_dict())
+    assert not torch.allclose(other.router.mixes(x, None).combine, combine, rtol=1e-4), "the paper's epsilon is another"
+
+
 def test_the_slots_say_how_much_mixes_have_collapsed() -> None:
     layer, x = make(), inputs(2, 5)
     record = layer(x, context_of(x))[1]

@@ -12,6 +12,7 @@ from moe_train.errors import ConfigError
 from moe_train.parallel.counters import TrafficCounters
 from moe_train.parallel.options import ExchangeOptions
 from moe_train.training.layouts import exchange_options, layout_warnings, pictures, plan_run, settle
+from moe_train.training.recorded_config import recorded_config, to_record
 from moe_train.training.run_folder import differing_keys
 
 
@@ -162,3 +163,17 @@ def test_counters_travel_as_numbers() -> None:
         "metadata_bytes": 6,
     }
     assert both.counted and not one.counted and (both.dropped, one.dropped) == (7, 0)
+
+
+def test_a_run_of_an_earlier_version_keeps_what_its_slots_did() -> None:
+    """Earlier versions let weight decay take Soft MoE's slots, and recorded no ``decayed``."""
+    keys = {"name": "soft_moe", "decoder": "top_k"}
+    now = config({**keys, "decayed": None})
+    recorded = to_record(config(keys))
+    assert recorded["routing"]["decayed"] is None, "recorded, so that it is not taken for an earlier version's"
+    plan = plan_run(now, 1, 1)
+    assert settle(now, plan, recorded_config(recorded)).routing["decayed"] is None
+    del recorded["routing"]["decayed"]
+    for later in (now, config(keys)):  # with or without the key on the way to it
+        assert settle(later, plan, recorded_config(recorded)).routing["decayed"] == "slots"
+    assert settle(config({**keys, "decayed": "scale"}), plan, recorded_config(recorded)).routing["decayed"] == "scale"
