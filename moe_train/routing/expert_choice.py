@@ -24,6 +24,8 @@ from moe_train.routing.registry import register
 from moe_train.routing.types import Routing, assignment_from_choices, count_statistics
 from moe_train.routing.world import gather_rows, world_order
 
+HalfRounding = Literal["half_up", "half_even"]
+
 
 @dataclass(frozen=True)
 class ExpertChoiceConfig(RoutingConfig):
@@ -33,6 +35,8 @@ class ExpertChoiceConfig(RoutingConfig):
         capacity_factor: c, experts per token on average.
         scope: the tokens that an expert chooses from: those of a ``sentence`` or of the ``batch`` (the paper's, where a
             sentence's output depends on its batch mates).
+        capacity_rounding: of c · T / E where it ends in a half: ``half_up``, or ``half_even`` to the even neighbour, as
+            V-MoE's code.
         score_noise: in training N(0, (score_noise / E)²) is added to the logits (V-MoE's code: 1).
         capacity_group: what a batch is: a ``rank``'s tokens or the ``global`` micro-batch.
     """
@@ -41,6 +45,7 @@ class ExpertChoiceConfig(RoutingConfig):
     capacity_factor: float = 2.0
     scope: Literal["sentence", "batch"] = "sentence"
     capacity_group: Group = "rank"
+    capacity_rounding: HalfRounding = "half_up"
     score_noise: float = 0.0
 
     def __post_init__(self) -> None:
@@ -77,14 +82,14 @@ class ExpertChoiceRouter(Router):
 
     def taken(self, scores: Tensor, context: RoutingContext) -> Tensor:
         """[T, E] bool: which expert took which token."""
-        factor = self.config.capacity_factor
+        factor, rounding = self.config.capacity_factor, self.config.capacity_rounding
         if self.config.scope == "sentence":
-            return take(scores, context.sentence, context.num_sentences, factor)
+            return take(scores, context.sentence, context.num_sentences, factor, rounding)
         if not shared_by_ranks(context, self.config.capacity_group):
-            return take(scores, torch.zeros_like(context.sentence), 1, factor)
+            return take(scores, torch.zeros_like(context.sentence), 1, factor, rounding)
         world = world_order(context)
         everyone, _ = gather_rows(scores, context.ranks)
-        ordered = take(everyone[world.order], torch.zeros_like(world.order), 1, factor)
+        ordered = take(everyone[world.order], torch.zeros_like(world.order), 1, factor, rounding)
         taken = torch.empty_like(ordered)
         taken[world.order] = ordered
         return taken[world.own]
@@ -101,13 +106,14 @@ class ExpertChoiceRouter(Router):
         return (Choices(1.0, 0, config.num_experts, cls.experts_per_token(config), independent=True),)
 
 
-def take(scores: Tensor, group: Tensor, num_groups: int, factor: float) -> Tensor:
+def take(scores: Tensor, group: Tensor, num_groups: int, factor: float, rounding: HalfRounding = "half_up") -> Tensor:
     """Each expert's best tokens within each group of tokens.
 
     Args:
         scores: [T, E].
         group: [T] int64, non-decreasing, in 0 .. num_groups - 1.
         factor: an expert takes ``factor · T_g / E`` tokens of a group of T_g, rounded, at least 1 and at most T_g.
+        rounding: where halves go.
 
     Returns:
         [T, E] bool. Of equal scores the earlier token is taken.
@@ -119,5 +125,6 @@ def take(scores: Tensor, group: Tensor, num_groups: int, factor: float) -> Tenso
     table[group, :, column] = scores
     order = table.argsort(dim=2, descending=True, stable=True)
     place = torch.empty_like(order).scatter_(2, order, torch.arange(longest, device=group.device).expand_as(order))
-    capacity = torch.floor(factor * sizes.to(torch.float64) / scores.shape[1] + 0.5).clamp(min=1)
-    return place[group, :, column] < capacity[group].unsqueeze(1)
+    wanted = factor * sizes.to(torch.float64) / scores.shape[1]
+    capacity = wanted.round() if rounding == "half_even" else torch.floor(wanted + 0.5)
+    return place[group, :, column] < capacity.clamp(min=1)[group].unsqueeze(1)

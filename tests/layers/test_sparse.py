@@ -36,6 +36,15 @@ def test_padding_is_not_routed_and_gets_nothing() -> None:
     assert layer(x, padding)[0][~padding].isfinite().all()
 
 
+def test_a_capacity_is_a_share_of_the_tokens_that_are_there() -> None:
+    """fairseq's gates count and serve padded rows too: of 20 rows an expert would take 5, of 4 tokens it takes 1."""
+    layer, x = MoELayer(8, 16, {**SWITCH, "capacity_factor": 1.0}).train(), torch.ones(1, 20, 8)
+    padding = torch.arange(20)[None] >= 4
+    _, record = layer(x, padding)
+    assert record is not None
+    assert record.statistics.tokens == 4 and record.statistics.load.sum() == 1, "all four want one expert"
+
+
 def test_total_loss_weighs_the_losses() -> None:
     layer = MoELayer(8, 16, {**SWITCH, "balance_weight": 0.5})
     _, record = layer(torch.randn(2, 5, 8))

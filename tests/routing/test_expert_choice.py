@@ -93,3 +93,14 @@ def test_accounting_and_wrong_use() -> None:
         routing_config({"name": "expert_choice", "capacity_factor": -1.0})
     with pytest.raises(ConfigError, match="'sentence'"):
         routing_config({"name": "expert_choice", "scope": "sentense"})
+
+
+@pytest.mark.parametrize(("rounding", "expected"), [("half_up", [1, 2, 3]), ("half_even", [1, 2, 2])])
+@pytest.mark.parametrize("scope", ["sentence", "batch"])
+def test_halves_are_rounded_up_or_as_v_moe_s_code_does(rounding: str, expected: list[int], scope: str) -> None:
+    """vmoe's capacity is Python's round(tokens * factor / experts), here at least 1: of 0.5, 1.5, 2.5 it is 1, 2, 2."""
+    keys = {"num_experts": 2, "capacity_factor": 1.0, "scope": scope}
+    router = make_router("expert_choice", **keys, capacity_rounding=rounding)
+    loads = [router(tokens(n), batch_context([n])).statistics.load.tolist() for n in (1, 3, 5)]
+    assert loads == [[capacity] * 2 for capacity in expected]
+    assert rounding == "half_up" or expected == [max(1, round(n * 1.0 / 2)) for n in (1, 3, 5)]

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from moe_train.config import ScheduleConfig
 from moe_train.training.schedules import learning_rate
@@ -54,3 +57,25 @@ def test_never_rises_after_the_warmup_and_stays_in_bounds(name: Any, warmup: int
     update = data.draw(st.integers(warmup + 1, 200))
     now, later = (learning_rate(config, PEAK, 120, u) for u in (update, update + 1))
     assert 0.0 <= later <= now <= PEAK
+
+
+@pytest.mark.parametrize("name", ["inverse_sqrt", "polynomial"])
+def test_an_update_has_the_rate_that_fairseq_gives_the_next(name: Any) -> None:
+    """fairseq's trainer asks its scheduler after n updates for the rate of update n + 1; ours has it at update n."""
+    from moe_train.fairseq_compat import apply
+
+    apply()
+    from fairseq.optim.lr_scheduler import inverse_square_root_schedule, polynomial_decay_schedule
+    from fairseq.optim.sgd import SGD
+
+    optimizer = SGD(SimpleNamespace(lr=[PEAK], momentum=0.0, weight_decay=0.0), [nn.Parameter(torch.zeros(1))])
+    if name == "inverse_sqrt":
+        config: Any = SimpleNamespace(lr=[PEAK], warmup_updates=100, warmup_init_lr=-1)
+        theirs: Any = inverse_square_root_schedule.InverseSquareRootSchedule(config, optimizer)
+    else:
+        config = SimpleNamespace(lr=[PEAK], warmup_updates=100, end_learning_rate=0.01, power=2.0)
+        config.total_num_update, config.force_anneal = LAST, None
+        theirs = polynomial_decay_schedule.PolynomialDecayLRSchedule(config, optimizer)
+    for update in (1, 2, 50, 99, 100, 101, 150, 999, 1000, 1001):
+        floor = 0.01 if name == "polynomial" else 0.0
+        assert rate(update, name=name, power=2.0, end_lr=floor) == pytest.approx(theirs.step_update(update))
