@@ -287,6 +287,8 @@ def search(
         beam_size=settings.beam,
         max_len_a=settings.max_length_ratio,
         max_len_b=settings.max_length_offset,
+        min_len=settings.min_length,
+        unk_penalty=settings.unk_penalty,
     )
     beam = BeamSearch(ours, words, settings)  # type: ignore[arg-type]
 

@@ -8,6 +8,7 @@ finished one.
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import shutil
@@ -20,6 +21,8 @@ import torch
 from safetensors.torch import load_file
 
 from moe_train.commands import evaluate, export, report, train, translate
+from moe_train.config import SearchConfig
+from moe_train.evaluation.results import read_results
 
 OLD = Path(__file__).parent / "old_runs"
 WORDS = [
@@ -104,6 +107,15 @@ def test_translations_are_the_same(
     call(monkeypatch, translate, f"run={old / run}", *data, "source=en", "target=de")
     expected = (OLD / "finished" / "hypotheses" / "test.en-de.de").read_text(encoding="utf-8")
     assert capsys.readouterr().out == expected
+
+
+def test_scores_of_earlier_versions_can_be_added_to() -> None:
+    """Their settings name fewer keys of the search."""
+    earlier = read_results(OLD / "finished" / "test.json")
+    assert earlier is not None and "min_length" not in earlier.settings["search"]
+    now = dataclasses.replace(earlier, settings={**earlier.settings, "search": dataclasses.asdict(SearchConfig())})
+    other = {**now.settings, "search": dataclasses.asdict(SearchConfig(min_length=2))}
+    assert now.extends(earlier) and not dataclasses.replace(now, settings=other).extends(earlier)
 
 
 def test_a_finished_run_exports_to_the_same_tensors(old: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

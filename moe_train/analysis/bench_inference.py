@@ -23,7 +23,7 @@ from moe_train.models import TransformerModel, build_model
 from moe_train.routing import routing_config
 
 WAYS = ("sentence", "token")
-_PAD, _EOS, _FIRST = 1, 2, 4
+_PAD, _EOS, _UNK, _FIRST = 1, 2, 3, 4
 _UNLIKELY = -1e4  # a logit
 
 
@@ -81,6 +81,10 @@ class Words:
     def eos(self) -> int:
         """The end."""
         return _EOS
+
+    def unk(self) -> int:
+        """An unknown word."""
+        return _UNK
 
 
 def bench_inference(model: ModelConfig, num_experts: int, work: Workload, rounds: int = 9) -> list[InferenceRow]:

@@ -133,17 +133,37 @@ class LaunchConfig:
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """Beam search. ``length_penalty`` is the exponent of the length that a hypothesis' score is divided by."""
+    """Beam search.
+
+    Attributes:
+        beam: hypotheses that are kept of each sentence.
+        length_penalty: exponent of the length that a hypothesis' score is divided by.
+        max_length_ratio, max_length_offset: a hypothesis has at most ratio · source length + offset tokens
+            (fairseq-generate: 0 and 200), or one.
+        min_length: a hypothesis has at least so many tokens, the end not counted.
+        unk_penalty: taken from the log-probability of the unknown word; below 0 favours it.
+        batch_tokens: source tokens of a batch.
+    """
 
     beam: int = 5
     length_penalty: float = 1.0
     max_length_ratio: float = 2.0
     max_length_offset: int = 10
+    min_length: int = 1
+    unk_penalty: float = 0.0
     batch_tokens: int = 4096
 
     def __post_init__(self) -> None:
-        for key in ("beam", "batch_tokens", "max_length_ratio"):
+        for key in ("beam", "batch_tokens"):
             check.positive(f"search.{key}", getattr(self, key))
+        for key in ("max_length_ratio", "min_length"):
+            check.not_negative(f"search.{key}", getattr(self, key))
+        if self.max_length_ratio == 0 and self.max_length_offset < max(1, self.min_length):
+            raise ConfigError(
+                f"search.max_length_ratio=0 and search.max_length_offset={self.max_length_offset} leave less than"
+                f" {max(1, self.min_length)} tokens to a hypothesis",
+                remedy="raise search.max_length_offset (fairseq-generate has 200)",
+            )
 
 
 @dataclass(frozen=True)

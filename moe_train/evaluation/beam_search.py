@@ -3,7 +3,8 @@
 At each step a sentence considers its 2k best continuations; those among the first k that end are finished hypotheses
 (score / length^penalty), the k best that do not end go on. A sentence is done with k finished hypotheses, or at its
 longest length, and leaves the batch. Differences from fairseq 0.12.2, so that no result depends on batch mates: the
-longest length follows from the sentence's own source length, not from the batch's; forced prefix tokens are not scored.
+longest length follows from the sentence's own source length, not from the batch's, and is never below ``min_length``
+(fairseq ends with an assertion); forced prefix tokens are not scored.
 """
 
 from __future__ import annotations
@@ -16,12 +17,10 @@ import torch
 from torch import Tensor
 
 from moe_train.config import SearchConfig
-from moe_train.errors import CheckpointError
+from moe_train.errors import CheckpointError, ConfigError
 from moe_train.evaluation.candidates import Candidates, best_candidates, log_probabilities
 from moe_train.evaluation.hypotheses import Finished, Hypotheses
 from moe_train.routing.context import Ranks
-
-MIN_LENGTH = 1  # tokens before the end symbol
 
 
 class DecoderState(Protocol):
@@ -65,6 +64,9 @@ class SpecialSymbols(Protocol):
     def eos(self) -> int:
         """Number of the end symbol."""
 
+    def unk(self) -> int:
+        """Number of the symbol for unknown words."""
+
     def __len__(self) -> int: ...
 
 
@@ -89,17 +91,25 @@ class BeamSearch:
     Args:
         model: see :class:`SearchableModel`; used in eval mode and given back as it was.
         dictionary: the target dictionary.
-        config: beam, length penalty, longest length (``max_length_ratio`` · source tokens + ``max_length_offset``).
+        config: beam, penalties, shortest and longest length.
         company: the ranks that hold the model's experts among them. All then search at the same time, and one that is
             done (or has no sentences) goes on with no rows until all are, since experts must be asked by all together.
             None: the model is here as a whole.
+
+    Raises:
+        ConfigError: ``search.min_length`` is beyond the model's positions.
     """
 
     def __init__(
         self, model: SearchableModel, dictionary: SpecialSymbols, config: SearchConfig, company: Ranks | None = None
     ) -> None:
         self.model, self.config, self.company = model, config, company
-        self.pad, self.eos = dictionary.pad(), dictionary.eos()
+        self.pad, self.eos, self.unk = dictionary.pad(), dictionary.eos(), dictionary.unk()
+        if config.min_length >= (positions := model.max_decoder_positions()):
+            raise ConfigError(
+                f"search.min_length={config.min_length} is more than the model's {positions} positions hold",
+                remedy=f"set search.min_length to {positions - 1} or less",
+            )
         self.beam = min(config.beam, len(dictionary) - 1)
 
     @torch.no_grad()
@@ -159,9 +169,11 @@ class BeamSearch:
 
     def _limits(self, src_tokens: Tensor, prefix: int) -> Tensor:
         """[B] longest hypothesis of each sentence, end symbol not counted."""
-        lengths = src_tokens.ne(self.pad).sum(1)
-        limit = (lengths * self.config.max_length_ratio + self.config.max_length_offset).long()
-        return limit.clamp(min=MIN_LENGTH, max=max(MIN_LENGTH, self.model.max_decoder_positions() - prefix))
+        lengths = src_tokens.ne(self.pad).sum(1).double()
+        shortest = max(1, self.config.min_length)
+        room = max(shortest, self.model.max_decoder_positions() - prefix)
+        limit = lengths * self.config.max_length_ratio + self.config.max_length_offset
+        return limit.clamp(min=shortest, max=room).long()  # before it becomes a whole number: a huge one would overflow
 
     def _force(self, prefix: Tensor, state: DecoderState) -> Tensor:
         """Feeds all but the last forced token; returns the last, [N]."""
@@ -179,7 +191,8 @@ class BeamSearch:
 
     def _candidates(self, log_probs: Tensor, beams: _Beams, step: int) -> Candidates:
         log_probs[:, self.pad] = -torch.inf
-        if step < MIN_LENGTH:
+        log_probs[:, self.unk] -= self.config.unk_penalty
+        if step < self.config.min_length:
             log_probs[:, self.eos] = -torch.inf
         if step in beams.stops:
             rows = (beams.limit == step).repeat_interleave(self.beam)

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from moe_train.config import SearchConfig
 from moe_train.errors import DataError
 from moe_train.evaluation.averages import groups, mean
 from moe_train.evaluation.scoring import Scores
@@ -52,6 +53,11 @@ class DirectionResult:
         )
 
 
+def _with_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with every key of the search: earlier versions have written fewer, and searched by the defaults."""
+    return {**settings, "search": {**asdict(SearchConfig()), **settings.get("search", {})}}
+
+
 def _scores(content: Mapping[str, Any]) -> Scores:
     return Scores(float(content["bleu"]), float(content["chrf"]))
 
@@ -90,7 +96,7 @@ class Results:
 
     def extends(self, earlier: Results) -> bool:
         """Whether both were made with the same settings, so that they can stand in one file."""
-        return dict(earlier.settings) == dict(self.settings)
+        return _with_defaults(earlier.settings) == _with_defaults(self.settings)
 
     def merged_into(self, earlier: Results | None) -> Results:
         """Adds these directions to earlier results of the same settings; other earlier results are replaced."""

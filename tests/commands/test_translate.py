@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pty
 import subprocess
@@ -37,6 +38,25 @@ def test_a_pipe_gives_a_line_for_a_line(run_folder: Path, tmp_path: Path) -> Non
     assert [bool(line) for line in lines[:5]] == [True, False, True, False, True]
     assert b"translated 3 sentences" in done.stderr
     assert list(tmp_path.iterdir()) == [], "Hydra's folders do not belong into the user's"
+
+
+def test_lengths_can_be_fixed_and_need_no_ratio(
+    run_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """fairseq-generate's own default is a ratio of 0."""
+    said = []
+    for pieces in (1, 12):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"Das Kind mag frisches Brot heute.\n")))
+        lengths = [f"search.max_length_offset={pieces}", f"search.min_length={pieces}", "search.max_length_ratio=0"]
+        words = [f"run={run_folder}", "source=de", "target=en", "search.unk_penalty=100", "search.beam=2", *lengths]
+        monkeypatch.setattr(sys, "argv", ["moe-translate", *words])
+        main()
+        said.append(capsys.readouterr().out.strip())
+    assert len(said[0].split()) <= 1 < len(said[1])
+    monkeypatch.setattr(sys, "argv", ["moe-translate", *words, "search.min_length=13"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "search.max_length_offset=12 leave less than 13 tokens" in capsys.readouterr().err
 
 
 def test_mistakes_are_one_message(

@@ -86,7 +86,7 @@ def test_a_recipe_at_published_size_has_the_paper_s_parameters(name: str) -> Non
         assert found.parameters_total / 1e6 == pytest.approx(millions, rel=0.01), source
 
 
-# What a recipe's source says of its optimizer: name, peak rate, betas, eps, decay, of what, clipping, warm-up, its start.
+# What the source of a recipe says: optimizer, peak rate, betas, eps, decay, of what, clipping, warm-up and its start.
 # fairseq's `adam` decays decoupled and all parameters; vmoe's `adam` decays decoupled, kernels alone.
 OPTIMIZERS: dict[str, tuple[Any, ...]] = {
     "thor_iwslt14": ("adamw", 1e-3, (0.9, 0.98), 1e-8, 1e-4, "all", 0.0, 4000, 0.0),  # run_iwslt14_de_en.sh

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moe_train.config import SearchConfig
-from moe_train.errors import CheckpointError
+from moe_train.errors import CheckpointError, ConfigError
 from moe_train.evaluation.beam_search import BeamSearch
 from tests.evaluation.recurrent import Recurrent
 
@@ -173,3 +173,60 @@ def test_training_mode_comes_back() -> None:
     model = Recurrent(30).train()
     search(model, model.sample([4]))
     assert model.training
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"max_length_ratio": 0.0, "max_length_offset": 6},
+        {"max_length_ratio": 0.29, "max_length_offset": 4, "min_length": 4},  # int(0.29 * 100) is 28
+        {"max_length_ratio": 0.0, "max_length_offset": 200, "min_length": 0},
+        {"max_length_ratio": 1.5, "max_length_offset": 0, "min_length": 7},
+        {"max_length_ratio": 1.5, "max_length_offset": 5, "unk_penalty": 3.0},
+        {"max_length_ratio": 0.0, "max_length_offset": 9, "unk_penalty": -4.5, "min_length": 3},
+    ],
+    ids=lambda keys: ",".join(f"{key}={value}" for key, value in keys.items()),
+)
+@pytest.mark.parametrize("beam", [1, 4])
+def test_limits_and_penalties_are_fairseq_s(keys: dict[str, Any], beam: int) -> None:
+    from fairseq.sequence_generator import SequenceGenerator
+
+    short, unknown = 0, 0
+    for seed in range(4):
+        model = Recurrent(30, eos_bias=2.0 - seed, seed=seed).eval()
+        with torch.no_grad():
+            model.decoder.out.bias[model.words.unk()] += 3.0
+        batch = model.sample([100 if keys["max_length_ratio"] == 0.29 else 8] * 6, seed)
+        names = {"max_length_ratio": "max_len_a", "max_length_offset": "max_len_b", "min_length": "min_len"}
+        given = {names.get(key, key): value for key, value in keys.items()}
+        theirs = SequenceGenerator([model], model.words, beam_size=beam, **given).generate(
+            [model], {"net_input": batch}
+        )
+        ours = BeamSearch(model, model.words, SearchConfig(beam=beam, **keys))(batch)
+        for row, hypotheses in enumerate(theirs):
+            found = [t[:n].tolist() for t, n in zip(ours.tokens[row], ours.lengths[row], strict=True)]
+            assert found[: len(hypotheses)] == [h["tokens"].tolist()[:-1] for h in hypotheses]
+            scores = torch.stack([h["score"] for h in hypotheses])
+            torch.testing.assert_close(ours.scores[row, : len(hypotheses)], scores, rtol=1e-5, atol=1e-5)
+            short += sum(len(tokens) < keys.get("min_length", 1) for tokens in found[: len(hypotheses)])
+            unknown += sum(tokens.count(model.words.unk()) for tokens in found)
+    assert not short
+    assert unknown > 0 or keys.get("unk_penalty", 0.0) > 0
+
+
+def test_a_huge_ratio_is_the_model_s_own_limit() -> None:
+    """2e30 tokens are more than a whole number can hold: they became the shortest length."""
+    model = Recurrent(30, eos_bias=-100.0)
+    assert [len(t) for t in search(model, model.sample([9]), beam=2, max_length_ratio=1e30)] == [63]
+
+
+def test_min_length_goes_beyond_a_sentence_s_limit_and_not_beyond_the_model_s() -> None:
+    model = Recurrent(30, eos_bias=100.0)
+    assert [len(t) for t in search(model, model.sample([3, 9]), max_length_ratio=0.5, min_length=9)] == [9, 9]
+    assert [len(t) for t in search(model, model.sample([3]), min_length=63)] == [63], "64 positions"
+    with pytest.raises(
+        ConfigError, match=r"search\.min_length=64 is more than the model's 64 positions.*to 63 or less"
+    ):
+        search(model, model.sample([3]), min_length=64)
+    with pytest.raises(ConfigError, match=r"search\.max_length_offset=2 leave less than 3 tokens"):
+        SearchConfig(max_length_ratio=0.0, max_length_offset=2, min_length=3)

@@ -148,6 +148,14 @@ def test_validation_split_and_few_sentences(tmp_path: Path, tiny_data: DataFolde
     assert any("zero-shot" in note for note in zero_shot.notes)
 
 
+def test_lengths_that_are_fixed(tmp_path: Path, tiny_data: DataFolder) -> None:
+    run = make_run(tmp_path, tiny_data, "dense", directions=("en-de", "en-fr"))
+    fixed = SearchConfig(beam=2, max_length_ratio=0.0, max_length_offset=7, min_length=7, unk_penalty=9.0)
+    found = evaluate(config(run, directions=("en-de",), max_sentences=4, search=fixed))
+    assert found.decoding["tokens"] == 4 * (7 + 1), "the end counts"
+    assert found.settings["search"]["min_length"] == 7
+
+
 def test_unknown_direction(tmp_path: Path, tiny_data: DataFolder) -> None:
     run = make_run(tmp_path, tiny_data, "dense")
     with pytest.raises(DataError, match=r"no direction 'en-dd'.*'en-de'"):
