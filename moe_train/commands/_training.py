@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from moe_train.commands._app import said_once
 from moe_train.commands._hydra import is_awaited, overrides, run_directory
@@ -29,6 +30,7 @@ from moe_train.training.checkpoints import everywhere
 from moe_train.training.layouts import plan_run, settle
 from moe_train.training.preflight import check_run
 from moe_train.training.run_folder import FAILURE
+from moe_train.training.session_notes import session_notes
 
 TARGET = "moe_train.commands._training:work"
 
@@ -153,6 +155,8 @@ def _begin(folder: RunFolder, config: RunConfig, data: TaskData) -> Outcome | No
         info = folder.info
         Console().print(f"nothing to do, the run is finished: {folder.path}", highlight=False, soft_wrap=True)
         return Outcome(info["status"], info["update"], info.get("best"), info.get("best_update", 0))
+    for text in session_notes(folder, config):
+        Console().print(f"[yellow]note:[/] {escape(text)}", highlight=False, soft_wrap=True)
     folder.begin(config, data.fingerprint, overrides())
     return None
 

@@ -40,7 +40,12 @@ class OptimizerConfig:
 class ScheduleConfig:
     """The learning rate over updates: linear warm-up to ``optimizer.lr``, then the named decay.
 
-    ``end_lr`` is the floor of ``linear``, ``cosine`` and ``polynomial``, which end at ``training.max_updates``.
+    Attributes:
+        end_lr: the floor of ``linear``, ``cosine`` and ``polynomial``, which end at ``training.max_updates``.
+        power: of ``polynomial``.
+        extend: the rate of a run that has ended and is given more updates: ``hold`` keeps the one that it ended with,
+            ``restart`` gives the further updates a warm-up and decay of their own. None: the schedule is laid out anew
+            for all updates, so that the rate jumps.
     """
 
     name: Literal["inverse_sqrt", "linear", "cosine", "polynomial", "constant"] = "inverse_sqrt"
@@ -48,6 +53,7 @@ class ScheduleConfig:
     warmup_init_lr: float = 1e-7
     end_lr: float = 0.0
     power: float = 1.0
+    extend: Literal["restart", "hold"] | None = None
 
     def __post_init__(self) -> None:
         check.not_negative("training.schedule.warmup_updates", self.warmup_updates)

@@ -19,7 +19,7 @@ from moe_train.training.progress import Display, validation_text
 from moe_train.training.records import Records
 from moe_train.training.run_folder import RunFolder
 from moe_train.training.samples import SampleLoader
-from moe_train.training.schedules import learning_rate
+from moe_train.training.schedules import RunEnd, learning_rate
 from moe_train.training.signals import AskedToStop, StopSignals
 from moe_train.training.state import RunState
 from moe_train.training.steps import Stepper, UpdateReport
@@ -44,7 +44,8 @@ class Loop:
     """The parts of a run, put together. One object per session; :meth:`run` is called once.
 
     ``counters``: of this rank's exchanges; ``traffic``: what all ranks sent in the ``counted`` updates of this session;
-    ``flops``: of a token's forward pass, as it was routed before the last log line.
+    ``flops``: of a token's forward pass, as it was routed before the last log line; ``ends``: where the run had ended
+    before it was given more updates.
     """
 
     config: RunConfig
@@ -61,6 +62,7 @@ class Loop:
     counters: TrafficCounters
     validate_bleu: ValidateBleu | None = None
     account: Account | None = None
+    ends: tuple[RunEnd, ...] = ()
     signals: StopSignals = field(default_factory=StopSignals)
     traffic: TrafficCounters = field(default_factory=TrafficCounters)
     counted: int = 0
@@ -123,7 +125,7 @@ class Loop:
         training, done = self.config.training, self.state.update
         self.world.pulse.mark("reading samples", done + 1)
         plan, samples = self.samples.get(done, last=done + 1 >= training.max_updates)
-        lr = learning_rate(training.schedule, training.optimizer.lr, training.max_updates, done + 1)
+        lr = learning_rate(training.schedule, training.optimizer.lr, training.max_updates, done + 1, self.ends)
         self.world.pulse.mark("computing the update")
         report = self.stepper.run(done, samples, lr, self.signals.asked)
         self.state.update, self.state.epoch = done + 1, plan.epoch

@@ -8,12 +8,13 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from moe_train.config import RunConfig, to_mapping
 from moe_train.errors import CheckpointError, ConfigError
+from moe_train.training.extension import ENDS, FINISHED, ends_with_session
 from moe_train.training.heartbeat import other_host
 from moe_train.training.integrity import replace_text
 from moe_train.training.recorded_config import note_ignored_keys, recorded_config, to_record, with_defaults
@@ -22,10 +23,9 @@ CONFIG, INFO, TRAIN, VALID = "config.json", "run.json", "train.jsonl", "valid.js
 ALIVE = ".alive"  # its age says whether a process trains here, to other hosts too (moe_train.training.heartbeat)
 FAILURE = "failure.json"  # why the last session ended, where it failed; older than run.json: a session before that
 LOG = logging.getLogger("moe_train")
-FINISHED = ("finished", "stopped_early")
 # Keys that may differ between the sessions of one run: they change where it runs, how long, and what it keeps.
 FREE = ("launch", "layout", "engine", "resume", "search", "data", "evaluate")
-FREE_TRAINING = ("max_updates", "threads", "checkpoint")
+FREE_TRAINING = ("max_updates", "threads", "checkpoint", "schedule.extend")
 
 
 @dataclass(frozen=True)
@@ -171,6 +171,8 @@ class RunFolder:
         """
         for folder in (self.path, self.checkpoints, self.logs):
             folder.mkdir(parents=True, exist_ok=True)
+        if self.exists and (ends := ends_with_session(self.info, self.config, config)):
+            self.describe(**{ENDS: [asdict(end) for end in ends]})
         content = {
             "format": 1,
             "config": to_record(config),
@@ -266,8 +268,8 @@ def config_digest(config: RunConfig) -> str:
 
 
 def _is_free(key: str) -> bool:
-    first, *rest = key.split(".")
-    return first in FREE or (first == "training" and rest[0] in FREE_TRAINING)
+    first, _, rest = key.partition(".")
+    return first in FREE or (first == "training" and (rest in FREE_TRAINING or rest.split(".")[0] in FREE_TRAINING))
 
 
 def _flat(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from moe_train.config import ScheduleConfig
 from moe_train.errors import ConfigError, did_you_mean
@@ -26,14 +27,42 @@ def register_decay(name: str) -> Callable[[Decay], Decay]:
     return decorate
 
 
-def learning_rate(config: ScheduleConfig, peak: float, max_updates: int, update: int) -> float:
+@dataclass(frozen=True)
+class RunEnd:
+    """Where a run had ended before it was given more updates.
+
+    Attributes:
+        update: its last one.
+        max_updates: for how many its schedule was laid out.
+        extend: ``training.schedule.extend`` of what followed.
+    """
+
+    update: int
+    max_updates: int
+    extend: str | None
+
+
+def learning_rate(
+    config: ScheduleConfig, peak: float, max_updates: int, update: int, ends: Sequence[RunEnd] = ()
+) -> float:
     """The rate of an update.
 
     Args:
         peak: ``training.optimizer.lr``, reached at the end of the warm-up.
         max_updates: where decays that end, end.
         update: counted from 1.
+        ends: of a run that was extended, in their order.
     """
+    ends = [end for end in ends if end.extend]  # the others' updates are part of what came later
+    before = [end for end in ends if end.update < update]
+    planned = ends[len(before)].max_updates if len(before) < len(ends) else max_updates
+    if before and before[-1].extend == "hold":
+        return learning_rate(config, peak, before[-1].max_updates, before[-1].update, before[:-1])
+    begun = before[-1].update if before else 0
+    return _rate(config, peak, planned - begun, update - begun)
+
+
+def _rate(config: ScheduleConfig, peak: float, max_updates: int, update: int) -> float:
     if update <= config.warmup_updates:
         return config.warmup_init_lr + (peak - config.warmup_init_lr) * update / config.warmup_updates
     if config.name not in _DECAYS:

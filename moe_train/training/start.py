@@ -20,6 +20,7 @@ from moe_train.training.about import Account, describe_run, summary
 from moe_train.training.background import world_aside
 from moe_train.training.checkpoints import CheckpointStore
 from moe_train.training.engines import Engine, EngineInputs, build_engine
+from moe_train.training.extension import run_ends
 from moe_train.training.heartbeat import heartbeat
 from moe_train.training.hooks import tell
 from moe_train.training.initial import initialise_from
@@ -142,6 +143,7 @@ def _assemble(given: _Parts) -> Loop:
         counters=layout.counters,
         validate_bleu=given.validate_bleu,
         account=given.account,
+        ends=run_ends(world.broadcast(folder.info if world.main else {})),
     )
 
 

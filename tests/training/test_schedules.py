@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from moe_train.config import ScheduleConfig
-from moe_train.training.schedules import learning_rate
+from moe_train.training.schedules import RunEnd, learning_rate
 
 PEAK, LAST = 0.5, 1000
 
@@ -79,3 +79,22 @@ def test_an_update_has_the_rate_that_fairseq_gives_the_next(name: Any) -> None:
     for update in (1, 2, 50, 99, 100, 101, 150, 999, 1000, 1001):
         floor = 0.01 if name == "polynomial" else 0.0
         assert rate(update, name=name, power=2.0, end_lr=floor) == pytest.approx(theirs.step_update(update))
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "polynomial", "inverse_sqrt"])
+def test_an_extended_run_holds_its_rate_or_has_a_schedule_of_its_own(name: Any) -> None:
+    config = ScheduleConfig(name=name, warmup_updates=4, warmup_init_lr=0.0, end_lr=0.01)
+
+    def rates(*ends: RunEnd, max_updates: int, updates: range) -> list[float]:
+        return [learning_rate(config, PEAK, max_updates, update, ends) for update in updates]
+
+    first, all_anew = (rates(max_updates=last, updates=range(1, 41)) for last in (20, 40))
+    for extend, then in (("hold", [first[19]] * 20), ("restart", first[:20]), (None, all_anew[20:])):
+        end = RunEnd(20, 20, extend)
+        assert rates(end, max_updates=40, updates=range(21, 41)) == then
+        begun = all_anew[:20] if extend is None else first[:20]  # where an earlier checkpoint is gone back to
+        assert rates(end, max_updates=40, updates=range(1, 21)) == begun
+    twice = (RunEnd(20, 20, "restart"), RunEnd(40, 40, "hold"))
+    assert rates(*twice, max_updates=60, updates=range(21, 61)) == first[:20] + [first[19]] * 20
+    stopped_early = RunEnd(12, 20, "hold")
+    assert rates(stopped_early, max_updates=20, updates=range(13, 21)) == [first[11]] * 8
