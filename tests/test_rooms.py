@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOMS = (
+    "utils",
     "config",
     "routing",
     "parallel",

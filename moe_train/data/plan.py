@@ -166,6 +166,16 @@ def finished(out: Path, plan: Plan, overwrite: bool) -> bool:
     return not changed
 
 
+def has_other_files(out: Path) -> bool:
+    """Whether a folder holds files that its manifest does not list, or has no manifest that can be read."""
+    try:
+        listed = {FILE, *Manifest.read(out).files}
+    except DataError:
+        return True
+    files = (path for path in out.rglob("*") if path.is_symlink() or not path.is_dir())
+    return any(path.relative_to(out).as_posix() not in listed for path in files)
+
+
 def _differences(manifest: Manifest, plan: Plan) -> list[str]:
     old, new = dict(_flat(manifest.settings)), dict(_flat(plan.settings))
     changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]

@@ -1,12 +1,11 @@
 """``moe-prepare``: from a corpus to a data folder.
 
-The folder is made beside its place, as ``OUT.partial``, and renamed when it is complete: a crash leaves nothing behind
-that looks finished, and an older folder stays until the new one stands.
+The folder is made beside its place and renamed when it is complete (:mod:`moe_train.utils.replace_folder`): a crash
+leaves nothing behind that looks finished, and an older folder stays until the new one stands.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -21,7 +20,7 @@ from moe_train.data.folder import DataFolder
 from moe_train.data.manifest import Manifest, describe_files
 from moe_train.data.overlap import HeldOut, held_out_keys, measure
 from moe_train.data.pairs import parse_sides
-from moe_train.data.plan import Plan, finished, make_plan
+from moe_train.data.plan import Plan, finished, has_other_files, make_plan
 from moe_train.data.progress import Progress
 from moe_train.data.sampling import sample_sentences
 from moe_train.data.selection import Selection, select
@@ -31,6 +30,7 @@ from moe_train.data.workers import Workers, available_cores
 from moe_train.data.writer import FolderWriter
 from moe_train.errors import DataError
 from moe_train.fairseq_compat import require_fairseq
+from moe_train.utils.replace_folder import replacing_folder
 
 
 def prepare(config: PrepareConfig, progress: Progress | None = None) -> DataFolder:
@@ -47,33 +47,28 @@ def prepare(config: PrepareConfig, progress: Progress | None = None) -> DataFold
     progress = progress or Progress()
     out = Path(config.out).expanduser()
     plan = make_plan(config, progress)
-    if finished(out, plan, config.overwrite):
-        progress.say(f"{out} is finished already, from the same text with the same settings: it is kept as it is")
-        return DataFolder.open(out)
-    partial = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
-        _Preparation(config, plan, partial, progress).run()
-        _replace(partial, out)
+        if finished(out, plan, config.overwrite) or not _make(config, plan, out, progress):
+            progress.say(f"{out} is finished already, from the same text with the same settings: it is kept as it is")
     except OSError as error:
         what, where = f"reading or writing failed ({error.strerror})", str(error.filename or out)
         raise DataError(what, where, "look after space and permissions, or choose another out=…") from error
     except BrokenProcessPool as error:
         what = "a worker process was killed, most likely for lack of memory"
         raise DataError(what, remedy="run again with fewer workers=…") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return DataFolder.open(out)
 
 
-def _replace(partial: Path, out: Path) -> None:
-    old = out.with_name(f"{out.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        os.replace(out, old)
-    os.replace(partial, out)
-    shutil.rmtree(old, ignore_errors=True)
+def _make(config: PrepareConfig, plan: Plan, out: Path, progress: Progress) -> bool:
+    """Makes the folder, unless another process has made it by now."""
+    with replacing_folder(out) as replacement:
+        if finished(out, plan, config.overwrite):
+            return False
+        _Preparation(config, plan, replacement.begin(), progress).run()
+        kept = replacement.finish(keep=has_other_files(out))
+    if kept is not None:
+        progress.say(f"{out} had files that moe-prepare had not written: the former folder is kept as {kept}")
+    return True
 
 
 class _Preparation:

@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import Tensor
 
 import moe_train
@@ -34,6 +34,7 @@ from moe_train.training import integrity
 from moe_train.training.checkpoints import STATE, read_state
 from moe_train.training.names import model_tensors
 from moe_train.training.run_folder import CONFIG
+from moe_train.utils.replace_folder import replacing_folder
 
 INDEX = "model.safetensors.index.json"
 
@@ -47,21 +48,23 @@ def export_run(config: ExportConfig) -> Path:
         DataError: the run's data folder, which has the dictionaries, is missing or damaged.
     """
     out = Path(config.out)
+    _check_free(out)
+    run = open_run(config.run, config.checkpoint, config.data).load()
+    try:
+        with replacing_folder(out) as replacement:
+            _check_free(out)
+            _write(run, replacement.begin(), config.shard_mb)
+            replacement.finish()
+    except (OSError, SafetensorError) as error:
+        what = f"the export could not be written ({getattr(error, 'strerror', None) or error})"
+        where = str(getattr(error, "filename", None) or out)
+        raise ConfigError(what, where, "look after space and permissions, or choose another out=…") from error
+    return out
+
+
+def _check_free(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError("the export's folder is there already, and not empty", str(out), "choose another out=…")
-    run = open_run(config.run, config.checkpoint, config.data).load()
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        _write(run, partial, config.shard_mb)
-        if out.exists():
-            out.rmdir()
-        os.replace(partial, out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return out
 
 
 def _write(run: LoadedRun, folder: Path, shard_mb: float) -> None:

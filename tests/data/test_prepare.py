@@ -7,6 +7,10 @@ import hashlib
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +25,7 @@ from moe_train.data.lines import write_lines
 from moe_train.data.prepare import prepare
 from moe_train.errors import ConfigError, DataError
 from tests.data import tiny_corpus
+from tests.killed import killed_before
 
 
 def settings(folder: Path, out: Path, /, **changes: Any) -> PrepareConfig:
@@ -286,11 +291,69 @@ def test_what_fails_leaves_the_old_folder_and_no_rubbish(corpus: Path, tmp_path:
     assert sorted(os.listdir(tmp_path)) == ["corpus", "out"]
 
 
-def test_leftovers_of_a_killed_run_do_not_matter(corpus: Path, tmp_path: Path) -> None:
-    (tmp_path / "out.partial" / "raw").mkdir(parents=True)
-    (tmp_path / "out.partial" / "dict.txt").write_text("half")
-    DataFolder.open(prepare(settings(corpus, tmp_path / "out")).path, verify=True)
-    assert not (tmp_path / "out.partial").exists()
+def test_neighbours_of_the_place_are_never_touched(corpus: Path, tmp_path: Path) -> None:
+    """Whatever their names; a folder that an earlier version has left cannot be told from the user's own."""
+    before = content(prepare(settings(corpus, tmp_path / "out")).path)
+    for name in ("out.old", "out.partial"):
+        shutil.copytree(tmp_path / "out", tmp_path / name)
+        (tmp_path / name / "notes").write_text("mine")
+    neighbours = {name: content(tmp_path / name) for name in ("out.old", "out.partial")}
+    changed = prepare(settings(corpus, tmp_path / "out", vocabulary__size=380, overwrite=True))
+    assert content(DataFolder.open(changed.path, verify=True).path) != before
+    assert {name: content(tmp_path / name) for name in neighbours} == neighbours
+    assert sorted(os.listdir(tmp_path)) == ["corpus", "out", "out.old", "out.partial"]
+
+
+@pytest.mark.parametrize(("step", "size"), [(0, 375), (1, 380)])
+def test_killed_while_it_replaces_a_folder(corpus: Path, tmp_path: Path, step: int, size: int) -> None:
+    """At its first and its second rename; even a next start that fails leaves the older folder, or the new one."""
+    prepare(settings(corpus, tmp_path / "out"))
+    other = settings(corpus, tmp_path / "out", vocabulary__size=380, overwrite=True)
+    assert killed_before(step, lambda: prepare(other), events=("os.rename",))
+    assert (tmp_path / "out").exists() == (step == 0)
+    with pytest.raises(DataError, match="larger than the text allows"):
+        prepare(settings(corpus, tmp_path / "out", vocabulary__size=30000, overwrite=True))
+    assert len(DataFolder.open(tmp_path / "out", verify=True).tokenizer()) == size
+    assert sorted(os.listdir(tmp_path)) == ["corpus", "out"]
+
+
+def test_two_processes_never_make_one_folder(corpus: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "moe_train.commands.prepare", "corpus=text", f"corpus.path={corpus}"]
+    command += [f"out={tmp_path / 'out'}", "vocabulary.size=380", "workers=1"]
+    first = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        while not (tmp_path / "out.partial" / "new").exists():
+            assert first.poll() is None
+            time.sleep(0.01)
+        first.send_signal(signal.SIGSTOP)
+        with pytest.raises(ConfigError, match=rf"another process is making this folder \(process {first.pid} on "):
+            prepare(settings(corpus, tmp_path / "out"))
+        assert (tmp_path / "out.partial" / "new").exists()
+    finally:
+        first.kill()
+        first.wait()
+    assert len(prepare(settings(corpus, tmp_path / "out")).tokenizer()) == 375
+    assert sorted(os.listdir(tmp_path)) == ["corpus", "out"]
+
+
+def test_files_of_the_user_in_a_folder_that_is_replaced_are_kept(corpus: Path, tmp_path: Path) -> None:
+    prepare(settings(corpus, tmp_path / "out"))
+    (tmp_path / "out" / "notes").write_text("mine")
+    for number, size in ((1, 380), (2, 385)):
+        prepare(settings(corpus, tmp_path / "out", vocabulary__size=size, overwrite=True))
+        (tmp_path / "out" / "notes").write_text(f"more {number}")
+    assert (tmp_path / "out.replaced" / "notes").read_text() == "mine"
+    assert (tmp_path / "out.replaced-2" / "notes").read_text() == "more 1"
+
+
+@pytest.mark.parametrize("manifest", ["", '{"format": 1, "files": {}}'])
+def test_a_folder_with_a_manifest_that_is_not_ours_is_kept(corpus: Path, tmp_path: Path, manifest: str) -> None:
+    """Such as an export's or a web page's."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "manifest.json").write_text(manifest)
+    (tmp_path / "out" / "model.safetensors").write_text("weeks of work")
+    prepare(settings(corpus, tmp_path / "out", overwrite=True))
+    assert (tmp_path / "out.replaced" / "model.safetensors").read_text() == "weeks of work"
 
 
 def test_a_place_that_cannot_be_written(corpus: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -24,7 +25,9 @@ from moe_train.evaluation.export import INDEX, export_run
 from moe_train.evaluation.loading import LoadedRun, load_run
 from moe_train.training.initial import initialise_from
 from moe_train.training.names import model_tensors
+from moe_train.utils.replace_folder import replacing_folder
 from tests.evaluation.runs import make_run
+from tests.killed import killed_before
 
 SENTENCES = ["der Hund schläft", "ein kleines Haus", "sie liest ein Buch"]
 
@@ -110,9 +113,30 @@ def test_a_write_that_fails_leaves_nothing(made: Path, tmp_path: Path, monkeypat
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("moe_train.training.integrity.write_manifest", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(ConfigError, match=r"could not be written \(No space left on device\)"):
         export_run(ExportConfig(str(made), str(tmp_path / "out")))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_export_leaves_goes_and_neighbours_stay(made: Path, tmp_path: Path) -> None:
+    def half() -> None:
+        with replacing_folder(tmp_path / "out") as replacement:
+            (replacement.begin() / "model.safetensors").write_text("half")
+            replacement.finish()
+
+    assert killed_before(0, half, events=("os.rename",))
+    assert os.listdir(tmp_path) and not (tmp_path / "out").exists()
+    for name in (".out.partial", "out.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "notes").write_text("mine")
+    with (
+        replacing_folder(tmp_path / "out"),
+        pytest.raises(ConfigError, match=rf"another process is making this folder \(process {os.getpid()}"),
+    ):
+        export_run(ExportConfig(str(made), str(tmp_path / "out")))
+    export_run(ExportConfig(str(made), str(tmp_path / "out")))
+    assert sorted(os.listdir(tmp_path)) == [".out.partial", "out", "out.old"]
+    assert all((tmp_path / name / "notes").read_text() == "mine" for name in (".out.partial", "out.old"))
 
 
 def test_the_command(made: Path, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
