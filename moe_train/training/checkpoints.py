@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ from moe_train.training.tensor_files import load_tensors, save_tensors, shapes
 from moe_train.training.world import World
 
 STATE = "state.json"
+_UNFINISHED = re.compile(r"(step_\d+|averaged)(\.removed\d*)?\.partial")  # what is being written or removed
 LOG = logging.getLogger("moe_train")
 T = TypeVar("T")
 
@@ -176,15 +178,16 @@ class CheckpointStore:
             partial.symlink_to(self.path(update).name)
             os.replace(partial, self.folder / name)
 
-    def set_aside(self, path: Path) -> None:
-        """Renames a damaged checkpoint, so that the run no longer sees it. Every rank calls it."""
-        aside = path.with_name(f"{path.name}.damaged")
+    def set_aside(self, path: Path) -> Path:
+        """Renames a damaged checkpoint to ``step_N.damaged`` or the next such name that is free, and returns its new
+        place: the run no longer sees it. Every rank calls it."""
 
-        def rename() -> None:
-            shutil.rmtree(aside, ignore_errors=True)
-            os.replace(path, aside)
+        def rename() -> str:
+            aside = _free(path.with_name(f"{path.name}.damaged{suffix}") for suffix in _numbers())
+            os.rename(path, aside)
+            return aside.name
 
-        self._on_main(rename)
+        return path.with_name(self.told(rename))
 
     def prune(self, keep: int) -> None:
         """Removes all but the ``keep`` newest checkpoints and the best one. Rank 0 does it.
@@ -199,8 +202,9 @@ class CheckpointStore:
                 with _tolerated(self.path(update)):
                     _hide(self.path(update))
         for rest in self.folder.glob("*.partial"):
-            with _tolerated(rest):
-                shutil.rmtree(rest)
+            if _UNFINISHED.fullmatch(rest.name):  # others are the user's
+                with _tolerated(rest):
+                    shutil.rmtree(rest)
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -253,18 +257,32 @@ def _fresh(folder: Path) -> None:
 
 def _rename(partial: Path, final: Path) -> None:
     integrity.sync_folder(partial)
-    if final.exists():  # a run that was cut back writes an update again
-        shutil.rmtree(_hide(final), ignore_errors=True)
-    os.replace(partial, final)
+    former = _hide(final) if final.exists() else None  # a run that was extended writes its mean again
+    try:
+        os.rename(partial, final)
+    except OSError:
+        if former is not None:
+            os.rename(former, final)
+        raise
     integrity.sync_folder(final.parent)
+    if former is not None:
+        shutil.rmtree(former, ignore_errors=True)
 
 
 def _hide(folder: Path) -> Path:
     """Out of sight before it is removed: a half-removed folder must not look like a checkpoint."""
-    names = (folder.with_name(f"{folder.name}.removed{number or ''}.partial") for number in count())
-    doomed = next(name for name in names if not name.exists())  # one may be left that could not be removed
-    os.replace(folder, doomed)
+    # One may be left that could not be removed.
+    doomed = _free(folder.with_name(f"{folder.name}.removed{suffix}.partial") for suffix in _numbers())
+    os.rename(folder, doomed)
     return doomed
+
+
+def _numbers() -> Iterator[str]:
+    return (str(number or "") for number in count())
+
+
+def _free(names: Iterator[Path]) -> Path:
+    return next(name for name in names if not os.path.lexists(name))
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,17 @@ def write_synced(path: Path, text: str) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Writes a text file so that readers see the old one or the new one, never a part."""
-    partial = path.with_name(f".{path.name}.partial")
-    write_synced(partial, text)
-    os.replace(partial, path)
+    """Writes a text file so that readers see the old one or the new one, never a part.
+
+    Several processes may write it at once: the last one's text stays.
+    """
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.partial")
+    try:
+        write_synced(partial, text)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def sync_folder(folder: Path) -> None:

@@ -120,8 +120,8 @@ class Keeper:
             except CheckpointError as error:
                 if self.config.damaged == "refuse" or number == updates[0]:
                     raise CheckpointError(error.what, error.where, self.store.way_out(path)) from None
-                self.store.set_aside(path)
-                self.aside.append(f"{error.where}: {error.what}; {path.name} was set aside as {path.name}.damaged")
+                aside = self.store.set_aside(path)
+                self.aside.append(f"{error.where}: {error.what}; {path.name} was set aside as {aside.name}")
             else:
                 return path
         return None

@@ -27,8 +27,11 @@ def moe_plan(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 @pytest.mark.timeout(600)
 def test_it_prints_tables_and_writes_json(tmp_path: Path) -> None:
     words = ("layout.world=64", "model=base", "routing=sam", "routing.num_experts=64", "routing.num_groups=8")
+    (tmp_path / "plan.json.tmp").write_text("mine")
     done = moe_plan(*words, "json=plan.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    assert (tmp_path / "plan.json.tmp").read_text() == "mine"
+    (tmp_path / "plan.json.tmp").unlink()
     for part in (
         "Cluster: dgx_a100, 8 nodes of 8 ranks; cluster=… takes another",
         "Parameters",

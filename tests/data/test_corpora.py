@@ -137,7 +137,9 @@ def test_wheel_that_cannot_be_fetched(tmp_path: Path, monkeypatch: pytest.Monkey
         fetch_wheels((missing,), tmp_path, Progress())
 
 
-def test_damaged_wheel_in_the_cache_is_fetched_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wheel_with_other_content_in_the_cache_is_not_used_and_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     served = tmp_path / "served"
     wheel = write_wheel(served, "words", {"de": catalogue("de", count=3)})
     cache = tmp_path / "cache"
@@ -145,7 +147,9 @@ def test_damaged_wheel_in_the_cache_is_fetched_anew(tmp_path: Path, monkeypatch:
     (cache / "words-1.0-py3-none-any.whl").write_bytes(b"half a wheel")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(served))
-    assert sha256(fetch_wheels((wheel,), cache, Progress())[0]) == wheel.sha256
+    (fetched,) = fetch_wheels((wheel,), cache, Progress())
+    assert sha256(fetched) == wheel.sha256 and fetch_wheels((wheel,), cache, Progress()) == [fetched]
+    assert (cache / "words-1.0-py3-none-any.whl").read_bytes() == b"half a wheel" and len(list(cache.iterdir())) == 2
 
 
 def test_cache_is_the_users_unless_configured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -152,6 +152,40 @@ def test_a_damaged_one_can_be_skipped(filled: Keeper, damage: str) -> None:
     assert_same_bits(weights(again.engine.module), weights(filled.engine.module))
 
 
+def test_what_was_set_aside_before_and_folders_of_the_users_stay(filled: Keeper) -> None:
+    folder = filled.store.folder
+    for name in ("step_3.damaged", "best_so_far.partial", "step_x.partial"):
+        (folder / name).mkdir()
+        (folder / name / "notes").write_text("mine")
+    files(filled.store.path(3))[0].write_bytes(b"")
+    again = keeper(folder, damaged="skip", keep=1)
+    again.restore()
+    assert again.notes()[0].endswith("step_3 was set aside as step_3.damaged1")
+    (folder / "step_1.partial").mkdir()
+    again.save(RunState(update=3, best_update=3))
+    names = {"last", "best", "step_3", "step_3.damaged", "step_3.damaged1", "best_so_far.partial", "step_x.partial"}
+    assert set(os.listdir(folder)) == names
+    for name in ("step_3.damaged", "best_so_far.partial", "step_x.partial"):
+        assert (folder / name / "notes").read_text() == "mine"
+
+
+def test_a_mean_that_cannot_be_replaced_stays(filled: Keeper, monkeypatch: pytest.MonkeyPatch) -> None:
+    filled = keeper(filled.store.folder, average=2)
+    filled.average(2)
+    rename = os.rename
+
+    def fail(source: Path, target: Path) -> None:
+        if source.name == "averaged.partial":
+            raise OSError(errno.EIO, "Input/output error")
+        rename(source, target)
+
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(os, name, fail)
+    with pytest.raises(CheckpointError, match="Input/output error"):
+        filled.average(3)
+    assert read_state(filled.store.resolve("averaged"))["update"] == 2
+
+
 def test_skipping_never_begins_anew(filled: Keeper) -> None:
     for update in (1, 2, 3):
         files(filled.store.path(update))[0].write_bytes(b"")
