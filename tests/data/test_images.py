@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import struct
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
 
 from moe_train.config import ImageConfig
 from moe_train.data.images import open_images
@@ -140,6 +142,48 @@ def test_a_damaged_image_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be read") as raised:
         open_images(str(tmp_path), ImageConfig())
     assert raised.value.where.endswith("1.png")
+
+
+def test_an_image_deeper_than_its_class_is_named(tmp_path: Path) -> None:
+    """Its class would vanish otherwise, or get another name."""
+    write_class_folders(tmp_path / "train", {"cat": 3}, size=(8, 8))
+    write_class_folders(tmp_path / "train" / "wild", {"fox": 3}, size=(8, 8))
+    with pytest.raises(DataError, match="deeper than in a class's folder") as raised:
+        open_images(str(tmp_path), ImageConfig())
+    assert raised.value.where.startswith(str(tmp_path / "train" / "wild" / "fox"))
+
+
+def test_what_is_not_read_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_class_folders(tmp_path / "train", {"cat": 3, "dog": 3}, size=(8, 8))
+    open_images(str(tmp_path), ImageConfig())
+    assert not caplog.text
+    for name in ("validation/cat/0.png", "train/emu/0.heic", "train/cat/3.heic", "train/alone.png", "train/.hidden"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    assert open_images(str(tmp_path), ImageConfig()).classes == ("cat", "dog")
+    assert f"{tmp_path / 'validation'} and 3 more" in caplog.text
+
+
+def test_one_split_under_two_names_is_refused(tmp_path: Path) -> None:
+    for split in ("train", "val", "valid"):
+        write_class_folders(tmp_path / split, {"cat": 3}, size=(8, 8))
+    with pytest.raises(DataError, match="both 'val' and 'valid' are there"):
+        open_images(str(tmp_path), ImageConfig())
+
+
+def test_colours_among_grey_images_are_mentioned(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_class_folders(tmp_path, {"a": 1, "b": 9}, size=(4, 4))
+    Image.new("L", (4, 4)).save(tmp_path / "a" / "0.png")
+    assert open_images(str(tmp_path), ImageConfig()).channels == 1
+    assert f"{tmp_path / 'b' / '0.png'} is read without its colours" in caplog.text
+    caplog.clear()
+    assert open_images(str(tmp_path), ImageConfig(channels=1)).channels == 1 and not caplog.text
+
+
+def test_names_that_are_not_utf8(tmp_path: Path) -> None:
+    write_class_folders(tmp_path, {"a": 9}, size=(4, 4))
+    (tmp_path / "a" / "0.png").rename(tmp_path / "a" / os.fsdecode(b"\xff.png"))
+    assert len(open_images(str(tmp_path), ImageConfig()).fingerprint) == 64
 
 
 def test_digits_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+import logging
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from moe_train.config.tasks import ImageConfig
 from moe_train.data.images.base import Images, ImageSet, Indices, Pixels, hold_out
-from moe_train.errors import DataError, MissingDependency, did_you_mean
+from moe_train.data.images.decoding import check_depth, decode, has_colours, opened, upright_size
+from moe_train.errors import DataError, did_you_mean
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".pgm", ".ppm")
 _SPLITS = {"train": "train", "valid": "valid", "val": "valid", "test": "test"}
-_MODES = {1: "L", 3: "RGB"}
+_GREY = ("1", "L", "LA", "P", "I", "I;16", "I;16B", "I;16L")  # a palette may be either
+LOG = logging.getLogger("moe_train")
 
 
 @dataclass(frozen=True)
@@ -23,46 +28,56 @@ class FileStore:
     """Image files, opened when they are wanted.
 
     Attributes:
-        size: pixels of a side that every image is brought to; None: images are of one size already.
+        shape: height and width of every image.
+        resize: images are brought to that size, a square; False: they are of one size already.
     """
 
     files: tuple[Path, ...]
     channels: int
-    size: int | None
+    shape: tuple[int, int]
+    resize: bool
 
     def __len__(self) -> int:
         return len(self.files)
 
     def read(self, indices: Indices) -> Pixels:
-        """[B, H, W, C] of these files (at least one)."""
+        """[B, H, W, C] of these files (at least one).
+
+        Raises:
+            DataError: one cannot be decoded, or has another size than its header said.
+        """
         return np.stack([self._one(self.files[int(i)]) for i in indices])
 
     def _one(self, path: Path) -> Pixels:
-        with _opened(path) as image:
-            if self.size is not None:
-                image = _squared(image, self.size)
-            pixels = np.asarray(image.convert(_MODES[self.channels]), dtype=np.uint8)
-        return pixels.reshape(*pixels.shape[:2], self.channels)
+        with opened(path) as image:
+            pixels = decode(image, self.channels, self.shape[0] if self.resize else None)
+        if pixels.shape[:2] != self.shape:
+            raise _of_another_size(path, pixels.shape[1::-1], self.shape[::-1])
+        return pixels
 
 
 def open_folders(path: Path, config: ImageConfig) -> Images:
-    """Lists the files of all splits and reads their headers.
+    """Lists the files of all splits and reads their headers. What is not read is named in a warning.
 
     Raises:
-        DataError: no images; a class of a held-out split that training has not; an image of another size than the rest
-            (named, with both sizes).
+        DataError: no images; images that lie deeper than in a class's folder; a class of a held-out split that training
+            has not; an image of another size than the rest (named, with both sizes).
     """
-    found = {_SPLITS[p.name]: p for p in sorted(path.iterdir()) if p.is_dir() and p.name in _SPLITS}
-    listed = {split: _listing(folder) for split, folder in found.items()} or {"train": _listing(path)}
+    unread: list[Path] = []
+    listed = {split: _listing(folder, unread) for split, folder in _splits(path, unread).items()}
+    listed = listed or {"train": _listing(path, unread)}
     if not listed.get("train"):
         raise DataError("there are no images to train on", str(path), f"give train/CLASS/*{SUFFIXES[0]}")
+    if unread:
+        more = f" and {len(unread) - 1:,} more" if len(unread) > 1 else ""
+        LOG.warning("not read, since it is no image in a class's folder: %s%s", unread[0], more)
     classes = tuple(sorted({file.parent.name for file in listed["train"]}))
     for split, files in listed.items():
         _check_classes(files, classes, split)
     height, width, channels = _check_sizes(listed, config)
     splits, uid = {}, 0
     for split, files in listed.items():
-        store = FileStore(tuple(files), channels, config.image_size if config.resize else None)
+        store = FileStore(tuple(files), channels, (height, width), config.resize)
         labels = np.array([classes.index(file.parent.name) for file in files], np.int64)
         splits[split] = ImageSet(store, np.arange(len(files), dtype=np.int64), labels, uid)
         uid += len(files)
@@ -71,9 +86,55 @@ def open_folders(path: Path, config: ImageConfig) -> Images:
     return Images(path, height, width, channels, classes, splits, _fingerprint(path, listed))
 
 
-def _listing(folder: Path) -> list[Path]:
-    classes = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-    return [f for c in classes for f in sorted(c.iterdir()) if f.suffix.lower() in SUFFIXES]
+def _splits(path: Path, unread: list[Path]) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    folders = [folder for folder in sorted(path.iterdir()) if folder.is_dir() and not folder.name.startswith(".")]
+    for folder in folders:
+        split = _SPLITS.get(folder.name)
+        if split in found:
+            what = f"both '{found[split].name}' and '{folder.name}' are there, which mean the same split"
+            raise DataError(what, str(path), "keep one of them, or join them into one")
+        if split is not None:
+            found[split] = folder
+    if found:
+        unread += [folder for folder in folders if folder.name not in _SPLITS]
+    return found
+
+
+def _listing(folder: Path, unread: list[Path]) -> list[Path]:
+    """Images of all classes; what is beside them, and class folders without images, is added to ``unread``."""
+    files: list[Path] = []
+    for entry in sorted(folder.iterdir()):
+        if entry.is_dir() and not entry.name.startswith("."):
+            images, others = _images_of_class(entry)
+            files += images
+            unread += others if images else [entry]
+        elif entry.suffix.lower() in SUFFIXES:
+            unread.append(entry)
+    return files
+
+
+def _images_of_class(folder: Path) -> tuple[list[Path], list[Path]]:
+    images, others = [], []
+    for entry in sorted(folder.iterdir()):
+        if entry.suffix.lower() in SUFFIXES:
+            images.append(entry)
+        elif not entry.name.startswith("."):
+            if entry.is_dir():
+                _refuse_images_below(entry)
+            others.append(entry)
+    return images, others
+
+
+def _refuse_images_below(folder: Path) -> None:
+    for place, _, names in os.walk(folder):
+        for name in names:
+            if Path(name).suffix.lower() in SUFFIXES:
+                raise DataError(
+                    "an image deeper than in a class's folder",
+                    str(Path(place, name)),
+                    "move it: images are in train/CLASS, valid/CLASS, test/CLASS, or all in CLASS",
+                )
 
 
 def _check_classes(files: list[Path], classes: tuple[str, ...], split: str) -> None:
@@ -86,48 +147,32 @@ def _check_classes(files: list[Path], classes: tuple[str, ...], split: str) -> N
 def _check_sizes(listed: dict[str, list[Path]], config: ImageConfig) -> tuple[int, int, int]:
     """Height, width and channels of all images."""
     first = listed["train"][0]
-    with _opened(first) as image:
-        (width, height), bands = image.size, len(image.getbands())
-    channels = config.channels or (1 if bands == 1 else 3)
+    with opened(first) as image:
+        check_depth(image)
+        size, channels = upright_size(image), config.channels or (3 if has_colours(image) else 1)
     if config.resize:
-        size = config.image_size
-        if size is None:
+        side = config.image_size
+        if side is None:
             raise DataError("images cannot be resized to nothing", str(first), "set task.image_size=…")
-        return size, size, channels
-    for files in listed.values():
-        for file in files:
-            with _opened(file) as image:
-                if image.size != (width, height):
-                    raise DataError(
-                        f"an image of {image.size[0]} x {image.size[1]} pixels among images of {width} x {height}",
-                        str(file),
-                        "set task.resize=true task.image_size=…, or bring the images to one size",
-                    )
-    return height, width, channels
+        return side, side, channels
+    coloured = None
+    for file in itertools.chain.from_iterable(listed.values()):
+        with opened(file) as image:
+            check_depth(image)
+            if upright_size(image) != size:
+                raise _of_another_size(file, upright_size(image), size)
+            coloured = coloured or (file if image.mode not in _GREY else None)
+    if channels == 1 and config.channels is None and coloured is not None:
+        LOG.warning("%s is read without its colours, since %s has none; set task.channels=3", coloured, first)
+    return size[1], size[0], channels
 
 
-def _opened(path: Path) -> Any:
-    try:
-        from PIL import Image, UnidentifiedImageError
-    except ImportError:
-        raise MissingDependency("images in files need Pillow", remedy="install it: pip install pillow") from None
-    try:
-        return Image.open(path)
-    except (OSError, UnidentifiedImageError) as error:
-        raise DataError(f"the image cannot be read ({error})", str(path), "remove the file or fetch it again") from None
-
-
-def _squared(image: Any, size: int) -> Any:
-    """The shorter side scaled to ``size``, the middle of the longer one."""
-    from PIL import Image
-
-    width, height = image.size
-    scale = size / min(width, height)
-    scaled = image.resize(
-        (max(size, round(width * scale)), max(size, round(height * scale))), Image.Resampling.BILINEAR
+def _of_another_size(file: Path, found: Sequence[int], wanted: Sequence[int]) -> DataError:
+    return DataError(
+        f"an image of {found[0]} x {found[1]} pixels among images of {wanted[0]} x {wanted[1]}",
+        str(file),
+        "set task.resize=true task.image_size=…, or bring the images to one size",
     )
-    left, top = (scaled.size[0] - size) // 2, (scaled.size[1] - size) // 2
-    return scaled.crop((left, top, left + size, top + size))
 
 
 def _fingerprint(path: Path, listed: dict[str, list[Path]]) -> str:
@@ -135,5 +180,6 @@ def _fingerprint(path: Path, listed: dict[str, list[Path]]) -> str:
     digest = hashlib.sha256()
     for split, files in sorted(listed.items()):
         for file in files:
-            digest.update(f"{split}/{file.relative_to(path)} {file.stat().st_size}\n".encode())
+            line = f"{split}/{file.relative_to(path)} {file.stat().st_size}\n"
+            digest.update(line.encode(errors="surrogateescape"))  # names need not be UTF-8
     return digest.hexdigest()
