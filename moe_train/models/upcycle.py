@@ -23,12 +23,17 @@ def upcycle(dense: Mapping[str, Tensor], sparse: nn.Module) -> nn.Module:
     copied; routers, norms that only the sparse model has, and inserted blocks keep their fresh weights. Where a token's
     weights sum to one, the function is unchanged; with Switch's weight, which is below one, it is not.
 
+    A shared expert keeps its fresh weights too: with a copy of the feed-forward in it the output would count twice.
+
     Args:
-        dense: ``state_dict()`` of a model built with ``routing=dense`` (or converted from fairseq).
+        dense: of a model built with ``routing=dense`` (or converted from fairseq): its ``state_dict()``, or what a
+            checkpoint has of it. A tensor that the model uses under several names (tied embeddings) may stand under
+            any of them, once or repeatedly.
         sparse: built with the same model config; changed in place, and returned.
 
     Raises:
-        CheckpointError: a tensor is missing or has another shape, or an expert is not one feed-forward of that width.
+        CheckpointError: a tensor is missing or has another shape, tensors that the model ties differ, or an expert is
+            not one feed-forward of that width.
     """
     remaining = dict(dense)
     blocks = sparse_blocks(sparse)
@@ -37,17 +42,25 @@ def upcycle(dense: Mapping[str, Tensor], sparse: nn.Module) -> nn.Module:
             _fill_experts(block.pool, remaining, name)
             if block.owns_residual:
                 _fill_norms(block, remaining, name)
-    for key, tensor in sparse.state_dict().items():
-        if _inserted(key) or any(key.startswith(f"{name}.") for name in blocks):
-            continue
-        # Tied tensors stand in a state under each of their names.
-        tensor.copy_(_same_shape(_take(remaining, key), tensor, key))
+    for tensor, names in _by_tensor(sparse):
+        key = names[0]
+        if not (_inserted(key) or any(key.startswith(f"{name}.") for name in blocks)):
+            tensor.copy_(_same_shape(_take_tied(remaining, names), tensor, key))
     if remaining:
         raise CheckpointError(
             f"the sparse model has no place for {', '.join(sorted(remaining)[:3])}",
             remedy="build both with the same model config",
         )
     return sparse
+
+
+def _by_tensor(module: nn.Module) -> list[tuple[Tensor, list[str]]]:
+    """Parameters and persistent buffers, each once, with all its names: several where it is tied."""
+    state = module.state_dict(keep_vars=True)
+    names: dict[int, list[str]] = {}
+    for name, tensor in state.items():
+        names.setdefault(id(tensor), []).append(name)
+    return [(state[group[0]], group) for group in names.values()]
 
 
 def _inserted(name: str) -> bool:
@@ -85,6 +98,18 @@ def _take(dense: dict[str, Tensor], key: str) -> Tensor:
             f"the dense checkpoint has no {key}", remedy="give one made with routing=dense and the same model config"
         )
     return dense.pop(key)
+
+
+def _take_tied(dense: dict[str, Tensor], names: list[str]) -> Tensor:
+    """The tensor that stands under one of the names, or under several of them with equal values."""
+    present = [name for name in names if name in dense] or names[:1]
+    first, *others = [_take(dense, name) for name in present]
+    if any(not torch.equal(first, other) for other in others):
+        raise CheckpointError(
+            f"{' and '.join(present)} are one tensor in the model and differ in the dense checkpoint",
+            remedy="set model.share_embeddings as it was set for the dense model",
+        )
+    return first
 
 
 def _same_shape(source: Tensor, target: Tensor, key: str) -> Tensor:

@@ -241,10 +241,17 @@ class ClassificationTask:
 
 
 def _data_of_run(init_from: str | None) -> str:
-    """The data folder of the run that ``training.init_from`` names, by its folder or one of its checkpoints."""
+    """The data folder of the run that ``training.init_from`` names, by its folder or one of its checkpoints.
+
+    An export has a folder of its own for the vocabulary, which its config names by a relative path.
+    """
     for folder in [Path(init_from), *Path(init_from).absolute().parents[:2]] if init_from else []:
-        if (folder / "config.json").is_file():
-            return str(json.loads((folder / "config.json").read_text(encoding="utf-8"))["config"]["data"])
+        path = folder / "config.json"
+        if path.is_file():
+            try:
+                return str(folder / json.loads(path.read_text(encoding="utf-8"))["config"]["data"])
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise ConfigError(f"the run's config cannot be read ({error!r})", str(path)) from error
     raise ConfigError(
         "which pieces are the texts to be cut into?",
         remedy="start from a cross_lingual_lm run, training.init_from=RUN, or set task.vocabulary=DATA_FOLDER",

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from moe_train.errors import CheckpointError
 from moe_train.training.checkpoints import CheckpointStore, load_model
 from moe_train.training.names import EXPERT, MODEL, model_tensors, whole_names
-from moe_train.training.tensor_files import load_tensors, shapes
+from moe_train.training.tensor_files import load_tensors, read_tensors, shapes
 from moe_train.training.world import World
 
 
@@ -21,20 +21,24 @@ def initialise_from(model: nn.Module, source: str, world: World | None = None) -
     A dense checkpoint is upcycled into a sparse model: every expert starts as a copy of the feed-forward it replaces.
 
     Args:
-        source: a run folder (its best checkpoint is taken) or a checkpoint folder.
+        source: a run folder (its best checkpoint is taken), a checkpoint folder, or what moe-export wrote.
 
     Raises:
         CheckpointError: nothing there, damaged, or of another shape.
     """
     path = find(source, world)
-    if part := getattr(model, "pretrained", None):
-        load_part(path, model, part)
-    elif whole_names(shapes(path)) >= whole_names(model_tensors(model)) or not _has_experts(model):
-        load_model(path, model)
-    else:
+    part: str = getattr(model, "pretrained", "")
+    stored = [name for name in shapes(path) if name.startswith(MODEL + part)]
+    if _has_experts(model_tensors(model)) and not _has_experts(stored):
         from moe_train.models.upcycle import upcycle
 
-        upcycle(model_weights(path), model)
+        prefix = MODEL + part
+        weights = {name.removeprefix(prefix): tensor for name, tensor in read_tensors(path, prefix).items()}
+        upcycle(weights, model.get_submodule(part.removesuffix(".")))
+    elif part:
+        load_part(path, model, part)
+    else:
+        load_model(path, model)
     return path
 
 
@@ -59,15 +63,15 @@ def find(source: str, world: World | None = None) -> Path:
         return CheckpointStore(path / "checkpoints", world).resolve("best")
     if not path.is_dir():
         raise CheckpointError("there is no such run or checkpoint", source, "correct training.init_from=…")
-    return CheckpointStore(path.resolve().parent, world).resolve(path.resolve().name)
+    path = path.resolve()
+    try:  # whatever its name: an export may be called `best` or `2024`
+        CheckpointStore(path.parent, world).verify(path)
+    except CheckpointError as error:
+        remedy = "name a run folder, one of its checkpoints or an export that is whole: training.init_from=…"
+        raise CheckpointError(error.what, error.where, remedy) from None
+    return path
 
 
-def model_weights(path: Path) -> dict[str, Tensor]:
-    """Parameter name → tensor, of a checkpoint without experts (those would come taken apart, one per id)."""
-    weights = {name: torch.empty(shape) for name, shape in shapes(path).items() if name.startswith(MODEL)}
-    load_tensors(path, weights)
-    return {name.removeprefix(MODEL): tensor for name, tensor in weights.items()}
-
-
-def _has_experts(model: nn.Module) -> bool:
-    return any(EXPERT in name for name in model_tensors(model))
+def _has_experts(names: Iterable[str]) -> bool:
+    """Whether checkpoint names are of a model with experts."""
+    return any(EXPERT in name for name in names)

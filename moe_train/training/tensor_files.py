@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -56,12 +57,28 @@ def load_tensors(folder: Path, into: Mapping[str, Tensor]) -> None:
         dcp.load(dict(into), storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
 
 
+def read_tensors(folder: Path, prefix: str) -> dict[str, Tensor]:
+    """All tensors whose names begin with ``prefix``, in the types that they were written in. Every rank calls it."""
+    tensors = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in _headers(folder).items()
+        if name.startswith(prefix)
+    }
+    load_tensors(folder, tensors)
+    return tensors
+
+
 def shapes(folder: Path) -> dict[str, torch.Size]:
     """Names and shapes of all tensors of the folder, read from the files' headers."""
+    return {name: entry.size for name, entry in _headers(folder).items()}
+
+
+def _headers(folder: Path) -> dict[str, Any]:
+    """DCP's description of each tensor of the folder, by name."""
     import torch.distributed.checkpoint as dcp
 
     metadata = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-    return {name: entry.size for name, entry in metadata.items() if hasattr(entry, "size")}
+    return {name: entry for name, entry in metadata.items() if hasattr(entry, "size")}
 
 
 @contextmanager

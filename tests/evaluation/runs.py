@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,25 +34,29 @@ def make_run(
     strategy: str = "switch",
     seed: int = 1,
     directions: tuple[str, ...] = (),
+    model: Mapping[str, Any] | None = None,
     **keys: Any,
 ) -> Path:
     """Writes a run folder with checkpoints ``step_5`` (best) and ``step_9`` (last, other weights).
 
     Args:
+        model: changes to :data:`MODEL`.
         keys: of the routing group.
     """
     routing = {"name": strategy, **({} if strategy == "dense" else {"num_experts": 4}), **keys}
-    config = RunConfig(str(data.path), seed=seed, routing=routing, model=MODEL, task=TaskConfig(directions=directions))
+    shape = dataclasses.replace(MODEL, **model or {})
+    config = RunConfig(str(data.path), seed=seed, routing=routing, model=shape, task=TaskConfig(directions=directions))
     run = RunFolder(folder)
     run.begin(config, data.fingerprint)
-    model = build_task(config, data).build_model()
+    built = build_task(config, data).build_model()
+    output = built.decoder.output_weight
     store = CheckpointStore(run.checkpoints)
     with torch.no_grad():
-        model.decoder.output.weight.mul_(6.0)
+        output.mul_(6.0)
         for update, factor in ((5, 3.0), (9, 0.5)):
-            model.decoder.output.weight[2].mul_(factor)
-            store.save(model_tensors(model), {"update": update}, f"step_{update}")
+            output[2].mul_(factor)
+            store.save(model_tensors(built), {"update": update}, f"step_{update}")
     store.point("best", 5)
     store.point("last", 9)
-    run.describe(status="finished", update=9, parameters={"total": sum(p.numel() for p in model.parameters())})
+    run.describe(status="finished", update=9, parameters={"total": sum(p.numel() for p in built.parameters())})
     return folder

@@ -13,10 +13,12 @@ import torch
 
 from moe_train.commands.evaluate import main as evaluate_main
 from moe_train.config import LanguageModelConfig, RunConfig, TrainingConfig, build
+from moe_train.config.evaluation import ExportConfig
 from moe_train.data.batching import split_micro_batch
 from moe_train.data.folder import DataFolder
 from moe_train.data.pairs import tag
 from moe_train.errors import ConfigError, DataError
+from moe_train.evaluation.export import export_run
 from moe_train.tasks.lm import LanguageModelTask
 from tests.commands.test_train import here
 from tests.models.test_encoder import SMALL
@@ -242,6 +244,16 @@ def test_fine_tuning_with_frozen_routing_and_zero_shot_scores(
     assert summary["gap"] == {"de": {"accuracy": sets["de"]["accuracy"] - 1.0, "macro_f1": gap}}
     mean = (sets["de"]["accuracy"] + sets["fr"]["accuracy"]) / 2
     assert summary["zero_shot"]["accuracy"] == pytest.approx(mean)
+
+
+def test_fine_tuning_starts_from_an_export_and_its_vocabulary(pretrained: Path, tmp_path: Path) -> None:
+    """Which lies in the export; no data folder has to be there any more."""
+    exported = export_run(ExportConfig(str(pretrained), str(tmp_path / "exported")))
+    write_texts(tmp_path / "texts")
+    assert fine_tune(tmp_path / "texts", exported, tmp_path / "run", "training.max_updates=2") == (0, "")
+    (exported / "config.json").write_text("{")
+    code, said = fine_tune(tmp_path / "texts", exported, tmp_path / "other")
+    assert code == 2 and "exported/config.json: the run's config cannot be read" in " ".join(said.split())
 
 
 def test_fine_tuning_s_mistakes_are_said(pretrained: Path, tmp_path: Path) -> None:
