@@ -16,14 +16,15 @@ import dataclasses
 import functools
 import importlib
 import importlib.util
-import pickle
 import sys
 import types
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
-from moe_train.errors import CheckpointError, MissingDependency
+from moe_train.errors import MissingDependency
+from moe_train.fairseq_checkpoints import guard_checkpoints
+from moe_train.fairseq_values import guard_eval
 
 FAIRSEQ_VERSION = "0.12.2"
 
@@ -125,41 +126,10 @@ def _without_deepspeed() -> Iterator[None]:
         del sys.modules["deepspeed"]
 
 
-def _checkpoints_stay_data() -> None:
-    import torch
-    from fairseq import checkpoint_utils
-
-    def loads_data_only(function: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def load(path: Any, *args: Any, **kwargs: Any) -> Any:
-            try:
-                with torch.serialization.safe_globals(_harmless_types()):
-                    return function(path, *args, **kwargs)
-            except pickle.UnpicklingError as error:
-                raise CheckpointError(
-                    f"this fairseq checkpoint holds more than plain data, so it was not loaded ({_first_line(error)})",
-                    where=str(path),
-                    remedy="if you trust its author, save it anew with plain Python values",
-                ) from error
-
-        return load
-
-    for name in ("load_checkpoint_to_cpu", "load_ema_from_checkpoint"):
-        setattr(checkpoint_utils, name, loads_data_only(getattr(checkpoint_utils, name)))
-
-
-def _harmless_types() -> list[Any]:
-    """What fairseq writes into checkpoints beside tensors and Python's own types; building these runs no code."""
-    import numpy as np
-
-    scalars = [type(np.dtype(kind)) for kind in ("float32", "float64", "int32", "int64", "bool")]
-    return [argparse.Namespace, np._core.multiarray.scalar, np.dtype, *scalars]  # type: ignore[attr-defined]
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error)
-    found = [line.strip() for line in text.splitlines() if "GLOBAL" in line or "Unsupported" in line]
-    return (found or text.splitlines() or [""])[0]
+@contextlib.contextmanager
+def _values_stay_data() -> Iterator[None]:
+    guard_eval()
+    yield
 
 
 def _broadcasts_from_own_ranks() -> None:
@@ -276,7 +246,13 @@ PATCHES: tuple[Patch, ...] = (
         "checkpoint_loading",
         "torch.load takes plain data only since 2.6, and fairseq's checkpoints hold argparse.Namespace and numpy "
         "scalars. These are allowed; code in a checkpoint stays refused.",
-        after=_checkpoints_stay_data,
+        after=guard_checkpoints,
+    ),
+    Patch(
+        "plain_values",
+        "fairseq passes options to Python's eval, and options come out of checkpoints too. They are read as plain "
+        "values, in modules that are imported later as well.",
+        during=_values_stay_data,
     ),
     Patch(
         "object_broadcast",

@@ -51,6 +51,19 @@ def checkpoint_loading() -> None:
     assert loaded["extra_state"]["val_loss"] == 2.5
 
 
+def plain_values() -> None:
+    from fairseq.utils import eval_str_list
+
+    with tempfile.TemporaryDirectory() as folder:
+        ran = Path(folder, "ran")
+        try:
+            eval_str_list(f"__import__('os').mkdir({str(ran)!r})")
+        except Exception as error:
+            assert not ran.exists(), "an option ran as code"
+            assert "no plain value" in str(error)
+    assert eval_str_list("[1] * 2 + [3]", int) == [1, 1, 3]
+
+
 def object_broadcast() -> None:
     import torch
     from fairseq.distributed import utils
@@ -152,6 +165,7 @@ CHECKS = {
         dataclass_defaults,
         deepspeed_probe,
         checkpoint_loading,
+        plain_values,
         object_broadcast,
         encoder_layer_loading,
         hydra_compose,

@@ -8,14 +8,19 @@ moe-fairseq generate DATA --task moe_translation --path checkpoints/checkpoint_l
 from __future__ import annotations
 
 import importlib
+import itertools
+import logging
 import multiprocessing
 import sys
 from collections.abc import Sequence
 
-from moe_train.errors import UserError, did_you_mean
+from moe_train.errors import CheckpointError, UserError, did_you_mean
+from moe_train.fairseq_checkpoints import said
 from moe_train.fairseq_compat import apply
+from moe_train.fairseq_values import ValueRefused
 
 COMMANDS = ("train", "generate", "interactive", "validate", "score", "preprocess")
+_ON_A_CHECKPOINT = ("generate", "interactive", "validate")  # task, model and criterion come from a file
 
 
 def register() -> None:
@@ -56,8 +61,28 @@ def _run(command: str, words: Sequence[str]) -> None:
     before, sys.argv = sys.argv, [f"moe-fairseq {command}", *words]
     try:
         importlib.import_module(f"fairseq_cli.{command}").cli_main()
+    except UserError as error:
+        if isinstance(error, ValueRefused) and command in _ON_A_CHECKPOINT and not error.where:
+            raise CheckpointError(error.what, _checkpoint(words), error.remedy) from error
+        raise
+    except Exception as error:
+        if command not in _ON_A_CHECKPOINT:
+            raise
+        logging.getLogger("fairseq").debug("%s failed", command, exc_info=True)
+        raise UserError(
+            f"fairseq's {command} failed ({said(error)})",
+            _checkpoint(words),
+            "set LOGLEVEL=DEBUG in the environment to see where",
+        ) from error
     finally:
         sys.argv = before
+
+
+def _checkpoint(words: Sequence[str]) -> str:
+    """The file that ``--path`` names; "" where it is not given."""
+    given = [word.removeprefix("--path=") for word in words if word.startswith("--path=")]
+    given += [after for word, after in itertools.pairwise(words) if word == "--path"]
+    return given[-1] if given else ""
 
 
 if __name__ == "__main__":

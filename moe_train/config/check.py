@@ -21,3 +21,9 @@ def probability(key: str, value: float) -> None:
     """Raises ConfigError unless ``0 <= value < 1``."""
     if not 0 <= value < 1:
         raise ConfigError(f"'{key}' must lie in [0, 1), not {value}", remedy=f"set {key} to a probability below 1")
+
+
+def at_most(key: str, value: float, limit: float) -> None:
+    """Raises ConfigError unless ``value <= limit``."""
+    if not value <= limit:
+        raise ConfigError(f"'{key}' must be at most {limit:,}, not {value}", remedy=f"set {key} to {limit:,} or less")

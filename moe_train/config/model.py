@@ -9,6 +9,8 @@ from moe_train.config import check
 from moe_train.config.placement import place
 from moe_train.errors import ConfigError
 
+_MOST_LAYERS = 10_000
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -48,6 +50,8 @@ class ModelConfig:
         for key in ("encoder_layers", "embed_dim", "ffn_dim", "num_heads", "max_positions", "patch_size"):
             check.positive(f"model.{key}", getattr(self, key))
         check.not_negative("model.decoder_layers", self.decoder_layers)
+        for key in ("encoder_layers", "decoder_layers"):  # placements are lists of layers
+            check.at_most(f"model.{key}", getattr(self, key), _MOST_LAYERS)
         if self.name == "transformer":
             check.positive("model.decoder_layers", self.decoder_layers)
         for key in ("dropout", "attention_dropout", "activation_dropout"):

@@ -3,6 +3,7 @@
 No ``from __future__ import annotations`` here: fairseq builds its parsers from annotations that are types, not strings.
 """
 
+import re
 import shlex
 from dataclasses import dataclass, field
 from typing import Any
@@ -50,13 +51,19 @@ def composed(overrides: str) -> tuple[ModelConfig, dict[str, Any]]:
     Raises:
         ConfigError: an override of another group, an unknown name, or a value that cannot be.
     """
-    words = shlex.split(overrides)
+    try:
+        words = shlex.split(overrides)
+    except ValueError as error:
+        raise ConfigError(f"--moe-config {overrides!r} cannot be read ({error})", remedy="close the quotes") from error
     for word in words:
         if word.lstrip("+~").partition("=")[0].partition(".")[0] not in _DEFAULTS:
             raise ConfigError(
                 f"--moe-config takes model and routing only, not '{word}'", remedy="use fairseq's own flags"
             )
     chosen = dict(_DEFAULTS) | {k: v for k, _, v in (word.partition("=") for word in words) if k in _DEFAULTS}
+    for group, name in chosen.items():
+        if not re.fullmatch(r"[\w-]+", name):  # Hydra would read the config from any path
+            raise ConfigError(f"--moe-config names no config of moe-train: {group}={name!r}", remedy="see configs/")
     keys = [word for word in words if word.partition("=")[0] not in _DEFAULTS]
     try:
         with initialize_config_dir(str(configs_directory()), version_base="1.3"):
