@@ -43,6 +43,7 @@ from moe_train.experts import ExpertPool, ExpertSpec
 from moe_train.layers.attention import SelfAttention
 from moe_train.parallel.layout import ExpertLayout
 from moe_train.parallel.layout_plan import LayoutPlan
+from moe_train.parallel.loopback import LOOPBACK
 from moe_train.parallel.options import ExchangeOptions
 from moe_train.parallel.ranks import ProcessRanks
 from moe_train.routing.types import Assignment
@@ -308,6 +309,7 @@ def table(checks: Sequence[Check]) -> Iterator[str]:
 def run_checks(sizes: Sizes, device: str) -> list[Check]:
     """All of them, in a world of one process; on a CPU without the count of syncs."""
     with tempfile.TemporaryDirectory() as folder:
+        os.environ.update(LOOPBACK)
         backend = "nccl" if device == "cuda" else "gloo"
         dist.init_process_group(backend, init_method=f"file://{folder}/meet", rank=0, world_size=1)
         try:

@@ -35,6 +35,7 @@ from moe_train.analysis.traffic import (
     predict_memory,
 )
 from moe_train.parallel.counters import LINKS
+from moe_train.parallel.loopback import LOOPBACK
 
 WORLD, EXPERTS, MEGA = 4, 16, 1e6
 
@@ -71,6 +72,7 @@ MODELS = {
 def work(rank: int, folder: str) -> None:
     """What each rank does; rank 0 writes what was measured."""
     torch.set_num_threads(1)
+    os.environ.update(LOOPBACK)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=WORLD)
     found = {
         "traffic": [dataclasses.asdict(measure_layer(case)) for _, _, case in cases()],

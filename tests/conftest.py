@@ -48,6 +48,9 @@ def _turn(item: pytest.Item) -> int:
     return LONGEST.index(file) if file in LONGEST else len(LONGEST)
 
 
+MARKERS = ("gpu", "slurm", "network", "root")
+
+
 def _absent(marker: str) -> str | None:
     """Why tests with ``marker`` cannot run here."""
     if marker == "gpu":
@@ -58,12 +61,14 @@ def _absent(marker: str) -> str | None:
         return None if shutil.which("slurmctld") else "needs Slurm (apt-get install slurm-wlm munge)"
     if marker == "network":
         return None if os.geteuid() == 0 and shutil.which("ip") else "needs root and the command ip (iproute2)"
+    if marker == "root":
+        return None if os.geteuid() == 0 else "needs root, which can become another user"
     return None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=_turn)
-    for marker in ("gpu", "slurm", "network"):
+    for marker in MARKERS:
         marked = [item for item in items if item.get_closest_marker(marker)]
         if marked and not is_required(marker) and (reason := _absent(marker)):
             for item in marked:
@@ -71,7 +76,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    for marker in ("gpu", "slurm", "network"):
+    for marker in MARKERS:
         if item.get_closest_marker(marker) and is_required(marker) and (reason := _absent(marker)):
             skip_or_fail(marker, reason)
 

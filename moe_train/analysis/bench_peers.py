@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from moe_train.analysis.bench_shape import LayerShape
 from moe_train.layers.moe_layer import MoELayer
+from moe_train.parallel.loopback import LOOPBACK
 
 
 class Contender(Protocol):
@@ -210,6 +212,7 @@ def _import_deepspeed_moe() -> Callable[..., nn.Module]:
         raise ImportError("DeepSpeed is not installed: run scripts/setup.sh, or pip install deepspeed") from error
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # a minute of compiling that nothing here needs
+    os.environ.update(LOOPBACK)
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     if not deepspeed.comm.is_initialized():

@@ -27,6 +27,7 @@ from moe_train.evaluation.decoding import Job, Outcome, Translator
 from moe_train.evaluation.in_step import decode_in_step, plan_evaluation
 from moe_train.evaluation.loading import OpenedRun, choose_device, open_run
 from moe_train.parallel.layout_plan import LayoutPlan
+from moe_train.parallel.loopback import LOOPBACK
 from moe_train.parent import die_with
 from moe_train.training.world import World
 
@@ -208,6 +209,7 @@ def _work_as_rank(recipe: _Recipe, rank: int, jobs: Sequence[Job], meeting: str,
         torch.set_num_threads(recipe.threads)
         device = choose_device(recipe.device, rank)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        os.environ.update(LOOPBACK)
         store = f"file://{meeting}/store"
         dist.init_process_group(backend, init_method=store, rank=rank, world_size=recipe.plan.world)
         run = recipe.open()

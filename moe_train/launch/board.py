@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -11,7 +13,10 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from moe_train.errors import LaunchError
+from moe_train.launch.environment import has_our_parent, job_folder
 from moe_train.launch.failures import Failure
+from moe_train.launch.job_store import SECRET, FolderStore, JobStore, Seal, SignedStore
 from moe_train.training.world import World
 
 _PATIENCE = timedelta(seconds=10)
@@ -19,9 +24,10 @@ _VERDICT, _FAILURE, _SHOWN = "verdict", "failure", "shown"
 
 
 class Board:
-    """Small texts by name. Every method raises torch's DistError or RuntimeError where the store has gone."""
+    """What the ranks tell one another. Every method raises OSError, RuntimeError or torch's DistError where the store
+    has gone."""
 
-    def __init__(self, store: dist.Store) -> None:
+    def __init__(self, store: JobStore) -> None:
         self._store = store
 
     @classmethod
@@ -29,28 +35,35 @@ class Board:
         """This world's board. Every rank calls it.
 
         A connection of its own, since a thread that waits for torch's would wait behind the main thread; a name of its
-        own, since the store of torchrun's agent outlives the ranks.
+        own, since the store of torchrun's agent outlives the ranks. A job that was given no secret draws one, which
+        travels through the process group and never through the store.
+
+        Raises:
+            LaunchError: ranks were given different secrets.
         """
-        name = world.broadcast(f"{time.time_ns()}-{os.getpid()}")
+        if has_our_parent():
+            return cls(FolderStore(job_folder()))
+        given = Seal.from_environment()
+        check_same_secret(given, world)
+        name, drawn = world.broadcast([f"{time.time_ns()}-{os.getpid()}", secrets.token_hex(32)])
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=_PATIENCE)
-        return cls(dist.PrefixStore(f"moe_train/{name}", store))
+        return cls(SignedStore(store, given if given.secret else Seal(drawn.encode()), name))
 
     def put(self, name: str, text: str) -> None:
         """Replaces what was there."""
-        self._store.set(name, text)
+        self._store.put(name, text)
 
-    def get_all(self, names: Sequence[str]) -> list[str]:
-        """The texts; empty ones where there are none."""
-        there = [name for name in names if self._store.check([name])]
-        texts = dict(zip(there, self._store.multi_get(there), strict=True)) if there else {}
-        return [texts[name].decode() if name in texts else "" for name in names]
+    def get_all(self, names: Sequence[str]) -> list[str | None]:
+        """The texts: empty ones where there are none, None where somebody else has altered or removed one."""
+        return self._store.get(names)
 
     def _first(self, name: str, failure: Failure) -> Failure:
-        return Failure(**json.loads(self._store.compare_set(name, "", json.dumps(asdict(failure)))))
+        return Failure(**json.loads(self._store.put_first(name, json.dumps(asdict(failure)))))
 
     def _read(self, name: str) -> Failure | None:
-        return Failure(**json.loads(self._store.get(name))) if self._store.check([name]) else None
+        text = self._store.get([name])[0]
+        return Failure(**json.loads(text)) if text else None
 
     def verdict(self) -> Failure | None:
         """Why all must end, if they must."""
@@ -62,12 +75,12 @@ class Board:
 
     def shown(self) -> None:
         """Says that the user has been told the verdict."""
-        self._store.set(_SHOWN, "1")
+        self._store.put(_SHOWN, "1")
 
     def wait_until_shown(self, patience: float) -> None:
         """Returns once the user has been told the verdict, after ``patience`` seconds at most."""
         deadline = time.monotonic() + patience
-        while not self._store.check([_SHOWN]) and time.monotonic() < deadline:
+        while not self._store.get([_SHOWN])[0] and time.monotonic() < deadline:
             time.sleep(0.05)
 
     def tell(self, failure: Failure) -> None:
@@ -80,3 +93,19 @@ class Board:
         while (found := self._read(_FAILURE)) is None and time.monotonic() < deadline:
             time.sleep(0.1)
         return found
+
+
+def check_same_secret(given: Seal, world: World) -> None:
+    """Every rank calls it with the seal that its environment gives.
+
+    Raises:
+        LaunchError: on all ranks, where they were given different secrets.
+    """
+    prints = world.gather(hashlib.sha256(given.secret).hexdigest())
+    others = [rank for rank, found in enumerate(prints) if found != prints[0]]
+    if others:
+        raise LaunchError(
+            f"rank {others[0]} has another secret of the job than rank 0, or one of them has none",
+            SECRET,
+            "export the same value on all hosts, or leave it unset",
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 
 import torch
 import torch.distributed as dist
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from moe_train.config import LaunchConfig
 from moe_train.errors import LaunchError
 from moe_train.launch.environment import has_our_parent, local_rank, local_world, under_agent, under_launcher
+from moe_train.launch.job_store import Seal
 from moe_train.launch.leaving import within
 
 _HEARING = 10.0  # seconds
@@ -57,20 +59,23 @@ def _one_of_its_own() -> bool:
     return bool(told["GPUS_PER_TASK"]) or "gpu" in told["TRES_PER_TASK"] or "single:1" in told["GPU_BIND"]
 
 
-def agree_on_devices(store: dist.Store, rank: int, size: int, device: torch.device) -> None:
+def agree_on_devices(store: dist.Store, rank: int, size: int, device: torch.device, seal: Seal, limit: float) -> None:
     """Every rank calls it, before the process group: one with GPUs would wait for those that have none.
+
+    Args:
+        limit: seconds that a rank waits for the others.
 
     Raises:
         LaunchError: on all ranks, where some have GPUs and others have not; it names the hosts of the latter.
         DistStoreError: a rank does not come.
     """
-    board = dist.PrefixStore("devices", store)
-    board.set(str(rank), f"{device.type} {socket.gethostname()}")
+    board, deadline = dist.PrefixStore("devices", store), time.monotonic() + limit
+    board.set(str(rank), seal.sign(str(rank), f"{device.type} {socket.gethostname()}"))
     if rank == 0:
-        told = [board.get(str(other)).decode().split() for other in range(size)]  # waits for each
+        told = [seal.wait_for(board, str(other), deadline).split() for other in range(size)]
         without = [(number, host) for number, (kind, host) in enumerate(told) if kind == "cpu"]
-        board.set("without", _complaint(without) if 0 < len(without) < size else "-")
-    complaint = board.get("without").decode()
+        board.set("without", seal.sign("without", _complaint(without) if 0 < len(without) < size else "-"))
+    complaint = seal.wait_for(board, "without", deadline)
     if complaint != "-":
         board.set(f"heard/{rank}", "1")
         if rank == 0:  # whose store the others read it from

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 JOB = "MOE_TRAIN_JOB"  # names the folder of a job to the processes that moe_train.launch.local starts
 
@@ -15,6 +16,11 @@ def under_launcher() -> bool:
 def has_our_parent() -> bool:
     """Whether moe_train.launch.local has started this process, and tells the user why it ended."""
     return JOB in os.environ
+
+
+def job_folder() -> Path:
+    """Where the processes of moe_train.launch.local meet: a folder that only their user may enter."""
+    return Path(os.environ[JOB])
 
 
 def under_agent() -> bool:

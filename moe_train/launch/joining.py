@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -18,6 +20,8 @@ from moe_train.launch.board import Board
 from moe_train.launch.devices import agree_on_devices, device_of_rank
 from moe_train.launch.environment import (
     agent_holds_store,
+    has_our_parent,
+    job_folder,
     launched_per_host,
     launched_world,
     local_world,
@@ -25,6 +29,7 @@ from moe_train.launch.environment import (
     under_launcher,
 )
 from moe_train.launch.failures import WorkerError, failure_of, is_echo, leave_failure, lost, out_of_memory
+from moe_train.launch.job_store import Seal
 from moe_train.launch.leaving import within
 from moe_train.launch.meeting import fresh_store
 from moe_train.launch.standing import FLIGHT_RECORDER, set_time_limit
@@ -100,30 +105,57 @@ def _join(config: LaunchConfig, device: torch.device) -> None:
     try:
         meeting = timedelta(seconds=max(limit, _MEETING))
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        if under_agent() and agent_holds_store():
-            store = fresh_store(rank, size, meeting)
-        else:
-            store, *_ = next(dist.rendezvous("env://", timeout=meeting))
-            store.set_timeout(meeting)
-        agree_on_devices(store, rank, size, device)
+        seal = Seal.from_environment()
+        store = _rendezvous(rank, size, meeting, seal)
+        agree_on_devices(store, rank, size, device, seal, meeting.total_seconds())
         gpu = device if device.type == "cuda" else None
         dist.init_process_group(backend, timeout=meeting, device_id=gpu, store=store, rank=rank, world_size=size)
-    except (dist.DistNetworkError, dist.DistStoreError) as error:
-        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        raise LaunchError(
-            f"the other processes cannot be found ({str(error).splitlines()[0]})",
-            address,
-            "check that rank 0 runs, that the port is free and that no firewall stands between the hosts",
-        ) from error
+    except (dist.DistNetworkError, dist.DistStoreError, OSError) as error:
+        raise _not_found(error) from error
     except RuntimeError as error:  # gloo's and NCCL's own
         if out_of_memory(error):
             raise
+        if str(error).startswith("Timeout waiting for key"):  # of a FileStore
+            raise _not_found(error) from error
         raise LaunchError(
             f"the processes have met but cannot connect ({str(error).splitlines()[0]})",
             f"GLOO_SOCKET_IFNAME={os.environ.get('GLOO_SOCKET_IFNAME', '')}",
             "name the interface that reaches the other hosts: GLOO_SOCKET_IFNAME, with GPUs NCCL_SOCKET_IFNAME too",
         ) from error
     set_time_limit(set(), timedelta(seconds=limit + MARGIN))
+
+
+def _not_found(error: Exception) -> LaunchError:
+    reason = f"the other processes cannot be found ({str(error).splitlines()[0]})"
+    if has_our_parent():
+        return LaunchError(reason, str(job_folder()), "look into logs/rank_N.log of the run folder")
+    address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    remedy = "check that rank 0 runs, that the port is free and that no firewall stands between the hosts"
+    return LaunchError(reason, address, remedy)
+
+
+def _rendezvous(rank: int, size: int, limit: timedelta, seal: Seal) -> dist.Store:
+    """The store where the ranks meet: a file of our own launcher's, torchrun's agent's, or rank 0's."""
+    if has_our_parent():
+        store: dist.Store = dist.FileStore(str(job_folder() / "rendezvous"), size)
+    elif under_agent() and agent_holds_store():
+        return fresh_store(rank, size, limit, seal)
+    elif rank == 0 and not agent_holds_store() and _is_loopback(os.environ["MASTER_ADDR"]):
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        listener = socket.create_server((address, port), family=family)  # torch alone would take all interfaces
+        store = dist.TCPStore(address, port, size, True, limit, master_listen_fd=listener.detach())
+    else:
+        store, *_ = next(dist.rendezvous("env://", timeout=limit))
+    store.set_timeout(limit)
+    return store
+
+
+def _is_loopback(address: str) -> bool:
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return address == "localhost"
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -15,15 +16,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch.distributed as dist
-
 from moe_train.config import LaunchConfig
 from moe_train.errors import LaunchError, UserError
 from moe_train.launch.environment import JOB
 from moe_train.launch.failures import Failure, WorkerError, failure_file, first_failure, read_failure
+from moe_train.parallel.loopback import LOOPBACK
 from moe_train.training.signals import STOPPING
 
-HOST = "127.0.0.1"
 _POLL, _GRACE = 0.05, 2.0
 
 
@@ -36,17 +35,19 @@ def launch(target: str, arguments: Mapping[str, Any], config: LaunchConfig, logs
         logs: where rank_N.log of each rank lies; ranks other than 0 print into theirs.
 
     Raises:
-        LaunchError: the port is taken.
+        LaunchError: the system's folder for temporary files has no locks.
         UserError: what the first failing rank raised, if it was one.
         WorkerError: the first failing rank's error otherwise; the other ranks have been ended.
     """
     logs.mkdir(parents=True, exist_ok=True)
-    store = rendezvous(config.port)
-    with tempfile.TemporaryDirectory(prefix="moe_train-") as name:
+    if config.port:
+        print("note: launch.port is ignored: processes of one host meet in a folder, not at a port", file=sys.stderr)
+    with tempfile.TemporaryDirectory(prefix="moe_train-") as name:  # of mode 0700: nobody else may enter
         job = Path(name)
+        _check_locks(job)
         content = json.dumps({"target": target, "arguments": dict(arguments), "command": sys.argv})
         job.joinpath("job.json").write_text(content, encoding="utf-8")
-        workers = [_start(job, rank, config.processes, store.port, logs) for rank in range(config.processes)]
+        workers = [_start(job, rank, config.processes, logs) for rank in range(config.processes)]
         try:
             with _passing_on_signals(workers) as received:
                 _stand_by(workers)
@@ -59,36 +60,32 @@ def launch(target: str, arguments: Mapping[str, Any], config: LaunchConfig, logs
         return [json.loads(path.read_text(encoding="utf-8")) for path in results]
 
 
-def rendezvous(port: int) -> dist.TCPStore:
-    """The meeting point of the processes, held by this one, so that its port is ours from here on.
-
-    Args:
-        port: 0 finds a free one.
+def _check_locks(folder: Path) -> None:
+    """Refuses a folder in which the processes could not meet: torch's FileStore locks its file.
 
     Raises:
-        LaunchError: another program has the port.
+        LaunchError: its file system has no locks.
     """
-    try:
-        return dist.TCPStore(HOST, port, is_master=True, wait_for_workers=False)
-    except (dist.DistNetworkError, RuntimeError) as error:
-        raise LaunchError(
-            f"the port {port} is already taken",
-            f"launch.port={port}",
-            "choose another, or launch.port=0 for a free one",
-        ) from error
+    with folder.joinpath("lock").open("w", encoding="utf-8") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise LaunchError(
+                f"files cannot be locked here ({error.strerror}), so processes cannot meet",
+                str(folder),
+                "set TMPDIR to a folder of a local disk",
+            ) from error
 
 
-def _start(job: Path, rank: int, size: int, port: int, logs: Path) -> subprocess.Popen[bytes]:
+def _start(job: Path, rank: int, size: int, logs: Path) -> subprocess.Popen[bytes]:
     environment = {
-        **os.environ,
+        **{name: value for name, value in os.environ.items() if name not in ("MASTER_ADDR", "MASTER_PORT")},
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(size),
         "LOCAL_WORLD_SIZE": str(size),
-        "MASTER_ADDR": HOST,
-        "MASTER_PORT": str(port),
         JOB: str(job),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",  # torch's word for: the parent holds the store, all ranks are clients
+        **LOOPBACK,
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // size))),
     }
     command = [sys.executable, "-m", "moe_train.launch.worker", str(job), str(os.getpid())]

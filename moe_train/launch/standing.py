@@ -47,6 +47,7 @@ class Beat:
         host, pid, born: who to look for; ``born`` tells a process from a later one with its number.
         report: the file of this host where its agent looks for why it ended.
         said: when, in seconds of its host's clock; who hears it may have another one, so only messages tell by it.
+        altered: nothing is known of the rank, because somebody else has overwritten what it said.
     """
 
     rank: int
@@ -62,6 +63,7 @@ class Beat:
     born: str = ""
     report: str = ""
     said: float = 0.0
+    altered: bool = False
 
 
 def beat(rank: int, number: int, still: float, pulse: Pulse, counts: dict[str, int], look: bool) -> Beat:

@@ -9,6 +9,15 @@ from moe_train.launch.failures import Failure
 from moe_train.launch.standing import Beat
 
 
+def silent_ranks(earlier: Mapping[int, Beat], later: Mapping[int, Beat]) -> list[int]:
+    """The ranks that have said nothing new in between; not those whose words somebody else has altered."""
+    return [
+        rank
+        for rank, now in later.items()
+        if now.number == earlier[rank].number and not (now.altered or earlier[rank].altered)
+    ]
+
+
 def culprits(beats: Mapping[int, Beat], silent: Iterable[int]) -> list[int]:
     """The ranks that hang: those that have fallen silent, else those that others wait for and that wait for nobody.
 

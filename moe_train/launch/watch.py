@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
@@ -29,7 +29,7 @@ from moe_train.launch.environment import has_our_parent
 from moe_train.launch.failures import Failure, leave_failure, tell_agent
 from moe_train.launch.leaving import leave, within
 from moe_train.launch.standing import ALIVE, Beat, beat, born, condition, entered, set_time_limit
-from moe_train.launch.verdict import culprits, failure, failure_of_silent
+from moe_train.launch.verdict import culprits, failure, failure_of_silent, silent_ranks
 from moe_train.training.run_folder import FAILURE
 from moe_train.training.world import World
 
@@ -82,7 +82,7 @@ class _Watch(threading.Thread):
             try:
                 set_time_limit(self.limited, timedelta(seconds=self.limit + MARGIN))
                 verdict = self._verdict()
-            except (dist.DistError, RuntimeError):
+            except (dist.DistError, RuntimeError, OSError):
                 self.heard = None
                 continue
             except Exception:
@@ -120,7 +120,7 @@ class _Watch(threading.Thread):
             return None
         later = self._beats()
         self.heard = self.turn, later
-        silent = [rank for rank, now in later.items() if now.number == earlier[rank].number]
+        silent = silent_ranks(earlier, later)
         if not silent or self.world.rank in silent or not later[self.world.rank].pending:
             return None
         first = later[silent[0]]
@@ -146,7 +146,7 @@ class _Watch(threading.Thread):
             if self.done.wait(self.pause) or self.say() < self.limit:
                 return None
         later = self._beats()
-        silent = [rank for rank, now in later.items() if now.number == earlier[rank].number]
+        silent = silent_ranks(earlier, later)
         guilty = culprits(later, silent)
         if not guilty or self.world.rank in guilty:
             return None
@@ -156,8 +156,7 @@ class _Watch(threading.Thread):
 
     def _beats(self) -> dict[int, Beat]:
         found = self.board.get_all([f"beat/{rank}" for rank in range(self.world.size)])
-        unknown = Beat(0, -1, 0.0, 0, "getting ready")
-        return {r: Beat(**json.loads(text)) if text else replace(unknown, rank=r) for r, text in enumerate(found)}
+        return {rank: _beat_of(rank, text) for rank, text in enumerate(found)}
 
     def _look(self, other: Beat, silent: bool) -> str:
         here = other.host == socket.gethostname() and born(other.pid) in ("", other.born)
@@ -191,6 +190,12 @@ class _Watch(threading.Thread):
         leave_failure(found if speaker or has_our_parent() else found.retold(), self.world.rank, record)
         if speaker and not has_our_parent():
             within(_TELLING, lambda: print(f"Failed: {found.text()}", file=sys.stderr, flush=True))
+
+
+def _beat_of(rank: int, text: str | None) -> Beat:
+    if text:
+        return Beat(**json.loads(text))
+    return Beat(rank, -1, 0.0, 0, "getting ready", altered=text is None)
 
 
 def _age(last: Beat) -> float:

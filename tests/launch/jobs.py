@@ -5,8 +5,10 @@ from __future__ import annotations
 import atexit
 import ctypes
 import dataclasses
+import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Collection, Iterator
@@ -15,10 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from moe_train.config import LaunchConfig
-from moe_train.errors import DataError
+from moe_train.errors import DataError, LaunchError
+from moe_train.launch.board import Board, check_same_secret
+from moe_train.launch.failures import Failure
+from moe_train.launch.job_store import Seal
 from moe_train.launch.joining import joined_world
+from moe_train.training.world import World
+from tests.launch import intruder
 
 CONFIG = LaunchConfig(timeout_minutes=0.5)
 
@@ -125,3 +133,60 @@ def sleep(folder: str) -> str:
     while not received and time.monotonic() < deadline:
         time.sleep(0.02)
     return f"rank {rank} got {received}"
+
+
+def besieged() -> dict[str, Any]:
+    """Sums, lets another user of this host try to get in, then makes a group and sums again."""
+    with joined_world(CONFIG) as world:
+        before = float(world.sum(torch.tensor([float(world.rank + 1)])))
+        group = dist.new_group()
+        pids = [os.getppid(), *world.gather(os.getpid())]
+        listening = intruder.listening(pids)
+        did: list[str] = []
+        if world.main:
+            folder = Path(os.environ["MOE_TRAIN_JOB"])
+            facts = {
+                "folder": str(folder),
+                "files": [path.name for path in folder.iterdir()],
+                "pids": pids,
+                "ports": [port for _, port in listening],
+                "unix": intruder.unix_sockets(pids),
+                "shared": intruder.shared_memory(pids),
+            }
+            words = [sys.executable, "-m", "tests.launch.intruder"]
+            done = subprocess.run(words, input=json.dumps(facts), capture_output=True, text=True, check=True)
+            did = json.loads(done.stdout)
+        world.barrier()
+        value = torch.tensor([float(world.rank + 1)])
+        dist.all_reduce(value, group=group)
+        dist.all_reduce(value, group=dist.new_group())
+        verdict = Board.of(world).verdict()
+        return {"sums": [before, float(value)], "listening": listening, "did": did, "verdict": verdict}
+
+
+def forged() -> None:
+    """Somebody who has seen the names in the store sets the verdict, and the words of rank 1, while the ranks work."""
+    with joined_world(dataclasses.replace(CONFIG, timeout_minutes=0.05)) as world:
+        if world.main:
+            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False)
+            names: list[str] = []
+            while not names:
+                names = [name for name in store.list_keys() if name.endswith("beat/1")]
+            content = json.dumps(dataclasses.asdict(Failure(1, time.time(), "all is lost")))
+            store.set(names[0].replace("beat/1", "verdict"), content)
+            store.set(names[0], content)
+            time.sleep(1)
+        print(f"the sum is {world.sum(torch.tensor([world.rank + 1])).item()}", flush=True)
+
+
+def secret(own: str) -> str:
+    """What a rank hears that was given this secret."""
+    os.environ["MOE_TRAIN_SECRET"] = own
+    try:
+        check_same_secret(Seal.from_environment(), World.current())
+    except LaunchError as error:
+        return str(error)
+    finally:
+        del os.environ["MOE_TRAIN_SECRET"]
+    return ""

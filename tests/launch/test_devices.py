@@ -13,7 +13,7 @@ from moe_train.config import LaunchConfig
 from moe_train.errors import LaunchError
 from moe_train.launch.devices import agree_on_devices, check_devices, device_of_rank
 from moe_train.launch.environment import JOB
-from moe_train.launch.local import HOST, rendezvous
+from moe_train.launch.job_store import Seal
 
 ONE_EACH = {"SLURM_GPUS_PER_TASK": "1"}
 
@@ -67,12 +67,12 @@ def test_enough_gpus_are_shared_out(task: pytest.MonkeyPatch) -> None:
     ("kinds", "agree"), [(("cuda", "cpu", "cpu"), False), (("cuda",) * 3, True), (("cpu",) * 3, True)]
 )
 def test_all_ranks_take_the_same_kind(kinds: tuple[str, ...], agree: bool) -> None:
-    master = rendezvous(0)
+    master = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
     def one(rank: int) -> str:
-        store = dist.TCPStore(HOST, master.port, is_master=False, wait_for_workers=False)
+        store = dist.TCPStore("127.0.0.1", master.port, is_master=False, wait_for_workers=False)
         try:
-            agree_on_devices(store, rank, len(kinds), torch.device(kinds[rank]))
+            agree_on_devices(store, rank, len(kinds), torch.device(kinds[rank]), Seal(b"of this job alone"), 30.0)
         except LaunchError as error:
             return str(error)
         return "agreed"

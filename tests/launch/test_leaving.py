@@ -20,13 +20,14 @@ ENDS = """
     import torch.distributed as dist
     from moe_train.launch.board import Board
     from moe_train.launch.failures import Failure
+    from moe_train.launch.job_store import Seal, SignedStore
     from moe_train.launch.watch import _Watch
     from moe_train.training.world import World
 
     master = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     patience = timedelta(seconds=5)
     store = dist.TCPStore("127.0.0.1", master.port, is_master=False, wait_for_workers=False, timeout=patience)
-    board = Board(store)
+    board = Board(SignedStore(store, Seal(b"of this job alone"), "job"))
     watch = _Watch(World(rank=0, size=2), board, 1.0)
     verdict = board.verdict
     def last_word():

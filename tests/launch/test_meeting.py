@@ -10,17 +10,18 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
+from moe_train.launch.job_store import Seal
 from moe_train.launch.leaving import within
-from moe_train.launch.local import rendezvous
 from moe_train.launch.meeting import fresh_store
 
 LIMIT = timedelta(seconds=30)
+SEAL = Seal(b"of this job alone")
 
 
 @pytest.fixture
 def agent(monkeypatch: pytest.MonkeyPatch) -> dist.TCPStore:
     """The store that outlives ranks."""
-    store = rendezvous(0)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(store.port))
     return store
@@ -30,10 +31,10 @@ def test_nobody_takes_a_word_of_the_dead_for_a_new_one(agent: dist.TCPStore) -> 
     """Three lives of three ranks; in each the others are quicker than rank 0 and find the old name first."""
     for life in range(3):
         with ThreadPoolExecutor(3) as ranks:
-            late = [ranks.submit(fresh_store, rank, 3, LIMIT) for rank in (1, 2)]
+            late = [ranks.submit(fresh_store, rank, 3, LIMIT, SEAL) for rank in (1, 2)]
             time.sleep(0.3)
             assert not any(one.done() for one in late)
-            stores = [fresh_store(0, 3, LIMIT), *(one.result() for one in late)]
+            stores = [fresh_store(0, 3, LIMIT, SEAL), *(one.result() for one in late)]
         assert not stores[1].check(["address"])  # of the life before
         stores[0].set("address", f"life {life}")
         assert [store.get("address") for store in stores] == [f"life {life}".encode()] * 3
@@ -42,7 +43,7 @@ def test_nobody_takes_a_word_of_the_dead_for_a_new_one(agent: dist.TCPStore) -> 
 def test_rank_0_does_not_come(agent: dist.TCPStore) -> None:
     agent.set("moe_train/life", "old")
     with pytest.raises(dist.DistStoreError, match="rank 0 does not answer"):
-        fresh_store(1, 2, timedelta(seconds=0.5))
+        fresh_store(1, 2, timedelta(seconds=0.5), Seal())
 
 
 def test_a_question_that_nobody_answers() -> None:

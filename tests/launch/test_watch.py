@@ -13,11 +13,11 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
 
 from moe_train.config import LaunchConfig
 from moe_train.launch.board import Board
 from moe_train.launch.failures import WorkerError
+from moe_train.launch.job_store import FolderStore
 from moe_train.launch.local import launch
 from moe_train.launch.standing import Beat
 from moe_train.launch.watch import _Watch
@@ -43,14 +43,14 @@ def hung(text: str, how: str) -> None:
     assert "What to do: See where rank 2 stood" in text and "raise launch.timeout_minutes (now 0.1)" in text
 
 
-def test_a_beat_tells_of_one_moment() -> None:
+def test_a_beat_tells_of_one_moment(tmp_path: Path) -> None:
     """The seconds of standing still belong to the update and place beside them: none after progress."""
-    world, store = World(), dist.HashStore()
-    watch = _Watch(world, Board(store), limit=60.0)
+    world, board = World(), Board(FolderStore(tmp_path))
+    watch = _Watch(world, board, limit=60.0)
 
     def told() -> Beat:
         watch.say()
-        return Beat(**json.loads(store.get("beat/0")))
+        return Beat(**json.loads(board.get_all(["beat/0"])[0] or ""))
 
     world.pulse.mark("reading samples", 3)
     told()
