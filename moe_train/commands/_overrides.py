@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from moe_train.config.paths import configs_directory
 from moe_train.errors import ConfigError, MissingDependency, did_you_mean, spelt_out
+from moe_train.launch.slurm import check_slurm
 
 _NOTHING = "<nothing>"
 
@@ -64,6 +65,7 @@ def check_launcher(overrides: Sequence[str], multirun: bool) -> None:
     Raises:
         ConfigError: ``hydra/launcher=…`` without ``-m``.
         MissingDependency: submitit's launchers without submitit.
+        LaunchError: submitit's launcher for Slurm without Slurm.
     """
     chosen = [word.partition("=")[2] for word in overrides if word.startswith("hydra/launcher=")]
     if not chosen or chosen[-1] == "basic":
@@ -78,6 +80,8 @@ def check_launcher(overrides: Sequence[str], multirun: bool) -> None:
             f"hydra/launcher={chosen[-1]}",
             "run scripts/setup.sh, or pip install submitit hydra-submitit-launcher",
         )
+    if chosen[-1] == "submitit_slurm":
+        check_slurm()
 
 
 def _with_each(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,21 @@ from moe_train.launch.interfaces import interface_between_hosts, interface_towar
 
 _FIRST_PORT, _PORTS = 20000, 12000  # below the range from which kernels hand out ports
 _TRIES, _PATIENCE = 4, 15.0  # seconds each, for a controller that is busy
+
+
+def check_slurm() -> None:
+    """Refuses a host from which nothing can be submitted.
+
+    Raises:
+        LaunchError: Slurm's commands are not there.
+    """
+    missing = [name for name in ("sbatch", "srun") if shutil.which(name) is None]
+    if missing:
+        raise LaunchError(
+            f"there is no Slurm on this host ({' and '.join(missing)} not found on PATH)",
+            "hydra/launcher=submitit_slurm",
+            "start on a host of the cluster, or take hydra/launcher=submitit_local",
+        )
 
 
 def take_place() -> None:

@@ -24,6 +24,7 @@ from rich.console import Console
 from moe_train.errors import LaunchError
 from moe_train.launch.failures import write_failure
 from moe_train.launch.schemas import forget_foreign_schemas
+from moe_train.launch.slurm import check_slurm
 
 _COMMON = frozenset(field.name for field in dataclasses.fields(BaseQueueConf))  # the rest is of one executor alone
 _POLL = 0.2  # seconds
@@ -138,9 +139,24 @@ class SlurmJobs(SubmittedJobs):
 
     _EXECUTOR = "slurm"
 
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """As every launcher of ours; a config file may have chosen this one, which nobody has checked yet."""
+        check_slurm()
+        return super().launch(job_overrides, initial_job_idx)
+
     def _run(self, jobs: Sequence[SweepJob]) -> dict[int, JobReturn]:
+        from submitit.core.utils import FailedJobError
+
         since = time.time()
-        submitted = self._executor().map_array(self, *zip(*map(self._arguments, jobs), strict=True))
+        try:
+            submitted = self._executor().map_array(self, *zip(*map(self._arguments, jobs), strict=True))
+        except FailedJobError as error:
+            said = [line for line in str(error).splitlines() if line.strip()] or ["it does not say why"]
+            raise LaunchError(
+                f"Slurm has not taken the jobs ({said[-1].strip()})",
+                "hydra/launcher=submitit_slurm",
+                "correct hydra.launcher.partition=…, account=…, timeout_min=… and so on, and start again",
+            ) from error
         number = submitted[0].job_id.partition("_")[0]
         self._say(f"Slurm job {number}: squeue --job {number}, scancel {number}; it goes on if this command is ended")
         return {job.number: self._collect(job, one, since) for job, one in zip(jobs, submitted, strict=True)}

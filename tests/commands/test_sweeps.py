@@ -10,9 +10,12 @@ import sys
 import threading
 from pathlib import Path
 
+import pytest
 import yaml
 
 from moe_train.data.folder import DataFolder
+from moe_train.errors import LaunchError
+from moe_train.launch.submitted import SlurmJobs
 from moe_train.training import RunFolder
 from tests.commands.test_train import here
 from tests.slurm.runs import keys, until
@@ -115,3 +118,29 @@ def test_a_finished_folder_is_refused_or_left_alone_by_an_explicit_key(tiny_data
 def test_a_launcher_that_would_not_be_asked_is_refused(tiny_data: DataFolder, tmp_path: Path) -> None:
     code, said = here([*keys(tiny_data, *SHORT), "hydra/launcher=submitit_slurm"], tmp_path)
     assert code == 2 and "hydra/launcher=submitit_slurm: a launcher is only asked in a sweep. Add -m" in said
+
+
+def test_the_launcher_for_slurm_without_slurm(
+    tiny_data: DataFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    code, said = here(sweep_words(tiny_data, tmp_path / "sweep", "seed=1,2", "hydra/launcher=submitit_slurm"), tmp_path)
+    assert code == 2 and "there is no Slurm on this host (sbatch and srun not found on PATH)" in said
+    assert "hydra/launcher=submitit_local" in said and len(said.splitlines()) == 1
+    assert not (tmp_path / "sweep").exists()
+    with pytest.raises(LaunchError, match="there is no Slurm on this host"):  # where a config file has chosen it
+        SlurmJobs.launch(SlurmJobs.__new__(SlurmJobs), [], 0)
+
+
+def test_slurm_that_does_not_take_the_jobs(
+    tiny_data: DataFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("sbatch", "srun"):
+        script = tmp_path / "bin" / name
+        script.parent.mkdir(exist_ok=True)
+        script.write_text("#!/bin/sh\necho 'sbatch: error: invalid partition specified: gpu' >&2\nexit 1\n")
+        script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    code, said = here(sweep_words(tiny_data, tmp_path / "sweep", "seed=1,2", "hydra/launcher=submitit_slurm"), tmp_path)
+    assert code == 2 and "Traceback" not in said
+    assert "Slurm has not taken the jobs (sbatch: error: invalid partition specified: gpu)" in said
