@@ -94,6 +94,7 @@ def _outside_any_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
         "SLURM_PROCID",
         "SLURM_STEP_NUM_TASKS",
         "SUBMITIT_EXECUTOR",
+        "MOE_TRAIN_SECRET",
     ):
         monkeypatch.delenv(name, raising=False)
 

@@ -111,7 +111,7 @@ class LaunchConfig:
 
     Attributes:
         processes: processes to start on this host (1: run in this one; ignored under torchrun, which has started them).
-        port: rendezvous port (0: a free one is found).
+        port: no longer used (processes of one host meet in a folder); read because earlier runs name it.
         timeout_minutes: a collective that waits longer than this ends the job.
         silent_minutes: one that waits for a rank of which nothing is heard for so long ends it, too (0: it does not).
         device: ``auto`` takes a GPU per process where there is one.

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 JOB = "MOE_TRAIN_JOB"  # names the folder of a job to the processes that moe_train.launch.local starts
+SECRET = "MOE_TRAIN_SECRET"  # what the ranks of a job sign their entries of torch's store with
 
 
 def under_launcher() -> bool:

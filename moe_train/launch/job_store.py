@@ -21,8 +21,8 @@ from typing import Protocol
 import torch.distributed as dist
 
 from moe_train.errors import LaunchError
+from moe_train.launch.environment import SECRET
 
-SECRET = "MOE_TRAIN_SECRET"
 _SHORTEST = 16  # characters
 _PAUSE = 0.05  # seconds
 _LOG = logging.getLogger(__name__)

@@ -8,6 +8,8 @@ on one host only so many run at a time.
 from __future__ import annotations
 
 import dataclasses
+import os
+import secrets
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.console import Console
 
 from moe_train.errors import LaunchError
+from moe_train.launch.environment import SECRET
 from moe_train.launch.failures import write_failure
 from moe_train.launch.schemas import forget_foreign_schemas
 from moe_train.launch.slurm import check_slurm
@@ -72,6 +75,7 @@ class SubmittedJobs(BaseSubmititLauncher):
         jobs = [self._plan(initial_job_idx + place, overrides) for place, overrides in enumerate(job_overrides)]
         results = {job.number: done for job in jobs if (done := _left_alone(job)) is not None}
         wanted = [job for job in jobs if job.number not in results]
+        os.environ.setdefault(SECRET, secrets.token_hex(32))  # which submitted jobs inherit
         self._say(f"sweep: {len(wanted)} of {len(jobs)} jobs to {self._EXECUTOR}, in {self._folder}")
         if wanted:
             results |= self._run(wanted)

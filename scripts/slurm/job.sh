@@ -15,6 +15,8 @@ MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000)) # below the ports that kernels han
 export MASTER_ADDR MASTER_PORT
 # The ranks find gloo's interface themselves: the one that reaches MASTER_ADDR. NCCL looks for the fastest one; where it
 # finds the wrong one, name it: export NCCL_SOCKET_IFNAME=ib0 (and GLOO_SOCKET_IFNAME) before sbatch.
+# What ranks write into the store where they meet is signed with this; other users of the hosts may reach the store.
+export MOE_TRAIN_SECRET=${MOE_TRAIN_SECRET:-$(od -An -tx1 -N32 /dev/urandom | tr -d ' \n')}
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun has not taken it from the job since Slurm 22.05
 
 # An array's number alone means all of its elements, and one of them has that number for its own.

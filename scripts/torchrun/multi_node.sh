@@ -7,6 +7,8 @@
 # JOB    a name of this job, the same on all hosts and of no other job
 # NPROC  processes on each host (all GPUs)
 # LOCAL  this host's address, where its name does not resolve
+# MOE_TRAIN_SECRET  at least 16 characters, the same on all hosts: what ranks write into torchrun's store is signed with
+#        it (docs/faults.md); unset: rank 0 draws one when the ranks have met
 # NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME  the interface to use, where a host has several (docs/faults.md)
 set -euo pipefail
 

@@ -9,5 +9,8 @@ set -euo pipefail
 
 gpus() { command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus | wc -l || echo 1; }
 
+# What ranks write into torchrun's store is signed with this: other users of this host may reach the store.
+export MOE_TRAIN_SECRET=${MOE_TRAIN_SECRET:-$(od -An -tx1 -N32 /dev/urandom | tr -d ' \n')}
+
 exec torchrun --standalone --nproc-per-node="${NPROC:-$(gpus)}" --max-restarts="${MAX_RESTARTS:-0}" \
     -m moe_train.commands.train "$@"

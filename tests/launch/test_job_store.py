@@ -15,8 +15,9 @@ import torch.distributed as dist
 
 from moe_train.errors import LaunchError
 from moe_train.launch.board import Board
+from moe_train.launch.environment import SECRET
 from moe_train.launch.failures import Failure
-from moe_train.launch.job_store import SECRET, FolderStore, JobStore, Seal, SignedStore
+from moe_train.launch.job_store import FolderStore, JobStore, Seal, SignedStore
 from moe_train.launch.watch import _Watch
 from moe_train.training.world import World
 from tests.distributed.world import Worlds
