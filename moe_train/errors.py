@@ -7,7 +7,8 @@ and keeps its traceback.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 _SPELLINGS = {"k": "top_k"}  # what papers and documents call a key, too far from its name to be found as a near word
 
@@ -54,6 +55,20 @@ class TrainingError(UserError):
 
 class MissingDependency(UserError):
     """A library that this command needs and that is not installed."""
+
+
+def error_to_json(error: OSError | UserError) -> dict[str, Any]:
+    """An error as plain values, for other ranks."""
+    if isinstance(error, UserError):
+        return {"kind": type(error).__name__, "arguments": [error.what, error.where, error.remedy]}
+    return {"kind": "OSError", "arguments": [error.errno, error.strerror or str(error), error.filename]}
+
+
+def error_from_json(content: Mapping[str, Any]) -> OSError | UserError:
+    """The inverse of :func:`error_to_json`; an unknown kind becomes a plain UserError, an OSError its own subclass."""
+    kinds: dict[str, type[OSError | UserError]] = {kind.__name__: kind for kind in UserError.__subclasses__()}
+    kinds["OSError"] = OSError
+    return kinds.get(content["kind"], UserError)(*content["arguments"])
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:

@@ -130,20 +130,20 @@ def joined(mapping: Mapping[str, Any], own: RunFolder | None) -> Outcome:
     """
     config = build(RunConfig, mapping)
     with joined_world(config.launch, config.training.threads) as world, ExitStack() as held:
-        folder = world.broadcast(own)
-        assert folder is not None
+        folder = RunFolder(Path(world.broadcast(str(own.path) if own else "")))
         config = dataclasses.replace(config, routing=world.broadcast(dict(config.routing)))
         data = open_data(config)
 
-        def ready() -> Outcome | None:
+        def ready() -> dict[str, Any] | None:
             if not world.main:
                 return None
             held.enter_context(folder.claimed())
             goes_on = restarted() and folder.exists  # a finished run included, where a rank was lost on its way out
-            return _begin(folder, dataclasses.replace(config, resume="must") if goes_on else config, data)
+            done = _begin(folder, dataclasses.replace(config, resume="must") if goes_on else config, data)
+            return dataclasses.asdict(done) if done else None
 
         nothing_to_do = world.broadcast(everywhere(world, ready))
-        outcome = nothing_to_do or _train(config, data, folder, world)
+        outcome = Outcome(**nothing_to_do) if nothing_to_do else _train(config, data, folder, world)
         score_when_finished(config, folder, world)
         return outcome
 

@@ -71,6 +71,12 @@ class Outcome:
     seconds: float
     routing: Mapping[str, Any] = field(default_factory=dict)
 
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Outcome:
+        """The inverse of :func:`dataclasses.asdict`, after a journey as JSON."""
+        translations = tuple(Translation(**one) for one in content["translations"])
+        return cls(translations, content["seconds"], content["routing"])
+
 
 EMPTY = Translation("", 0.0, 0)
 

@@ -68,9 +68,8 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> Results:
     def finish() -> Results | None:
         return _scored(run, config, held, outcomes, seconds) if world.main else None
 
-    results = world.broadcast(everywhere(world, finish))
-    assert results is not None
-    return results
+    results = everywhere(world, finish)
+    return Results.from_json(world.broadcast(results.to_json() if results is not None else {}))
 
 
 def _scored(

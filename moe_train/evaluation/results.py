@@ -133,6 +133,17 @@ class Results:
             "versions": dict(self.versions or {}),
         }
 
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Results:
+        """The inverse of :meth:`to_json`.
+
+        Raises:
+            ValueError, KeyError, TypeError: it is not what that gives.
+        """
+        directions = {name: DirectionResult.from_json(entry) for name, entry in content["directions"].items()}
+        same = ("settings", "tiers", "signatures", "decoding", "notes", "command", "versions")
+        return cls(directions=directions, **{name: content[name] for name in same})
+
     def to_text(self) -> str:
         """The file's content."""
         return json.dumps(self.to_json(), indent=1, ensure_ascii=False) + "\n"
@@ -147,9 +158,6 @@ def read_results(path: Path) -> Results | None:
     if not path.is_file():
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        directions = {name: DirectionResult.from_json(entry) for name, entry in content["directions"].items()}
-        same = ("settings", "tiers", "signatures", "decoding", "notes", "command", "versions")
-        return Results(directions=directions, **{name: content[name] for name in same})
+        return Results.from_json(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"the scores cannot be read ({error!r})", str(path), "run moe-evaluate again") from error

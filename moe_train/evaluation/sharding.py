@@ -12,7 +12,7 @@ import queue
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -108,7 +108,8 @@ def _decode_as_rank(
         if progress:
             first = number - world.rank
             progress(sum(len(job.sentences) for job in jobs[first : first + world.size]))
-    everyone = {number: outcome for part in world.gather(done) for number, outcome in part.items()}
+    shares: list[list[Any]] = world.gather([[number, asdict(outcome)] for number, outcome in done.items()])
+    everyone = {number: Outcome.from_json(outcome) for share in shares for number, outcome in share}
     return [everyone[number] for number in range(len(jobs))]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 from torch import nn
@@ -77,8 +78,8 @@ def _share(
             outcomes.append(translator.run(jobs[number]))
         elif together:
             translator.run(Job(jobs[0].source, jobs[0].target, (), ()))
-    shares = world.gather(outcomes)
-    return [shares[i % world.size][i // world.size] for i in range(len(jobs))]
+    shares = world.gather([asdict(outcome) for outcome in outcomes])
+    return [Outcome.from_json(shares[i % world.size][i // world.size]) for i in range(len(jobs))]
 
 
 def _scores(held: dict[str, tuple[Encoded, list[str]]], outcomes: list[Outcome]) -> dict[str, float]:

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from moe_train.errors import CheckpointError, UserError
+from moe_train.errors import CheckpointError, UserError, error_from_json, error_to_json
 from moe_train.training import integrity
 from moe_train.training.names import MODEL, model_tensors, whole_names
 from moe_train.training.tensor_files import load_tensors, save_tensors, shapes
@@ -70,24 +70,26 @@ class CheckpointStore:
         Raises:
             CheckpointError: there is none, or it is damaged (an undamaged one before it is offered).
         """
-        path = self.told(lambda: self._find(str(which)))
-        if path is None:
+        name = self.told(lambda: self._find(str(which)))
+        if name is None:
             known = [p.name for p in (*map(self.path, self.updates()), self.folder / "averaged") if p.is_dir()]
             remedy = f"there are: {', '.join(known)}" if known else "the run has written none yet"
             raise CheckpointError(f"there is no checkpoint '{which}'", str(self.folder), remedy)
+        path = Path(name)
         try:
             self.verify(path)
         except CheckpointError as error:
             raise CheckpointError(error.what, error.where, self.way_out(path)) from None
         return path
 
-    def _find(self, which: str) -> Path | None:
+    def _find(self, which: str) -> str | None:
         if which == "last":
-            return self.latest()
-        if which == "best":
-            return self.best() or self.latest()
-        path = self.folder / (f"step_{which}" if which.isdigit() else which)
-        return path if path.is_dir() else None
+            path = self.latest()
+        elif which == "best":
+            path = self.best() or self.latest()
+        else:
+            path = self.folder / (f"step_{which}" if which.isdigit() else which)
+        return str(path) if path is not None and path.is_dir() else None
 
     def _linked(self, name: str) -> Path | None:
         link = self.folder / name
@@ -122,7 +124,11 @@ class CheckpointStore:
         return "no other checkpoint of this run is whole: train again in another run folder"
 
     def told(self, look: Callable[[], T]) -> T:
-        """What rank 0 sees, on every rank: hosts may see a shared folder differently for a while."""
+        """What rank 0 sees, on every rank: hosts may see a shared folder differently for a while.
+
+        Args:
+            look: gives what JSON holds.
+        """
         seen = everywhere(self.world, look if self.world.main else lambda: None)
         return self.world.broadcast(seen)  # type: ignore[return-value]
 
@@ -244,9 +250,10 @@ def everywhere(world: World, action: Callable[[], T], collective: bool = False) 
         result = action()
     except (OSError, UserError) as error:
         failure = error
-    first = next((f for f in world.gather(failure) if f is not None), None)
+    told = world.gather(error_to_json(failure) if failure is not None else None)
+    first = next((rank for rank, content in enumerate(told) if content is not None), None)
     if first is not None:
-        raise first
+        raise failure if failure is not None and first == world.rank else error_from_json(told[first] or {})
     return result  # type: ignore[return-value]
 
 

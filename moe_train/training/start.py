@@ -165,6 +165,6 @@ def _engine(given: _Parts, ranks: Ranks, layout: ExpertLayout) -> Engine:
     tell(module, "set_recompute", config.training.recompute)
     tell(module, "set_ranks", ranks)
     store = CheckpointStore(folder.checkpoints, world)
-    if config.training.init_from is not None and store.told(store.latest) is None:
+    if config.training.init_from is not None and not store.told(store.updates):
         initialise_from(module, config.training.init_from, world)
     return build_engine(EngineInputs(module, config.engine, config.training, world, layout))

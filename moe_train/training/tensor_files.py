@@ -1,6 +1,7 @@
 """Named tensors to and from a folder, by torch.distributed.checkpoint with its safetensors storage.
 
-No pickle is read or written: DCP's own format keeps its index as a pickle, its safetensors storage keeps JSON headers.
+No file is a pickle: DCP's own format keeps its index as one, its safetensors storage keeps JSON headers. The plans that
+its ranks send one another are pickles, read as data only.
 Every rank gives what it holds; what several ranks hold alike is written once, shared out over them.
 
 torch.distributed.checkpoint takes a second to import, which a process that only starts others need not pay.
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe_train.errors import CheckpointError
+from moe_train.peer_pickles import read_data_only
 
 
 def save_tensors(folder: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None = None) -> None:
@@ -33,6 +35,7 @@ def save_tensors(folder: Path, tensors: Mapping[str, Tensor], group: dist.Proces
     import torch.distributed.checkpoint as dcp
 
     writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    read_data_only()
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     with _plain_errors(), _quiet():
         dcp.save(contiguous, storage_writer=writer, process_group=group)
@@ -53,6 +56,7 @@ def load_tensors(folder: Path, into: Mapping[str, Tensor]) -> None:
         if known[name] != tensor.shape:
             what = f"the tensor '{name}' is {list(known[name])} in the checkpoint and {list(tensor.shape)} in the model"
             raise CheckpointError(what, str(folder), "it is of another model")
+    read_data_only()
     with _plain_errors(), _quiet():
         dcp.load(dict(into), storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
 

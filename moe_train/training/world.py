@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -72,17 +73,41 @@ class World:
             dist.barrier(group=self.group)
 
     def broadcast(self, value: T) -> T:
-        """Rank 0's object, on every rank (small objects of our own processes only)."""
+        """Rank 0's value, on every rank.
+
+        Args:
+            value: what JSON holds (a tuple would come back as a list); ignored on ranks other than 0. It travels as
+                JSON: nothing that another process sends can run code here.
+        """
         if self.size == 1:
             return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0, group=self.group)
-        return box[0]
+        text = json.dumps(value).encode() if self.main else b""
+        length = torch.tensor([len(text)], device=self._where)
+        dist.broadcast(length, src=0, group=self.group)
+        content = _bytes(text, int(length), self._where)
+        dist.broadcast(content, src=0, group=self.group)
+        result: T = json.loads(content.cpu().numpy().tobytes())
+        return result
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's object in rank order, on every rank (small objects of our own processes only)."""
+        """Every rank's value in rank order, on every rank; values as those of :meth:`broadcast`."""
         if self.size == 1:
             return [value]
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.group)
-        return values
+        text = json.dumps(value).encode()
+        lengths = [torch.zeros(1, dtype=torch.int64, device=self._where) for _ in range(self.size)]
+        dist.all_gather(lengths, torch.tensor([len(text)], device=self._where), group=self.group)
+        longest = max(int(length) for length in lengths)
+        contents = [_bytes(b"", longest, self._where) for _ in range(self.size)]
+        dist.all_gather(contents, _bytes(text, longest, self._where), group=self.group)
+        pairs = zip(contents, lengths, strict=True)
+        return [json.loads(content[: int(length)].cpu().numpy().tobytes()) for content, length in pairs]
+
+    @property
+    def _where(self) -> torch.device:
+        """The device of the tensors that values travel in: NCCL alone takes none of the CPU's."""
+        return self.device if dist.get_backend(self.group) == "nccl" else torch.device("cpu")
+
+
+def _bytes(text: bytes, length: int, device: torch.device) -> Tensor:
+    """``text`` as a tensor of ``length`` bytes, filled up with zeros."""
+    return torch.frombuffer(bytearray(text.ljust(length, b"\0")), dtype=torch.uint8).to(device)

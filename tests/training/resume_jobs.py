@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from moe_train.config import RunConfig, build
+from moe_train.config import RunConfig, build, to_mapping
 from moe_train.data.folder import DataFolder
 from moe_train.errors import TrainingError
 from moe_train.parallel.gradients import is_expert
@@ -75,7 +75,7 @@ def go(
         config = settle(config, plan, run.config if run.exists else None)
         run.check(config, opened.fingerprint)
         run.begin(config, opened.fingerprint)
-    config = world.broadcast(config)
+    config = build(RunConfig, world.broadcast(to_mapping(config)))
     train(config, make_task(config, opened), run, world=world)
     return run.info
 

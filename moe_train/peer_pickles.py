@@ -1,0 +1,79 @@
+"""Pickles that libraries send between ranks, read as data: what they may name is listed here, and code is not.
+
+torch.distributed.checkpoint agrees on its plan by pickles, and fairseq shares statistics and checkpoints so. Our own
+ranks tell one another JSON (:class:`moe_train.training.world.World`).
+"""
+
+from __future__ import annotations
+
+import builtins
+import pickle
+import sys
+from typing import Any
+
+import torch
+
+_PLANS = {  # torch.distributed.checkpoint's
+    "api": {"CheckpointException"},
+    "filesystem": {"_StorageInfo"},
+    "metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "planner": {
+        "BytesIOWriteData",
+        "LoadItemType",
+        "LoadPlan",
+        "ReadItem",
+        "SavePlan",
+        "TensorWriteData",
+        "WriteItem",
+        "WriteItemType",
+    },
+    "storage": {"WriteResult"},
+}
+_NAMES = {
+    *((f"torch.distributed.checkpoint.{module}", name) for module, names in _PLANS.items() for name in names),
+    ("collections", "OrderedDict"),
+    ("torch", "Size"),
+    ("torch", "device"),
+    ("torch.serialization", "_get_layout"),
+    ("traceback", "FrameSummary"),
+    ("traceback", "StackSummary"),
+}
+
+
+class PeerError(Exception):
+    """Stands for another rank's error of a kind that is not Python's own."""
+
+
+class DataUnpickler(pickle.Unpickler):
+    """Builds plain values, torch.distributed.checkpoint's plans and errors, and nothing else.
+
+    Raises:
+        pickle.UnpicklingError: from ``load``, where a pickle names anything else.
+    """
+
+    def find_class(self, module: str, name: str) -> Any:
+        """What a pickle may name."""
+        if (module, name) in _NAMES:
+            return super().find_class(module, name)
+        found = getattr(sys.modules.get(module), name, None)
+        if module == "torch" and isinstance(found, torch.dtype):
+            return found
+        if isinstance(found, type) and issubclass(found, BaseException):
+            return found if module == builtins.__name__ else PeerError
+        raise pickle.UnpicklingError(f"another rank sent {module}.{name}, which is no plain data: it was not built")
+
+
+def read_data_only() -> None:
+    """From here on torch's collectives of objects read what other ranks send with :class:`DataUnpickler`."""
+    from torch.distributed import distributed_c10d
+
+    distributed_c10d._unpickler = DataUnpickler
