@@ -131,6 +131,9 @@ class CorpusConfig:
         check.not_negative("corpus.max_pairs", self.max_pairs)
 
 
+_MOST_PIECES = 10_000_000  # above, SentencePiece works without an end
+
+
 @dataclass(frozen=True)
 class VocabularyConfig:
     """The joint SentencePiece model.
@@ -155,6 +158,8 @@ class VocabularyConfig:
     def __post_init__(self) -> None:
         for key in ("size", "sample_sentences", "temperature"):
             check.positive(f"vocabulary.{key}", getattr(self, key))
+        if self.size > _MOST_PIECES:
+            raise ConfigError(f"'vocabulary.size' cannot be {self.size}", remedy=f"choose at most {_MOST_PIECES:,}")
         if not 0.9 <= self.character_coverage <= 1.0:
             raise ConfigError(
                 f"'vocabulary.character_coverage' cannot be {self.character_coverage}",

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 # The number of threads decides the order of floating-point sums: fixed, so that every machine learns the same.
 _THREADS = 4
-_SMALLEST = 300
 
 
 def train_sentencepiece(sentences: Iterable[str], config: VocabularyConfig, path: Path) -> None:
@@ -32,12 +31,6 @@ def train_sentencepiece(sentences: Iterable[str], config: VocabularyConfig, path
     Raises:
         DataError: the vocabulary is larger than the text allows, or too small for its characters.
     """
-    if config.size < _SMALLEST:
-        raise DataError(
-            f"a vocabulary of {config.size} pieces cannot hold the 256 bytes and the characters",
-            "vocabulary.size",
-            f"set vocabulary.size to {_SMALLEST} or more",
-        )
     model = io.BytesIO()
     with tempfile.TemporaryDirectory() as folder:
         rule_file = Path(folder) / "rules.tsv"
@@ -84,18 +77,24 @@ def _not_too_long(sentences: Iterable[str]) -> Iterator[str]:
 
 
 def _explain(error: RuntimeError, config: VocabularyConfig) -> DataError:
+    """What SentencePiece says of the size; every size from the one that it needs to the one that it yields works."""
     text = str(error)
     if found := re.search(r"value <= (\d+)", text):
+        more = " (vocabulary.model_type=bpe finds more pieces in little text)" if config.model_type == "unigram" else ""
         return DataError(
             f"a vocabulary of {config.size} pieces is larger than the text allows: it yields at most {found[1]}",
             "vocabulary.size",
-            f"set vocabulary.size={found[1]} or less, or give more text",
+            f"set vocabulary.size={found[1]}{more}, or give more text",
         )
     if found := re.search(r"required_chars\D*\d+ vs (\d+)", text):
         return DataError(
-            f"a vocabulary of {config.size} pieces is too small for the text's characters: they need {found[1]}",
+            f"a vocabulary of {config.size} pieces is too small: bytes and characters of the text need {found[1]}",
             "vocabulary.size",
-            f"set vocabulary.size above {found[1]}, or lower vocabulary.character_coverage",
+            f"set vocabulary.size={found[1]} or more, or lower vocabulary.character_coverage",
+        )
+    if "sentences_.empty()" in text or "all_chars_count" in text:
+        return DataError(
+            "there is no text to learn a vocabulary from", remedy="give training text with characters in it"
         )
     return DataError(
         f"SentencePiece could not learn {config.size} pieces ({text.strip()})",

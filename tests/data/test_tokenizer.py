@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 import unicodedata
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from moe_train.data.folder import DataFolder
 from moe_train.data.normalisation import normalise
 from moe_train.data.tokenizer import EOS, OFFSET, PAD, UNK, Tokenizer
 from moe_train.data.vocabulary import train_sentencepiece
-from moe_train.errors import DataError
+from moe_train.errors import ConfigError, DataError
 from tests.data import tiny_corpus
 
 
@@ -73,6 +74,46 @@ def test_both_kinds_of_model_and_their_limits(tmp_path: Path, model_type: str) -
     with pytest.raises(DataError, match=r"vocabulary\.size: .*60000 pieces"):
         train_sentencepiece(lines, too_large, tmp_path / "large.model")
     assert not (tmp_path / "large.model").exists()
+
+
+LITTLE = {
+    "sentences": ["the dog sees a cat", "a cat sees the house", "the house is old"],
+    "letters": ["abcdefghijklmnopqrstuvwxyz"],
+    "no spaces": ["今日は良い天気です", "明日は雨が降ります"],
+    "a word": ["hello"],
+}
+
+
+@pytest.mark.parametrize("model_type", ["unigram", "bpe"])
+@pytest.mark.parametrize("lines", LITTLE.values(), ids=LITTLE)
+def test_advice_on_little_text_works(tmp_path: Path, lines: list[str], model_type: str) -> None:
+    """From a size far too large and one far too small; the two never contradict each other."""
+
+    def advised(size: int, kind: str = model_type) -> int:
+        config = VocabularyConfig(size=size, model_type=kind, character_coverage=1.0)  # type: ignore[arg-type]
+        with pytest.raises(DataError) as raised:
+            train_sentencepiece(lines, config, tmp_path / "none.model")
+        assert ("model_type=bpe" in raised.value.remedy) == (kind == "unigram" and size == 8000)
+        return int(re.findall(r"set vocabulary\.size=(\d+)", raised.value.remedy)[0])
+
+    most, least = advised(8000), advised(1)
+    assert 257 < least <= most < 400
+    for size in {least, (least + most) // 2, most}:
+        config = VocabularyConfig(size=size, model_type=model_type, character_coverage=1.0)  # type: ignore[arg-type]
+        train_sentencepiece(lines, config, tmp_path / "spm.model")
+        assert len(Tokenizer(tmp_path / "spm.model")) == size
+    assert model_type == "bpe" or advised(8000, "bpe") > most
+
+
+@pytest.mark.parametrize("lines", [[], ["", " "]])
+def test_no_text_at_all_is_said(tmp_path: Path, lines: list[str]) -> None:
+    with pytest.raises(DataError, match="there is no text to learn a vocabulary from"):
+        train_sentencepiece(lines, VocabularyConfig(), tmp_path / "spm.model")
+
+
+def test_a_size_beyond_all_bounds_is_refused() -> None:
+    with pytest.raises(ConfigError, match="at most 10,000,000"):
+        VocabularyConfig(size=2**31 - 1)
 
 
 def test_what_is_no_model_is_said(tmp_path: Path) -> None:
