@@ -30,7 +30,7 @@ from moe_train.data.workers import Workers, available_cores
 from moe_train.data.writer import FolderWriter
 from moe_train.errors import DataError
 from moe_train.fairseq_compat import require_fairseq
-from moe_train.utils.replace_folder import replacing_folder
+from moe_train.utils.replace_folder import recover_folder, replacing_folder
 
 
 def prepare(config: PrepareConfig, progress: Progress | None = None) -> DataFolder:
@@ -46,8 +46,9 @@ def prepare(config: PrepareConfig, progress: Progress | None = None) -> DataFold
     require_fairseq()
     progress = progress or Progress()
     out = Path(config.out).expanduser()
-    plan = make_plan(config, progress)
     try:
+        recover_folder(out)
+        plan = make_plan(config, progress)
         if finished(out, plan, config.overwrite) or not _make(config, plan, out, progress):
             progress.say(f"{out} is finished already, from the same text with the same settings: it is kept as it is")
     except OSError as error:

@@ -111,7 +111,7 @@ def replacing_folder(out: Path) -> Iterator[FolderReplacement]:
     except FileExistsError:
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(place.parent)) from None
     with _locked(place):
-        for work in sorted(place.parent.glob(f"{glob.escape(place.name)}.partial*")):
+        for work in _work_folders(place):
             with ExitStack() as stack:
                 if _is_left_over(work, place, stack):
                     _recover(place, work)
@@ -120,6 +120,18 @@ def replacing_folder(out: Path) -> Iterator[FolderReplacement]:
             yield replacement
         finally:
             replacement.close()
+
+
+def recover_folder(out: Path) -> None:
+    """Completes a replacement that was cut off between its renames, where the folder is missing for it.
+
+    Raises:
+        ConfigError: another process makes the folder.
+    """
+    place = Path(os.path.realpath(out))
+    if not os.path.lexists(place) and any((work / MARKER).exists() for work in _work_folders(place)):
+        with replacing_folder(out):
+            pass
 
 
 def _content(place: Path) -> int | None:
@@ -170,6 +182,11 @@ def _recover(place: Path, work: Path) -> None:
         _complete(place, work)
     except OSError as error:
         LOG.warning("%s is left alone, since %s: %s", work, place, error.strerror or error)
+
+
+def _work_folders(place: Path) -> list[Path]:
+    """Neighbours that may be work folders, by their names."""
+    return sorted(place.parent.glob(f"{glob.escape(place.name)}.partial*"))
 
 
 def _names(place: Path, what: str) -> Iterator[Path]:

@@ -312,8 +312,9 @@ def test_killed_while_it_replaces_a_folder(corpus: Path, tmp_path: Path, step: i
     other = settings(corpus, tmp_path / "out", vocabulary__size=380, overwrite=True)
     assert killed_before(step, lambda: prepare(other), events=("os.rename",))
     assert (tmp_path / "out").exists() == (step == 0)
-    with pytest.raises(DataError, match="larger than the text allows"):
-        prepare(settings(corpus, tmp_path / "out", vocabulary__size=30000, overwrite=True))
+    with pytest.raises(DataError, match="the corpus folder does not exist" if step else "larger than the text allows"):
+        where = tmp_path / "nowhere" if step else corpus
+        prepare(settings(where, tmp_path / "out", vocabulary__size=30000, overwrite=True))
     assert len(DataFolder.open(tmp_path / "out", verify=True).tokenizer()) == size
     assert sorted(os.listdir(tmp_path)) == ["corpus", "out"]
 
