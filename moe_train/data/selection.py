@@ -15,6 +15,7 @@ import numpy as np
 from moe_train.config.corpus import CorpusConfig
 from moe_train.data.cleaned import CleanedText
 from moe_train.data.keys import uniform
+from moe_train.data.languages import find_english
 from moe_train.data.pairs import Sides
 from moe_train.errors import DataError
 
@@ -105,7 +106,8 @@ def _cut(
     held out in every language; of several translations of it the first is taken."""
     if not splits:
         return {}
-    keys = text.keys[:, tuple(text.sides).index("en") if "en" in text.sides else 0]
+    sides = tuple(text.sides)
+    keys = text.keys[:, sides.index(find_english(sides) or sides[0])]
     rows = np.flatnonzero(keep)
     rows = np.sort(rows[np.unique(keys[rows], return_index=True)[1]])
     draws = uniform(keys[rows], seed, "split")

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_train.data.folder import DataFolder
+from moe_train.data.languages import is_english
 from moe_train.data.pairs import SPLITS, parse_sides
 
 _LINES = 8
@@ -34,7 +35,7 @@ def _table(folder: DataFolder) -> Table:
     counts = folder.manifest.counts
     for pair in sorted({name for split in counts.values() for name in split}):
         sides = tuple(parse_sides(pair))
-        languages = [language for language in sides if language != "en" or len(sides) == 1]
+        languages = [language for language in sides if not is_english(language) or len(sides) == 1]
         tiers = sorted({folder.tiers[language] for language in languages if language in folder.tiers})
         cells = [f"{counts[split][pair]:,}" if pair in counts[split] else "-" for split in SPLITS]
         table.add_row(pair, *cells, "/".join(tiers))

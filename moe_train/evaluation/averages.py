@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 
+from moe_train.data.languages import is_english
 from moe_train.evaluation.scoring import Scores
 
 TIERS = ("high", "medium", "low")
-_ENGLISH = {"en", "eng"}
-
-
-def is_english(language: str) -> bool:
-    """Whether a code such as ``en``, ``en_GB`` or ``eng_Latn`` is English."""
-    return re.split(r"[_@-]", language.lower())[0] in _ENGLISH
 
 
 def tier_of(direction: str, tiers: Mapping[str, str]) -> str:

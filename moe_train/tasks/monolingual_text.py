@@ -9,6 +9,7 @@ import numpy as np
 
 from moe_train.config.tasks import LanguageModelConfig
 from moe_train.data.folder import DataFolder
+from moe_train.data.languages import find_same
 from moe_train.data.pairs import Sides, Single
 from moe_train.errors import DataError, did_you_mean
 from moe_train.tasks.packing import PackedFile
@@ -99,14 +100,16 @@ def open_text(
     Raises:
         DataError: a language that the folder has not, or a split without text of those wanted.
     """
-    for language in keys.languages:
-        if language not in folder.languages:
+    wanted = []
+    for language in keys.languages or folder.languages:
+        code = find_same(language, folder.languages)
+        if code is None:
             raise DataError(
                 f"the data folder has no language '{language}'",
                 str(folder.path),
                 did_you_mean(language, folder.languages),
             )
-    wanted = keys.languages or folder.languages
+        wanted.append(code)
     by_language: dict[str, list[Piece]] = {language: [] for language in sorted(wanted)}
     pairs: list[tuple[str, list[Piece]]] = []
     uid = 0

@@ -16,8 +16,9 @@ from moe_train.config import RunConfig
 from moe_train.data.batching import BatchSettings, Indices, WorldBatches
 from moe_train.data.cutting import cut_by_length
 from moe_train.data.folder import DataFolder
+from moe_train.data.languages import offer_direction
 from moe_train.data.pairs import tag
-from moe_train.errors import DataError, did_you_mean
+from moe_train.errors import DataError
 from moe_train.fairseq_compat import apply
 from moe_train.models import build_model
 from moe_train.routing import RoutingConfig, routing_config
@@ -59,7 +60,7 @@ class TranslationTask(FairseqTask):  # type: ignore[misc]
         self.directions: tuple[str, ...] = config.task.directions or folder.directions
         for name in self.directions:
             if name not in folder.directions:
-                remedy = did_you_mean(name, folder.directions)
+                remedy = offer_direction(name, folder.directions)
                 raise DataError(f"the data folder has no direction '{name}'", str(folder.path), remedy)
         self._splits: dict[str, ParallelText] = {}
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import unicodedata
 from functools import cache
 
+from moe_train.data.languages import Language
+
 # First word of a character's Unicode name -> script code (ISO 15924).
 _BY_NAME = {
     "LATIN": "Latn",
@@ -73,7 +75,8 @@ _LANGUAGES = {
     "Hani": "lzh wuu yue zh",
     "Hani Kana": "ja",
 }
-_SUFFIXES = {"Hans": "Hani", "Hant": "Hani", "Jpan": "Hani Kana", "Kore": "Hang Hani", "latin": "Latn", "Latin": "Latn"}
+_SUFFIXES = {"Hans": "Hani", "Hant": "Hani", "Jpan": "Hani Kana", "Kore": "Hang Hani", "Latin": "Latn"}
+_SUFFIXES |= {"Cyrillic": "Cyrl", "Arabic": "Arab", "Devanagari": "Deva"}
 
 
 class _ScriptTable(dict[int, str]):
@@ -103,13 +106,15 @@ def codes_of_language(language: str) -> str:
     """The script codes that a language is written in; empty where that is not known (then nothing is checked)."""
     base, *parts = language.replace("@", "_").split("_")
     for part in parts:
-        scripts = _SUFFIXES.get(part, part)
+        scripts = _SUFFIXES.get(part.title(), part.title())
         if all(s in _CODES for s in scripts.split()):
             return "".join(_CODES[s] for s in scripts.split())
-    for scripts, languages in _LANGUAGES.items():
-        if base in languages.split():
-            return "".join(_CODES[s] for s in scripts.split())
-    return ""
+    return "".join(_CODES[s] for s in _scripts_by_language().get(Language.of(base).letters, "").split())
+
+
+@cache
+def _scripts_by_language() -> dict[str, str]:
+    return {Language.of(code).letters: scripts for scripts, codes in _LANGUAGES.items() for code in codes.split()}
 
 
 def weighted_length(text: str, codes: str) -> float:
