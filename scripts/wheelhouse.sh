@@ -11,7 +11,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 version=
 with_torch=true
-extras=fairseq,report,deepspeed,slurm,sweep,images,dev
+extras=fairseq,report,deepspeed,slurm,sweep,images,zstd,dev
 target=
 
 fail() { printf 'wheelhouse: %s\n' "$*" >&2; exit 1; }

@@ -110,6 +110,7 @@ class CorpusConfig:
         codes: language -> its name inside the corpus, where that differs (``zh: zh_Hans``, ``de: deu_Latn``).
         max_pairs: at most this many training pairs of each language pair, or lines of each language of
             ``mono``, chosen by hash (0: all).
+        max_expansion: a compressed file may unpack to so many times its size, and to 16 MiB in any case (0: no limit).
         decontaminate: remove training pairs of which a side, or lines of ``mono`` that, occur in the held-out files.
     """
 
@@ -123,12 +124,14 @@ class CorpusConfig:
     min_message_words: int = 1
     codes: Mapping[str, str] = field(default_factory=dict)
     max_pairs: int = 0
+    max_expansion: int = 200
     decontaminate: bool = False
     cleaning: CleaningConfig = field(default_factory=CleaningConfig)
     split: SplitConfig = field(default_factory=SplitConfig)
 
     def __post_init__(self) -> None:
         check.not_negative("corpus.max_pairs", self.max_pairs)
+        check.not_negative("corpus.max_expansion", self.max_expansion)
 
 
 _MOST_PIECES = 10_000_000  # above, SentencePiece works without an end

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from itertools import chain, islice
+from collections.abc import Callable, Iterable
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from moe_train.data.tokenizer import EOS, OFFSET, Tokenizer
+from moe_train.data.workers import blocks
 from moe_train.fairseq_compat import apply
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def binarise(
     builder = MMapIndexedDatasetBuilder(f"{prefix}.bin", best_fitting_int_dtype(vocabulary))
     counts = np.zeros(len(tokenizer), dtype=np.int64)
     sentences = 0
-    for batch in _batches(lines):
+    for batch in blocks(lines, _BATCH, len):
         encoded = tokenizer.encode_batch(batch, threads)
         flat = np.fromiter(chain.from_iterable(encoded), dtype=np.int64)
         counts += np.bincount(flat, minlength=len(counts))
@@ -62,9 +63,3 @@ def _with_end(flat: np.ndarray, encoded: list[list[int]]) -> tuple[Tensor, ...]:
     ends = np.cumsum(sizes)
     whole = torch.from_numpy(np.insert(flat, ends, EOS))
     return torch.split(whole, (sizes + 1).tolist())
-
-
-def _batches(lines: Iterable[str]) -> Iterator[list[str]]:
-    iterator = iter(lines)
-    while batch := list(islice(iterator, _BATCH)):
-        yield batch

@@ -69,7 +69,7 @@ def clean_text(
         advance: told the number of pairs or lines read since last time.
     """
     prefix, counts, size = folder / text.name, Counter[str](), 0
-    tasks = ((config, text.sides, block) for block in blocks(text.read(), _BLOCK))
+    tasks = ((config, text.sides, block) for block in blocks(text.read(), _BLOCK, lambda line: sum(map(len, line))))
     names = [*text.sides, "keys"]
     with ExitStack() as stack:
         *files, keys = (stack.enter_context(_sibling(prefix, name).open("wb")) for name in names)

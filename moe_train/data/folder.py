@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moe_train.data.languages import offer_direction
 from moe_train.data.lines import read_lines, sha256
 from moe_train.data.manifest import FILE, Manifest
 from moe_train.data.pairs import SPLITS, Pair, Sides, parse_sides
@@ -146,8 +147,12 @@ class DataFolder:
                 "a data folder keeps no raw training text", str(self.path), "choose split=valid or split=test"
             )
         prefix = f"{split}.{self._stored(split, direction)}"
-        source, target = (list(read_lines(self.path / "raw" / f"{prefix}.{side}")) for side in direction.split("-"))
+        source, target = (self._raw_lines(f"{prefix}.{side}") for side in direction.split("-"))
         return source, target
+
+    def _raw_lines(self, name: str) -> list[str]:
+        # Folders of earlier versions may hold NUL characters in text that was given.
+        return list(read_lines(self.path / "raw" / name, nul=True))
 
     def _stored(self, split: str, direction: str) -> str:
         if split not in SPLITS:
@@ -158,5 +163,5 @@ class DataFolder:
                 if name in names:
                     return name
         known = self.directions_of(split)
-        remedy = did_you_mean(direction, known) if known else "give files for it and run moe-prepare again"
+        remedy = offer_direction(direction, known) if known else "give files for it and run moe-prepare again"
         raise DataError(f"the split '{split}' has no direction '{direction}'", str(self.path), remedy)

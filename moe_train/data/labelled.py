@@ -1,4 +1,7 @@
-"""Labelled texts: files ``{train,valid,test}.NAME.tsv`` with a line ``label<TAB>text`` per item."""
+"""Labelled texts: files ``{train,valid,test}.NAME.tsv`` with a line ``label<TAB>text`` per item.
+
+``dev`` and ``val`` are ``valid``.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from moe_train.data.lines import sha256
+from moe_train.data.languages import is_english, one_code_each
+from moe_train.data.lines import read_lines, sha256
+from moe_train.data.pairs import SPLIT_WORDS, SPLITS, refuse_two_words
 from moe_train.errors import DataError, did_you_mean
-
-SPLITS = ("train", "valid", "test")
 
 
 @dataclass(frozen=True)
@@ -34,37 +37,44 @@ class LabelledFile:
 class LabelledTexts:
     """A folder of labelled files; make one with :meth:`open`."""
 
-    def __init__(self, path: Path, classes: Sequence[str], splits: Mapping[str, Mapping[str, LabelledFile]]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        classes: Sequence[str],
+        splits: Mapping[str, Mapping[str, LabelledFile]],
+        unread: Sequence[Path] = (),
+    ) -> None:
         self.path, self.classes, self.splits = path, tuple(classes), splits
+        self.unread = [file.name for file in unread if not file.name.startswith(".")]
 
     @classmethod
     def open(cls, path: Path | str, languages: Sequence[str]) -> LabelledTexts:
         """Reads every file of the folder.
 
         Args:
-            languages: whose training files name the classes.
+            languages: whose training files name the classes. They also say how a language is called, where files call
+                it otherwise (``en`` for ``train.eng_Latn.tsv``).
 
         Raises:
-            DataError: no folder; no training file of a language; a line without a tab, or with a label that training
-                has not (file and line are named).
+            DataError: no folder; no training file of a language; two files of one set; a line without a tab, or with a
+                label that training has not (file and line are named).
         """
         folder = Path(path)
         if not folder.is_dir():
             raise DataError("there is no such folder of labelled texts", str(folder), "correct data=…")
+        files = _files(folder, languages)
         for language in languages:
-            if not (folder / f"train.{language}.tsv").is_file():
+            if language not in files["train"]:
                 raise DataError(f"the file train.{language}.tsv is missing", str(folder), "correct task.languages=…")
-        read = {file: _read(file) for split in SPLITS for file in sorted(folder.glob(f"{split}.*.tsv"))}
-        training = [folder / f"train.{language}.tsv" for language in languages]
-        classes = sorted({label for file in training for label, _ in read[file]})
+        read = {file: _read(file) for named in files.values() for file in named.values()}
+        classes = sorted({label for language in languages for label, _ in read[files["train"][language]]})
         splits: dict[str, dict[str, LabelledFile]] = {split: {} for split in SPLITS}
         uid = 0
-        for file, lines in read.items():
-            split, _, rest = file.name.partition(".")
-            name = rest.removesuffix(".tsv")
-            splits[split][name] = _labelled(file, name, lines, classes, uid)
-            uid += len(lines)
-        return cls(folder, classes, splits)
+        for split, named in files.items():
+            for name, file in named.items():
+                splits[split][name] = _labelled(file, name, read[file], classes, uid)
+                uid += len(read[file])
+        return cls(folder, classes, splits, [file for file in sorted(folder.iterdir()) if file not in read])
 
     @cached_property
     def fingerprint(self) -> str:
@@ -75,17 +85,35 @@ class LabelledTexts:
         return digest.hexdigest()
 
 
+def _files(folder: Path, languages: Sequence[str]) -> dict[str, dict[str, Path]]:
+    """Split -> name -> file, in order."""
+    found = {}
+    for file in sorted(folder.glob("*.tsv")):
+        word, _, name = file.name.removesuffix(".tsv").partition(".")
+        if word in SPLIT_WORDS and name:
+            found[word, name] = file
+    refuse_two_words(found, folder)
+    code_of = one_code_each([*languages, *(name.split(".")[0] for _, name in found)])
+    files: dict[str, dict[str, Path]] = {split: {} for split in SPLITS}
+    for (word, name), file in found.items():
+        code, dot, rest = name.partition(".")
+        if rest.startswith("in_") and is_english(rest.removeprefix("in_")):
+            rest = "in_en"
+        other = files[SPLIT_WORDS[word]].setdefault(code_of[code] + dot + rest, file)
+        if other is not file:
+            what = f"'{other.name}' and '{file.name}' are of one language"
+            raise DataError(what, str(folder), "keep one of them, or join them into one")
+    return files
+
+
 def _read(file: Path) -> list[tuple[str, str]]:
     lines = []
-    try:
-        with file.open(encoding="utf-8", newline="\n") as stream:
-            for number, line in enumerate(stream, 1):
-                label, tab, text = line.rstrip("\r\n").partition("\t")
-                if not tab:
-                    raise DataError("a line without a tab", f"{file}, line {number}", "write label<TAB>text")
-                lines.append((label, text))
-    except UnicodeDecodeError as error:
-        raise DataError(f"the file is not UTF-8 ({error.reason})", str(file), "convert it to UTF-8") from None
+    for number, line in enumerate(read_lines(file), 1):
+        label, tab, text = line.partition("\t")
+        if not tab:
+            raise DataError("a line without a tab", f"{file}, line {number}", "write label<TAB>text")
+        # Files that were joined have a byte order mark in their midst.
+        lines.append((label.lstrip("\ufeff"), text))
     if not lines:
         raise DataError("the file is empty", str(file), "remove it or give lines of label<TAB>text")
     return lines

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
 
 from moe_train.errors import DataError
 
 SPLITS = ("train", "valid", "test")
+SPLIT_WORDS = MappingProxyType({"train": "train", "valid": "valid", "val": "valid", "dev": "valid", "test": "test"})
+"""What files of a split are called -> the split."""
 LANGUAGE = re.compile(r"[A-Za-z]{2,3}(?:[_@][A-Za-z0-9]+)*")
 
 
@@ -120,6 +124,26 @@ def parse_sides(name: str) -> Sides:
         DataError: neither a pair nor a language code.
     """
     return Pair.parse(name) if "-" in name else Single.parse(name)
+
+
+def refuse_two_words(files: Iterable[tuple[str, str]], folder: Path) -> None:
+    """Refuses files that two words of :data:`SPLIT_WORDS` make the same set, such as ``dev.en-de`` and ``valid.en-de``.
+
+    Args:
+        files: (word, the rest of the name).
+
+    Raises:
+        DataError: both are named.
+    """
+    words: dict[tuple[str, str], str] = {}
+    for word, name in files:
+        other = words.setdefault((SPLIT_WORDS[word], name), word)
+        if other != word:
+            raise DataError(
+                f"both '{other}.{name}' and '{word}.{name}' would be validation text",
+                str(folder),
+                "keep one of them, or join them into one",
+            )
 
 
 def tag(language: str) -> str:

@@ -11,6 +11,7 @@ from moe_train.config import to_mapping
 from moe_train.config.corpus import PrepareConfig
 from moe_train.data.corpora import CorpusText, read_corpus
 from moe_train.data.folder import DataFolder
+from moe_train.data.languages import find_same
 from moe_train.data.lines import sha256
 from moe_train.data.manifest import FILE, Manifest
 from moe_train.data.pairs import Pair, Sides
@@ -18,7 +19,7 @@ from moe_train.data.progress import Progress
 from moe_train.errors import DataError, did_you_mean
 
 _ELSEWHERE = {"out", "overwrite", "workers"}
-_PLACES = {"path", "train_path", "cache"}
+_PLACES = {"path", "train_path", "cache", "max_expansion"}
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ def make_plan(config: PrepareConfig, progress: Progress) -> Plan:
     Raises:
         ConfigError, DataError: whatever is wrong with corpus, languages or directions.
     """
-    texts = read_corpus(config.corpus, progress)
+    reused = DataFolder.open(config.vocabulary.reuse).languages if config.vocabulary.reuse else ()
+    texts = read_corpus(config.corpus, progress, reused)
     directions = _directions(config.directions, {text.sides for text in texts})
     texts = [t for t in texts if not t.sides.directions or set(t.sides.directions) & set(directions)]
     _refuse_twins(texts)
@@ -82,8 +84,11 @@ def _refuse_twins(texts: Sequence[CorpusText]) -> None:
     for text in texts:
         other = found.setdefault((text.split or "train", text.sides), text)
         if other is not text:
+            # Names are equal where a language had two codes.
+            one, two = (t.inputs[0].name if t.inputs and text.name == other.name else t.name for t in (other, text))
+            kind = {"valid": "validation", "test": "test"}.get(text.split or "", "training")
             raise DataError(
-                f"both '{other.name}' and '{text.name}' would be training text of {text.sides.name}",
+                f"both '{one}' and '{two}' would be {kind} text of {text.sides.name}",
                 str(text.inputs[0].parent) if text.inputs else "",
                 "keep one of them, or join them into one",
             )
@@ -91,20 +96,25 @@ def _refuse_twins(texts: Sequence[CorpusText]) -> None:
 
 def _directions(wanted: Sequence[str], sides: set[Sides]) -> list[str]:
     possible = sorted({direction for one in sides for direction in one.directions})
-    languages = {language for one in sides for language in one}
+    languages = sorted({language for one in sides for language in one})
+    chosen = set()
     for direction in wanted:
+        codes = []
         for language in Pair.parse(direction):
-            if language not in languages:
+            code = find_same(language, languages)
+            if code is None:
                 raise DataError(
                     f"the direction '{direction}' names the language '{language}', which the corpus has not",
                     "directions",
                     did_you_mean(language, languages),
                 )
-        if direction not in possible:
+            codes.append(code)
+        chosen.add("-".join(codes))
+        if "-".join(codes) not in possible:
             raise DataError(
                 f"the corpus has no text for '{direction}'", "directions", did_you_mean(direction, possible)
             )
-    return sorted(set(wanted)) or possible
+    return sorted(chosen) or possible
 
 
 def _languages_of_reused(reuse: str, languages: Sequence[str]) -> list[str]:

@@ -17,6 +17,7 @@ import moe_train
 from moe_train.config.corpus import PrepareConfig, TierConfig
 from moe_train.data.cleaned import CleanedText, clean_text
 from moe_train.data.folder import DataFolder
+from moe_train.data.languages import find_same
 from moe_train.data.manifest import Manifest, describe_files
 from moe_train.data.overlap import HeldOut, held_out_keys, measure
 from moe_train.data.pairs import parse_sides
@@ -162,4 +163,4 @@ def tiers(training: Mapping[str, int], config: TierConfig) -> dict[str, str]:
     found = {
         language: next(tier for tier, bound in bounds.items() if size >= bound) for language, size in sizes.items()
     }
-    return {**found, **config.languages}
+    return {**found, **{find_same(code, found) or code: tier for code, tier in config.languages.items()}}

@@ -19,10 +19,24 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def blocks(items: Iterable[A], size: int) -> Iterator[list[A]]:
-    """Cuts into lists of ``size``; the last may be shorter."""
-    iterator = iter(items)
-    while block := list(islice(iterator, size)):
+_LONGEST_BLOCK = 1 << 24
+
+
+def blocks(items: Iterable[A], size: int, length: Callable[[A], int]) -> Iterator[list[A]]:
+    """Cuts into lists of ``size``, and of fewer items where these have 16 million characters; the last may be shorter.
+
+    Args:
+        length: characters of an item.
+    """
+    block: list[A] = []
+    characters = 0
+    for item in items:
+        block.append(item)
+        characters += length(item)
+        if len(block) == size or characters >= _LONGEST_BLOCK:
+            yield block
+            block, characters = [], 0
+    if block:
         yield block
 
 

@@ -73,7 +73,8 @@ class OutputFiles:
         for path in (self.hypotheses, self.references):
             if not path.is_file():
                 raise DataError("an output file is missing", str(path), "run moe-evaluate again")
-        hypotheses, references = list(read_lines(self.hypotheses)), list(read_lines(self.references))
+        # A model that spells in bytes may write a NUL.
+        hypotheses, references = (list(read_lines(path, nul=True)) for path in (self.hypotheses, self.references))
         if len(hypotheses) != len(references):
             what = f"{len(hypotheses)} hypotheses for {len(references)} references"
             raise DataError(what, str(self.hypotheses), "run moe-evaluate again")

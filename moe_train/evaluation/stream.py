@@ -8,7 +8,9 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import IO
 
-from moe_train.errors import DataError, did_you_mean
+from moe_train.data.languages import offer_language
+from moe_train.data.lines import decode_line
+from moe_train.errors import DataError
 
 _PAUSE = 0.05  # seconds without a new line after which a buffer is translated as it is
 
@@ -21,7 +23,7 @@ def check_languages(source: str, target: str, known: Sequence[str]) -> None:
     """
     for key, code in (("source", source), ("target", target)):
         if code not in known:
-            near = did_you_mean(code, known)
+            near = offer_language(code, known)
             remedy = near if near.startswith("known") else f"{near} Known: {', '.join(known)}"
             raise DataError(f"the model has no language '{code}'", key, remedy)
     if source == target:
@@ -50,7 +52,7 @@ def buffers(stream: IO[bytes], size: int) -> Iterator[list[str]]:
                 ended = True
                 break
             number += 1
-            buffer.append(_decode(line, number))
+            buffer.append(decode_line(line, number, "standard input"))
         if buffer:
             yield buffer
 
@@ -61,15 +63,6 @@ def _read(stream: IO[bytes], lines: queue.Queue[bytes | None]) -> None:
             lines.put(line)
     finally:
         lines.put(None)
-
-
-def _decode(line: bytes, number: int) -> str:
-    try:
-        return line.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"line {number} of the input is not UTF-8", remedy="convert it, e.g. `iconv -f latin1 -t utf-8`"
-        ) from error
 
 
 def prompt(translate: Callable[[str], str], source: str, target: str) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from moe_train.data.batching import BatchSettings, Indices, WorldBatches
 from moe_train.data.cutting import cut_by_length
 from moe_train.data.folder import DataFolder
 from moe_train.data.labelled import LabelledFile, LabelledTexts
+from moe_train.data.languages import find_english, find_same
 from moe_train.data.tokenizer import OFFSET
 from moe_train.errors import ConfigError, DataError
 from moe_train.models.encoder import build_text_classifier
@@ -32,6 +34,7 @@ from moe_train.tasks.registry import register_task
 if TYPE_CHECKING:
     from fairseq.data import Dictionary
 
+LOG = logging.getLogger(__name__)
 TRANSLATED = ".in_en"  # the same items, in English
 
 
@@ -98,6 +101,8 @@ class ClassificationTask:
             if language not in self.data.splits["valid"]:
                 raise DataError(f"the file valid.{language}.tsv is missing", str(self.data.path), "give some items")
         self.vocabulary.tokenizer()
+        if self.data.unread:
+            LOG.warning("%s: not read: %s", self.data.path, ", ".join(self.data.unread))
 
     # --- training ---------------------------------------------------------------------------------------------------
 
@@ -198,8 +203,11 @@ class ClassificationTask:
         cut = self.vocabulary.tokenizer().encode_batch(texts)
         items = [[entries.bos(), *(p + OFFSET for p in pieces[:room]), entries.eos()] for pieces in cut]
         lengths = np.array([len(item) for item in items], np.int64)
-        codes = [file.name.split(".")[0] if not file.name.endswith(TRANSLATED) else "en" for file in files]
-        numbers = [known.index(code) if code in known else -1 for code in codes]
+        english = find_english(known)
+        codes = [
+            english if file.name.endswith(TRANSLATED) else find_same(file.name.split(".")[0], known) for file in files
+        ]
+        numbers = [-1 if code is None else known.index(code) for code in codes]
         sizes = [len(file.texts) for file in files]
         return EncodedFiles(
             pieces=np.array([piece for item in items for piece in item], np.int64),

@@ -111,6 +111,23 @@ def test_catalogues_become_a_data_folder_without_a_network(
     assert len(held_out["ru"]) > 5 and held_out["ru"] <= held_out["de"]
 
 
+def test_catalogues_under_other_codes(tmp_path: Path, wheel: WheelConfig) -> None:
+    config = {"name": "l10n", "cache": str(tmp_path / "cache"), "wheels": [dataclasses.asdict(wheel)]}
+    found = texts(**config, languages=["eng_Latn", "deu_Latn", "ru"])
+    assert set(found) == {"eng_Latn-deu_Latn", "eng_Latn-ru"}
+    assert len(list(found["eng_Latn-deu_Latn"].read())) == 204
+
+
+def test_a_broken_catalogue_ends_a_preparation_with_one_message(tmp_path: Path, wheel: WheelConfig) -> None:
+    path = tmp_path / "cache" / "words-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("words/locale/de/LC_MESSAGES/broken.mo", b"half a catalogue")
+    broken = dataclasses.replace(wheel, sha256=sha256(path))
+    corpus = {"name": "l10n", "cache": str(path.parent), "languages": ["de"], "wheels": [dataclasses.asdict(broken)]}
+    with pytest.raises(DataError, match=rf"{path}: the catalogue words/locale/de/LC_MESSAGES/broken\.mo is damaged"):
+        prepare(settings(tmp_path, tmp_path / "out", corpus=corpus))
+
+
 def test_unknown_locale_is_offered_near_ones(tmp_path: Path, wheel: WheelConfig) -> None:
     with pytest.raises(DataError, match=r"no catalogue has the language 'pt_PT'.*'pt_BR'"):
         texts(name="l10n", cache=str(tmp_path / "cache"), languages=["pt_PT"], wheels=[dataclasses.asdict(wheel)])
@@ -262,6 +279,28 @@ def test_flores200_with_training_text(tmp_path: Path) -> None:
         "valid": {"en-de": 8, "en-fr": 8},
         "test": {"en-de": 8, "en-fr": 8},
     }
+
+
+@pytest.mark.parametrize("codes", [("en", "de", "fr"), ("eng_Latn", "deu_Latn", "fra_Latn"), ("eng", "deu", "fra")])
+@pytest.mark.parametrize("wanted", [["eng_Latn", "deu_Latn", "fra_Latn"], ["en", "de", "fr"], ["deu_Latn", "fr"]])
+def test_flores200_joins_training_text_of_any_codes(tmp_path: Path, codes: tuple[str, ...], wanted: list[str]) -> None:
+    write_flores(tmp_path / "flores")
+    english, *others = codes
+    for other in others:
+        for code in (english, other):
+            write_lines(tmp_path / f"{english}-{other}.{code}", ["a line"])
+    corpus = {"name": "flores200", "path": str(tmp_path / "flores"), "train_path": str(tmp_path)}
+    names = {f"{split}{english}-{other}" for split in ("", "valid.", "test.") for other in others}
+    assert set(texts(**corpus, languages=wanted)) == set(texts(**corpus)) == names
+    only = texts(**corpus, pairs=["eng-deu_Latn"])
+    assert set(only) == {f"{split}{english}-{codes[1]}" for split in ("", "valid.", "test.")}
+
+
+def test_flores200_takes_the_codes_of_a_reused_vocabulary(tmp_path: Path, tiny_data: Any) -> None:
+    write_flores(tmp_path / "flores")
+    corpus = {"name": "flores200", "path": str(tmp_path / "flores"), "languages": ["eng_Latn", "deu_Latn"]}
+    folder = prepare(settings(tmp_path, tmp_path / "out", corpus=corpus, vocabulary={"reuse": str(tiny_data.path)}))
+    assert folder.directions_of("test") == ("de-en", "en-de")
 
 
 def test_flores200_for_evaluation_alone(tmp_path: Path, tiny_data: Any) -> None:

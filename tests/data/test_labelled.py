@@ -35,6 +35,56 @@ def test_what_is_read(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "written",
+    [
+        b"\xef\xbb\xbf" + TRAIN.encode(),
+        TRAIN.encode().replace(b"\n", b"\r\n"),
+        TRAIN.encode().replace(b"animal", b"\xef\xbb\xbfanimal"),  # of a file that was joined to another
+    ],
+)
+def test_byte_order_marks_and_carriage_returns_make_no_classes(folder: Path, written: bytes) -> None:
+    (folder / "train.en.tsv").write_bytes(written)
+    (folder / "test.de.tsv").write_bytes(b"\xef\xbb\xbf" + (folder / "test.de.tsv").read_bytes())
+    texts = LabelledTexts.open(folder, ["en"])
+    assert texts.classes == ("animal", "fruit")
+    assert texts.splits["train"]["en"].texts == ("an apple", "a dog\tand a cat", "a pear")
+    assert texts.splits["test"]["de"].labels == (0, 1)
+
+
+@pytest.mark.parametrize(("bad", "message"), [(b"\xf6", "line 2 is not UTF-8"), (b"\0", "line 2 holds a NUL")])
+def test_what_is_no_text_is_named_with_file_and_line(folder: Path, bad: bytes, message: str) -> None:
+    (folder / "test.de.tsv").write_bytes(b"animal\tein Hund\nfruit\tein " + bad + b"pfel\n")
+    with pytest.raises(DataError, match=rf"test\.de\.tsv: {message}"):
+        LabelledTexts.open(folder, ["en"])
+
+
+def test_dev_and_val_are_valid_and_what_is_not_read_is_known(folder: Path) -> None:
+    (folder / "valid.en.tsv").rename(folder / "dev.en.tsv")
+    (folder / "val.de.tsv").write_text("animal\tein Hund\n")
+    for name in ("tset.fr.tsv", "README", ".hidden"):
+        (folder / name).write_text("animal\tun chien\n")
+    texts = LabelledTexts.open(folder, ["en"])
+    assert set(texts.splits["valid"]) == {"en", "de"} and texts.unread == ["README", "tset.fr.tsv"]
+    (folder / "valid.de.tsv").write_text("animal\tein Hund\n")
+    with pytest.raises(DataError, match=r"both 'val\.de' and 'valid\.de' would be validation text"):
+        LabelledTexts.open(folder, ["en"])
+
+
+def test_files_may_name_languages_by_other_codes_than_the_config(folder: Path) -> None:
+    (folder / "train.en.tsv").rename(folder / "train.eng_Latn.tsv")
+    (folder / "test.de.in_en.tsv").rename(folder / "test.deu.in_eng_Latn.tsv")
+    texts = LabelledTexts.open(folder, ["en"])
+    assert {split: set(named) for split, named in texts.splits.items()} == {
+        "train": {"en"},
+        "valid": {"en"},
+        "test": {"de", "de.in_en"},
+    }
+    (folder / "test.deu_Latn.tsv").write_text("animal\tein Hund\n")
+    with pytest.raises(DataError, match=r"'test\.de\.tsv' and 'test\.deu_Latn\.tsv' are of one language"):
+        LabelledTexts.open(folder, ["en"])
+
+
+@pytest.mark.parametrize(
     ("file", "content", "line", "message"),
     [
         ("train.en.tsv", TRAIN + "fruit a plum\n", 4, "a line without a tab"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gzip
 from collections.abc import Iterator
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,16 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from moe_train.config import build
-from moe_train.config.corpus import CleaningConfig, PrepareConfig
+from moe_train.config.corpus import CleaningConfig, CorpusConfig, PrepareConfig
 from moe_train.config.paths import configs_directory
 from moe_train.data.cleaning import Cleaner
+from moe_train.data.corpora import read_corpus
 from moe_train.data.folder import DataFolder
 from moe_train.data.keys import fold
 from moe_train.data.lines import write_lines
-from moe_train.data.pairs import Single
+from moe_train.data.pairs import SPLITS, Single
 from moe_train.data.prepare import prepare
+from moe_train.data.progress import Progress
 from moe_train.data.summary import show
 from moe_train.errors import DataError
 from moe_train.tasks.storage import SentenceFile
@@ -167,6 +170,21 @@ def test_mistakes_are_said_and_leave_nothing(tmp_path: Path, spoil: Any, message
     with pytest.raises(DataError, match=message):
         prepare(settings(corpus, tmp_path / "out"))
     assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
+
+
+def test_other_words_for_valid_other_codes_and_what_is_not_read(tmp_path: Path) -> None:
+    corpus = write_mono(tmp_path / "corpus")
+    (corpus / "valid.de").rename(corpus / "dev.de")
+    (corpus / "valid.ja").rename(corpus / "val.jpn_Jpan")
+    (corpus / "tset.de").write_text("Ein Fehler.\n")
+    console = Console(record=True, width=200, file=StringIO())
+    texts = {text.name for text in read_corpus(CorpusConfig("mono", path=str(corpus)), Progress(console))}
+    assert texts == {f"{split}.{language}" for split in SPLITS for language in LANGUAGES}
+    said = console.export_text()
+    assert f"note: not read in {corpus}: tset.de\n" in said and "one code: jpn_Jpan as ja" in said
+    (corpus / "valid.de").write_text("Noch einer.\n")
+    with pytest.raises(DataError, match=r"both 'dev\.de' and 'valid\.de' would be validation text"):
+        read_corpus(CorpusConfig("mono", path=str(corpus)), Progress())
 
 
 def test_directions_are_refused_where_there_is_nothing_to_translate(tmp_path: Path) -> None:

@@ -13,10 +13,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from moe_train.config import build
 from moe_train.config.corpus import PrepareConfig
@@ -24,6 +26,8 @@ from moe_train.data.folder import DataFolder
 from moe_train.data.keys import fold
 from moe_train.data.lines import write_lines
 from moe_train.data.prepare import prepare
+from moe_train.data.progress import Progress
+from moe_train.data.summary import show
 from moe_train.errors import ConfigError, DataError
 from tests.data import tiny_corpus
 from tests.killed import killed_before
@@ -121,6 +125,87 @@ def test_the_same_english_is_held_out_in_every_language(unsplit: Path, tmp_path:
     rules = folder.manifest.cleaning["en-de"]
     assert counts["train"]["en-de"] == rules["kept"] == 300 - rules["dropped_held_out"] - rules["valid"] - rules["test"]
     assert rules["dropped_held_out"] > 0  # the German sentences that translate two English ones
+
+
+def test_english_under_any_code_is_held_out_alike(unsplit: Path, tmp_path: Path) -> None:
+    """The same text under other codes gives the same held-out sentences; ``eng_Latn`` stands second in a pair."""
+    other = tmp_path / "other"
+    other.mkdir()
+    for pair, name in (("en-de", "deu_Latn-eng_Latn"), ("en-fr", "eng_Latn-fra_Latn")):
+        for code in name.split("-"):
+            shutil.copy(unsplit / f"{pair}.{code[:2]}", other / f"{name}.{code}")
+        (unsplit / "de-fr.de").unlink(missing_ok=True)
+        (unsplit / "de-fr.fr").unlink(missing_ok=True)
+    split = {"valid": 0.1, "test": 0.1}
+    short = prepare(settings(unsplit, tmp_path / "short", corpus__split=split))
+    long = prepare(settings(other, tmp_path / "long", corpus__split=split, tiers={"languages": {"en": "high"}}))
+    held = long.raw("test", "eng_Latn-deu_Latn")[0]
+    assert len(held) > 10 and held == long.raw("test", "eng_Latn-fra_Latn")[0] == short.raw("test", "en-de")[0]
+    assert long.manifest.counts["train"]["eng_Latn-fra_Latn"] == short.manifest.counts["train"]["en-fr"]
+    console = Console(record=True, width=200, file=StringIO())
+    show(long, console)  # the tier of a pair is that of its language other than English
+    assert long.tiers["eng_Latn"] == "high" and "high" not in console.export_text()
+
+
+def test_codes_of_one_language_are_one_language(corpus: Path, tmp_path: Path) -> None:
+    """Training text calls it ``en``, the test set ``eng_Latn``, and the config as it likes."""
+    for code, name in (("en", "eng_Latn"), ("de", "deu")):
+        (corpus / f"test.en-de.{code}").rename(corpus / f"test.eng_Latn-deu.{name}")
+    console = Console(record=True, width=200, file=StringIO())
+    words = {"corpus__languages": ["eng", "deu_Latn", "ger"], "directions": ["deu-en"]}
+    tiers = {"languages": {"deu_Latn": "low"}}
+    folder = prepare(settings(corpus, tmp_path / "out", tiers=tiers, **words), Progress(console))
+    assert folder.directions_of("test") == folder.directions_of("train") == ("de-en",)
+    assert folder.languages == ("de", "en") and folder.tiers["de"] == "low"
+    assert (folder.path / "raw" / "test.en-de.de").read_bytes() == (corpus / "test.eng_Latn-deu.deu").read_bytes()
+    assert "the same languages under one code: deu as de, eng_Latn as en" in console.export_text()
+    for code, name in (("en", "eng_Latn"), ("de", "deu")):
+        shutil.copy(corpus / f"train.en-de.{code}", corpus / f"train.eng_Latn-deu.{name}")
+    with pytest.raises(
+        DataError, match=r"both 'train\.en-de\.en' and 'train\.eng_Latn-deu\.eng_Latn' would be training"
+    ):
+        prepare(settings(corpus, tmp_path / "twins", **words))
+    shutil.copy(corpus / "train.en-de.en", corpus / "train.en-eng_Latn.en")
+    shutil.copy(corpus / "train.en-de.en", corpus / "train.en-eng_Latn.eng_Latn")
+    with pytest.raises(DataError, match=r"'en-eng_Latn' names one language twice"):
+        prepare(settings(corpus, tmp_path / "twice"))
+
+
+def test_dev_and_val_are_valid_and_what_is_not_read_is_named(corpus: Path, tmp_path: Path) -> None:
+    for code in ("en", "de"):
+        (corpus / f"valid.en-de.{code}").rename(corpus / f"dev.en-de.{code}")
+    for code in ("en", "fr"):
+        (corpus / f"valid.en-fr.{code}").rename(corpus / f"val.en-fr.{code}")
+    (corpus / "tset.en-fr.fr").write_text("Une faute.\n")
+    (corpus / "test.en-fr.r").write_text("La fin d'un nom de langue.\n")
+    (corpus / "test.en-fr.fr.gz").write_bytes(b"a copy")
+    (corpus / "more").mkdir()
+    (corpus / ".DS_Store").write_text("")
+    console = Console(record=True, width=200, file=StringIO())
+    folder = prepare(settings(corpus, tmp_path / "out"), Progress(console))
+    assert folder.manifest.counts["valid"] == {"en-de": 10, "en-fr": 10}
+    unread = "more/, test.en-fr.fr.gz, test.en-fr.r, tset.en-fr.fr"
+    assert f"note: not read in {corpus}: {unread}\n" in console.export_text()
+    for code in ("en", "de"):
+        shutil.copy(corpus / f"dev.en-de.{code}", corpus / f"valid.en-de.{code}")
+    with pytest.raises(DataError, match=r"both 'dev\.en-de' and 'valid\.en-de' would be validation text"):
+        prepare(settings(corpus, tmp_path / "both"))
+
+
+def test_text_that_unpacks_to_far_too_much(corpus: Path, tmp_path: Path) -> None:
+    import gzip
+
+    folder = prepare(settings(corpus, tmp_path / "out"))
+    assert "max_expansion" not in json.dumps(folder.manifest.settings)
+    before = (folder.path / "manifest.json").stat().st_mtime_ns
+    prepare(settings(corpus, tmp_path / "out", corpus__max_expansion=0))  # changes nothing, so the folder is kept
+    assert (folder.path / "manifest.json").stat().st_mtime_ns == before
+    line = b"word " * 200_000 + b"\n"
+    for code in ("en", "de"):
+        (corpus / f"test.en-de.{code}").unlink()
+        (corpus / f"test.en-de.{code}.gz").write_bytes(gzip.compress(line * 18))
+    with pytest.raises(DataError, match=r"test\.en-de\.en\.gz: the file unpacks to more than 16 MiB"):
+        prepare(settings(corpus, tmp_path / "bomb"))
 
 
 def test_max_sentences_caps_and_returns_the_rest_to_training(unsplit: Path, tmp_path: Path) -> None:
@@ -421,15 +506,15 @@ def test_line_that_is_not_utf8(corpus: Path, tmp_path: Path) -> None:
 
 def test_unknown_language_in_a_direction(corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        DataError, match=r"'en-ger' names the language 'ger', which the corpus has not.*Known: de, en, fr"
+        DataError, match=r"'en-xx' names the language 'xx', which the corpus has not.*Known: de, en, fr"
     ):
-        prepare(settings(corpus, tmp_path / "out", directions=["en-ger"]))
+        prepare(settings(corpus, tmp_path / "out", directions=["en-xx"]))
     with pytest.raises(DataError, match=r"has no text for 'de-fr'"):
         prepare(settings(corpus, tmp_path / "out", directions=["de-fr"]))
     with pytest.raises(ConfigError, match="not a direction"):
         settings(corpus, tmp_path / "out", directions=["ende"])
-    with pytest.raises(DataError, match=r"no language 'fra'. Did you mean 'fr'"):
-        prepare(settings(corpus, tmp_path / "out", corpus__languages=["en", "fra"]))
+    with pytest.raises(DataError, match=r"no language 'frr'. Did you mean 'fr'"):
+        prepare(settings(corpus, tmp_path / "out", corpus__languages=["en", "frr"]))
 
 
 @pytest.mark.parametrize("split", ["train", "valid", "test"])

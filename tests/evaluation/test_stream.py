@@ -48,8 +48,14 @@ def test_empty_input() -> None:
 
 
 def test_bytes_that_are_not_utf8_are_named_by_line() -> None:
-    with pytest.raises(DataError, match=r"line 2 of the input is not UTF-8.*iconv"):
+    with pytest.raises(DataError, match=r"standard input: line 2 is not UTF-8.*iconv"):
         list(buffers(io.BytesIO("gut\nschön\n".encode("latin1")), 4))
+
+
+def test_input_is_opened_as_every_text_is() -> None:
+    assert list(buffers(io.BytesIO(b"\xef\xbb\xbfone\r\ntwo"), 4)) == [["one", "two"]]
+    with pytest.raises(DataError, match="standard input: line 2 holds a NUL character"):
+        list(buffers(io.BytesIO(b"one\nt\0wo\n"), 4))
 
 
 def test_languages() -> None:
@@ -58,5 +64,7 @@ def test_languages() -> None:
         check_languages("en", "xx", ["de", "en"])
     with pytest.raises(DataError, match=r"source: .*'pt_PT'.*'pt_BR'.*Known: de, en, pt_BR"):
         check_languages("pt_PT", "en", ["de", "en", "pt_BR"])
+    with pytest.raises(DataError, match=r"source: the model has no language 'eng_Latn'. Did you mean 'en'\?"):
+        check_languages("eng_Latn", "de", ["de", "en"])
     with pytest.raises(DataError, match="both 'de'"):
         check_languages("de", "de", ["de", "en"])

@@ -16,9 +16,11 @@ from moe_train.config import LanguageModelConfig, RunConfig, TrainingConfig, bui
 from moe_train.config.evaluation import ExportConfig
 from moe_train.data.batching import split_micro_batch
 from moe_train.data.folder import DataFolder
+from moe_train.data.labelled import LabelledTexts
 from moe_train.data.pairs import tag
 from moe_train.errors import ConfigError, DataError
 from moe_train.evaluation.export import export_run
+from moe_train.tasks.classification import ClassificationTask
 from moe_train.tasks.lm import LanguageModelTask
 from tests.commands.test_train import here
 from tests.models.test_encoder import SMALL
@@ -60,6 +62,7 @@ def test_a_language_s_text_is_its_sides_of_all_pairs_once(tiny_data: DataFolder)
 
 def test_languages_and_sides_can_be_chosen(tiny_data: DataFolder) -> None:
     assert make_task(tiny_data, languages=["de", "ja"]).split("train").names == ["de", "ja"]
+    assert make_task(tiny_data, languages=["deu_Latn", "jpn"]).split("train").names == ["de", "ja"]
     with pytest.raises(DataError, match="no language 'dee'"):
         make_task(tiny_data, languages=["dee"]).check_data()
     one_way = DataFolder(
@@ -210,6 +213,25 @@ def write_texts(folder: Path) -> None:
         (folder / f"{split}.{language}.tsv").write_text("\n".join(lines) + "\n")
     english = [f"{('fruit', 'door')[n % 2]}\t{words['en'][n % 2]} {rest[n // 2 % 8]}" for n in range(16)]
     (folder / "test.de.in_en.tsv").write_text("\n".join(english) + "\n")
+
+
+def test_texts_of_other_codes_have_the_vocabulary_s_languages(
+    tiny_data: DataFolder, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_texts(tmp_path / "texts")
+    (tmp_path / "texts" / "test.fr.tsv").rename(tmp_path / "texts" / "test.fra_Latn.tsv")
+    (tmp_path / "texts" / "notes.txt").write_text("These are not read.\n")
+    task = {"name": "cross_lingual_classification", "vocabulary": str(tiny_data.path), "languages": ["eng_Latn"]}
+    config = build(RunConfig, {"data": str(tmp_path / "texts"), "model": MODEL, "task": task})
+    data = LabelledTexts.open(config.data, ["eng_Latn"])
+    texts = ClassificationTask(config, data)
+    texts.check_data()
+    assert f"{tmp_path / 'texts'}: not read: notes.txt" in caplog.text
+    for split, name, code in (("train", "eng_Latn", "en"), ("test", "fra_Latn", "fr"), ("test", "de.in_en", "en")):
+        assert set(texts.encoded(split, [name]).languages) == {tiny_data.languages.index(code)}
+    scores = {"accuracy": 0.5, "macro_f1": 0.25}
+    found = texts.summary(dict.fromkeys(("eng_Latn", "de", "de.in_en", "fra_Latn"), scores))
+    assert found["zero_shot"] == scores and set(found["gap"]) == {"de"}
 
 
 def fine_tune(data: Path, start: Path, run: Path, *more: str) -> tuple[int, str]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moe_train.config.corpus import CorpusConfig
-from moe_train.data.lines import SUFFIXES, read_parallel
+from moe_train.data.compressed import EXPANSION, SUFFIXES
+from moe_train.data.languages import find_english, find_same, one_code_each
+from moe_train.data.lines import read_parallel
 from moe_train.data.pairs import Pair, Sides
 from moe_train.data.progress import Progress
 from moe_train.errors import ConfigError, DataError, did_you_mean
@@ -35,10 +37,19 @@ class CorpusText:
         """``train.en-de``, ``train.de`` for a single language; ``en-de`` where there is no split."""
         return f"{self.split}.{self.sides.name}" if self.split else self.sides.name
 
+    @property
+    def place(self) -> str:
+        """Its files, for messages; its name where it has none."""
+        return ", ".join(map(str, self.inputs)) or self.name
 
-def files_text(pair: Pair, split: str | None, source: Path, target: Path) -> CorpusText:
-    """A text that lies in two line-aligned files."""
-    return CorpusText(pair, split, lambda: read_parallel(source, target), (source, target))
+
+def files_text(pair: Pair, split: str | None, source: Path, target: Path, expansion: int = EXPANSION) -> CorpusText:
+    """A text that lies in two line-aligned files.
+
+    Args:
+        expansion: ``corpus.max_expansion``.
+    """
+    return CorpusText(pair, split, lambda: read_parallel(source, target, expansion), (source, target))
 
 
 def named_files(folder: Path) -> Iterator[tuple[str, Path]]:
@@ -48,6 +59,19 @@ def named_files(folder: Path) -> Iterator[tuple[str, Path]]:
     """
     for path in sorted(p for p in folder.iterdir() if p.is_file()):
         yield path.name.removesuffix(path.suffix) if path.suffix in SUFFIXES[1:] else path.name, path
+
+
+def say_unread(folder: Path, texts: Iterable[CorpusText], progress: Progress, found: Iterable[Path] = ()) -> None:
+    """Names what lies in a folder and was not read, apart from hidden files.
+
+    Args:
+        found: the files that might have been meant (empty: all that the folder holds).
+    """
+    read = {path for text in texts for path in text.inputs}
+    unread = [path for path in found or folder.iterdir() if path not in read and not path.name.startswith(".")]
+    if unread:
+        names = listing(path.name + "/" * path.is_dir() for path in unread)
+        progress.say(f"note: not read in {folder}: {names}")
 
 
 Reader = Callable[[CorpusConfig, Progress], list[CorpusText]]
@@ -64,8 +88,11 @@ def register(name: str) -> Callable[[Reader], Reader]:
     return add
 
 
-def read_corpus(config: CorpusConfig, progress: Progress) -> list[CorpusText]:
+def read_corpus(config: CorpusConfig, progress: Progress, names: Sequence[str] = ()) -> list[CorpusText]:
     """Finds the texts of the configured corpus, restricted to ``corpus.languages`` and ``corpus.pairs``.
+
+    Args:
+        names: codes that languages are to have, where the corpus has others for the same languages.
 
     Raises:
         ConfigError: unknown corpus, or missing path.
@@ -73,35 +100,61 @@ def read_corpus(config: CorpusConfig, progress: Progress) -> list[CorpusText]:
     """
     if config.name not in _READERS:
         raise ConfigError(f"there is no corpus '{config.name}'", "corpus.name", did_you_mean(config.name, _READERS))
-    texts = _READERS[config.name](config, progress)
+    texts = _one_name_each(_READERS[config.name](config, progress), names, progress)
     texts = sorted(_only_pairs(_only_languages(texts, config.languages), config.pairs), key=lambda text: text.name)
     if not texts:
         raise DataError("no text is left", f"corpus={config.name}", "name more languages in corpus.languages")
     return texts
 
 
+def _one_name_each(texts: list[CorpusText], names: Sequence[str], progress: Progress) -> list[CorpusText]:
+    """Gives a language one code where the corpus has several (``en`` and ``eng_Latn``): that of the training text."""
+    trained = {code for text in texts if text.split in ("train", None) for code in text.sides}
+    others = {code for text in texts for code in text.sides}
+    code_of = one_code_each([*names, *sorted(trained), *sorted(others)])
+    renamed = [f"{code} as {code_of[code]}" for code in sorted(others) if code != code_of[code]]
+    if renamed:
+        progress.say(f"the same languages under one code: {', '.join(renamed)}")
+    return [replace(text, sides=_with_codes(text, code_of)) for text in texts]
+
+
+def _with_codes(text: CorpusText, code_of: Mapping[str, str]) -> Sides:
+    codes = [code_of[code] for code in text.sides]
+    if len(set(codes)) < len(codes):
+        raise DataError(f"'{text.sides.name}' names one language twice", text.place, "name two languages")
+    return type(text.sides)(*codes)
+
+
 def _only_languages(texts: list[CorpusText], languages: tuple[str, ...]) -> list[CorpusText]:
     if not languages:
         return texts
-    known = {language for text in texts for language in text.sides}
+    known = sorted({language for text in texts for language in text.sides})
+    wanted = set()
     for language in languages:
-        if language not in known:
+        code = find_same(language, known)
+        if code is None:
             raise DataError(
                 f"the corpus has no language '{language}'", "corpus.languages", did_you_mean(language, known)
             )
-    # A single language or only the far sides of an English-centric corpus: its centre is meant as well.
-    wanted = set(languages)
+        wanted.add(code)
     inside = [text for text in texts if set(text.sides) <= wanted]
-    return inside or [text for text in texts if set(text.sides) <= wanted | {"en"}]
+    if inside:
+        return inside
+    # A single language or only the far sides of an English-centric corpus: its centre is meant as well.
+    wanted |= {find_english(known) or ""}
+    return [text for text in texts if set(text.sides) <= wanted]
 
 
 def _only_pairs(texts: list[CorpusText], names: tuple[str, ...]) -> list[CorpusText]:
     if not names:
         return texts
-    wanted: set[Sides] = {pair for name in names for pair in (Pair.parse(name), Pair.parse(name).reversed)}
     known = {text.sides for text in texts}
+    languages = sorted({language for sides in known for language in sides})
+    wanted: set[Sides] = set()
     for name in names:
-        if not {Pair.parse(name), Pair.parse(name).reversed} & known:
+        pair = Pair(*(find_same(code, languages) or code for code in Pair.parse(name)))
+        wanted |= {pair, pair.reversed}
+        if not {pair, pair.reversed} & known:
             raise DataError(
                 f"the corpus has no pair '{name}'", "corpus.pairs", did_you_mean(name, [p.name for p in known])
             )

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from moe_train.config.corpus import CorpusConfig
-from moe_train.data.corpora.base import CorpusText, corpus_folder, listing, register
+from moe_train.data.corpora.base import CorpusText, corpus_folder, listing, register, say_unread
 from moe_train.data.lines import read_lines, read_parallel
 from moe_train.data.pairs import Pair
 from moe_train.data.progress import Progress
@@ -43,6 +43,7 @@ def read_iwslt14(config: CorpusConfig, progress: Progress) -> list[CorpusText]:
         texts.append(_training(pair, place))
         if sets := sorted({path.with_suffix("").with_suffix("") for path in place.glob(f"IWSLT14.TED*.{name}.*.xml")}):
             texts.append(_test(pair, sets))
+    say_unread(folder, texts, progress, sorted({*folder.rglob("train.tags.*"), *folder.rglob("*.xml")}))
     return texts
 
 
@@ -54,7 +55,7 @@ def _training(pair: Pair, folder: Path) -> CorpusText:
     files = tuple(_existing(folder / f"train.tags.{pair.name}.{language}") for language in pair)
 
     def read() -> Iterator[tuple[str, str]]:
-        for source, target in read_parallel(*files):
+        for source, target in read_parallel(files[0], files[1]):
             source, target = _KEPT_TAGS.sub("", source).strip(), _KEPT_TAGS.sub("", target).strip()
             if not source.startswith("<") and not target.startswith("<"):  # <url>, <keywords>, <speaker> …
                 yield source, target

@@ -10,14 +10,14 @@ from functools import partial
 from pathlib import Path
 
 from moe_train.config.corpus import CorpusConfig
-from moe_train.data.corpora.base import CorpusText, corpus_folder, listing, named_files, register
+from moe_train.data.corpora.base import CorpusText, corpus_folder, listing, named_files, register, say_unread
 from moe_train.data.lines import read_single
-from moe_train.data.pairs import SPLITS, Single
+from moe_train.data.pairs import SPLIT_WORDS, Single, refuse_two_words
 from moe_train.data.progress import Progress
 from moe_train.errors import DataError
 
 LAYOUT = "name the files train.XX, valid.XX and test.XX, XX being the language; a line is a sentence or a document"
-_NAME = re.compile(rf"(?P<split>{'|'.join(SPLITS)})\.(?P<language>[^.\s-]+)")
+_NAME = re.compile(rf"(?P<split>{'|'.join(SPLIT_WORDS)})\.(?P<language>[^.\s-]+)")
 
 
 @register("mono")
@@ -25,7 +25,8 @@ def read_mono(config: CorpusConfig, progress: Progress) -> list[CorpusText]:
     """Finds the texts of ``corpus.path``.
 
     Raises:
-        DataError: no files of the layout, a name that is no language code, or training text without any ``valid.XX``.
+        DataError: no files of the layout, a name that is no language code, two validation texts of a language, or
+            training text without any ``valid.XX``.
     """
     folder = corpus_folder(config)
     found: dict[tuple[str, str], Path] = {}
@@ -35,14 +36,17 @@ def read_mono(config: CorpusConfig, progress: Progress) -> list[CorpusText]:
     if not found:
         there = listing(path.name for path in folder.iterdir())
         raise DataError(f"no files of single languages here (found: {there or 'nothing'})", str(folder), LAYOUT)
-    splits = {split for split, _ in found}
+    refuse_two_words(found, folder)
+    splits = {SPLIT_WORDS[word] for word, _ in found}
     if "train" in splits and "valid" not in splits:
         raise DataError(
             "there is training text, but no valid.XX to measure a model on",
             str(folder),
             "move some lines of train.XX to valid.XX, a thousand of each language, say",
         )
-    return [
-        CorpusText(Single.parse(language), split, partial(read_single, path), (path,))
-        for (split, language), path in found.items()
+    texts = [
+        CorpusText(Single.parse(language), SPLIT_WORDS[word], partial(read_single, path, config.max_expansion), (path,))
+        for (word, language), path in found.items()
     ]
+    say_unread(folder, texts, progress)
+    return texts

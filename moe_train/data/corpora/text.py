@@ -1,6 +1,6 @@
 """``corpus=text``: a folder of line-aligned files named ``{train,valid,test}.XX-YY.{XX,YY}``, plain or compressed.
 
-Files without a split, ``XX-YY.{XX,YY}``, are cut by moe-prepare.
+``dev`` and ``val`` are ``valid``. Files without a split, ``XX-YY.{XX,YY}``, are cut by moe-prepare.
 """
 
 from __future__ import annotations
@@ -10,8 +10,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from moe_train.config.corpus import CorpusConfig
-from moe_train.data.corpora.base import CorpusText, corpus_folder, files_text, listing, named_files, register
-from moe_train.data.pairs import Pair
+from moe_train.data.compressed import EXPANSION
+from moe_train.data.corpora.base import (
+    CorpusText,
+    corpus_folder,
+    files_text,
+    listing,
+    named_files,
+    register,
+    say_unread,
+)
+from moe_train.data.pairs import SPLIT_WORDS, Pair, refuse_two_words
 from moe_train.data.progress import Progress
 from moe_train.errors import DataError
 
@@ -19,33 +28,47 @@ LAYOUT = (
     "name the files {train,valid,test}.XX-YY.XX and .YY (line n of one translates line n of the other), "
     "or XX-YY.XX and XX-YY.YY"
 )
-_NAME = re.compile(r"(?:(?P<split>train|valid|test)\.)?(?P<pair>[^.\s]+-[^.\s]+)\.(?P<language>[^.\s]+)")
+_NAME = re.compile(rf"(?:(?P<split>{'|'.join(SPLIT_WORDS)})\.)?(?P<pair>[^.\s]+-[^.\s]+)\.(?P<language>[^.\s]+)")
 
 
 @register("text")
 def read_text(config: CorpusConfig, progress: Progress) -> list[CorpusText]:
     """Finds the texts of ``corpus.path``."""
-    return list(texts_of_folder(corpus_folder(config)))
+    folder = corpus_folder(config)
+    texts = list(texts_of_folder(folder, config.max_expansion))
+    say_unread(folder, texts, progress)
+    return texts
 
 
-def texts_of_folder(folder: Path) -> Iterator[CorpusText]:
+def texts_of_folder(folder: Path, expansion: int = EXPANSION) -> Iterator[CorpusText]:
     """Yields the texts of a folder.
 
+    Args:
+        expansion: ``corpus.max_expansion``.
+
     Raises:
-        DataError: no files of the layout, a file without its other side, or a malformed pair name.
+        DataError: no files of the layout, a file without its other side, two validation texts of a pair, or a malformed
+            pair name.
     """
     found: dict[tuple[str | None, str], dict[str, Path]] = {}
     for file, path in named_files(folder):
         match = _NAME.fullmatch(file)
-        if match and match["language"] in match["pair"]:
+        if match and _is_side(match["language"], match["pair"]):
             found.setdefault((match["split"], match["pair"]), {}).setdefault(match["language"], path)
     if not found:
         there = listing(p.name for p in folder.iterdir())
         raise DataError(f"no parallel files here (found: {there or 'nothing'})", str(folder), LAYOUT)
-    for (split, name), sides in found.items():
+    refuse_two_words(((word, name) for word, name in found if word), folder)
+    for (word, name), sides in found.items():
         pair = Pair.parse(name)
         for language in pair:
             if language not in sides:
                 other = next(iter(sides.values()))
                 raise DataError(f"{other.name} has no other side in '{language}'", str(folder), LAYOUT)
-        yield files_text(pair, split, sides[pair.source], sides[pair.target])
+        split = SPLIT_WORDS[word] if word else None
+        yield files_text(pair, split, sides[pair.source], sides[pair.target], expansion)
+
+
+def _is_side(language: str, pair: str) -> bool:
+    # Not by parsing: a name with two hyphens is refused later, with what to do about it.
+    return pair.startswith(f"{language}-") or pair.endswith(f"-{language}")

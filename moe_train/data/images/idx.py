@@ -6,15 +6,14 @@ number, then the values. Debian's ``dataset-fashion-mnist`` puts such files into
 
 from __future__ import annotations
 
-import gzip
 import math
-import zlib
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moe_train.config.tasks import ImageConfig
+from moe_train.data.compressed import DamagedFile, open_bytes
 from moe_train.data.images.base import Images, ImageSet, InMemory, hold_out
 from moe_train.data.lines import sha256
 from moe_train.errors import DataError
@@ -72,12 +71,10 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
 
 
 def _content(path: Path) -> bytes:
-    if path.suffix != ".gz":
-        return path.read_bytes()
     try:
-        with gzip.open(path, "rb") as stream:
+        with open_bytes(path) as stream:
             return stream.read()
-    except (EOFError, OSError, zlib.error) as error:
+    except DamagedFile as error:
         found = path.stat().st_size
         raise DataError(
             f"the compressed file is cut short or damaged ({error}); it has {found} bytes",
