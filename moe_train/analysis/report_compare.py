@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from moe_train.analysis.report_runs import RunReport
-from moe_train.errors import ConfigError, DataError, did_you_mean
+from moe_train.errors import ConfigError, DataError, UserError, did_you_mean
 from moe_train.evaluation.outputs import OutputFiles
 from moe_train.evaluation.scoring import Comparison, Scorer
 
@@ -83,7 +83,11 @@ def compare(
         outputs, references = _outputs(baseline, others, split, direction, notes)
         if references is None:
             continue
-        scorer = Scorer(direction.split("-")[1])
+        try:
+            scorer = Scorer(direction.split("-")[1], baseline.results.directions[direction].tokenizer)
+        except UserError as error:
+            notes.append(f"{direction}: not compared: {error}")
+            continue
         base = outputs.pop(baseline.name)
         for name, comparison in scorer.compare(base, outputs, references, samples).items():
             by_run.setdefault(name, {})[direction] = comparison

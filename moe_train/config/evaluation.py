@@ -38,6 +38,8 @@ class EvaluateConfig:
         data: the data folder, where it has moved since training (null: as the run has it).
         directions: only these, e.g. ``[en-de]`` (empty: all that were trained and have sentences in the split).
         max_sentences: only the first so many of each direction (0: all).
+        tokenizer: sacrebleu's, for BLEU in every language: ``auto`` (by the script of the target language),
+            ``flores200`` (spBLEU) …
         seed: of the baseline that shuffles outputs between sentences.
         expert_parallel: processes over which the experts of a layer are divided (1: every process holds all of them),
             whatever the layout of the training was.
@@ -50,6 +52,7 @@ class EvaluateConfig:
     data: str | None = None
     directions: tuple[str, ...] = ()
     max_sentences: int = 0
+    tokenizer: Literal["auto", "13a", "intl", "char", "flores101", "flores200"] = "auto"
     seed: int = 1
     expert_parallel: int = 1
     routing: Mapping[str, Any] = field(default_factory=dict)

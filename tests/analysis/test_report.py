@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import fcntl
 import io
+import json
 import os
 import re
 import time
@@ -12,6 +13,7 @@ import xml.dom.minidom
 from pathlib import Path
 
 import pytest
+import sacrebleu
 from rich.console import Console
 
 from moe_train.analysis.report import make_report
@@ -21,6 +23,7 @@ from moe_train.analysis.report_runs import find_runs, read_run, read_runs
 from moe_train.analysis.report_table import ranked
 from moe_train.config.evaluation import ReportConfig
 from moe_train.errors import ConfigError
+from moe_train.evaluation.outputs import OutputFiles
 from moe_train.training.heartbeat import heartbeat
 from moe_train.training.run_folder import ALIVE
 from tests.analysis.report_folders import DIRECTIONS, failure, overridden, references, scored, trained
@@ -153,6 +156,27 @@ def test_significance_against_the_baseline(sweep: Path) -> None:
     low = found.count("1", ["en-sw"])
     assert low is not None and low.directions == 1
     assert compare(runs, choose_baseline(runs, "dense"), "test", 0, 0.01).by_run == {}
+
+
+def test_significance_is_of_the_tokenizer_that_gave_the_scores(tmp_path: Path) -> None:
+    """By the code of the target it would be 13a."""
+    for name, quality in (("one", 0.5), ("two", 0.6)):
+        scored(trained(tmp_path / name), quality=quality, seed=3, directions=["en-de"])
+        content = json.loads((tmp_path / name / "test.json").read_text())
+        content["directions"]["en-de"]["tokenizer"] = "char"
+        (tmp_path / name / "test.json").write_text(json.dumps(content))
+    runs = read_runs([tmp_path])
+    found = compare(runs, choose_baseline(runs, "one"), "test", samples=20, significance=0.05).by_run["two"]["en-de"]
+    hypotheses, references = OutputFiles(tmp_path / "two", "test", "en-de").read()
+    assert found.scores.bleu == pytest.approx(
+        sacrebleu.corpus_bleu(hypotheses, [references], tokenize="char").score, abs=1e-3
+    )
+    content["directions"]["en-de"]["tokenizer"] = "../../bleu"
+    for name in ("one", "two"):
+        (tmp_path / name / "test.json").write_text(json.dumps(content))
+    runs = read_runs([tmp_path])
+    notes = compare(runs, choose_baseline(runs, "one"), "test", samples=20, significance=0.05).notes
+    assert any("en-de: not compared: sacrebleu has no tokenizer" in note for note in notes)
 
 
 def test_other_references_are_not_compared(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -227,6 +228,19 @@ def _runs(process: int) -> bool:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def test_another_tokenizer_is_a_setting(evaluated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sacrebleu.tokenizers.tokenizer_spm.SACREBLEU_DIR", str(tmp_path))
+    with pytest.raises(DataError, match=r"flores200sacrebleuspm: the SentencePiece model .* is not on this machine"):
+        evaluate(config(tmp_path / "before anything is opened", tokenizer="flores200"))
+    run = tmp_path / "run"
+    shutil.copytree(evaluated, run)
+    before = read_results(run / "test.json")
+    char = evaluate(config(run, tokenizer="char", directions=("en-de",)))
+    assert before is not None and not char.extends(before) and "tokenizer" not in before.settings
+    assert char.settings["tokenizer"] == char.directions["en-de"].tokenizer == "char"
+    assert "tok:char" in char.signatures["bleu"]["char"]
 
 
 def test_shuffling_leaves_no_line_in_its_place() -> None:

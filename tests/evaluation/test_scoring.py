@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import random
+import shutil
+from pathlib import Path
 
 import pytest
 import sacrebleu
 
-from moe_train.errors import DataError
-from moe_train.evaluation.scoring import Scorer, tokenization
+from moe_train.data.folder import DataFolder
+from moe_train.errors import DataError, MissingDependency
+from moe_train.evaluation.scoring import Scorer, require_tokenizer, tokenization
 
 REFERENCES = ["The cat sat on the mat.", "It is raining, again.", "Where is the station?", "We left at 8:30 a.m."]
 HYPOTHESES = ["The cat sat on a mat.", "It rains again.", "Where is the train station?", "We left at 8:30."]
@@ -38,9 +42,15 @@ def test_chinese_is_not_scored_as_one_word_per_sentence() -> None:
 @pytest.mark.parametrize(
     ("language", "name"),
     [
-        *[(code, "13a") for code in ("de", "pt_BR", "uk")],
-        *[(code, "zh") for code in ("zh_TW", "zho_Hans")],
-        *[(code, "char") for code in ("th", "lao_Laoo", "km", "my", "mya_Mymr")],
+        *[(code, "13a") for code in ("de", "pt_BR", "uk", "sr@latin", "vi", "hi", "am", "xx", "zh_Latn", "ja_Latn")],
+        *[
+            (code, "zh")
+            for code in ("zh_TW", "zho_Hans", "zh@hans", "zh_Hant_HK", "chi", "cmn_Hans", "yue", "yue_Hant")
+        ],
+        *[(code, "zh") for code in ("lzh", "wuu", "nan_Hant", "hak", "gan", "hsn", "cdo", "vi_Hani", "xx_Hans")],
+        *[(code, "char") for code in ("th", "lao_Laoo", "km", "my", "mya_Mymr", "shn_Mymr", "shn", "bo", "bod_Tibt")],
+        *[(code, "char") for code in ("dz", "dzo_Tibt", "tha_Thai", "bur", "khm_Khmr", "nod", "tts", "ryu", "jv_Java")],
+        *[(code, "char") for code in ("pi_Mymr", "xx_Thai")],
     ],
 )
 def test_tokenizer_per_language(language: str, name: str) -> None:
@@ -62,6 +72,45 @@ def test_mecab_where_installed_else_characters_with_a_note(
     else:
         assert chosen.name == "char"
         assert "pip install" in chosen.note and language in chosen.note
+
+
+def test_a_model_that_sacrebleu_would_fetch_must_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sacrebleu.tokenizers.tokenizer_spm.SACREBLEU_DIR", str(tmp_path))
+    model = tmp_path / "models" / "flores200sacrebleuspm"
+    with pytest.raises(DataError) as raised:
+        Scorer("de", "flores200")
+    assert raised.value.where == str(model) and "is not on this machine" in raised.value.what
+    assert f"curl --create-dirs -L -o '{model}' https://tinyurl.com/flores200sacrebleuspm" in raised.value.remedy
+    assert not model.parent.exists()
+    model.parent.mkdir()
+    model.write_bytes(b"")  # a download that broke off
+    with pytest.raises(DataError, match=r"flores200sacrebleuspm: the SentencePiece model .* cannot be read.*Delete it"):
+        require_tokenizer("flores200")
+
+
+def test_spbleu_for_every_language(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_data: DataFolder) -> None:
+    monkeypatch.setattr("sacrebleu.tokenizers.tokenizer_spm.SACREBLEU_DIR", str(tmp_path))
+    (tmp_path / "models").mkdir()
+    shutil.copy(tiny_data.path / "spm.model", tmp_path / "models" / "flores200sacrebleuspm")
+    pieces = tiny_data.tokenizer()
+    references, hypotheses = (
+        ["Der Lehrer kauft heute einen roten Apfel."],
+        ["Der Lehrer kauft heute einen blauen Apfel."],
+    )
+    cut = [[" ".join(pieces.to_pieces(line)) for line in lines] for lines in (hypotheses, references)]
+    expected = sacrebleu.corpus_bleu(cut[0], [cut[1]], tokenize="none", force=True).score
+    for language in ("de", "ja", "th"):
+        scorer = Scorer(language, "flores200")
+        assert scorer.score(hypotheses, references).bleu == pytest.approx(expected, abs=1e-4)
+        assert "tok:flores200" in scorer.bleu_signature and not scorer.tokenization.note
+
+
+def test_a_tokenizer_that_is_not_known_or_not_installed() -> None:
+    with pytest.raises(DataError, match=r"no tokenizer '13b'. Did you mean '13a'"):
+        Scorer("de", "13b")
+    if importlib.util.find_spec("MeCab") is None:
+        with pytest.raises(MissingDependency, match=r"ja-mecab is not installed. Pip install 'sacrebleu\[ja\]'"):
+            Scorer("de", "ja-mecab")
 
 
 def test_japanese_without_mecab_scores_characters() -> None:
