@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import IO
 
 from moe_train.data.compressed import EXPANSION, DamagedFile, open_bytes
 from moe_train.errors import DataError
@@ -36,6 +37,11 @@ def read_lines(path: Path, *, nul: bool = False, expansion: int = EXPANSION) -> 
     )
 
 
+def split_lines(stream: IO[bytes]) -> Iterator[bytes]:
+    """The lines of a stream with their ends; of one that is too long, pieces, so that memory is bounded."""
+    return iter(partial(stream.readline, _LONGEST), b"")
+
+
 def decode_line(line: bytes, number: int, where: str, *, nul: bool = False) -> str:
     """A line of bytes, with its end, as :func:`read_lines` yields it.
 
@@ -44,8 +50,11 @@ def decode_line(line: bytes, number: int, where: str, *, nul: bool = False) -> s
         where: the file that it comes from, for messages.
 
     Raises:
-        DataError: it is not UTF-8 or holds NUL.
+        DataError: it is not UTF-8, holds NUL, or is as long as :func:`split_lines` lets it be.
     """
+    if len(line) >= _LONGEST and not line.endswith(b"\n"):
+        what = f"line {number} is longer than {_LONGEST >> 20} MiB"
+        raise DataError(what, where, "give text whose lines end with line feeds")
     if number == 1:
         line = line.removeprefix(_BOM)
     if line.endswith(b"\n"):
@@ -75,10 +84,8 @@ def _byte_lines(path: Path, expansion: int = EXPANSION) -> Iterator[bytes]:
     number = 0
     try:
         with open_bytes(path, expansion) as stream:
-            for number, line in enumerate(iter(partial(stream.readline, _LONGEST), b""), 1):
-                if len(line) == _LONGEST and not line.endswith(b"\n"):
-                    what = f"line {number} is longer than {_LONGEST >> 20} MiB"
-                    raise DataError(what, str(path), "give text whose lines end with line feeds")
+            for line in split_lines(stream):
+                number += 1
                 yield line
     except DamagedFile as error:
         what = f"the compressed file is damaged after line {number} ({error})"

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import IO
 
 from moe_train.data.languages import offer_language
-from moe_train.data.lines import decode_line
+from moe_train.data.lines import decode_line, split_lines
 from moe_train.errors import DataError
 
 _PAUSE = 0.05  # seconds without a new line after which a buffer is translated as it is
@@ -59,7 +59,7 @@ def buffers(stream: IO[bytes], size: int) -> Iterator[list[str]]:
 
 def _read(stream: IO[bytes], lines: queue.Queue[bytes | None]) -> None:
     try:
-        for line in stream:
+        for line in split_lines(stream):
             lines.put(line)
     finally:
         lines.put(None)

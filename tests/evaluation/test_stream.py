@@ -58,6 +58,12 @@ def test_input_is_opened_as_every_text_is() -> None:
         list(buffers(io.BytesIO(b"one\nt\0wo\n"), 4))
 
 
+def test_a_line_without_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moe_train.data.lines._LONGEST", 1 << 20)
+    with pytest.raises(DataError, match="standard input: line 2 is longer than 1 MiB"):
+        list(buffers(io.BytesIO(b"one\n" + bytes(3 << 20)), 4))
+
+
 def test_languages() -> None:
     check_languages("en", "de", ["de", "en"])
     with pytest.raises(DataError, match=r"target: the model has no language 'xx'. Known: de, en"):
