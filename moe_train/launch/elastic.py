@@ -81,6 +81,6 @@ def _note() -> Path:
 def _finished(folder: Path) -> bool:
     try:
         status = json.loads((folder / "run.json").read_text(encoding="utf-8"))["status"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
     return status in ("finished", "stopped_early")

@@ -24,8 +24,9 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from moe_train.errors import CheckpointError, UserError, error_from_json, error_to_json
+from moe_train.errors import CheckpointError, DataError, UserError, error_from_json, error_to_json
 from moe_train.training import integrity
+from moe_train.training.json_files import read_object
 from moe_train.training.names import MODEL, model_tensors, whole_names
 from moe_train.training.tensor_files import load_tensors, save_tensors, shapes
 from moe_train.training.world import World
@@ -49,7 +50,7 @@ class CheckpointStore:
     def updates(self) -> list[int]:
         """Updates of which a finished checkpoint exists, increasing."""
         names = (path.name for path in self.folder.glob("step_*") if path.is_dir() and not path.is_symlink())
-        return sorted(int(name[5:]) for name in names if name[5:].isdigit())
+        return sorted(int(name[5:]) for name in names if name[5:].isdecimal())
 
     def path(self, update: int) -> Path:
         """Where the checkpoint of an update is or would be."""
@@ -61,8 +62,25 @@ class CheckpointStore:
         return self.path(updates[-1]) if updates else None
 
     def best(self) -> Path | None:
-        """What ``best`` points to."""
-        return self._linked("best")
+        """What ``best`` points to.
+
+        A copy of a run may have no links: ``cp -rL`` makes folders of them, other programs leave them out. Then it is
+        the checkpoint that the folder is a copy of, or the one that the newest checkpoint's state says.
+        """
+        link = self.folder / "best"
+        if link.is_symlink():
+            return link.resolve() if link.exists() else None
+        if link.is_dir():
+            return next((path for path in map(self.path, self.updates()) if _alike(path, link)), link)
+        return self._noted_best()
+
+    def _noted_best(self) -> Path | None:
+        latest = self.latest()
+        try:
+            update = read_state(latest).get("best_update") if latest else None
+        except CheckpointError:
+            return None
+        return self.path(update) if isinstance(update, int) and self.path(update).is_dir() else None
 
     def resolve(self, which: str | int) -> Path:
         """The verified folder of ``best``, ``last``, ``averaged``, ``step_40`` or ``40``.
@@ -86,14 +104,14 @@ class CheckpointStore:
         if which == "last":
             path = self.latest()
         elif which == "best":
+            link = self.folder / "best"
+            if link.is_symlink() and not link.exists():  # another one must not stand for it without a word
+                what = f"the best checkpoint is {os.readlink(link)}, and that is not there"
+                raise CheckpointError(what, str(link), "name another one: last, or an update's number")
             path = self.best() or self.latest()
         else:
-            path = self.folder / (f"step_{which}" if which.isdigit() else which)
+            path = self.folder / (f"step_{which}" if which.isdecimal() else which)
         return str(path) if path is not None and path.is_dir() else None
-
-    def _linked(self, name: str) -> Path | None:
-        link = self.folder / name
-        return link.resolve() if link.is_symlink() and link.exists() else None
 
     # -- reading ---------------------------------------------------------------------------------------------------
 
@@ -179,6 +197,7 @@ class CheckpointStore:
     def point(self, name: str, update: int) -> None:
         """Makes ``best`` or ``last`` point to an update's checkpoint, in one step. Rank 0 does it."""
         if self.world.main:
+            _make_way(self.folder / name)
             partial = self.folder / f".{name}.partial"
             partial.unlink(missing_ok=True)
             partial.symlink_to(self.path(update).name)
@@ -214,12 +233,18 @@ class CheckpointStore:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """``state.json`` of a checkpoint."""
+    """``state.json`` of a checkpoint.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
     try:
-        state = json.loads((path / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"the checkpoint's state cannot be read ({error})", str(path / STATE)) from error
-    return dict(state)
+        state = read_object(path / STATE)
+    except DataError as error:
+        raise CheckpointError(f"the checkpoint's state cannot be read: {error.what}", str(path / STATE)) from error
+    if state is None:
+        raise CheckpointError("the checkpoint's state is missing", str(path / STATE))
+    return state
 
 
 def load_model(path: Path, model: nn.Module) -> None:
@@ -290,6 +315,22 @@ def _numbers() -> Iterator[str]:
 
 def _free(names: Iterator[Path]) -> Path:
     return next(name for name in names if not os.path.lexists(name))
+
+
+def _alike(one: Path, other: Path) -> bool:
+    """Whether two folders are the same checkpoint, by their manifests."""
+    try:
+        return integrity.read_manifest(one) == integrity.read_manifest(other)
+    except CheckpointError:
+        return False
+
+
+def _make_way(link: Path) -> None:
+    """Renames a folder that stands where a link should, as in a copy made by ``cp -rL``."""
+    if link.is_dir() and not link.is_symlink():
+        aside = _free(link.with_name(f"{link.name}.copied{number}") for number in _numbers())
+        os.replace(link, aside)
+        LOG.warning("%s was a folder and not a link: it is now %s, and can be removed", link, aside.name)
 
 
 @contextmanager

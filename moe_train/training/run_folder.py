@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -13,16 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from moe_train.config import RunConfig, to_mapping
-from moe_train.errors import CheckpointError, ConfigError
+from moe_train.errors import CheckpointError, ConfigError, DataError
 from moe_train.training.extension import ENDS, FINISHED, ends_with_session
 from moe_train.training.heartbeat import other_host
 from moe_train.training.integrity import replace_text
+from moe_train.training.json_files import finite, parse_object, read_object
 from moe_train.training.recorded_config import note_ignored_keys, recorded_config, to_record, with_defaults
 
 CONFIG, INFO, TRAIN, VALID = "config.json", "run.json", "train.jsonl", "valid.jsonl"
 ALIVE = ".alive"  # its age says whether a process trains here, to other hosts too (moe_train.training.heartbeat)
 FAILURE = "failure.json"  # why the last session ended, where it failed; older than run.json: a session before that
 LOG = logging.getLogger("moe_train")
+_INFO_KINDS: Mapping[str, type] = {"status": str, "update": int, "sessions": list}
 # Keys that may differ between the sessions of one run: they change where it runs, how long, and what it keeps.
 FREE = ("launch", "layout", "engine", "resume", "search", "data", "evaluate")
 FREE_TRAINING = ("max_updates", "threads", "checkpoint", "schedule.extend")
@@ -76,14 +79,31 @@ class RunFolder:
 
     @property
     def config(self) -> RunConfig:
-        """The run's config as it was last started."""
-        return recorded_config(self._config_file()["config"])
+        """The run's config as it was last started.
+
+        Raises:
+            ConfigError: it is damaged.
+        """
+        content = self._config_file()["config"]
+        try:
+            return recorded_config(content)
+        except (ConfigError, OverflowError) as error:  # its remedy, if any, is about the command line
+            what = f"the run's config cannot be used: {error.what if isinstance(error, ConfigError) else error}"
+            raise ConfigError(what, str(self.path / CONFIG), "restore the file") from error
 
     @property
     def info(self) -> dict[str, Any]:
-        """``run.json``; empty where there is none yet."""
-        path = self.path / INFO
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        """``run.json``; empty where there is none yet.
+
+        Raises:
+            DataError: it is damaged.
+        """
+        path, remedy = self.path / INFO, "restore it, or move it away: training goes on without it"
+        info = read_object(path, remedy) or {}
+        for key, kind in _INFO_KINDS.items():
+            if key in info and (not isinstance(info[key], kind) or isinstance(info[key], bool)):
+                raise DataError(f"the file is damaged ('{key}' cannot be {info[key]!r:.40})", str(path), remedy)
+        return info
 
     @property
     def finished(self) -> bool:
@@ -100,11 +120,14 @@ class RunFolder:
         return written.st_ino, written.st_mtime_ns
 
     def _config_file(self) -> dict[str, Any]:
+        path = self.path / CONFIG
         try:
-            content = json.loads((self.path / CONFIG).read_text(encoding="utf-8"))
-            return {"config": content["config"], "data_fingerprint": content.get("data_fingerprint", "")}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"the run's config cannot be read ({error})", str(self.path / CONFIG)) from error
+            content = read_object(path) or {}
+        except DataError as error:
+            raise ConfigError(f"the run's config cannot be read: {error.what}", str(path)) from error
+        if not isinstance(content.get("config"), dict):
+            raise ConfigError("the run's config cannot be read: there is no 'config' in it", str(path))
+        return {"config": content["config"], "data_fingerprint": content.get("data_fingerprint", "")}
 
     # -- beginning -------------------------------------------------------------------------------------------------
 
@@ -219,15 +242,15 @@ class RunFolder:
             stream.write(json.dumps(dict(line)) + "\n")
 
     def cut(self, update: int, pending: bool = False) -> None:
-        """Removes log lines beyond ``update``, and a last one that was not written to its end.
+        """Removes log lines beyond ``update``, a last one that was not written to its end, and what cannot be read.
 
         Args:
             pending: the validation of ``update`` is yet to come: its line goes too.
         """
         for path, last in ((self.train_log, update), (self.valid_log, update - pending)):
             if path.exists():
-                kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _update_of(line) <= last]
-                replace_text(path, "".join(f"{line}\n" for line in kept))
+                kept = [line for line in path.read_bytes().split(b"\n") if _update_of(line) <= last]
+                replace_text(path, "".join(f"{line.decode()}\n" for line in kept))
 
 
 def recorded_overrides(path: Path) -> tuple[str, ...]:
@@ -237,11 +260,11 @@ def recorded_overrides(path: Path) -> tuple[str, ...]:
     """
     for name in (CONFIG, FAILURE):
         try:
-            return tuple(map(str, json.loads((path / name).read_text(encoding="utf-8"))["overrides"]))
-        except (OSError, ValueError, KeyError, TypeError):
+            return tuple(map(str, (read_object(path / name) or {})["overrides"]))
+        except (DataError, KeyError, TypeError):
             continue
     try:
-        text = (path / ".hydra" / "overrides.yaml").read_text(encoding="utf-8")
+        text = (path / ".hydra" / "overrides.yaml").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ()
     return tuple(line[2:].strip().strip("'\"") for line in text.splitlines() if line.startswith("- "))
@@ -284,8 +307,10 @@ def _show(value: Any) -> str:
     return json.dumps(value, default=str)
 
 
-def _update_of(line: str) -> float:
+def _update_of(line: bytes) -> float:
+    """Beyond all others where a line cannot be read."""
     try:
-        return float(json.loads(line)["update"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
+        update = finite(parse_object(line).get("update"))
+    except ValueError:
+        return math.inf
+    return math.inf if update is None else update

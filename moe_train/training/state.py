@@ -41,6 +41,23 @@ class RunState:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> RunState:
-        """The inverse of :meth:`to_json`; what a checkpoint adds besides is ignored."""
-        names = cls.__dataclass_fields__
-        return cls(**{name: content[name] for name in names if name in content})
+        """The inverse of :meth:`to_json`; what a checkpoint adds besides is ignored.
+
+        Raises:
+            ValueError: a value is of another kind.
+        """
+        state = cls()
+        for name, default in asdict(state).items():
+            if name in content:
+                value = content[name]
+                if not _fits(value, default):
+                    raise ValueError(f"'{name}' cannot be {value!r:.40}")
+                setattr(state, name, value)
+        return state
+
+
+def _fits(value: Any, default: Any) -> bool:
+    """Whether a value may stand for a field; that of ``best`` is a number, or None as its default is."""
+    if default is None:
+        return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+    return type(value) is type(default) and (not isinstance(value, int) or value >= 0)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -15,7 +16,8 @@ import torch
 
 from moe_train.config import CheckpointConfig, EngineConfig, TrainingConfig
 from moe_train.errors import CheckpointError
-from moe_train.training.checkpoints import CheckpointStore, load_model, read_state
+from moe_train.training import integrity
+from moe_train.training.checkpoints import STATE, CheckpointStore, load_model, read_state
 from moe_train.training.engines import EngineInputs, build_engine
 from moe_train.training.keeper import Keeper
 from moe_train.training.names import empty_optimizer_state, model_tensors, optimizer_tensors
@@ -104,6 +106,54 @@ def test_links_and_names(filled: Keeper) -> None:
         assert store.resolve(which).name == f"step_{update}"
     with pytest.raises(CheckpointError, match=r"no checkpoint '9'.*step_1, step_2, step_3"):
         store.resolve("9")
+
+
+@pytest.mark.parametrize("links", ["folders", "left out"])
+def test_a_copy_without_links_has_the_same_best_checkpoint_and_goes_on(
+    filled: Keeper, tmp_path: Path, links: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`cp -rL` makes folders of links, other programs leave them out. The newest checkpoint is not the best."""
+    folder = tmp_path / "copy"
+    shutil.copytree(filled.store.folder, folder, symlinks=links == "left out")
+    if links == "left out":
+        for name in ("best", "last"):
+            (folder / name).unlink()
+    again = keeper(folder, keep=1)
+    assert again.store.resolve("best") == folder / "step_2" and again.store.resolve("last") == folder / "step_3"
+    assert (state := again.restore()) is not None and state.best_update == 2
+    step(again)
+    again.save(RunState(update=4, best_update=2, best=0.5))
+    assert again.store.updates() == [2, 4], "the best one is kept"
+    assert os.readlink(folder / "best") == "step_2" and os.readlink(folder / "last") == "step_4"
+    if links == "folders":
+        again.store.verify(folder / "best.copied")
+        assert "best was a folder and not a link: it is now best.copied" in caplog.text
+
+
+def test_a_folder_that_stands_for_the_best_checkpoint_is_taken_where_there_is_no_other(filled: Keeper) -> None:
+    folder = filled.store.folder
+    (folder / "best").unlink()
+    os.replace(folder / "step_2", folder / "best")
+    assert filled.store.resolve("best") == folder / "best"
+
+
+def test_another_checkpoint_does_not_stand_for_the_best_without_a_word(filled: Keeper) -> None:
+    shutil.rmtree(filled.store.path(2))
+    with pytest.raises(CheckpointError, match=r"best: the best checkpoint is step_2, and that is not there.*last"):
+        filled.store.resolve("best")
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "{", "[" * 100_000, '{"update": "3"}', '{"update": -1}', '{"best": []}', '{"engine": 1}', "\xff"]
+)
+def test_a_damaged_state_is_named(filled: Keeper, content: str) -> None:
+    """With a manifest that agrees, as hostile hands would leave it."""
+    latest = filled.store.path(3)
+    (latest / STATE).write_bytes(content.encode("latin1"))
+    names = sorted(path.name for path in latest.iterdir() if path.name != integrity.MANIFEST)
+    integrity.write_manifest(latest, {name: integrity.digest(latest / name) for name in names})
+    with pytest.raises(CheckpointError, match=r"step_3/state\.json: the checkpoint's state"):
+        keeper(filled.store.folder).restore()
 
 
 def test_the_best_and_the_newest_are_kept(tmp_path: Path) -> None:

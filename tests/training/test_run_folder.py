@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from moe_train.config import LaunchConfig, RunConfig
-from moe_train.errors import CheckpointError, ConfigError
-from moe_train.training.run_folder import RunFolder, config_digest
+from moe_train.errors import CheckpointError, ConfigError, DataError
+from moe_train.training.run_folder import RunFolder, config_digest, recorded_overrides
 from tests.training.toy import toy_config
 
 
@@ -102,3 +102,33 @@ def test_a_broken_config_is_named(begun: RunFolder) -> None:
     (begun.path / "config.json").write_text("{")
     with pytest.raises(ConfigError, match=r"config\.json: the run's config cannot be read"):
         begun.check(toy_config(), "abc")
+
+
+@pytest.mark.parametrize(
+    "content", [b"[]", b"{", b"\xff", b"[" * 100_000, b'{"update": "4"}', b'{"sessions": {}}', b'{"status": 1}']
+)
+def test_a_damaged_record_is_named_and_can_be_left_out(begun: RunFolder, content: bytes) -> None:
+    begun.describe(status="interrupted", update=4)
+    (begun.path / "run.json").write_bytes(content)
+    for use in (lambda: begun.info, lambda: begun.check(toy_config(), "abc"), lambda: begun.describe(update=5)):
+        with pytest.raises(DataError, match=r"run/run\.json: the file is damaged.*move it away"):
+            use()
+    assert (begun.path / "run.json").read_bytes() == content
+    (begun.path / "run.json").unlink()
+    begun.check(toy_config(), "abc")
+
+
+def test_logs_with_damaged_lines_are_cut(begun: RunFolder) -> None:
+    whole = [b'{"update": 1}', b'{"update": 2}']
+    odd = [b"\xff\xfe", b"[" * 100_000, b'{"update": 1e999}', b'{"update": [2]}', b"[2]", b'{"update": 3}']
+    begun.train_log.write_bytes(b"\n".join([whole[0], *odd, whole[1], b'{"upd']))
+    begun.cut(2)
+    assert begun.train_log.read_bytes() == b"".join(line + b"\n" for line in whole)
+
+
+@pytest.mark.parametrize("content", ["[]", "{", "[" * 100_000, '{"config": []}', '{"config": {"seed": "x"}}'])
+def test_a_config_of_the_wrong_kind_is_named(begun: RunFolder, content: str) -> None:
+    (begun.path / "config.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"run/config\.json: the run's config cannot be"):
+        _ = begun.config
+    assert recorded_overrides(begun.path) == ()
