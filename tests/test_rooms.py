@@ -28,7 +28,8 @@ ROOMS = (
 TORCH_ONLY = ("config", "routing", "parallel", "experts", "layers")
 # Modules of no room: they stand behind this one.
 _FAIRSEQ = ("fairseq_checkpoints", "fairseq_compat", "fairseq_values")
-BESIDE = {"errors": -1, "parent": -1, "peer_pickles": -1, **dict.fromkeys(_FAIRSEQ, ROOMS.index("layers"))}
+_FIRST = ("errors", "parent", "peer_pickles", "safe_text", "screen")
+BESIDE = {**dict.fromkeys(_FIRST, -1), **dict.fromkeys(_FAIRSEQ, ROOMS.index("layers"))}
 
 
 def imports(source: str) -> Iterator[str]:

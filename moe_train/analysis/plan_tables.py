@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console, Group
 from rich.table import Table
+from rich.text import Text
 
 from moe_train.analysis.plan import Candidate, Plan, describe
 from moe_train.errors import plural
@@ -20,7 +21,8 @@ def render(plan: Plan) -> Group:
     """What ``moe-plan`` prints."""
     chosen = plan.chosen
     tables: list[Any] = [_model(chosen), _memory(plan), _traffic(chosen), _time(chosen), _layouts(plan)]
-    text = [f"[bold]Choice:[/] {describe(chosen.layout)}", *(f"  - {reason}" for reason in plan.reasons)]
+    choice = Text.assemble(("Choice:", "bold"), f" {describe(chosen.layout)}")
+    text: list[Text | str] = [choice, *(f"  - {reason}" for reason in plan.reasons)]
     if chosen.layout.world <= _PICTURED and chosen.shape.sparse:
         text.append(chosen.layout.picture(chosen.shape.sparse[0].num_experts))
     return Group(_cluster(plan), *tables, *text)
@@ -72,15 +74,16 @@ def _short(c: Candidate) -> dict[str, Any]:
     }
 
 
-def _cluster(plan: Plan) -> str:
+def _cluster(plan: Plan) -> Text:
     """What the figures are for: a plan that does not say so is taken for one of the reader's own machines."""
     cluster, layout = plan.config.cluster, plan.chosen.layout
     nodes, ranks = layout.world // layout.ranks_per_node, layout.ranks_per_node
     have = f"{plural(nodes, 'node')} of {plural(ranks, 'rank')}"
-    return (
-        f"[bold]Cluster:[/] {cluster.name}, {have}; cluster=… takes another\n"
+    return Text.assemble(
+        ("Cluster:", "bold"),
+        f" {cluster.name}, {have}; cluster=… takes another\n"
         f"  a rank: {cluster.memory_gb:g} GB, {cluster.tflops:g} TFLOP/s at {cluster.efficiency:.0%};"
-        f" GB/s: {cluster.bandwidth_node:g} in a node, {cluster.bandwidth_across:g} between\n"
+        f" GB/s: {cluster.bandwidth_node:g} in a node, {cluster.bandwidth_across:g} between\n",
     )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from moe_train.errors import MissingDependency
+from moe_train.safe_text import for_terminal
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -91,7 +92,9 @@ def _svg(figure: Figure, name: str, legend: bool = False) -> str:
     import matplotlib
 
     if legend:
-        figure.axes[0].legend(frameon=False)
+        for label in figure.axes[0].legend(frameon=False).get_texts():
+            label.set_text(for_terminal(label.get_text()))
+            label.set_parse_math(False)  # a name between dollars is no formula
     stream = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         figure.savefig(stream, format="svg", metadata={"Date": None})

@@ -19,6 +19,7 @@ from moe_train.analysis.report_table import (
     run_cells,
     score_cells,
 )
+from moe_train.safe_text import for_csv, for_markdown
 
 
 def to_csv(runs: Sequence[RunReport], comparisons: Comparisons) -> str:
@@ -47,7 +48,7 @@ def to_csv(runs: Sequence[RunReport], comparisons: Comparisons) -> str:
         row.append(comparisons.baseline)
         for group in groups:
             row += _csv_group(run, group, comparisons)
-        writer.writerow(["" if value is None else value for value in row])
+        writer.writerow(["" if value is None else for_csv(value) for value in row])
     return stream.getvalue()
 
 
@@ -73,7 +74,7 @@ def directions_csv(runs: Sequence[RunReport], comparisons: Comparisons) -> str:
             found = comparisons.by_run.get(run.name, {}).get(direction)
             if found is not None:
                 row += [found.difference.bleu, f"{found.bleu_p:.4g}", found.difference.chrf, f"{found.chrf_p:.4g}"]
-            writer.writerow([*row, *[""] * (9 - len(row))])
+            writer.writerow(map(for_csv, [*row, *[""] * (9 - len(row))]))
     return stream.getvalue()
 
 
@@ -92,14 +93,11 @@ def to_markdown(runs: Sequence[RunReport], comparisons: Comparisons) -> str:
     if rows:
         parts += ["", *_markdown(("directions", "run", "strategy", "BLEU", "chrF++", "against baseline"), rows)]
     for line in (*failures(runs), *explanation(comparisons)):
-        parts += ["", _escaped(line)]
+        parts += ["", for_markdown(line)]
     return "\n".join(parts) + "\n"
 
 
 def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     rule = ["---:" if name in RIGHT else "---" for name in header]
-    return [f"| {' | '.join(map(_escaped, row))} |" for row in (header, rule, *rows)]
-
-
-def _escaped(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+    cells = ([*map(for_markdown, header)], rule, *([*map(for_markdown, row)] for row in rows))
+    return [f"| {' | '.join(row)} |" for row in cells]

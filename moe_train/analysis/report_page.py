@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
 
 from moe_train.analysis import report_figures as figures
@@ -11,6 +10,7 @@ from moe_train.analysis.report_runs import RunReport
 from moe_train.analysis.report_table import run_cells
 from moe_train.evaluation.averages import tier_of
 from moe_train.evaluation.results import BASELINES, Results
+from moe_train.safe_text import for_html
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 56rem; padding: 0 1rem; color: #222; }
@@ -40,9 +40,9 @@ def run_page(run: RunReport) -> str:
     Raises:
         MissingDependency: matplotlib is not installed.
     """
-    parts = [f"<h1>{escape(run.name)}</h1>", _facts(run)]
+    parts = [f"<h1>{for_html(run.name)}</h1>", _facts(run)]
     if run.failed:
-        parts.append(f'<p class="failed">Failed: {escape(run.cause)}</p>')
+        parts.append(f'<p class="failed">Failed: {for_html(run.cause)}</p>')
     parts += _section("Loss", [figures.loss_curves(run.train, run.valid)])
     parts += _section("Routing losses", [figures.auxiliary_curves(run.train)])
     parts += _section("Load per expert", _loads(run.train))
@@ -51,13 +51,13 @@ def run_page(run: RunReport) -> str:
     parts += _section("Speed", [figures.speed_curve(run.train)])
     body = "\n".join(parts)
     return (
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{escape(run.name)}</title>\n'
+        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{for_html(run.name)}</title>\n'
         f"<style>{_STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
     )
 
 
 def _section(title: str, content: Sequence[str]) -> list[str]:
-    return [f"<h2>{escape(title)}</h2>", *content] if any(content) else []
+    return [f"<h2>{for_html(title)}</h2>", *content] if any(content) else []
 
 
 def _facts(run: RunReport) -> str:
@@ -75,13 +75,13 @@ def _facts(run: RunReport) -> str:
             rows[name] = str(run.info[name])
     if run.overrides:
         rows["overrides"] = " ".join(run.overrides)
-    return _table((), [[name, f"<code>{escape(value)}</code>"] for name, value in rows.items()], text=True)
+    return _table((), [[name, f"<code>{for_html(value)}</code>"] for name, value in rows.items()], text=True)
 
 
 def _loads(train: Sequence[Mapping[str, Any]]) -> list[str]:
     layers = sorted({layer for line in train for layer in line.get("load", {})}, key=lambda name: (len(name), name))
     drawn = [(layer, figures.load_map(train, layer)) for layer in layers]
-    return [f"<h3>sparse layer {escape(layer)}</h3>\n{svg}" for layer, svg in drawn if svg]
+    return [f"<h3>sparse layer {for_html(layer)}</h3>\n{svg}" for layer, svg in drawn if svg]
 
 
 def _scores(results: Results) -> str:
@@ -97,19 +97,19 @@ def _scores(results: Results) -> str:
     for direction, result in results.directions.items():
         scores = [result.scores, *(result.baselines[name] for name in BASELINES)]
         cells = [f"{value:.1f}" for entry in scores for value in (entry.bleu, entry.chrf)]
-        rows.append([escape(direction), escape(tier_of(direction, results.tiers)), f"{result.sentences:,}", *cells])
+        rows.append([for_html(direction), for_html(tier_of(direction, results.tiers)), f"{result.sentences:,}", *cells])
     for group, members in results.groups.items():
         scores = [results.average(members), *(results.average(members, name) for name in BASELINES)]
         cells = [f"<b>{value:.1f}</b>" for entry in scores for value in (entry.bleu, entry.chrf)]
-        rows.append([f"<b>{escape('average' if group == 'all' else group)}</b>", "", str(len(members)), *cells])
+        rows.append([f"<b>{for_html('average' if group == 'all' else group)}</b>", "", str(len(members)), *cells])
     signatures = [*results.signatures["bleu"].values(), results.signatures["chrf"]]
-    small = "".join(f"<li><code>{escape(line)}</code></li>" for line in [*signatures, *results.notes])
+    small = "".join(f"<li><code>{for_html(line)}</code></li>" for line in [*signatures, *results.notes])
     return f"{_table(header, rows)}\n<ul>{small}</ul>"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]], text: bool = False) -> str:
     """Cells are HTML; headings are text."""
-    head = f"<tr>{''.join(f'<th>{escape(name)}</th>' for name in header)}</tr>\n" if header else ""
+    head = f"<tr>{''.join(f'<th>{for_html(name)}</th>' for name in header)}</tr>\n" if header else ""
     cell = '<td class="text">' if text else "<td>"
     body = "\n".join(f"<tr>{''.join(f'{cell}{value}</td>' for value in row)}</tr>" for row in rows)
     return f"<table>\n{head}{body}\n</table>"

@@ -14,6 +14,7 @@ from moe_train.analysis.report_compare import Comparisons
 from moe_train.analysis.report_runs import RunReport
 from moe_train.analysis.report_settings import settings
 from moe_train.evaluation.averages import TIERS
+from moe_train.safe_text import for_terminal
 
 GROUPS = ("all", "from English", "into English", "between others", *(f"{tier} resource" for tier in TIERS))
 _RESULTS = ("run", "strategy", "status", "updates", "words/s", "valid nll")
@@ -120,7 +121,7 @@ def _table(columns: Sequence[str]) -> Table:
 
 def _cells(texts: Sequence[str]) -> list[Text]:
     """As they are: of plain words rich would take ``[en-de]`` for a style, and leave it out."""
-    return [Text(text) for text in texts]
+    return [Text(for_terminal(text)) for text in texts]
 
 
 def _folded(name: str) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -31,6 +30,7 @@ from moe_train.launch.environment import launched_rank, local_rank, under_launch
 from moe_train.launch.leaving import leave
 from moe_train.launch.schemas import forget_foreign_schemas
 from moe_train.launch.slurm import take_place
+from moe_train.safe_text import current_traceback
 
 _PATIENCE = 15.0  # seconds; rank 0 finds a mistake some seconds later than others, since it is a Hydra app too
 
@@ -48,7 +48,7 @@ def run_app(config_name: str, callback: Callback) -> None:
     except Exception:
         if not under_launcher():
             raise
-        traceback.print_exc()
+        print(current_traceback(), file=sys.stderr, end="")
         leave(1)
 
 

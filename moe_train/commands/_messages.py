@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from rich.console import Console
-
 from moe_train.errors import UserError
 from moe_train.launch.environment import launched_rank
+from moe_train.screen import Screen
 
 
 def say_error(error: Exception, about: str = "") -> None:
@@ -16,7 +15,7 @@ def say_error(error: Exception, about: str = "") -> None:
     """
     rank = launched_rank()
     prefix = f"[rank {rank}] " if rank else ""
-    console = Console(stderr=True, soft_wrap=True)
+    console = Screen(stderr=True, soft_wrap=True)
     label = "Error:" if isinstance(error, UserError) else "Failed:"
-    console.print(f"{prefix}[bold red]{label}[/]", end=" ", highlight=False)
+    console.print(f"{prefix}[bold red]{label}[/]", end=" ", highlight=False, markup=True)
     console.print(f"{about}: {error}" if about else str(error), highlight=False, markup=False)

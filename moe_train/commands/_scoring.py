@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from rich.console import Console
-
 from moe_train.config import RunConfig
 from moe_train.config.evaluation import EvaluateConfig
 from moe_train.errors import ConfigError
@@ -11,6 +9,7 @@ from moe_train.evaluation.evaluate import evaluate
 from moe_train.evaluation.measured import measure, show_measures
 from moe_train.evaluation.table import show
 from moe_train.launch.environment import under_launcher
+from moe_train.screen import Screen
 from moe_train.training.run_folder import RunFolder
 from moe_train.training.world import World
 
@@ -23,11 +22,11 @@ def score(config: EvaluateConfig, world: World) -> float:
     """
     if not RunFolder.open(config.run).config.task.translates:
         measured = measure(config)
-        show_measures(measured, Console())
+        show_measures(measured, Screen())
         return next(iter(measured["average"].values()))
-    results = evaluate(config, Console(stderr=True) if world.main else None)
+    results = evaluate(config, Screen(stderr=True) if world.main else None)
     if world.main:
-        show(results, Console())
+        show(results, Screen())
     return results.average().chrf
 
 

@@ -8,7 +8,6 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 
 from moe_train.commands._app import said_once
@@ -24,6 +23,7 @@ from moe_train.launch.joining import joined_world, logging_to, ranks_per_node, w
 from moe_train.launch.local import launch
 from moe_train.launch.requeue import leave_saved
 from moe_train.models.accounting import account
+from moe_train.screen import Screen
 from moe_train.tasks import TaskData, build_task, locate_data, open_data
 from moe_train.training import Outcome, RunFolder, World, train
 from moe_train.training.checkpoints import everywhere
@@ -153,10 +153,10 @@ def _begin(folder: RunFolder, config: RunConfig, data: TaskData) -> Outcome | No
     folder.check(config, data.fingerprint)
     if folder.exists and folder.finished and not folder.extended_by(config):
         info = folder.info
-        Console().print(f"nothing to do, the run is finished: {folder.path}", highlight=False, soft_wrap=True)
+        Screen().print(f"nothing to do, the run is finished: {folder.path}", highlight=False, soft_wrap=True)
         return Outcome(info["status"], info["update"], info.get("best"), info.get("best_update", 0))
     for text in session_notes(folder, config):
-        Console().print(f"[yellow]note:[/] {escape(text)}", highlight=False, soft_wrap=True)
+        Screen().print(f"[yellow]note:[/] {escape(text)}", highlight=False, markup=True, soft_wrap=True)
     folder.begin(config, data.fingerprint, overrides())
     return None
 
@@ -177,5 +177,5 @@ def _train(config: RunConfig, data: Any, folder: RunFolder, world: World) -> Out
             world=world,
             validate_bleu=validate_bleu,
             account=lambda module, pairs_per_token: account(module, pairs_per_token).to_mapping(),
-            console=Console(),
+            console=Screen(),
         )

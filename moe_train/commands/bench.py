@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
@@ -28,6 +27,7 @@ from moe_train.config import ModelConfig, build
 from moe_train.config.paths import configs_directory
 from moe_train.experts.native import serves
 from moe_train.parallel.processor import processor_maker
+from moe_train.screen import Screen
 from moe_train.training.about import commit
 from moe_train.training.integrity import replace_text
 
@@ -118,7 +118,7 @@ def markdown(title: str, lines: Lines, notes: Sequence[str], about: dict[str, An
 
 
 def _report(given: argparse.Namespace, title: str, lines: Lines, notes: Sequence[str], rows: Sequence[Any]) -> None:
-    Console().print(table(title, lines, notes))
+    Screen().print(table(title, lines, notes))
     about = {
         "command": " ".join(["moe-bench", *(word for word in sys.argv[1:])]),
         "commit": commit(),
@@ -143,7 +143,7 @@ def _processor() -> str:
 
 
 def _tracked(plan: Sequence[Any]) -> Iterable[Any]:
-    return track(plan, "timing", console=Console(stderr=True), transient=True)
+    return track(plan, "timing", console=Screen(stderr=True), transient=True)
 
 
 def _parser() -> argparse.ArgumentParser:

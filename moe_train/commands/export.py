@@ -11,15 +11,14 @@ from moe_train.commands._app import run_app
 def run(mapping: Mapping[str, Any]) -> None:
     """Exports, and says where to."""
     # torch and fairseq take seconds to import: a misspelt key should not wait for them.
-    from rich.console import Console
-
     from moe_train.config import build
     from moe_train.config.evaluation import ExportConfig
     from moe_train.evaluation.export import export_run
+    from moe_train.screen import Screen
 
     folder = export_run(build(ExportConfig, mapping))
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    Console().print(f"exported: {folder} ({size / 1e6:,.1f} MB)", highlight=False, soft_wrap=True)
+    Screen().print(f"exported: {folder} ({size / 1e6:,.1f} MB)", highlight=False, soft_wrap=True)
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ from moe_train.errors import CheckpointError, UserError, did_you_mean
 from moe_train.fairseq_checkpoints import said
 from moe_train.fairseq_compat import apply
 from moe_train.fairseq_values import ValueRefused
+from moe_train.safe_text import for_terminal
 
 COMMANDS = ("train", "generate", "interactive", "validate", "score", "preprocess")
 _ON_A_CHECKPOINT = ("generate", "interactive", "validate")  # task, model and criterion come from a file
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _run(words[0], words[1:])
     except UserError as error:
-        print(f"moe-fairseq: {error}", file=sys.stderr)
+        print(for_terminal(f"moe-fairseq: {error}"), file=sys.stderr)
         return 2
     return 0
 

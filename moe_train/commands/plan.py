@@ -14,13 +14,13 @@ from moe_train.commands._hydra import group_choices, overrides
 def run(mapping: Mapping[str, Any]) -> None:
     """Prints the plan, and writes it where ``json`` says."""
     # torch and fairseq take seconds to import: a misspelt key should not wait for them.
-    from rich.console import Console
-
     from moe_train.analysis.plan import make_plan
     from moe_train.analysis.plan_tables import as_mapping, show
     from moe_train.analysis.train_command import train_command, train_words
     from moe_train.config import build
     from moe_train.config.plan import PlanConfig
+    from moe_train.safe_text import for_terminal
+    from moe_train.screen import Screen
     from moe_train.training.integrity import replace_text
 
     config = build(PlanConfig, mapping)
@@ -30,8 +30,8 @@ def run(mapping: Mapping[str, Any]) -> None:
     if config.json == "-":
         print(content)
         return
-    show(plan, Console())
-    print(f"\nTo train it (DIR: a folder of moe-prepare):\n{train_command(plan, words)}")
+    show(plan, Screen())
+    print(for_terminal(f"\nTo train it (DIR: a folder of moe-prepare):\n{train_command(plan, words)}"))
     if config.json:
         replace_text(Path(config.json), content + "\n")
 

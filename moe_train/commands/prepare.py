@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Console
-
 from moe_train.commands._app import run_app
 
 
@@ -17,8 +15,9 @@ def run(mapping: Mapping[str, Any]) -> None:
     from moe_train.data.prepare import prepare
     from moe_train.data.progress import Progress
     from moe_train.data.summary import show
+    from moe_train.screen import Screen
 
-    console = Console()
+    console = Screen()
     show(prepare(build(PrepareConfig, mapping), Progress(console)), console)
 
 

@@ -11,13 +11,12 @@ from moe_train.commands._app import run_app
 def run(mapping: Mapping[str, Any]) -> None:
     """Prints and writes the leaderboard."""
     # torch and fairseq take seconds to import: a misspelt key should not wait for them.
-    from rich.console import Console
-
     from moe_train.analysis.report import make_report
     from moe_train.config import build
     from moe_train.config.evaluation import ReportConfig
+    from moe_train.screen import Screen
 
-    make_report(build(ReportConfig, mapping), Console())
+    make_report(build(ReportConfig, mapping), Screen())
 
 
 def main() -> None:

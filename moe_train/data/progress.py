@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
+from moe_train.screen import Screen
+
 Advance = Callable[[int], None]
 
 
@@ -20,7 +22,7 @@ class Progress:
     """
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(quiet=True)
+        self.console = console or Screen(quiet=True)
 
     def say(self, text: str) -> None:
         """Prints a line."""
@@ -29,7 +31,7 @@ class Progress:
     @contextmanager
     def stage(self, name: str, total: int | None = None) -> Iterator[Advance]:
         """Shows a bar while the block runs; the value is called with the amount done since last time."""
-        columns = (TextColumn("{task.description:<28}"), BarColumn(24), MofNCompleteColumn())
+        columns = (TextColumn("{task.description:<28}", markup=False), BarColumn(24), MofNCompleteColumn())
         with Bars(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.console) as bars:
             task = bars.add_task(name, total=total)
 

@@ -26,6 +26,7 @@ from moe_train.evaluation.results import DirectionResult, Results, read_results
 from moe_train.evaluation.routed_tokens import describe_all
 from moe_train.evaluation.scoring import AUTO, Scorer, require_tokenizer
 from moe_train.evaluation.sharding import decode
+from moe_train.screen import Screen
 from moe_train.training.about import versions
 from moe_train.training.checkpoints import everywhere
 from moe_train.training.integrity import MANIFEST, replace_text
@@ -248,7 +249,7 @@ def _speed(
 def _progress(console: Console | None, total: int) -> Iterator[Callable[[int], None]]:
     columns = (TextColumn("translating"), BarColumn(), MofNCompleteColumn(), TextColumn("sentences"))
     with Progress(
-        *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console or Console(quiet=True)
+        *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console or Screen(quiet=True)
     ) as progress:
         task = progress.add_task("", total=total)
         yield lambda count: progress.advance(task, count)

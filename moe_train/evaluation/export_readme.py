@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from moe_train.config import RunConfig
+from moe_train.safe_text import for_markdown
 from moe_train.training.names import EXPERT, MODEL
 
 
@@ -15,7 +16,7 @@ def readme(exported: Mapping[str, Any], config: RunConfig, tensors: Mapping[str,
     """Markdown: origin, use, and a table of the tensors, experts of a layer in one line."""
     total = sum(tensor.numel() for tensor in tensors.values())
     lines = [
-        f"# {exported['run']}, {exported['checkpoint']}",
+        f"# {for_markdown(exported['run'])}, {exported['checkpoint']}",
         "",
         f"Exported by moe_train {exported['moe_train']}: task {config.task.name}, routing {config.routing['name']}, "
         f"{total:,} numbers.",

@@ -11,6 +11,7 @@ from typing import IO
 from moe_train.data.languages import offer_language
 from moe_train.data.lines import decode_line, split_lines
 from moe_train.errors import DataError
+from moe_train.safe_text import for_terminal
 
 _PAUSE = 0.05  # seconds without a new line after which a buffer is translated as it is
 
@@ -80,4 +81,4 @@ def prompt(translate: Callable[[str], str], source: str, target: str) -> int:
             print()
             return count
         count += 1
-        print(f"{target}> {translate(line)}" if line.strip() else "", flush=True)
+        print(f"{target}> {for_terminal(translate(line))}" if line.strip() else "", flush=True)

@@ -16,6 +16,8 @@ from moe_train.errors import plural
 from moe_train.evaluation.decoding import Translator
 from moe_train.evaluation.loading import choose_device, open_run
 from moe_train.evaluation.stream import buffers, check_languages, prompt
+from moe_train.safe_text import for_terminal
+from moe_train.screen import Screen
 
 Translate = Callable[[list[str], Callable[[int], None] | None], list[str]]
 
@@ -29,7 +31,7 @@ def translate_input(config: TranslateConfig) -> None:
         ConfigError, CheckpointError: as :func:`moe_train.evaluation.loading.open_run`.
         DataError: a language that the model does not know, or input that is not UTF-8.
     """
-    console = Console(stderr=True, highlight=False)
+    console = Screen(stderr=True, highlight=False)
     if config.threads:
         torch.set_num_threads(config.threads)
     run = open_run(config.run, config.checkpoint, config.data, config.inference)
@@ -62,6 +64,8 @@ def _pipe(translate: Translate, size: int, console: Console) -> None:
         try:
             for buffer in buffers(sys.stdin.buffer, size):
                 lines = translate(buffer, lambda count: progress.advance(task, count))
+                if sys.stdout.isatty():
+                    lines = [for_terminal(line) for line in lines]
                 sys.stdout.buffer.write("".join(f"{line}\n" for line in lines).encode("utf-8"))
                 sys.stdout.buffer.flush()
         except BrokenPipeError:  # the reader has seen enough, as `head` does

@@ -16,6 +16,7 @@ from typing import Any
 
 from moe_train.errors import UserError
 from moe_train.launch.environment import JOB
+from moe_train.safe_text import for_terminal
 
 
 @dataclass(frozen=True)
@@ -143,8 +144,9 @@ def agents_file() -> str:
 
 def tell_agent(failure: Failure, path: Path) -> None:
     """Writes a failure in the form that torchrun's agent reads and shows under "Root Cause"."""
-    extra = {"py_callstack": failure.text(), "timestamp": str(int(failure.time))}
-    _write_whole(path, {"message": {"message": failure.text(), "extraInfo": extra}})
+    text = for_terminal(failure.text())  # the agent prints it as it is
+    extra = {"py_callstack": text, "timestamp": str(int(failure.time))}
+    _write_whole(path, {"message": {"message": text, "extraInfo": extra}})
 
 
 def failure_file(job: Path, rank: int) -> Path:

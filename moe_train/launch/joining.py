@@ -34,6 +34,7 @@ from moe_train.launch.leaving import within
 from moe_train.launch.meeting import fresh_store
 from moe_train.launch.standing import FLIGHT_RECORDER, set_time_limit
 from moe_train.launch.watch import MARGIN, watched
+from moe_train.safe_text import LogFormatter
 from moe_train.training.world import World
 
 _ECHO_PATIENCE = 3.0  # seconds: whoever has failed first is told of before those that it has torn along
@@ -164,7 +165,7 @@ def logging_to(folder: Path, rank: int) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"rank_{rank}.log"
     handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter(_FORMAT))
+    handler.setFormatter(LogFormatter(_FORMAT))
     logger = logging.getLogger("moe_train")
     level, propagate = logger.level, logger.propagate
     logger.setLevel(logging.INFO)

@@ -11,6 +11,7 @@ import time
 from moe_train.errors import LaunchError
 from moe_train.launch.environment import launched_rank
 from moe_train.launch.slurm import job_state, own_job
+from moe_train.safe_text import for_terminal
 
 INTERRUPTED = 75  # sysexits.h: EX_TEMPFAIL
 _TRIES, _PAUSE = 3, 2.0  # seconds between them
@@ -56,4 +57,4 @@ def _still_runs() -> bool:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(for_terminal(text), file=sys.stderr, flush=True)

@@ -21,13 +21,13 @@ from hydra.core.utils import JobReturn, JobStatus, filter_overrides
 from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
 from hydra_plugins.hydra_submitit_launcher.submitit_launcher import BaseSubmititLauncher
 from omegaconf import DictConfig, OmegaConf, open_dict
-from rich.console import Console
 
 from moe_train.errors import LaunchError
 from moe_train.launch.environment import SECRET
 from moe_train.launch.failures import write_failure
 from moe_train.launch.schemas import forget_foreign_schemas
 from moe_train.launch.slurm import check_slurm
+from moe_train.screen import Screen
 
 _COMMON = frozenset(field.name for field in dataclasses.fields(BaseQueueConf))  # the rest is of one executor alone
 _POLL = 0.2  # seconds
@@ -98,7 +98,7 @@ class SubmittedJobs(BaseSubmititLauncher):
         return str(self.config.hydra.sweep.dir)
 
     def _say(self, text: str) -> None:
-        Console().print(text, highlight=False, markup=False, soft_wrap=True)
+        Screen().print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _plan(self, number: int, overrides: Sequence[str]) -> SweepJob:
         config = self.hydra_context.config_loader.load_sweep_config(self.config, list(overrides))

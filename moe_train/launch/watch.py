@@ -30,6 +30,7 @@ from moe_train.launch.failures import Failure, leave_failure, tell_agent
 from moe_train.launch.leaving import leave, within
 from moe_train.launch.standing import ALIVE, Beat, beat, born, condition, entered, set_time_limit
 from moe_train.launch.verdict import culprits, failure, failure_of_silent, silent_ranks
+from moe_train.safe_text import for_terminal
 from moe_train.training.run_folder import FAILURE
 from moe_train.training.world import World
 
@@ -189,7 +190,7 @@ class _Watch(threading.Thread):
         record = folder / FAILURE if speaker and folder is not None else None
         leave_failure(found if speaker or has_our_parent() else found.retold(), self.world.rank, record)
         if speaker and not has_our_parent():
-            within(_TELLING, lambda: print(f"Failed: {found.text()}", file=sys.stderr, flush=True))
+            within(_TELLING, lambda: print(for_terminal(f"Failed: {found.text()}"), file=sys.stderr, flush=True))
 
 
 def _beat_of(rank: int, text: str | None) -> Beat:

@@ -9,7 +9,6 @@ import importlib
 import json
 import os
 import sys
-import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +18,7 @@ from moe_train.errors import UserError
 from moe_train.launch.failures import failure_file, write_failure
 from moe_train.launch.leaving import leave
 from moe_train.parent import die_with
+from moe_train.safe_text import current_traceback
 
 
 def main() -> None:
@@ -42,7 +42,9 @@ def _fail(path: Path, rank: int, error: BaseException) -> NoReturn:
             write_failure(path, rank, error)
             told = True
         if not told or (rank and not isinstance(error, UserError)):
-            traceback.print_exc()  # into this rank's log; rank 0's is shown by the parent if it came first
+            print(
+                current_traceback(), file=sys.stderr, end=""
+            )  # into this rank's log; rank 0's is shown by the parent if it came first
     finally:
         leave(2 if isinstance(error, UserError) else 1)
 

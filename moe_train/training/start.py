@@ -125,7 +125,7 @@ def _assemble(given: _Parts) -> Loop:
     notes = keeper.notes()
     if given.screen is not None:
         for text in notes:
-            given.screen.print(f"[yellow]note:[/] {escape(text)}", highlight=False, soft_wrap=True)
+            given.screen.print(f"[yellow]note:[/] {escape(text)}", highlight=False, markup=True, soft_wrap=True)
         given.screen.print(summary(folder, config, state, samples.batches))
         _say_layout(given, layout)
     return Loop(
@@ -152,7 +152,7 @@ def _say_layout(given: _Parts, layout: ExpertLayout) -> None:
     for text in pictures(given.config, layout.plan):
         given.screen.print(text, highlight=False, markup=False)
     for text in layout_warnings(given.config, layout.plan):
-        given.screen.print(f"[yellow]note:[/] {escape(text)}", highlight=False)
+        given.screen.print(f"[yellow]note:[/] {escape(text)}", highlight=False, markup=True)
 
 
 def _engine(given: _Parts, ranks: Ranks, layout: ExpertLayout) -> Engine:

@@ -24,6 +24,7 @@ from moe_train.analysis.report_table import ranked
 from moe_train.config.evaluation import ReportConfig
 from moe_train.errors import ConfigError
 from moe_train.evaluation.outputs import OutputFiles
+from moe_train.screen import Screen
 from moe_train.training.heartbeat import heartbeat
 from moe_train.training.run_folder import ALIVE
 from tests.analysis.report_folders import DIRECTIONS, failure, overridden, references, scored, trained
@@ -257,6 +258,41 @@ def test_the_leaderboard_fits_a_terminal(tmp_path: Path) -> None:
     written = (tmp_path / "leaderboard.csv").read_text()
     assert "routing.num_experts=16" in written and "resume=missing" in written, "of all words there is a record"
     assert "| routing.num_experts=16 launch.processes=2 |" in (tmp_path / "leaderboard.md").read_text()
+
+
+def test_what_a_run_folder_holds_is_shown_as_text(tmp_path: Path) -> None:
+    """Names, words, causes and notes with escape sequences, formulas, HTML and Markdown, in each place."""
+    escape = "\x1b]0;owned\x07\x1b[2J\u202e"
+    names = [f"=1+1 {escape}<b>x", "+[a](b)|c"]
+    for name, strategy in zip(names, ("@dense", "=switch"), strict=True):
+        run = overridden(trained(tmp_path / "runs" / name, strategy), f"++routing.note={escape}<script>")
+        scored(run, 0.6, seed=1, directions=("en-de",))
+        content = json.loads((run / "test.json").read_text())
+        (run / "test.json").write_text(json.dumps(content | {"notes": [f"<i>{escape}"]}))
+        log = run / "train.jsonl"
+        log.write_text(log.read_text().replace("balance_loss", "$\\\\frac{$_loss"))
+    spoilt = aged(tmp_path / "runs" / names[0])
+    (spoilt / "run.json").write_text('{"status": "running", "update": 150}')
+    failure(spoilt, f"-{escape}<b>[click](x)")
+    screen = io.StringIO()
+    out = tmp_path / "out"
+    console = Screen(file=screen, force_terminal=True, width=100)
+    make_report(ReportConfig((str(tmp_path / "runs"),), out=str(out), samples=20), console)
+    texts = {"screen": re.sub(r"\x1b\[[\d;]*m", "", screen.getvalue())}
+    texts |= {path.name: path.read_text() for path in out.iterdir()}
+    texts |= {f"page {name}": (tmp_path / "runs" / name / "report.html").read_text() for name in names}
+    assert len(texts) == 6
+    for place, text in texts.items():
+        assert "owned" in text or place == f"page {names[1]}", place
+        assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", text), place
+    cells = [
+        cell for name in texts if name.endswith(".csv") for row in csv.reader(io.StringIO(texts[name])) for cell in row
+    ]
+    assert not [cell for cell in cells if cell[:1] in "=+-@" and not re.fullmatch(r"|[+-]?[\d.e+-]+", cell)]
+    assert "'=1+1 ␛]0;owned␇␛[2J�<b>x" in cells and "'@dense" in cells
+    assert "\\<b\\>" in texts["leaderboard.md"] and not re.search(r"(?<!\\)[<\[]", texts["leaderboard.md"])
+    for name in names:
+        assert not re.search(r"<(b>x|script|i>)", texts[f"page {name}"])
 
 
 def test_the_page(sweep: Path) -> None:

@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -301,16 +300,6 @@ def test_mistakes_are_found_before_any_process_starts(
 
 def _keys(words: list[str]) -> list[str]:
     return [word.split("=")[0] for word in words]
-
-
-def test_a_taken_port(tiny_data: DataFolder, tmp_path: Path) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        command = words(tiny_data, tmp_path / "run", "launch.processes=2", f"launch.port={port}")
-        code, said = here(command[3:], tmp_path)
-    assert code == 2 and f"the port {port} is already taken" in said
 
 
 @pytest.fixture

@@ -5,11 +5,14 @@ from __future__ import annotations
 import io
 import os
 import threading
+from pathlib import Path
 
 import pytest
 
 from moe_train.errors import DataError
-from moe_train.evaluation.stream import buffers, check_languages
+from moe_train.evaluation.stream import buffers, check_languages, prompt
+from moe_train.evaluation.translate import _pipe
+from moe_train.screen import Screen
 
 
 def test_lines_end_at_line_feeds_only() -> None:
@@ -62,6 +65,30 @@ def test_a_line_without_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moe_train.data.lines._LONGEST", 1 << 20)
     with pytest.raises(DataError, match="standard input: line 2 is longer than 1 MiB"):
         list(buffers(io.BytesIO(b"one\n" + bytes(3 << 20)), 4))
+
+
+def test_translations_are_shown_on_terminals_and_left_alone_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def translate(lines: list[str], done: object) -> list[str]:
+        return ["\x1b[2J" + line for line in lines]
+
+    leader, follower = os.openpty()
+    for shown in (os.fdopen(follower, "w"), (tmp_path / "out").open("w")):
+        with shown, monkeypatch.context() as streams:
+            streams.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a\n")))
+            streams.setattr("sys.stdout", shown)
+            _pipe(translate, 10, Screen(quiet=True))
+            if shown.isatty():
+                assert os.read(leader, 100).decode() == "␛[2Ja\r\n"
+    assert (tmp_path / "out").read_bytes() == b"\x1b[2Ja\n"
+    os.close(leader)
+
+
+def test_the_prompt_shows_text(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
+    assert prompt(lambda line: "\x1b]0;owned\x07", "en", "de") == 1
+    assert "de> ␛]0;owned␇\n" in capsys.readouterr().out
 
 
 def test_languages() -> None:

@@ -18,6 +18,7 @@ from moe_train.launch.failures import (
     lost,
     out_of_memory,
     read_failure,
+    tell_agent,
     write_failure,
 )
 
@@ -52,6 +53,12 @@ def test_where_a_failure_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv(JOB, str(tmp_path))
     leave_failure(failure, 1)
     assert read_failure(tmp_path / "failure_1.json", 1, 2, 0.0) == failure
+
+
+def test_torchrun_s_agent_prints_text(tmp_path: Path) -> None:
+    tell_agent(failure_of(1, DataError("a bad \x1b[2Jline", "\x1b]0;owned\x07")), tmp_path / "error.json")
+    told = json.loads((tmp_path / "error.json").read_text())["message"]
+    assert told["message"] == "rank 1 failed first: ␛]0;owned␇: a bad ␛[2Jline." == told["extraInfo"]["py_callstack"]
 
 
 def test_echoes() -> None:

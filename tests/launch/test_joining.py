@@ -33,9 +33,9 @@ def test_who_counts_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_each_rank_has_a_log(tmp_path: Path) -> None:
     logger = logging.getLogger("moe_train")
     with logging_to(tmp_path, 3) as path:
-        logger.info("seen")
+        logger.info("seen \x1b[2J")
     logger.info("not seen")
-    assert path.name == "rank_3.log" and "INFO moe_train: seen" in path.read_text()
+    assert path.name == "rank_3.log" and "INFO moe_train: seen ␛[2J" in path.read_text()
     assert "not seen" not in path.read_text() and not logger.handlers
 
 

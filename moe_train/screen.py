@@ -1,0 +1,31 @@
+"""The console of all commands: what it prints is text, unless it says itself that it is markup."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
+from rich.text import Text
+
+from moe_train.safe_text import for_terminal
+
+
+class Screen(Console):
+    """A console of rich's that shows control characters in what is printed, in tables too, and sends them nowhere.
+
+    Strings are no markup (``print(…, markup=True)`` makes them so), and ``:bug:`` is no picture.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"markup": False, "emoji": False, **options})
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Strings, before their width is measured."""
+        return super().render_str(for_terminal(text), **options)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """What rich makes of all else; its own sequences for colours and the cursor are added later."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(for_terminal(segment.text), segment.style)
