@@ -11,12 +11,17 @@ every process). fairseq's source on disk stays as it is. Importing this module i
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import dataclasses
 import functools
 import importlib
 import importlib.util
+import os
+import pickle
+import shutil
 import sys
+import tempfile
 import types
 import warnings
 from collections.abc import Callable, Collection, Iterator
@@ -136,12 +141,35 @@ def _broadcasts_from_own_ranks() -> None:
     import torch.distributed as dist
     from fairseq.distributed import utils
 
+    from moe_train.peer_pickles import loads, read_data_only
+
+    read_data_only()
+
     def broadcast_object_slow(obj: Any, src_rank: int, group: Any, dist_device: Any) -> Any:
         box = [obj]
         dist.broadcast_object_list(box, src=src_rank, group=group, device=dist_device)
         return box[0]
 
     utils._broadcast_object_slow = broadcast_object_slow
+    utils.pickle = types.SimpleNamespace(dumps=pickle.dumps, loads=loads, UnpicklingError=pickle.UnpicklingError)
+
+
+def _ranks_of_one_host_meet_in_a_folder() -> None:
+    from fairseq.distributed import utils
+
+    from moe_train.parallel.loopback import LOOPBACK
+
+    original = utils._infer_single_node_init
+
+    @functools.wraps(original)
+    def infer(config: Any) -> None:
+        original(config)
+        folder = tempfile.mkdtemp(prefix="moe_fairseq-")  # of mode 0700
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        os.environ.update(LOOPBACK)
+        config.distributed_init_method = f"file://{folder}/rendezvous"
+
+    utils._infer_single_node_init = infer
 
 
 def _encoder_layers_load_plainly() -> None:
@@ -256,9 +284,15 @@ PATCHES: tuple[Patch, ...] = (
     ),
     Patch(
         "object_broadcast",
-        "fairseq broadcasts objects through torch.load, which refuses its own placeholders since torch 2.6. The bytes "
-        "come from a rank of the same run, so torch's broadcast of objects takes over.",
+        "fairseq broadcasts objects through torch.load, which refuses its own placeholders since torch 2.6: torch's "
+        "broadcast of objects takes over. What other ranks send, statistics too, is read as data and never run.",
         after=_broadcasts_from_own_ranks,
+    ),
+    Patch(
+        "single_node_store",
+        "The ranks that fairseq starts on one host meet at a TCP port, which listens on all interfaces and takes what "
+        "anyone writes. They meet in a folder that only their user may enter.",
+        after=_ranks_of_one_host_meet_in_a_folder,
     ),
     Patch(
         "encoder_layer_loading",

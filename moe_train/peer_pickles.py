@@ -7,6 +7,7 @@ ranks tell one another JSON (:class:`moe_train.training.world.World`).
 from __future__ import annotations
 
 import builtins
+import io
 import pickle
 import sys
 from typing import Any
@@ -38,14 +39,26 @@ _PLANS = {  # torch.distributed.checkpoint's
     },
     "storage": {"WriteResult"},
 }
+_VALUES = {  # plain values, and what fairseq's statistics and checkpoints are made of
+    "argparse": {"Namespace"},
+    "builtins": {"bool", "bytes", "complex", "dict", "float", "int", "list", "set", "str", "tuple"},
+    "collections": {"OrderedDict", "defaultdict"},
+    "fairseq.distributed.utils": {"_TensorPlaceholder"},
+    "numpy": {"dtype", "ndarray"},
+    "numpy._core.multiarray": {"_reconstruct", "scalar"},
+    "omegaconf.base": {"ContainerMetadata", "Metadata"},
+    "omegaconf.dictconfig": {"DictConfig"},
+    "omegaconf.listconfig": {"ListConfig"},
+    "omegaconf.nodes": {"AnyNode", "BooleanNode", "FloatNode", "IntegerNode", "StringNode"},
+    "torch": {"Size", "device"},
+    "torch._utils": {"_rebuild_parameter", "_rebuild_tensor_v2"},
+    "torch.serialization": {"_get_layout"},
+    "traceback": {"FrameSummary", "StackSummary"},
+    "typing": {"Any"},
+}
 _NAMES = {
     *((f"torch.distributed.checkpoint.{module}", name) for module, names in _PLANS.items() for name in names),
-    ("collections", "OrderedDict"),
-    ("torch", "Size"),
-    ("torch", "device"),
-    ("torch.serialization", "_get_layout"),
-    ("traceback", "FrameSummary"),
-    ("traceback", "StackSummary"),
+    *((module, name) for module, names in _VALUES.items() for name in names),
 }
 
 
@@ -54,7 +67,7 @@ class PeerError(Exception):
 
 
 class DataUnpickler(pickle.Unpickler):
-    """Builds plain values, torch.distributed.checkpoint's plans and errors, and nothing else.
+    """Builds plain values, tensors, torch.distributed.checkpoint's plans and errors, and nothing else.
 
     Raises:
         pickle.UnpicklingError: from ``load``, where a pickle names anything else.
@@ -64,12 +77,23 @@ class DataUnpickler(pickle.Unpickler):
         """What a pickle may name."""
         if (module, name) in _NAMES:
             return super().find_class(module, name)
+        if (module, name) == ("torch.storage", "_load_from_bytes"):  # which unpickles whatever it is given
+            return _load_storage
         found = getattr(sys.modules.get(module), name, None)
         if module == "torch" and isinstance(found, torch.dtype):
             return found
         if isinstance(found, type) and issubclass(found, BaseException):
             return found if module == builtins.__name__ else PeerError
         raise pickle.UnpicklingError(f"another rank sent {module}.{name}, which is no plain data: it was not built")
+
+
+def _load_storage(content: bytes) -> Any:
+    return torch.load(io.BytesIO(content), weights_only=True)
+
+
+def loads(content: bytes) -> Any:
+    """As ``pickle.loads``, by :class:`DataUnpickler`."""
+    return DataUnpickler(io.BytesIO(content)).load()
 
 
 def read_data_only() -> None:

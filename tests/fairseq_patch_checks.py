@@ -14,6 +14,7 @@ import os
 import sys
 import tempfile
 import traceback
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,19 +66,46 @@ def plain_values() -> None:
 
 
 def object_broadcast() -> None:
+    import numpy as np
     import torch
     from fairseq.distributed import utils
+    from omegaconf import OmegaConf
 
-    sent = {"weights": torch.arange(3), "args": argparse.Namespace(seed=7)}
+    sent = {"weights": torch.arange(3), "args": argparse.Namespace(seed=7), "cfg": OmegaConf.create({"a": [1, None]})}
 
     def rank(number: int, store: str) -> None:
         torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=number, world_size=2)
         group = torch.distributed.group.WORLD
         got = utils.broadcast_object(sent if number == 0 else None, src_rank=0, group=group)
         torch.distributed.destroy_process_group()
-        assert torch.equal(got["weights"], sent["weights"]) and got["args"] == sent["args"]
+        assert torch.equal(got["weights"], sent["weights"])
+        assert (got["args"], got["cfg"]) == (sent["args"], sent["cfg"])
 
     _two_ranks(rank)
+    # Statistics go through utils.pickle.
+    statistics = [OrderedDict(loss=torch.ones(2), nll=np.float64(1.5)), {"ntokens": 3}]
+    got = utils.pickle.loads(utils.pickle.dumps(statistics))
+    assert torch.equal(got[0]["loss"], statistics[0]["loss"]) and got[1] == statistics[1]
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            utils.pickle.loads(b"cos\nmkdir\n(V" + folder.encode() + b"/built\ntR.")
+        except utils.pickle.UnpicklingError as error:
+            assert "posix.mkdir" in str(error) or "os.mkdir" in str(error)
+        assert not os.listdir(folder)
+
+
+def single_node_store() -> None:
+    from fairseq.dataclass.configs import DistributedTrainingConfig
+    from fairseq.distributed import utils
+    from omegaconf import OmegaConf
+
+    config = OmegaConf.structured(DistributedTrainingConfig(distributed_world_size=0))  # as many as there are GPUs
+    config.tpu = False
+    utils.infer_init_method(config, force_distributed=True)
+    kind, _, path = config.distributed_init_method.partition("://")
+    assert kind == "file", f"{config.distributed_init_method} listens"
+    assert Path(path).parent.stat().st_mode & 0o777 == 0o700
+    assert os.environ["GLOO_SOCKET_IFNAME"] == os.environ["NCCL_SOCKET_IFNAME"] == "lo"
 
 
 def encoder_layer_loading() -> None:
@@ -167,6 +195,7 @@ CHECKS = {
         checkpoint_loading,
         plain_values,
         object_broadcast,
+        single_node_store,
         encoder_layer_loading,
         hydra_compose,
         ddp_on_cpu,
