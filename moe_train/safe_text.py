@@ -50,6 +50,12 @@ class LogFormatter(logging.Formatter):
         return for_terminal(super().format(record))
 
 
+def show_warnings_as_text() -> None:
+    """From here on Python's logging formats so what it prints where there is no log file."""
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(LogFormatter())
+
+
 def current_traceback() -> str:
     """The traceback of the error that is being handled, for a terminal."""
     return for_terminal(traceback.format_exc())

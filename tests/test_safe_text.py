@@ -12,7 +12,15 @@ import pytest
 from rich.progress import Progress
 from rich.table import Table
 
-from moe_train.safe_text import LogFormatter, current_traceback, for_csv, for_html, for_markdown, for_terminal
+from moe_train.safe_text import (
+    LogFormatter,
+    current_traceback,
+    for_csv,
+    for_html,
+    for_markdown,
+    for_terminal,
+    show_warnings_as_text,
+)
 from moe_train.screen import Screen
 
 # A title that is set, a screen that is cleared, a line that is overwritten, colours, a bell, C1, turned text.
@@ -109,4 +117,7 @@ def test_log_files() -> None:
     except ValueError:
         logger.exception("a run named %s", HOSTILE)
         assert not CONTROLS.search(current_traceback())
+    show_warnings_as_text()
+    assert logging.lastResort is not None
+    assert logging.lastResort.format(logger.makeRecord("x", 30, "", 1, HOSTILE, (), None)) == for_terminal(HOSTILE)
     assert stream.getvalue().startswith("ERROR a run named ␛]0;owned") and not CONTROLS.search(stream.getvalue())

@@ -30,7 +30,7 @@ from moe_train.launch.environment import launched_rank, local_rank, under_launch
 from moe_train.launch.leaving import leave
 from moe_train.launch.schemas import forget_foreign_schemas
 from moe_train.launch.slurm import take_place
-from moe_train.safe_text import current_traceback
+from moe_train.safe_text import current_traceback, show_warnings_as_text
 
 _PATIENCE = 15.0  # seconds; rank 0 finds a mistake some seconds later than others, since it is a Hydra app too
 
@@ -39,6 +39,7 @@ Callback = Callable[[dict[str, Any]], Any]
 
 def run_app(config_name: str, callback: Callback) -> None:
     """Runs a command (:func:`_run`); a rank that fails under a launcher leaves without waiting for the others."""
+    show_warnings_as_text()
     try:
         _run(config_name, callback)
     except SystemExit as end:

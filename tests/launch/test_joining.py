@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,9 @@ import torch.distributed as dist
 from moe_train.config import LaunchConfig
 from moe_train.errors import LaunchError
 from moe_train.launch.joining import joined_world, logging_to, world_size
+from moe_train.parallel.loopback import LOOPBACK
+from tests.distributed.world import free_port
+from tests.launch.intruder import listening
 
 
 def test_alone() -> None:
@@ -46,6 +50,16 @@ def test_nobody_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     config = LaunchConfig(device="cpu", timeout_minutes=0.03)
     with pytest.raises(LaunchError, match=r"127\.0\.0\.1:1: the other processes cannot be found"), joined_world(config):
         pass
+
+
+def test_a_store_at_loopback_listens_there_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of submitit's local executor, where rank 0 holds the store."""
+    port = free_port()
+    place = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for name, value in {**place, **LOOPBACK}.items():
+        monkeypatch.setenv(name, value)
+    with joined_world(LaunchConfig(device="cpu")):
+        assert [address for address, number in listening([os.getpid()]) if number == port] == ["127.0.0.1"]
 
 
 def test_an_interface_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
