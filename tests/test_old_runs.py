@@ -109,13 +109,13 @@ def test_translations_are_the_same(
     assert capsys.readouterr().out == expected
 
 
-def test_scores_of_earlier_versions_can_be_added_to() -> None:
+def test_scores_of_earlier_versions_are_known_again() -> None:
     """Their settings name fewer keys of the search."""
     earlier = read_results(OLD / "finished" / "test.json")
     assert earlier is not None and "min_length" not in earlier.settings["search"]
     now = dataclasses.replace(earlier, settings={**earlier.settings, "search": dataclasses.asdict(SearchConfig())})
     other = {**now.settings, "search": dataclasses.asdict(SearchConfig(min_length=2))}
-    assert now.extends(earlier) and not dataclasses.replace(now, settings=other).extends(earlier)
+    assert now.replaces(earlier) and not dataclasses.replace(now, settings=other).replaces(earlier)
 
 
 def test_a_finished_run_exports_to_the_same_tensors(old: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,6 +40,7 @@ class EvaluateConfig:
         max_sentences: only the first so many of each direction (0: all).
         tokenizer: sacrebleu's, for BLEU in every language: ``auto`` (by the script of the target language),
             ``flores200`` (spBLEU) …
+        out: the folder for scores and outputs (null: the run folder).
         seed: of the baseline that shuffles outputs between sentences.
         expert_parallel: processes over which the experts of a layer are divided (1: every process holds all of them),
             whatever the layout of the training was.
@@ -53,6 +54,7 @@ class EvaluateConfig:
     directions: tuple[str, ...] = ()
     max_sentences: int = 0
     tokenizer: Literal["auto", "13a", "intl", "char", "flores101", "flores200"] = "auto"
+    out: str | None = None
     seed: int = 1
     expert_parallel: int = 1
     routing: Mapping[str, Any] = field(default_factory=dict)
@@ -133,6 +135,7 @@ class ReportConfig:
         baseline: the run that others are tested against, by folder name or path (null: the first that has scores).
         out: where ``leaderboard.csv`` and ``leaderboard.md`` go (null: beside the runs).
         split: whose scores.
+        part: of the split, as moe-evaluate names it in its files, such as ``first-50`` ("": all of it).
         samples: of the paired bootstrap (0: no significance test).
         significance: p values below this are marked.
         html: write ``report.html`` into every run folder.
@@ -142,6 +145,7 @@ class ReportConfig:
     baseline: str | None = None
     out: str | None = None
     split: Literal["test", "valid"] = "test"
+    part: str = ""
     samples: int = 1000
     significance: float = 0.05
     html: bool = True

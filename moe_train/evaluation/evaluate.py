@@ -21,7 +21,7 @@ from moe_train.data.lines import sha256
 from moe_train.errors import DataError
 from moe_train.evaluation.decoding import Encoded, Outcome, Translation, encode
 from moe_train.evaluation.loading import OpenedRun, open_run
-from moe_train.evaluation.outputs import OutputFiles, set_aside
+from moe_train.evaluation.result_files import ResultFiles, part_name, writable_folder, writing
 from moe_train.evaluation.results import DirectionResult, Results, read_results
 from moe_train.evaluation.routed_tokens import describe_all
 from moe_train.evaluation.scoring import AUTO, Scorer, require_tokenizer
@@ -44,56 +44,94 @@ class Held:
 
 
 def evaluate(config: EvaluateConfig, console: Console | None = None) -> Results:
-    """Translates and scores; writes ``hypotheses/`` and ``<split>.json`` into :attr:`OpenedRun.results`.
+    """Translates and scores; writes the :class:`~moe_train.evaluation.result_files.ResultFiles` of what is evaluated.
 
-    Directions that an earlier evaluation of the same checkpoint and settings has scored stay in the file.
+    Only all sentences of all trained directions go into ``<split>.json``. Results of another checkpoint or of other
+    settings that stand in the same files are set aside.
 
     Args:
-        console: where progress is shown; None: nowhere.
+        console: where progress is shown, and where the results are; None: nowhere.
 
     Returns:
         The file's content.
 
     Raises:
         ConfigError, DataError, CheckpointError, LaunchError: as :func:`open_run` and :func:`decode`; also an unknown
-            direction, or a split without any.
+            direction, a split without any, or a folder for results that cannot be written.
     """
     require_tokenizer(config.tokenizer)
-    run = open_run(config.run, config.checkpoint, config.data, config.inference, World.current())
-    held = [_hold(run, config, name) for name in choose_directions(run, config.split, config.directions)]
+    world = World.current()
+    run = open_run(config.run, config.checkpoint, config.data, config.inference, world)
+    chosen = choose_directions(run, config.split, config.directions)
+    everything = chosen == default_directions(run, config.split)
+    part = part_name([] if everything else chosen, config.max_sentences)
+    place = everywhere(world, lambda: _place(run, config, part, console) if world.main else None)
+    held = [_hold(run, config, name) for name in chosen]
     jobs = [job for entry in held for job in entry.encoded.jobs]
     start = time.perf_counter()
     with _progress(console, sum(len(job.sentences) for job in jobs)) as advance:
         outcomes = decode(run, jobs, config.search, config.launch, advance, config.expert_parallel)
     seconds = time.perf_counter() - start
-    world = World.current()
 
     def finish() -> Results | None:
-        return _scored(run, config, held, outcomes, seconds) if world.main else None
+        return None if place is None else _scored(run, config, place, held, outcomes, seconds)
 
-    results = everywhere(world, finish)
-    return Results.from_json(world.broadcast(results.to_json() if results is not None else {}))
+    found = everywhere(world, finish)
+    results = Results.from_json(world.broadcast(found.to_json() if found is not None else {}))
+    if place is not None and console is not None:
+        console.print(f"written: {place.files.scores}", highlight=False, markup=False, soft_wrap=True)
+    return results
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where results go, and what is to be said of it."""
+
+    files: ResultFiles
+    note: str
+
+
+def _place(run: OpenedRun, config: EvaluateConfig, part: str, console: Console | None) -> _Place:
+    """Found before hours of decoding, so that what cannot be written is said at once."""
+    folder, note = writable_folder(run.folder.path, run.variant, config.out)
+    if note and console is not None:
+        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
+    return _Place(ResultFiles(folder, config.split, part), note)
 
 
 def _scored(
-    run: OpenedRun, config: EvaluateConfig, held: Sequence[Held], outcomes: Sequence[Outcome], seconds: float
+    run: OpenedRun,
+    config: EvaluateConfig,
+    place: _Place,
+    held: Sequence[Held],
+    outcomes: Sequence[Outcome],
+    seconds: float,
 ) -> Results:
     """Writes outputs and scores; under a launcher one rank does it."""
     translations = _assemble(held, outcomes)
     results = _results(run, config, held, translations, _speed(translations, outcomes, seconds, config))
-    path = run.results / f"{config.split}.json"
-    earlier = _earlier(path)
-    if earlier is not None and not results.extends(earlier):
-        results = replace(results, notes=[*results.notes, set_aside(run.results, config.split)])
-    for entry, lines in zip(held, translations, strict=True):
-        OutputFiles(run.results, config.split, entry.direction).write(entry.sources, entry.references, lines)
-    merged = results.merged_into(earlier)
-    replace_text(path, merged.to_text())
-    return merged
+    results = replace(results, notes=[*results.notes, *filter(None, [place.note])])
+    files = place.files
+    with writing(files.folder):
+        if files.scores.exists() and not _replaces(results, files.scores):
+            results = replace(results, notes=[*results.notes, files.set_aside()])
+        for entry, lines in zip(held, translations, strict=True):
+            files.outputs(entry.direction).write(entry.sources, entry.references, lines)
+        replace_text(files.scores, results.to_text())
+    return results
+
+
+def _replaces(results: Results, path: Path) -> bool:
+    """Whether nothing is lost with the file that is there; one that cannot be read might hold anything."""
+    try:
+        earlier = read_results(path)
+    except DataError:
+        return False
+    return earlier is not None and results.replaces(earlier)
 
 
 def choose_directions(run: OpenedRun, split: str, wanted: Sequence[str]) -> list[str]:
-    """The directions to evaluate: those wanted, else all that were trained and have sentences in the split.
+    """The directions to evaluate, sorted: those wanted, else :func:`default_directions`.
 
     Raises:
         DataError: a direction that the split does not have, or a split that has none.
@@ -103,13 +141,19 @@ def choose_directions(run: OpenedRun, split: str, wanted: Sequence[str]) -> list
         if name not in known:
             where = str(run.data.path)
             raise DataError(f"the split '{split}' has no direction '{name}'", where, offer_direction(name, known))
-    chosen = list(dict.fromkeys(wanted)) or [name for name in run.task.directions if name in known]
+    chosen = sorted(set(wanted)) or default_directions(run, split)
     if not chosen:
         remedy = (
             f"it has: {', '.join(known)}; name them with 'directions=[…]'" if known else "prepare data with that split"
         )
         raise DataError(f"the split '{split}' has none of the trained directions", str(run.data.path), remedy)
-    return sorted(chosen)
+    return chosen
+
+
+def default_directions(run: OpenedRun, split: str) -> list[str]:
+    """All directions that were trained and have sentences in the split, sorted."""
+    known = run.data.directions_of(split)
+    return sorted({name for name in run.task.directions if name in known})
 
 
 def _hold(run: OpenedRun, config: EvaluateConfig, direction: str) -> Held:
@@ -125,13 +169,6 @@ def _assemble(held: Sequence[Held], outcomes: Sequence[Outcome]) -> list[list[Tr
     """Outcomes in the order of all jobs → a list per direction."""
     rest = iter(outcomes)
     return [entry.encoded.assemble([next(rest) for _ in entry.encoded.jobs]) for entry in held]
-
-
-def _earlier(path: Path) -> Results | None:
-    try:
-        return read_results(path)
-    except DataError:  # a damaged file is replaced
-        return None
 
 
 # --- scoring ---------------------------------------------------------------------------------------------------------

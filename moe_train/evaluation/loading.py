@@ -43,16 +43,20 @@ class OpenedRun:
     inference: Inference
 
     @property
-    def results(self) -> Path:
-        """Where scores and outputs belong: the run folder, or for what routes otherwise a folder of its own in it."""
+    def variant(self) -> str:
+        """The folder in the run folder for scores and outputs of what routes otherwise than the run; "" where nothing
+        does."""
         trained, here = _inference(self.folder.config), self.inference
         changed = [f"{key}={value}" for key, value in here.routing.items() if value != trained.routing[key]]
         if here.draw_seed != trained.draw_seed:
             changed.append(f"draw_seed={here.draw_seed}")
-        if not changed:
-            return self.folder.path
-        name = ",".join(changed)
-        return self.folder.path / VARIANTS / re.sub(r"[^\w.,=+-]", "_", name)
+        name = re.sub(r"[^\w.,=+-]", "_", ",".join(changed))
+        return f"{VARIANTS}/{name}" if name else ""
+
+    @property
+    def results(self) -> Path:
+        """Where scores and outputs belong: the run folder, or the :attr:`variant` in it."""
+        return self.folder.path / self.variant
 
     def load(self, device: torch.device | str = "cpu", layout: ExpertLayout | None = None) -> LoadedRun:
         """Builds the model on ``device`` and loads the checkpoint's weights.

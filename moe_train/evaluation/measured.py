@@ -15,19 +15,23 @@ from rich.table import Table
 
 from moe_train.config.evaluation import EvaluateConfig
 from moe_train.data.batching import Indices
+from moe_train.data.lines import sha256
 from moe_train.evaluation.loading import LoadedRun, choose_device, load_run
+from moe_train.evaluation.result_files import ResultFiles, part_name, writable_folder, writing
 from moe_train.evaluation.routed_tokens import describe_routed
 from moe_train.training.about import versions
-from moe_train.training.integrity import replace_text
+from moe_train.training.integrity import MANIFEST, replace_text
 from moe_train.training.journal import per_token
 from moe_train.training.samples import move
 from moe_train.training.statistics import Sums, total
 
+_DECIDING = ("checkpoint_digest", "data_fingerprint", "max_sentences", "routing", "draw_seed")
 _SHOWN = ("accuracy", "macro_f1", "ppl", "nll_loss")
 
 
 def measure(config: EvaluateConfig) -> dict[str, Any]:
-    """Runs the model over every set of a split; writes ``<split>.json`` into :attr:`OpenedRun.results`.
+    """Runs the model over every set of a split; writes the scores of
+    :class:`~moe_train.evaluation.result_files.ResultFiles`, of which ``<split>.json`` is only ever of the whole split.
 
     Returns:
         The file's content: ``sets`` (name → measures), ``summary`` (what the task makes of them), ``routing`` (name →
@@ -35,10 +39,13 @@ def measure(config: EvaluateConfig) -> dict[str, Any]:
         with slots the largest weights), ``items``, ``seconds``.
 
     Raises:
-        ConfigError, DataError, CheckpointError: as :func:`load_run`, and a split that is not there.
+        ConfigError, DataError, CheckpointError: as :func:`load_run`; a split that is not there, or results that cannot
+            be written.
     """
     device = choose_device(config.launch.device)
     run = load_run(config.run, config.checkpoint, config.data, device, config.inference)
+    folder, note = writable_folder(run.folder.path, run.variant, config.out)
+    files = ResultFiles(folder, config.split, part_name(max_sentences=config.max_sentences))
     sets = run.task.evaluation_sets(config.split, config.max_sentences)
     start = time.perf_counter()
     sums = {name: _measure_set(run, config.split, name, batches, device) for name, batches in sets.items()}
@@ -46,6 +53,12 @@ def measure(config: EvaluateConfig) -> dict[str, Any]:
     measures = getattr(run.task, "measures", per_token)
     found = {name: measures(entry.scalars()) for name, entry in sums.items()}
     items = sum(entry["sentences"] for entry in found.values())
+    settings = {
+        **asdict(config),
+        **asdict(run.inference),
+        "checkpoint_digest": sha256(run.checkpoint / MANIFEST),
+        "data_fingerprint": run.data.fingerprint,
+    }
     summary: dict[str, Any] = getattr(run.task, "summary", lambda _: {})(found)
     content = {
         "task": run.config.task.name,
@@ -60,13 +73,25 @@ def measure(config: EvaluateConfig) -> dict[str, Any]:
         "items_per_second": items / max(seconds, 1e-9),
         "device": str(device),
         "threads": torch.get_num_threads(),
-        "settings": {**asdict(config), **asdict(run.inference)},
+        "settings": settings,
+        "notes": [note] if note else [],
         "command": sys.argv,
         "versions": versions(),
     }
-    run.results.mkdir(parents=True, exist_ok=True)
-    replace_text(run.results / f"{config.split}.json", json.dumps(content, indent=1) + "\n")
+    with writing(folder):
+        if files.scores.exists() and _deciding(files.scores.read_bytes()) != _deciding(json.dumps(content)):
+            content["notes"] = [*content["notes"], files.set_aside()]
+        replace_text(files.scores, json.dumps(content, indent=1) + "\n")
     return content
+
+
+def _deciding(text: str | bytes) -> dict[str, Any]:
+    """What decided the scores of a file; nothing where it cannot be read, or is of a version that did not say it."""
+    try:
+        settings = json.loads(text)["settings"]
+        return {name: settings[name] for name in _DECIDING}
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return {}
 
 
 @torch.no_grad()
@@ -89,7 +114,9 @@ def _average(sets: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
 def show_measures(content: Mapping[str, Any], console: Console) -> None:
     """Prints a row per set."""
     names = list(content["average"])
-    table = Table(title=f"{content['task']}, {content['split']}, {content['checkpoint']}")
+    limit = content["settings"]["max_sentences"]
+    some = f", the first {limit:,} items of each set" if limit else ""
+    table = Table(title=f"{content['task']}, {content['split']}, {content['checkpoint']}{some}")
     for column in ("set", "items", *names):
         table.add_column(column, justify="left" if column == "set" else "right")
     for name, entry in content["sets"].items():
@@ -97,3 +124,5 @@ def show_measures(content: Mapping[str, Any], console: Console) -> None:
     table.add_row("average", f"{content['items']:,}", *(f"{content['average'][n]:.4f}" for n in names), style="bold")
     console.print(table)
     console.print(f"{content['items_per_second']:,.1f} items a second on {content['device']}")
+    for note in content["notes"]:
+        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)

@@ -4,11 +4,13 @@ hypotheses/test.en-de.de            the outputs, one line per source line
 hypotheses/test.en-de.de.reference  the references
 hypotheses/test.en-de.en            the sources
 hypotheses/test.en-de.de.scores     a score per line: log-probability over length^penalty
+
+Those of a part of the split stand in a folder of its name: hypotheses/first-3/test.en-de.de
+(:mod:`moe_train.evaluation.result_files`).
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,11 @@ from moe_train.training.integrity import replace_text
 _LINE_ENDS = {ord(c): " " for c in "\r\n"}
 
 
+def hypotheses_folder(run: Path, part: str = "") -> Path:
+    """Where the outputs of a part of a split lie; "": of all of it."""
+    return run / "hypotheses" / part
+
+
 @dataclass(frozen=True)
 class OutputFiles:
     """The files of one direction in a run folder."""
@@ -28,10 +35,11 @@ class OutputFiles:
     run: Path
     split: str
     direction: str
+    part: str = ""
 
     @property
     def _stem(self) -> Path:
-        return self.run / "hypotheses" / f"{self.split}.{self.direction}"
+        return hypotheses_folder(self.run, self.part) / f"{self.split}.{self.direction}"
 
     @property
     def hypotheses(self) -> Path:
@@ -83,14 +91,3 @@ class OutputFiles:
 
 def _write(path: Path, lines: Sequence[str]) -> None:
     replace_text(path, "".join(f"{line.translate(_LINE_ENDS)}\n" for line in lines))
-
-
-def set_aside(run: Path, split: str) -> str:
-    """Moves a split's scores and outputs to ``<split>.replaced.json`` and ``hypotheses.replaced/``; returns a note."""
-    kept = run / f"{split}.replaced.json"
-    os.replace(run / f"{split}.json", kept)
-    aside = run / "hypotheses.replaced"
-    aside.mkdir(exist_ok=True)
-    for path in (*aside.glob(f"{split}.*"), *(run / "hypotheses").glob(f"{split}.*")):
-        path.unlink() if path.parent == aside else os.replace(path, aside / path.name)
-    return f"the scores of other settings that stood here are kept in {kept.name}"

@@ -1,10 +1,10 @@
-"""``test.json``: what an evaluation found; a later one of the same checkpoint can add directions to it."""
+"""``test.json``: what an evaluation found."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from moe_train.config import SearchConfig
 from moe_train.errors import DataError
 from moe_train.evaluation.averages import groups, mean
 from moe_train.evaluation.scoring import Scores
+from moe_train.training.json_files import finite, read_object
 
 FORMAT = 1
 BASELINES = ("copy", "shuffled")
@@ -59,7 +60,10 @@ def _with_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _scores(content: Mapping[str, Any]) -> Scores:
-    return Scores(float(content["bleu"]), float(content["chrf"]))
+    bleu, chrf = (finite(content[name]) for name in ("bleu", "chrf"))
+    if bleu is None or chrf is None:
+        raise ValueError("a score is no number")
+    return Scores(bleu, chrf)
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ class Results:
     """The content of ``test.json``.
 
     Attributes:
-        settings: what decides the outputs (checkpoint, search, data …); results of equal settings can be merged.
+        settings: what decides the outputs (checkpoint, search, data …).
         tiers: language -> resource tier.
         signatures: ``{"bleu": {tokenizer: signature}, "chrf": signature}``.
         decoding: sentences, tokens, words, seconds, words per second, processes, and what routers counted, of the last
@@ -94,22 +98,10 @@ class Results:
         """Directions by group: all, from English, into English, tiers."""
         return groups(list(self.directions), self.tiers)
 
-    def extends(self, earlier: Results) -> bool:
-        """Whether both were made with the same settings, so that they can stand in one file."""
-        return _with_defaults(earlier.settings) == _with_defaults(self.settings)
-
-    def merged_into(self, earlier: Results | None) -> Results:
-        """Adds these directions to earlier results of the same settings; other earlier results are replaced."""
-        if earlier is None or not self.extends(earlier):
-            return self
-        directions = {**earlier.directions, **self.directions}
-        bleu = {**earlier.signatures.get("bleu", {}), **self.signatures["bleu"]}
-        return replace(
-            self,
-            directions={name: directions[name] for name in sorted(directions)},
-            signatures={**self.signatures, "bleu": bleu},
-            notes=list(dict.fromkeys([*earlier.notes, *self.notes])),
-        )
+    def replaces(self, earlier: Results) -> bool:
+        """Whether these say all that the earlier ones say: made with the same settings, in no fewer directions."""
+        same = _with_defaults(earlier.settings) == _with_defaults(self.settings)
+        return same and earlier.directions.keys() <= self.directions.keys()
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; other programs rely on ``directions``, ``average``, ``signatures`` and ``baselines``."""
@@ -138,11 +130,11 @@ class Results:
         """The inverse of :meth:`to_json`.
 
         Raises:
-            ValueError, KeyError, TypeError: it is not what that gives.
+            ValueError, KeyError, TypeError, AttributeError, OverflowError: it is not what that gives.
         """
+        _check(content)
         directions = {name: DirectionResult.from_json(entry) for name, entry in content["directions"].items()}
-        same = ("settings", "tiers", "signatures", "decoding", "notes", "command", "versions")
-        return cls(directions=directions, **{name: content[name] for name in same})
+        return cls(directions=directions, **{name: content[name] for name in _KINDS})
 
     def to_text(self) -> str:
         """The file's content."""
@@ -150,14 +142,48 @@ class Results:
 
 
 def read_results(path: Path) -> Results | None:
-    """Reads ``test.json``; None where there is none.
+    """Reads ``test.json``; None where there is none, or where it is of a task that does not translate.
 
     Raises:
         DataError: it cannot be read.
     """
-    if not path.is_file():
+    remedy = "run moe-evaluate again"
+    content = read_object(path, remedy)
+    if content is None or ("sets" in content and "directions" not in content):
         return None
     try:
-        return Results.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"the scores cannot be read ({error!r})", str(path), "run moe-evaluate again") from error
+        return Results.from_json(content)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise DataError(f"the scores cannot be read ({error!r})", str(path), remedy) from error
+
+
+_KINDS: Mapping[str, type] = {
+    "settings": dict,
+    "tiers": dict,
+    "signatures": dict,
+    "decoding": dict,
+    "notes": list,
+    "command": list,
+    "versions": dict,
+}
+
+
+def _check(content: Mapping[str, Any]) -> None:
+    """Whether all that is shown of results has the type that it must have.
+
+    Raises:
+        TypeError, ValueError, KeyError: it has not.
+    """
+    for name, kind in _KINDS.items():
+        if not isinstance(content[name], kind):
+            raise TypeError(f"'{name}' is a {type(content[name]).__name__}")
+    if not isinstance(content["settings"].get("search", {}), dict):
+        raise TypeError("'search' is no mapping")
+    if not content["directions"]:
+        raise ValueError("no directions")
+    for direction in content["directions"]:
+        if len(direction.split("-")) != 2:
+            raise ValueError(f"'{direction}' is no direction")
+    texts = [*content["tiers"].values(), *content["notes"], *content["signatures"]["bleu"].values()]
+    if not all(isinstance(text, str) for text in [*texts, content["signatures"]["chrf"]]):
+        raise TypeError("a tier, note or signature is no text")

@@ -12,10 +12,16 @@ from moe_train.evaluation.results import BASELINES, Results
 from moe_train.evaluation.scoring import Scores
 
 
+def limit(results: Results) -> str:
+    """What of each direction was left out, for a heading; "" where nothing was."""
+    sentences = results.settings.get("max_sentences")
+    return f", the first {sentences:,} lines of each direction" if sentences else ""
+
+
 def score_table(results: Results) -> Table:
     """A row per direction and per group of directions; the two baselines beside the model's scores."""
     title = (
-        f"{results.settings['split']}, {results.settings['checkpoint']} "
+        f"{results.settings['split']}, {results.settings['checkpoint']}{limit(results)} "
         "(copy: the source as the output; shuffled: the model's outputs permuted between sentences)"
     )
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))

@@ -31,10 +31,12 @@ def test_the_table_and_the_files(run_folder: Path, tmp_path: Path) -> None:
     for word in ("en-de", "ja-en", "average (2)", "chrF++", "shuffled", "copy", "tok:13a"):
         assert word in done.stdout
     assert "20/20 sentences" in done.stderr
-    content = json.loads((run_folder / "test.json").read_text())
+    scores = run_folder / "test.only-en-de,ja-en.first-10.json"
+    assert f"written: {scores}" in done.stderr
+    content = json.loads(scores.read_text())
     assert set(content["directions"]) == {"en-de", "ja-en"}
     assert content["settings"]["search"]["beam"] == 2
-    assert (run_folder / "hypotheses" / "test.en-de.de").read_text().count("\n") == 10
+    assert (run_folder / "hypotheses" / "only-en-de,ja-en.first-10" / "test.en-de.de").read_text().count("\n") == 10
     assert list(tmp_path.iterdir()) == []
 
 

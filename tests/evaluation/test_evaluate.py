@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import multiprocessing
 import os
@@ -33,6 +34,7 @@ from moe_train.evaluation.table import show
 from tests.distributed.world import Worlds
 from tests.evaluation import jobs
 from tests.evaluation.runs import make_run
+from tests.read_only import read_only, snapshot
 
 SEARCH = SearchConfig(beam=2, max_length_ratio=0.5, max_length_offset=5, batch_tokens=160)
 DIRECTIONS = ["de-en", "en-de", "en-fr", "en-ja", "fr-en", "ja-en"]
@@ -126,27 +128,76 @@ def test_experts_that_cannot_be_divided(few: tuple[Path, dict[str, float]]) -> N
         evaluate(config(few[0], launch=LaunchConfig(processes=2, device="cpu"), expert_parallel=4))
 
 
-def test_directions_are_added_to_equal_settings_and_replace_others(tmp_path: Path, tiny_data: DataFolder) -> None:
-    run = make_run(tmp_path, tiny_data)
-    assert list(evaluate(config(run, directions=("en-de",))).directions) == ["en-de"]
-    added = evaluate(config(run, directions=("en-ja", "en-ja")))
-    assert list(added.directions) == ["en-de", "en-ja"]
-    assert set(added.signatures["bleu"]) == {"13a", "char"} or "ja-mecab" in added.signatures["bleu"]
-    assert read_results(run / "test.json") == added
-    other = evaluate(config(run, directions=("fr-en",), checkpoint="last"))
-    assert list(other.directions) == ["fr-en"] and any("test.replaced.json" in note for note in other.notes)
-    assert read_results(run / "test.replaced.json") == added
-    assert (run / "hypotheses.replaced" / "test.en-de.de").is_file()
+def everything(run: Path) -> dict[str, bytes]:
+    """The scores of whole splits and their outputs."""
+    files = [run / "test.json", *(path for path in (run / "hypotheses").iterdir() if path.is_file())]
+    return {path.name: path.read_bytes() for path in files}
+
+
+def test_a_quick_look_leaves_the_whole_scores_alone(evaluated: Path) -> None:
+    """Each limit has files of its own, and so has each choice of directions."""
+    before = everything(evaluated)
+    assert len(before) == 25
+    for limit in (3, 2):
+        results = evaluate(config(evaluated, max_sentences=limit))
+        assert {entry.sentences for entry in results.directions.values()} == {limit} and not results.notes[1:]
+        assert read_results(evaluated / f"test.first-{limit}.json") == results
+        outputs = evaluated / "hypotheses" / f"first-{limit}" / "test.ja-en.en"
+        assert outputs.read_text().count("\n") == limit
+    for chosen, name in ((("en-de", "de-en", "en-de"), "only-de-en,en-de"), (("en-de",), "only-en-de")):
+        assert list(evaluate(config(evaluated, directions=chosen)).directions) == sorted(set(chosen))
+        assert (evaluated / f"test.{name}.json").is_file()
+    evaluate(config(evaluated, directions=("fr-en",), max_sentences=1))
+    assert (evaluated / "test.only-fr-en.first-1.json").is_file()
+    assert everything(evaluated) == before
+    assert list(evaluate(config(evaluated, directions=tuple(DIRECTIONS))).directions) == DIRECTIONS
+    assert everything(evaluated).keys() == before.keys(), "all directions by name are the whole split"
+
+
+def test_another_checkpoint_or_search_sets_the_earlier_results_aside(tmp_path: Path, tiny_data: DataFolder) -> None:
+    run = make_run(tmp_path, tiny_data, "dense", directions=("en-de",))
+    first = evaluate(config(run))
+    assert evaluate(config(run)).directions == first.directions and not (run / "test.replaced-1.json").exists()
+    second = evaluate(config(run, checkpoint="last"))
+    assert any("test.replaced-1.json" in note for note in second.notes)
+    (run / "test.json").write_text((run / "test.json").read_text()[:300])  # might be anything
+    third = evaluate(config(run, search=dataclasses.replace(SEARCH, beam=1)))
+    assert any("test.replaced-2.json" in note for note in third.notes)
+    kept = read_results(run / "test.replaced-1.json")
+    assert kept is not None and kept.settings["checkpoint"] == "step_5" and kept.directions == first.directions
+    outputs = [
+        (run / "hypotheses" / name / "test.en-de.de").read_text() for name in ("replaced-1", "replaced-2", "")
+    ]  # fmt: skip
+    assert len(set(outputs)) == 3 and all(text.count("\n") == 20 for text in outputs)
 
 
 def test_validation_split_and_few_sentences(tmp_path: Path, tiny_data: DataFolder) -> None:
     run = make_run(tmp_path, tiny_data, "dense", directions=("en-de", "en-fr"))
-    results = evaluate(config(run, split="valid", max_sentences=7))
+    screen = io.StringIO()
+    results = evaluate(config(run, split="valid", max_sentences=7), Console(file=screen, width=200))
     assert list(results.directions) == ["en-de", "en-fr"]
     assert {r.sentences for r in results.directions.values()} == {7}
-    assert (run / "valid.json").is_file() and not (run / "test.json").exists()
+    assert f"written: {run / 'valid.first-7.json'}" in screen.getvalue()
+    assert not list(run.glob("test*.json")) and not (run / "valid.json").exists()
     zero_shot = evaluate(config(run, split="valid", max_sentences=7, directions=("ja-en",)))
     assert any("zero-shot" in note for note in zero_shot.notes)
+    show(results, console := Console(width=80, record=True, file=io.StringIO()))
+    assert "the first 7 lines of each direction" in console.export_text()
+
+
+def test_results_go_where_out_says_and_elsewhere_from_a_run_that_cannot_be_written(
+    tmp_path: Path, tiny_data: DataFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path / "run", tiny_data, "dense", directions=("en-de",))
+    evaluate(config(run, max_sentences=2, out=str(tmp_path / "out")))
+    assert (tmp_path / "out" / "test.first-2.json").is_file() and not (run / "hypotheses").exists()
+    monkeypatch.chdir(tmp_path)
+    before = snapshot(run)
+    with read_only(run):
+        results = evaluate(config(run, max_sentences=2))
+    (scores,) = (tmp_path / "evaluated").glob("run-*/test.first-2.json")
+    assert read_results(scores) == results and any("Read-only file system" in note for note in results.notes)
+    assert snapshot(run) == before
 
 
 def test_lengths_that_are_fixed(tmp_path: Path, tiny_data: DataFolder) -> None:

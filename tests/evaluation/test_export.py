@@ -94,7 +94,7 @@ def test_it_is_evaluated_as_the_run_is(made: Path, exported: Path, tiny_data: Da
         ).directions["de-en"].scores
         for run in (made, copy)
     ]  # fmt: skip
-    assert scores[0] == scores[1] and (copy / "test.json").is_file()
+    assert scores[0] == scores[1] and (copy / "test.only-de-en.first-6.json").is_file()
     assert load_run(copy).config.routing["name"] == "top_k"
 
 

@@ -21,6 +21,8 @@ from tests.evaluation.jobs import SEARCH
 from tests.evaluation.runs import make_run
 
 SENTENCES, DIRECTION = 8, "de-en"
+PART = f"only-{DIRECTION}.first-{SENTENCES}"
+SCORES = f"test.{PART}.json"
 ONE, TWO = LaunchConfig(device="cpu"), LaunchConfig(processes=2, device="cpu")
 
 
@@ -30,7 +32,7 @@ def config(run: Path, **changes: object) -> EvaluateConfig:
 
 
 def outputs(folder: Path) -> list[bytes]:
-    return [(folder / "hypotheses" / f"test.{DIRECTION}.en{end}").read_bytes() for end in ("", ".scores")]
+    return [(folder / "hypotheses" / PART / f"test.{DIRECTION}.en{end}").read_bytes() for end in ("", ".scores")]
 
 
 @pytest.fixture(scope="module")
@@ -45,15 +47,15 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_data: DataFolder) -> Path
 def test_a_mode_chosen_later_is_the_mode_of_a_run_that_had_it(
     run: Path, inference: str, launch: LaunchConfig, tiny_data: DataFolder, tmp_path: Path
 ) -> None:
-    before, standard = outputs(run), (run / "test.json").read_bytes()
+    before, standard = outputs(run), (run / SCORES).read_bytes()
     found = evaluate(config(run, routing={"inference": inference}, launch=launch))
     twin = make_run(tmp_path, tiny_data, "thor", inference=inference)  # the same weights
     evaluate(config(twin))
     variant = run / "variants" / f"inference={inference}"
     assert outputs(variant) == outputs(twin) != before
     assert found.settings["routing"] == {"inference": inference} and found.settings["draw_seed"] == 1
-    assert json.loads((variant / "test.json").read_text()) == found.to_json()
-    assert outputs(run) == before and (run / "test.json").read_bytes() == standard
+    assert json.loads((variant / SCORES).read_text()) == found.to_json()
+    assert outputs(run) == before and (run / SCORES).read_bytes() == standard
     assert not (twin / "variants").exists(), "nothing is changed there"
 
 
@@ -67,7 +69,7 @@ def test_draw_seeds_give_other_outputs_that_can_be_had_again(run: Path) -> None:
     assert found[1].directions == found[2].directions
     places = [run / "variants" / f"draw_seed={seed}" for seed in (2, 3)]
     assert len({tuple(outputs(place)) for place in (run, *places)}) == 3
-    assert not (places[1] / "test.replaced.json").exists()
+    assert [path.name for path in places[1].glob("*.json")] == [SCORES]
     assert open_run(run, inference=Inference(draw_seed=1)).results == run
 
 
@@ -105,7 +107,7 @@ def test_scores_tell_the_capacity_that_was_requested(tmp_path: Path, tiny_data: 
         assert once + twice == pytest.approx(1.0)
         asked = 2 * (once + 2 * twice)  # two experts a pass; with a limit fewer are carried out
         assert counted["pairs_per_token"][layer] < asked
-    assert json.loads((run / "test.json").read_text())["decoding"]["routing"] == counted
+    assert json.loads((run / SCORES).read_text())["decoding"]["routing"] == counted
 
 
 def test_a_decoder_with_a_strategy_of_its_own(tmp_path: Path, tiny_data: DataFolder) -> None:
@@ -141,12 +143,14 @@ def test_the_command_line(run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setattr(sys, "argv", ["moe-evaluate", *words, *seeds])
     main()
     for seed in (11, 12):
-        content = json.loads((run / "variants" / f"inference=token,draw_seed={seed}" / "test.json").read_text())
+        place = run / "variants" / f"inference=token,draw_seed={seed}"
+        content = json.loads((place / f"test.only-{DIRECTION}.first-2.json").read_text())
         assert content["settings"]["draw_seed"] == seed and "routing.inference=token" in content["command"]
-    text = (run / "hypotheses" / f"test.{DIRECTION}.de").read_bytes()
+    text = (run / "hypotheses" / PART / f"test.{DIRECTION}.de").read_bytes()
     command = [sys.executable, "-m", "moe_train.commands.translate", *words, "draw_seed=11", "source=de", "target=en"]
     done = subprocess.run(command, input=text, capture_output=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr.decode()
     lines = done.stdout.splitlines()
-    scored = (run / "variants" / "inference=token,draw_seed=11" / "hypotheses" / f"test.{DIRECTION}.en").read_bytes()
+    hypotheses = run / "variants" / "inference=token,draw_seed=11" / "hypotheses"
+    scored = (hypotheses / f"only-{DIRECTION}.first-2" / f"test.{DIRECTION}.en").read_bytes()
     assert len(lines) == SENTENCES and lines[:2] == scored.splitlines()

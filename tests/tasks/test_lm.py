@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from moe_train.commands.evaluate import main as evaluate_main
 from moe_train.config import LanguageModelConfig, RunConfig, TrainingConfig, build
-from moe_train.config.evaluation import ExportConfig
+from moe_train.config.evaluation import EvaluateConfig, ExportConfig
 from moe_train.data.batching import split_micro_batch
 from moe_train.data.folder import DataFolder
 from moe_train.data.labelled import LabelledTexts
 from moe_train.data.pairs import tag
 from moe_train.errors import ConfigError, DataError
 from moe_train.evaluation.export import export_run
+from moe_train.evaluation.measured import measure, show_measures
 from moe_train.tasks.classification import ClassificationTask
 from moe_train.tasks.lm import LanguageModelTask
 from tests.commands.test_train import here
@@ -197,6 +201,26 @@ def test_perplexity_by_language_and_load_by_language(pretrained: Path, monkeypat
         assert len(load) == 4 and sum(load) == pytest.approx(1.0)
     last = json.loads((pretrained / "valid.jsonl").read_text().splitlines()[-1])
     assert content["average"]["ppl"] > 1 and content["items"] >= last["sentences"]
+
+
+def test_a_quick_look_at_measures_leaves_the_whole_ones_alone(pretrained: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(pretrained, tmp_path / "run", symlinks=True))
+    whole = measure(EvaluateConfig(str(run), "valid"))
+    before = (run / "valid.json").read_bytes()
+    few = [measure(EvaluateConfig(str(run), "valid", max_sentences=limit)) for limit in (3, 2)]
+    assert (run / "valid.json").read_bytes() == before
+    assert [entry["items"] for entry in few] == [12, 8] and whole["items"] > 12
+    for limit, entry in zip((3, 2), few, strict=True):
+        assert json.loads((run / f"valid.first-{limit}.json").read_text())["sets"] == entry["sets"]
+    again = measure(EvaluateConfig(str(run), "valid"))
+    assert again["sets"] == whole["sets"] and not again["notes"], "the same settings write the same file"
+    other = measure(EvaluateConfig(str(run), "valid", checkpoint=20))
+    assert "valid.replaced-1.json" in other["notes"][0]
+    assert json.loads((run / "valid.replaced-1.json").read_text())["sets"] == again["sets"]
+    elsewhere = measure(EvaluateConfig(str(run), "valid", max_sentences=2, out=str(tmp_path / "out")))
+    assert json.loads((tmp_path / "out" / "valid.first-2.json").read_text())["sets"] == elsewhere["sets"]
+    show_measures(elsewhere, console := Console(width=100, record=True, file=io.StringIO()))
+    assert "the first 2 items of each set" in " ".join(console.export_text().split())
 
 
 def write_texts(folder: Path) -> None:

@@ -1,0 +1,141 @@
+"""Where the scores and outputs of an evaluation lie, by the set of sentences that they are of.
+
+    test.json                hypotheses/test.en-de.de               the whole split, every trained direction
+    test.first-3.json        hypotheses/first-3/test.en-de.de       the first 3 sentences of each direction
+    test.only-en-de.json     hypotheses/only-en-de/test.en-de.de    one direction of several
+    test.replaced-1.json     hypotheses/replaced-1/test.en-de.de    what stood there, made with other settings
+
+A limited evaluation never touches the files of the whole split, and nothing that was set aside is deleted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import hashlib
+import logging
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+from moe_train.errors import ConfigError, DataError
+from moe_train.evaluation.outputs import OutputFiles, hypotheses_folder
+from moe_train.training.integrity import why_not_writable
+
+LOCK = ".evaluate.lock"
+LOG = logging.getLogger("moe_train")
+_LONGEST = 80  # characters of a part's name
+
+
+def part_name(directions: Sequence[str] = (), max_sentences: int = 0) -> str:
+    """What of a split was evaluated, as a part of file names; "" where it was all of it.
+
+    Args:
+        directions: sorted, where they are not exactly those that are evaluated by default.
+        max_sentences: of each direction; 0: all.
+    """
+    names = []
+    if directions:
+        wanted = ",".join(directions)
+        if len(wanted) > _LONGEST or not re.fullmatch(r"[\w.,=+@-]+", wanted):
+            digest = hashlib.sha256(wanted.encode()).hexdigest()[:8]
+            wanted = f"{len(directions)}-directions-{digest}"
+        names.append(f"only-{wanted}")
+    if max_sentences:
+        names.append(f"first-{max_sentences}")
+    return ".".join(names)
+
+
+@dataclass(frozen=True)
+class ResultFiles:
+    """The files of one set of sentences.
+
+    Attributes:
+        folder: the run folder, or another one that results go to.
+        split: ``test`` or ``valid``.
+        part: see :func:`part_name`.
+    """
+
+    folder: Path
+    split: str
+    part: str = ""
+
+    @property
+    def scores(self) -> Path:
+        """``test.json``, ``test.first-3.json`` …"""
+        return self.folder / ".".join(name for name in (self.split, self.part, "json") if name)
+
+    def outputs(self, direction: str) -> OutputFiles:
+        """The outputs of one direction."""
+        return OutputFiles(self.folder, self.split, direction, self.part)
+
+    def set_aside(self) -> str:
+        """Moves scores and outputs to the first free number; returns a note. Only while :func:`writing`.
+
+        The scores move last: where this is cut off they still stand in their place, and the next call goes on.
+        """
+        outputs = [path for path in hypotheses_folder(self.folder, self.part).glob(f"{self.split}.*") if path.is_file()]
+        for number in count(1):
+            aside = dataclasses.replace(self, part=f"{self.part}.replaced-{number}".lstrip("."))
+            there = hypotheses_folder(self.folder, aside.part)
+            if not aside.scores.exists() and not any((there / path.name).exists() for path in outputs):
+                break
+        for path in outputs:
+            there.mkdir(parents=True, exist_ok=True)
+            os.replace(path, there / path.name)
+        os.replace(self.scores, aside.scores)
+        return f"what stood in {self.scores.name} was made with other settings, and is kept in {aside.scores.name}"
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """While entered, no other evaluation writes into the folder: a second one waits (the kernel lets go when we die).
+
+    Raises:
+        DataError: something could not be written, such as on a full disk.
+    """
+    try:
+        with (folder / LOCK).open("a") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX)
+            except OSError as error:  # file systems without locks
+                LOG.warning("%s cannot be locked (%s): see to it that one evaluation alone writes there", folder, error)
+            yield
+    except OSError as error:
+        what = f"the results could not be written ({error.strerror or error})"
+        raise DataError(what, str(folder), "make room, or name another folder for them: out=…") from error
+
+
+def writable_folder(run: Path, variant: str, out: str | None) -> tuple[Path, str]:
+    """The folder for results, made and tried before any work is done, and a note where it is not the expected one.
+
+    Args:
+        run: the run folder, where results belong.
+        variant: a folder below it, "" for none.
+        out: the folder to take instead. None: the run folder; where that cannot be written (a file system that is
+            mounted read-only, somebody else's run), one in the working directory.
+
+    Raises:
+        ConfigError: ``out``, or every one of them, cannot be written.
+    """
+    if out is not None:
+        folder = Path(out) / variant
+        if error := why_not_writable(folder):
+            raise ConfigError(f"results cannot be written there ({error})", str(folder), "choose another out=…")
+        return folder, ""
+    expected = run / variant
+    error = why_not_writable(expected)
+    if not error:
+        return expected, ""
+    name = f"{run.resolve().name}-{hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:8]}"
+    instead = Path.cwd() / "evaluated" / name / variant
+    if why_not_writable(instead):
+        raise ConfigError(f"results cannot be written ({error})", str(expected), "name a folder for them: out=…")
+    return (
+        instead,
+        f"the run folder cannot be written ({error}): results are in {instead}; out=… chooses another folder",
+    )
