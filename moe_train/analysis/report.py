@@ -11,38 +11,73 @@ from moe_train.analysis.report_compare import Comparisons, choose_baseline, comp
 from moe_train.analysis.report_files import directions_csv, to_csv, to_markdown
 from moe_train.analysis.report_page import run_page
 from moe_train.analysis.report_runs import RunReport, read_runs
-from moe_train.analysis.report_table import explanation, failures, run_tables, score_table
+from moe_train.analysis.report_table import damages, explanation, failures, run_tables, score_table, set_table
 from moe_train.config.evaluation import ReportConfig
-from moe_train.training.integrity import replace_text
+from moe_train.errors import ConfigError
+from moe_train.training.integrity import replace_text, why_not_writable
 
 
 def make_report(config: ReportConfig, console: Console) -> list[RunReport]:
     """Prints the leaderboard, writes ``leaderboard.csv``, ``leaderboard.md`` and ``directions.csv``, and into every run
     folder ``report.html``.
 
+    Files that cannot be written where they belong, such as the page of a run in somebody else's folder, go elsewhere,
+    which is said: the leaderboard into the working directory, pages beside the leaderboard.
+
     Returns:
         The runs, in the order in which they were found.
 
     Raises:
-        ConfigError: no runs, or no such baseline.
+        ConfigError: no runs, no such baseline, or nowhere to write.
         MissingDependency: pages are wanted and matplotlib is not installed.
     """
-    runs = read_runs(config.runs, config.split)
+    runs = read_runs(config.runs, config.split, config.part)
     baseline = choose_baseline(runs, config.baseline)
-    comparisons = compare(runs, baseline, config.split, config.samples, config.significance)
+    comparisons = compare(runs, baseline, config.samples, config.significance)
     _print(runs, comparisons, console)
-    out = Path(config.out) if config.out else _common(runs)
-    out.mkdir(parents=True, exist_ok=True)
-    replace_text(out / "leaderboard.csv", to_csv(runs, comparisons))
-    replace_text(out / "leaderboard.md", to_markdown(runs, comparisons))
-    replace_text(out / "directions.csv", directions_csv(runs, comparisons))
+    out, notes = _leaderboard_folder(config, runs)
     written = [out / "leaderboard.csv", out / "leaderboard.md", out / "directions.csv"]
+    texts = to_csv(runs, comparisons), to_markdown(runs, comparisons), directions_csv(runs, comparisons)
+    for path, text in zip(written, texts, strict=True):
+        _write(path, text)
     if config.html:
-        for run in runs:
-            replace_text(run.path / "report.html", run_page(run))
+        notes += [note for run in runs if (note := _write_page(run, out))]
         written.append(Path("report.html in every run folder"))
-    console.print("\n".join(f"written: {path}" for path in written), highlight=False, markup=False, soft_wrap=True)
+    for line in (*(f"note: {note}" for note in notes), *(f"written: {path}" for path in written)):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     return runs
+
+
+def _leaderboard_folder(config: ReportConfig, runs: list[RunReport]) -> tuple[Path, list[str]]:
+    expected = Path(config.out) if config.out else _common(runs)
+    reason = why_not_writable(expected)
+    if not reason:
+        return expected, []
+    instead = Path.cwd() / "report"
+    if config.out or why_not_writable(instead):
+        raise ConfigError(f"the leaderboard cannot be written ({reason})", str(expected), "name another folder: out=…")
+    return instead, [f"{expected} cannot be written ({reason}): the leaderboard is in {instead}"]
+
+
+def _write_page(run: RunReport, out: Path) -> str:
+    """Writes a run's page; returns a note where it is not in the run's folder."""
+    page = run_page(run)
+    try:
+        replace_text(run.path / "report.html", page)
+    except OSError as error:
+        instead = out / f"report-{run.name.replace('/', '_')}.html"
+        _write(instead, page)
+        return f"{run.path} cannot be written ({error.strerror or error}): the page is {instead}"
+    return ""
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        replace_text(path, text)
+    except OSError as error:  # such as a full disk
+        raise ConfigError(
+            f"the report cannot be written ({error.strerror or error})", str(path), "name another folder: out=…"
+        ) from error
 
 
 def _common(runs: list[RunReport]) -> Path:
@@ -55,7 +90,8 @@ def _print(runs: list[RunReport], comparisons: Comparisons, console: Console) ->
         console.print(table)
     if any(run.results for run in runs):
         console.print(score_table(runs, comparisons))
-    for line in failures(runs):
+        console.print(set_table(runs))
+    for line in (*failures(runs), *damages(runs)):
         console.print(line, style="red", highlight=False, markup=False, soft_wrap=True)
     for line in explanation(comparisons):
         console.print(line, highlight=False, markup=False, soft_wrap=True)

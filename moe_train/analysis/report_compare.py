@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from moe_train.analysis.report_runs import RunReport
+from moe_train.analysis.report_sets import unlike_sets
 from moe_train.errors import ConfigError, DataError, UserError, did_you_mean
-from moe_train.evaluation.outputs import OutputFiles
 from moe_train.evaluation.scoring import Comparison, Scorer
 
 
@@ -66,21 +66,20 @@ def choose_baseline(runs: Sequence[RunReport], wanted: str | None) -> RunReport 
     raise ConfigError(f"no single run is named '{wanted}'", "baseline", did_you_mean(wanted, [r.name for r in runs]))
 
 
-def compare(
-    runs: Sequence[RunReport], baseline: RunReport | None, split: str, samples: int, significance: float
-) -> Comparisons:
+def compare(runs: Sequence[RunReport], baseline: RunReport | None, samples: int, significance: float) -> Comparisons:
     """Tests every scored run against the baseline in the directions that both have.
 
-    Runs with other references (other data) are left out, with a note.
+    Runs with other references (other data, other sentences) are left out, with a note; whatever else is unlike in what
+    runs were scored and validated on gets a note, too.
     """
-    notes = _uneven(runs)
+    notes = unlike_sets(runs)
     if baseline is None or samples == 0:
         return Comparisons(significance=significance, notes=notes)
     by_run: dict[str, dict[str, Comparison]] = {}
     others = [run for run in runs if run.results is not None and run is not baseline]
     assert baseline.results is not None
     for direction in baseline.results.directions:
-        outputs, references = _outputs(baseline, others, split, direction, notes)
+        outputs, references = _outputs(baseline, others, direction, notes)
         if references is None:
             continue
         try:
@@ -94,21 +93,12 @@ def compare(
     return Comparisons(baseline.name, significance, samples, by_run, list(dict.fromkeys(notes)))
 
 
-def _uneven(runs: Sequence[RunReport]) -> list[str]:
-    """A note where averages are over different directions."""
-    scored = {frozenset(run.results.directions) for run in runs if run.results is not None}
-    if len(scored) < 2:
-        return []
-    fewest, most = min(map(len, scored)), max(map(len, scored))
-    return [f"runs were scored in different directions ({fewest} to {most} of them): their averages do not compare"]
-
-
 def _outputs(
-    baseline: RunReport, others: Sequence[RunReport], split: str, direction: str, notes: list[str]
+    baseline: RunReport, others: Sequence[RunReport], direction: str, notes: list[str]
 ) -> tuple[dict[str, list[str]], list[str] | None]:
     """Hypotheses by run, the baseline's included, and the references that they share (None: the baseline has none)."""
     try:
-        hypotheses, references = OutputFiles(baseline.path, split, direction).read()
+        hypotheses, references = _read(baseline, direction)
     except DataError as error:
         notes.append(f"{baseline.name}: {error}")
         return {}, None
@@ -117,7 +107,7 @@ def _outputs(
         if run.results is None or direction not in run.results.directions:
             continue
         try:
-            lines, own = OutputFiles(run.path, split, direction).read()
+            lines, own = _read(run, direction)
         except DataError as error:
             notes.append(f"{run.name}: {error}")
             continue
@@ -128,3 +118,22 @@ def _outputs(
                 f"{run.name}: {direction} was evaluated on another text than the baseline's, and is not compared"
             )
     return found, references
+
+
+def _read(run: RunReport, direction: str) -> tuple[list[str], list[str]]:
+    """Hypotheses and references of a run.
+
+    Raises:
+        DataError: they cannot be read, or are not those that were scored.
+    """
+    files = run.files.outputs(direction)
+    try:
+        hypotheses, references = files.read()
+    except OSError as error:
+        raise DataError(f"it cannot be read ({error.strerror or error})", str(files.hypotheses)) from error
+    assert run.results is not None
+    scored = run.results.directions[direction].sentences
+    if len(hypotheses) != scored:
+        what = f"it has {len(hypotheses):,} lines, and {scored:,} were scored"
+        raise DataError(what, str(files.hypotheses), "run moe-evaluate again")
+    return hypotheses, references

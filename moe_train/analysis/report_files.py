@@ -8,10 +8,12 @@ from collections.abc import Sequence
 
 from moe_train.analysis.report_compare import Comparisons
 from moe_train.analysis.report_runs import RunReport
+from moe_train.analysis.report_sets import SETS, set_cells
 from moe_train.analysis.report_settings import settings
 from moe_train.analysis.report_table import (
     COLUMNS,
     RIGHT,
+    damages,
     explanation,
     failures,
     present_groups,
@@ -27,6 +29,7 @@ def to_csv(runs: Sequence[RunReport], comparisons: Comparisons) -> str:
     groups = present_groups(runs)
     header = ["run", "path", "strategy", "overrides", "status", "cause", "updates", "parameters", "active_parameters"]
     header += ["flops_per_token", "training_flops_per_token", "words_per_second", "valid_nll_loss", "baseline"]
+    header += [*(name.replace(" ", "_") for name in SETS[1:]), "problems"]
     for group in groups:
         name = group.replace(" ", "_")
         header += [f"{name}_{column}" for column in ("bleu", "chrf", "better", "worse", "compared")]
@@ -46,6 +49,8 @@ def to_csv(runs: Sequence[RunReport], comparisons: Comparisons) -> str:
         row += [run.parameters, run.active_parameters, run.flops_per_token, run.training_flops_per_token]
         row += [run.words_per_second, run.loss]
         row.append(comparisons.baseline)
+        found = set_cells(run)
+        row += [*(found.get(name) for name in SETS[1:]), "; ".join(run.problems)]
         for group in groups:
             row += _csv_group(run, group, comparisons)
         writer.writerow(["" if value is None else for_csv(value) for value in row])
@@ -92,7 +97,9 @@ def to_markdown(runs: Sequence[RunReport], comparisons: Comparisons) -> str:
                 rows.append(["average" if group == "all" else group, run.name, run.strategy, *scores])
     if rows:
         parts += ["", *_markdown(("directions", "run", "strategy", "BLEU", "chrF++", "against baseline"), rows)]
-    for line in (*failures(runs), *explanation(comparisons)):
+    if scored := [found for run in ranked(runs) if (found := set_cells(run))]:
+        parts += ["", *_markdown(SETS, [[found[name] for name in SETS] for found in scored])]
+    for line in (*failures(runs), *damages(runs), *explanation(comparisons)):
         parts += ["", for_markdown(line)]
     return "\n".join(parts) + "\n"
 

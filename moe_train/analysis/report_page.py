@@ -7,6 +7,7 @@ from typing import Any
 
 from moe_train.analysis import report_figures as figures
 from moe_train.analysis.report_runs import RunReport
+from moe_train.analysis.report_sets import set_cells
 from moe_train.analysis.report_table import run_cells
 from moe_train.evaluation.averages import tier_of
 from moe_train.evaluation.results import BASELINES, Results
@@ -43,11 +44,13 @@ def run_page(run: RunReport) -> str:
     parts = [f"<h1>{for_html(run.name)}</h1>", _facts(run)]
     if run.failed:
         parts.append(f'<p class="failed">Failed: {for_html(run.cause)}</p>')
+    parts += [f'<p class="failed">{for_html(problem)}</p>' for problem in run.problems]
     parts += _section("Loss", [figures.loss_curves(run.train, run.valid)])
     parts += _section("Routing losses", [figures.auxiliary_curves(run.train)])
     parts += _section("Load per expert", _loads(run.train))
     if run.results is not None:
-        parts += _section("Scores", [_scores(run.results)])
+        of = ", ".join(f"{name} {value}" for name, value in list(set_cells(run).items())[1:])
+        parts += _section("Scores", [f"<p>{for_html(of)}</p>", _scores(run.results)])
     parts += _section("Speed", [figures.speed_curve(run.train)])
     body = "\n".join(parts)
     return (

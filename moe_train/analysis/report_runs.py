@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moe_train.analysis.run_records import Reader
 from moe_train.errors import ConfigError, DataError
+from moe_train.evaluation.result_files import ResultFiles
 from moe_train.evaluation.results import Results, read_results
 from moe_train.routing import routing_config
 from moe_train.training.heartbeat import alive
-from moe_train.training.run_folder import ALIVE, CONFIG, FAILURE, FINISHED, recorded_overrides
+from moe_train.training.run_folder import ALIVE, CONFIG, FAILURE, FINISHED, INFO, TRAIN, VALID, recorded_overrides
 
 _DEPTH = 3  # multirun/date/time/job
 
@@ -25,17 +26,22 @@ class RunReport:
 
     Attributes:
         name: short and unique among the runs of a report.
-        status: ``finished``, ``stopped_early``, ``interrupted``, ``running`` or ``failed``.
+        status: ``finished``, ``stopped_early``, ``interrupted``, ``running``, ``failed``, or ``unknown`` where the file
+            that says it is damaged.
         cause: why it failed; "" otherwise.
         passes: over each batch in training (THOR: 2); None where the strategy is not known here.
         overrides: what its command line set, such as ``routing=switch``.
-        train, valid: the lines of ``train.jsonl`` and ``valid.jsonl``.
+        train, valid: the numbers in the lines of ``train.jsonl`` and ``valid.jsonl``.
+        files: where the scores and outputs are that are reported.
         results: the scores, None where it was not evaluated.
+        validated_on: what decides the set that the validation losses are of, as far as it is known.
+        problems: files of the folder that are damaged, and how.
     """
 
     name: str
     path: Path
     status: str
+    files: ResultFiles
     cause: str = ""
     strategy: str = ""
     passes: int | None = None
@@ -44,6 +50,8 @@ class RunReport:
     train: Sequence[Mapping[str, Any]] = ()
     valid: Sequence[Mapping[str, Any]] = ()
     results: Results | None = None
+    validated_on: Mapping[str, Any] = field(default_factory=dict)
+    problems: Sequence[str] = ()
 
     @property
     def failed(self) -> bool:
@@ -53,7 +61,7 @@ class RunReport:
     @property
     def update(self) -> int:
         """Updates done."""
-        logged = max((int(line["update"]) for line in self.train if "update" in line), default=0)
+        logged = max((int(line["update"]) for line in self.train), default=0)
         return max(int(self.info.get("update") or 0), logged)
 
     @property
@@ -80,17 +88,20 @@ class RunReport:
     @property
     def words_per_second(self) -> float | None:
         """The median of the log lines: the first ones warm up."""
-        speeds = [float(line["words_per_second"]) for line in self.train if "words_per_second" in line]
+        speeds = [line["words_per_second"] for line in self.train if "words_per_second" in line]
         return statistics.median(speeds) if speeds else None
 
     @property
     def loss(self) -> float | None:
         """The lowest validation loss, nats per token; the same whatever ``best`` was chosen by."""
-        return min((float(line["nll_loss"]) for line in self.valid if "nll_loss" in line), default=None)
+        return min((line["nll_loss"] for line in self.valid if "nll_loss" in line), default=None)
 
 
-def read_runs(paths: Sequence[Path | str], split: str = "test") -> list[RunReport]:
+def read_runs(paths: Sequence[Path | str], split: str = "test", part: str = "") -> list[RunReport]:
     """Reads run folders, and all below folders of runs such as a multirun's.
+
+    Args:
+        split, part: whose scores (:class:`~moe_train.evaluation.result_files.ResultFiles`).
 
     Raises:
         ConfigError: a path with no run, or none given.
@@ -103,7 +114,7 @@ def read_runs(paths: Sequence[Path | str], split: str = "test") -> list[RunRepor
         found += [run for run in below if run not in found]
     if not found:
         raise ConfigError("no runs are given", "runs", "set 'runs=[FOLDER,FOLDER]' or 'runs=[MULTIRUN_FOLDER]'")
-    return [read_run(path, name, split) for path, name in zip(found, _names(found), strict=True)]
+    return [read_run(path, name, split, part) for path, name in zip(found, _names(found), strict=True)]
 
 
 def find_runs(path: Path, depth: int = _DEPTH) -> list[Path]:
@@ -115,13 +126,16 @@ def find_runs(path: Path, depth: int = _DEPTH) -> list[Path]:
         return [path.resolve()]
     if depth == 0 or not path.is_dir():
         return []
-    children = sorted((p for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")), key=_natural)
+    try:
+        children = sorted((p for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")), key=_natural)
+    except OSError:  # somebody else's folder
+        return []
     return [run for child in children for run in find_runs(child, depth - 1)]
 
 
 def _natural(path: Path) -> tuple[int, int, str]:
     """Job 10 after job 9."""
-    return (0, int(path.name), "") if path.name.isdigit() else (1, 0, path.name)
+    return (0, int(path.name), "") if path.name.isdecimal() else (1, 0, path.name)
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
@@ -133,65 +147,59 @@ def _names(paths: Sequence[Path]) -> list[str]:
     return [str(path) for path in paths]
 
 
-def read_run(path: Path, name: str, split: str = "test") -> RunReport:
-    """Reads one run folder; what is missing or damaged in it is left out, not an error."""
-    info = _json(path / "run.json")
-    routing = _json(path / CONFIG).get("config", {}).get("routing", {})
-    train, valid = (_lines(path / file) for file in ("train.jsonl", "valid.jsonl"))
-    status, cause = _status(path, info)
+def read_run(path: Path, name: str, split: str = "test", part: str = "") -> RunReport:
+    """Reads one run folder; what is missing in it is left out, and so is what is damaged, which ``problems`` says."""
+    reader = Reader(path)
+    info = reader.info(INFO)
+    unreadable = bool(reader.problems)
+    config = reader.inner(CONFIG, content := reader.mapping(CONFIG), "config")
+    routing = reader.inner(CONFIG, config, "routing")
+    files = ResultFiles(path, split, part)
+    validation = reader.inner(CONFIG, config, "training", "validation")
+    status, cause = ("unknown", "") if unreadable and not info else _status(reader, info)
     overrides = recorded_overrides(path)
     return RunReport(
         name=name,
         path=path,
         status=status,
+        files=files,
         cause=cause,
         strategy=str(routing.get("name", "")) or _overridden_strategy(overrides),
         passes=_passes(routing),
         overrides=overrides,
         info=info,
-        train=train,
-        valid=valid,
-        results=_results(path / f"{split}.json"),
+        train=reader.lines(TRAIN),
+        valid=reader.lines(VALID),
+        results=_results(files, reader),
+        validated_on={
+            "data folder": content.get("data_fingerprint") or None,
+            "vocabulary": info.get("vocabulary"),
+            "task": reader.inner(CONFIG, config, "task").get("name"),
+            "task.directions": reader.inner(CONFIG, config, "task").get("directions"),
+            "model.max_positions": reader.inner(CONFIG, config, "model").get("max_positions"),
+            "training.validation.max_sentences": validation.get("max_sentences"),
+        },
+        problems=list(dict.fromkeys(reader.problems)),
     )
 
 
 def _passes(routing: Mapping[str, Any]) -> int | None:
     try:
         return routing_config(routing).passes
-    except ConfigError:
+    except (ConfigError, OverflowError):
         return None
 
 
-def _results(path: Path) -> Results | None:
+def _results(files: ResultFiles, reader: Reader) -> Results | None:
     try:
-        return read_results(path)
-    except DataError:
+        results = read_results(files.scores)
+    except DataError as error:
+        reader.problems.append(f"{files.scores.name}: {error.what}")
         return None
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """JSON lines; a line that is being written, or was cut, is left out."""
-    found = []
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError:
-        return []
-    for line in text.split("\n"):
-        try:
-            content = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(content, dict):
-            found.append(content)
-    return found
+    if results is not None and results.settings.get("split", files.split) != files.split:
+        reader.problems.append(f"{files.scores.name}: the scores are of split={results.settings['split']}")
+        return None
+    return results
 
 
 def _overridden_strategy(words: Sequence[str]) -> str:
@@ -202,15 +210,15 @@ def _overridden_strategy(words: Sequence[str]) -> str:
 # --- how it ended -----------------------------------------------------------------------------------------------------
 
 
-def _status(path: Path, info: Mapping[str, Any]) -> tuple[str, str]:
+def _status(reader: Reader, info: Mapping[str, Any]) -> tuple[str, str]:
     """Status and cause. A failure that is older than ``run.json`` is of a session before."""
-    status = str(info.get("status", ""))
+    path, status = reader.folder, str(info.get("status", ""))
     if status in FINISHED:
         return status, ""
     if _held(path):
         return "running", ""
-    failure = _json(path / FAILURE)
-    if failure and _changed(path / FAILURE) >= _changed(path / "run.json"):
+    failure = reader.mapping(FAILURE)
+    if failure and _changed(path / FAILURE) >= _changed(path / INFO):
         return "failed", _cause(failure)
     if status == "interrupted":
         return status, ""

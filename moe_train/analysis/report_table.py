@@ -12,6 +12,7 @@ from rich.text import Text
 
 from moe_train.analysis.report_compare import Comparisons
 from moe_train.analysis.report_runs import RunReport
+from moe_train.analysis.report_sets import SETS, set_cells
 from moe_train.analysis.report_settings import settings
 from moe_train.evaluation.averages import TIERS
 from moe_train.safe_text import for_terminal
@@ -22,7 +23,7 @@ _COSTS = ("run", "strategy", "params", "active", "FLOPs/tok forward", "FLOPs/tok
 _SETTINGS = ("run", "settings")
 _NAME = 20  # columns of the screen for a run's name
 COLUMNS = (*_RESULTS[:2], "settings", *_RESULTS[2:], *_COSTS[2:])
-RIGHT = (*_RESULTS[3:], *_COSTS[2:], "BLEU", "chrF++")
+RIGHT = (*_RESULTS[3:], *_COSTS[2:], "BLEU", "chrF++", "lines")
 
 
 def ranked(runs: Sequence[RunReport]) -> list[RunReport]:
@@ -109,11 +110,20 @@ def score_table(runs: Sequence[RunReport], comparisons: Comparisons) -> Table:
     return table
 
 
+def set_table(runs: Sequence[RunReport]) -> Table:
+    """What the scores of each run are of."""
+    table = _table(SETS)
+    for run in ranked(runs):
+        if found := set_cells(run):
+            table.add_row(*_cells([{**found, "run": _folded(run.name)}[name] for name in SETS]))
+    return table
+
+
 def _table(columns: Sequence[str]) -> Table:
-    """A heading's words stand in lines of their own; of the cells only settings and names of runs may take several."""
+    """A heading's words stand in lines of their own; of the cells only some may take several."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for name in columns:
-        wraps = name in ("run", "settings")
+        wraps = name in ("run", "settings", "tokenizers")
         side: JustifyMethod = "right" if name in RIGHT else "left"
         table.add_column(name.replace(" ", "\n"), justify=side, overflow="fold", no_wrap=not wraps)
     return table
@@ -137,6 +147,11 @@ def _folded(name: str) -> str:
 def failures(runs: Sequence[RunReport]) -> list[str]:
     """A line per failed run: its name and the cause."""
     return [f"{run.name} failed at update {run.update}: {run.cause}" for run in runs if run.failed]
+
+
+def damages(runs: Sequence[RunReport]) -> list[str]:
+    """A line per file of a run folder that could not be used."""
+    return [f"{run.name}: {problem}" for run in runs for problem in run.problems]
 
 
 def explanation(comparisons: Comparisons) -> list[str]:

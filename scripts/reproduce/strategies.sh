@@ -29,7 +29,7 @@ moe-prepare corpus=text corpus.path="$text" 'corpus.languages=[ar,de,fr,ru,tr,zh
 moe-train -m data="$data" routing=$strategies "${budget[@]}" \
     hydra.sweep.dir="$out/runs" 'hydra.sweep.subdir=${hydra:runtime.choices.routing}' "$@"
 for run in "$out"/runs/*/; do
-    [[ -f $run/test.json ]] && continue
+    [[ -f $run/test.first-50.json ]] && continue
     moe-evaluate run="$run" split=test checkpoint=last max_sentences=50 search.beam=4 launch.processes=2
 done
-moe-report "runs=[$out/runs]" baseline="$out/runs/switch" out="$out"
+moe-report "runs=[$out/runs]" part=first-50 baseline="$out/runs/switch" out="$out"

@@ -27,6 +27,7 @@ from moe_train.config import build
 from moe_train.config.evaluation import EvaluateConfig
 from moe_train.evaluation.evaluate import evaluate
 from moe_train.evaluation.measured import measure
+from moe_train.evaluation.result_files import ResultFiles, part_name
 from moe_train.training.about import commit, versions
 from moe_train.training.integrity import replace_text
 from moe_train.training.run_folder import INFO, RunFolder
@@ -107,11 +108,12 @@ class Study:
             raise SystemExit(f"{run} ended with code {done.returncode}; the same command goes on from here")
         return folder
 
-    def evaluate(self, folder: Path, split: str = "test", **keys: Any) -> dict[str, Any]:
-        """``<split>.json`` of a run, made where it is not there or older than the run's last session."""
-        path = folder / f"{split}.json"
+    def evaluate(self, folder: Path, split: str = "test", max_sentences: int = 0, **keys: Any) -> dict[str, Any]:
+        """A run's scores, made where they are not there or older than the run's last session."""
+        path = ResultFiles(folder, split, part_name(max_sentences=max_sentences)).scores
         if _outdated(path, folder):
-            config = build(EvaluateConfig, {"run": str(folder), "split": split, **keys})
+            where = {"run": str(folder), "split": split, "max_sentences": max_sentences}
+            config = build(EvaluateConfig, {**where, **keys})
             (evaluate if RunFolder.open(folder).config.task.translates else measure)(config)
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return content

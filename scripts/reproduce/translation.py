@@ -23,7 +23,7 @@ from study import Budget, Claim, Study, Variant, parsed, parser, read_lines, wan
 
 from moe_train.analysis.report_compare import compare
 from moe_train.analysis.report_runs import read_runs
-from moe_train.evaluation.results import read_results
+from moe_train.evaluation.result_files import part_name
 
 MODELS = Path(__file__).parents[2] / "configs" / "model"
 LANGUAGES = ("de", "fr", "ru", "zh", "tr", "ar")  # two of each tier of the shared corpus
@@ -141,8 +141,8 @@ def main() -> None:
             folder = study.train(f"{variant.name}-s{seed}", [*common(given, seed), *variant.overrides])
             study.evaluate(folder, max_sentences=items, search={"beam": 4})
             done.append(folder)
-            study.note(variant.name, seed, folder, scores(folder))
-        _note_significance(study, done, seed)
+            study.note(variant.name, seed, folder, scores(folder, part_name(max_sentences=items)))
+        _note_significance(study, done, seed, part_name(max_sentences=items))
 
 
 def width(options: Any) -> int:
@@ -165,29 +165,33 @@ def common(options: Any, seed: int) -> list[str]:
     ]
 
 
-def scores(folder: Path) -> dict[str, float | None]:
-    """BLEU and chrF++ on average and by tier, and the speed of training."""
-    results = read_results(folder / "test.json")
+def scores(folder: Path, part: str) -> dict[str, float | None]:
+    """BLEU and chrF++ on average and by tier, and the speed of training.
+
+    Args:
+        part: of the test split, which was evaluated.
+    """
+    (run,) = read_runs([folder], part=part)
+    results = run.results
     assert results is not None
     average = results.average()
     tiers = {
         f"bleu {name}": results.average(members).bleu for name, members in results.groups.items() if "resource" in name
     }
-    (run,) = read_runs([folder])
     copied = results.average(baseline="copy").chrf
     quality = {"bleu": average.bleu, "chrf": average.chrf, "copy": copied, **tiers}
     last = read_lines(folder / "valid.jsonl")[-1]
     return {**quality, "loss": last["nll_loss"], "words_per_second": run.words_per_second}
 
 
-def _note_significance(study: Study, folders: Sequence[Path], seed: int) -> None:
+def _note_significance(study: Study, folders: Sequence[Path], seed: int, part: str) -> None:
     """Paired bootstrap of every run against Switch of the same seed."""
     baseline = next((folder for folder in folders if folder.name == f"switch-s{seed}"), None)
     if baseline is None:
         return
-    runs = {run.path: run for run in read_runs(list(folders))}
+    runs = {run.path: run for run in read_runs(list(folders), part=part)}
     reports = list(runs.values())
-    found = compare(reports, runs[baseline.resolve()], "test", samples=1000, significance=0.05)
+    found = compare(reports, runs[baseline.resolve()], samples=1000, significance=0.05)
     for report in reports:
         directions = list(report.results.directions) if report.results is not None else []
         count = found.count(report.name, directions)

@@ -7,9 +7,9 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from moe_train.config import RunConfig
+from moe_train.config import RunConfig, TrainingConfig, ValidationConfig
 from moe_train.evaluation.decoding import Translation
-from moe_train.evaluation.outputs import OutputFiles
+from moe_train.evaluation.result_files import ResultFiles
 from moe_train.evaluation.results import DirectionResult, Results
 from moe_train.evaluation.scoring import Scorer
 from moe_train.training.run_folder import RunFolder
@@ -25,10 +25,25 @@ def references(direction: str, lines: int = 150) -> list[str]:
     return [" ".join(draw.choices(WORDS, k=12)) for _ in range(lines)]
 
 
-def trained(folder: Path, strategy: str = "switch", updates: int = 300, loss: float = 2.0) -> Path:
-    """A finished run with logs of three intervals and two sparse layers of four experts."""
+def trained(
+    folder: Path,
+    strategy: str = "switch",
+    updates: int = 300,
+    loss: float = 2.0,
+    fingerprint: str = "",
+    validated: int = 0,
+    **info: object,
+) -> Path:
+    """A finished run with logs of three intervals and two sparse layers of four experts.
+
+    Args:
+        fingerprint: of its data folder.
+        validated: ``training.validation.max_sentences``.
+        info: more of what ``run.json`` says.
+    """
     run = RunFolder(folder)
-    run.begin(RunConfig("data", routing={"name": strategy, "num_experts": 4}))
+    training = TrainingConfig(validation=ValidationConfig(max_sentences=validated))
+    run.begin(RunConfig("data", routing={"name": strategy, "num_experts": 4}, training=training), fingerprint)
     for step in (1, 2, 3):
         update = step * updates // 3
         load = {"0": [0.4, 0.3, 0.2, 0.1], "1": [0.25, 0.25, 0.5, 0.0]}
@@ -42,26 +57,42 @@ def trained(folder: Path, strategy: str = "switch", updates: int = 300, loss: fl
         flops_per_token=3.1e6,
         world={"processes": 2, "expert_parallel": 1, "device": "cpu"},
         commit="0123abcd",
+        **info,
     )
     return folder
 
 
-def scored(folder: Path, quality: float, seed: int, directions: Sequence[str] = DIRECTIONS) -> Path:
-    """Adds outputs and ``test.json`` to a run: a word of the reference stays with probability ``quality``."""
+def scored(
+    folder: Path,
+    quality: float,
+    seed: int,
+    directions: Sequence[str] = DIRECTIONS,
+    count: int = 150,
+    part: str = "",
+    **settings: object,
+) -> Path:
+    """Adds outputs and scores to a run: a word of the reference stays with probability ``quality``.
+
+    Args:
+        count: lines of each direction.
+        part: of the split.
+        settings: more of what ``test.json`` says under that name.
+    """
+    files = ResultFiles(folder, "test", part)
     draw = random.Random(seed)
     results = {}
     signatures: dict[str, object] = {}
     for direction in directions:
-        target = references(direction)
+        target = references(direction, count)
         lines = [" ".join(w if draw.random() < quality else draw.choice(WORDS) for w in r.split()) for r in target]
         scorer = Scorer(direction.split("-")[1])
         scores = scorer.score(lines, target)
         low = scorer.score(lines[::-1], target)
         results[direction] = DirectionResult(scores, {"copy": low, "shuffled": low}, len(lines), 1, 1, "13a")
-        OutputFiles(folder, "test", direction).write(target, target, [Translation(t, -1.0, 5) for t in lines])
+        files.outputs(direction).write(target, target, [Translation(t, -1.0, 5) for t in lines])
         signatures = {"bleu": {"13a": scorer.bleu_signature}, "chrf": scorer.chrf_signature}
-    found = Results({"split": "test", "checkpoint": "step_3"}, results, TIERS, signatures, {}, ["a note"])
-    (folder / "test.json").write_text(found.to_text(), encoding="utf-8")
+    found = Results({"split": "test", "checkpoint": "step_3", **settings}, results, TIERS, signatures, {}, ["a note"])
+    files.scores.write_text(found.to_text(), encoding="utf-8")
     return folder
 
 

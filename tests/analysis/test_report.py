@@ -149,14 +149,14 @@ def test_the_baseline_is_chosen_by_name_folder_or_strategy(sweep: Path) -> None:
 
 def test_significance_against_the_baseline(sweep: Path) -> None:
     runs = read_runs([sweep])
-    found = compare(runs, choose_baseline(runs, "dense"), "test", samples=200, significance=0.01)
+    found = compare(runs, choose_baseline(runs, "dense"), samples=200, significance=0.01)
     better, equal = found.count("1", DIRECTIONS), found.count("2", DIRECTIONS)
     assert better is not None and (better.better, better.worse, better.directions) == (4, 0, 4)
     assert equal is not None and equal.better + equal.worse <= 1
     assert found.count("0", DIRECTIONS) is None and found.count("10", DIRECTIONS) is None
     low = found.count("1", ["en-sw"])
     assert low is not None and low.directions == 1
-    assert compare(runs, choose_baseline(runs, "dense"), "test", 0, 0.01).by_run == {}
+    assert compare(runs, choose_baseline(runs, "dense"), 0, 0.01).by_run == {}
 
 
 def test_significance_is_of_the_tokenizer_that_gave_the_scores(tmp_path: Path) -> None:
@@ -187,7 +187,7 @@ def test_other_references_are_not_compared(tmp_path: Path) -> None:
     changed.write_text("other\n" * len(references("en-de")))
     (tmp_path / "b" / "hypotheses" / "test.de-en.en").unlink()
     runs = read_runs([tmp_path])
-    found = compare(runs, runs[0], "test", 50, 0.05)
+    found = compare(runs, runs[0], 50, 0.05)
     assert sorted(found.by_run["b"]) == ["en-sw", "sw-en"]
     assert any("another text" in note for note in found.notes) and any("missing" in note for note in found.notes)
 
@@ -196,7 +196,7 @@ def test_averages_over_different_directions_are_flagged(tmp_path: Path) -> None:
     scored(trained(tmp_path / "a"), 0.6, 1)
     scored(trained(tmp_path / "b"), 0.6, 2, directions=DIRECTIONS[:2])
     runs = read_runs([tmp_path])
-    assert any("do not compare" in note for note in compare(runs, runs[0], "test", 0, 0.05).notes)
+    assert any("do not compare" in note for note in compare(runs, runs[0], 0, 0.05).notes)
 
 
 def test_the_leaderboard(sweep: Path, tmp_path: Path) -> None:
