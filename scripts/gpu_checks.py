@@ -6,7 +6,7 @@
 Needs torch and this package alone. In a world of one process, with the exchange forced (tokens go through NCCL's
 all-to-all to the process itself), it
 
-- holds layers that exchange, overlap, go in chunks or have fixed sizes to the layer without an exchange;
+- holds layers that exchange, overlap or have fixed sizes to the layer without an exchange;
 - holds grouped products in bf16 to fp32's loop, outputs and gradients, with experts that have no token, and with
   a width that a GPU's grouped product would refuse;
 - counts the host syncs of a layer's step with ``torch.cuda.set_sync_debug_mode``;
@@ -41,10 +41,10 @@ from torch import Tensor, nn
 from moe_train import MoELayer
 from moe_train.experts import ExpertPool, ExpertSpec
 from moe_train.layers.attention import SelfAttention
+from moe_train.parallel.dispatch_options import DispatchOptions
 from moe_train.parallel.layout import ExpertLayout
 from moe_train.parallel.layout_plan import LayoutPlan
 from moe_train.parallel.loopback import LOOPBACK
-from moe_train.parallel.options import ExchangeOptions
 from moe_train.parallel.ranks import ProcessRanks
 from moe_train.routing.types import Assignment
 
@@ -96,20 +96,20 @@ class Check:
         return self.bound is None or self.value <= self.bound
 
 
-def ways(sizes: Sizes) -> dict[str, ExchangeOptions]:
+def ways(sizes: Sizes) -> dict[str, DispatchOptions]:
     """How the exchange is carried out."""
     return {
-        "exchange": ExchangeOptions(),
-        "overlap, 3 chunks": ExchangeOptions(overlap=True, chunks=3),
-        "fixed size": ExchangeOptions(fixed_rows=sizes.tokens),
+        "exchange": DispatchOptions(),
+        "overlap": DispatchOptions(overlap=True),
+        "fixed size": DispatchOptions(fixed_rows=sizes.tokens),
     }
 
 
-def make(routing: Mapping[str, Any], sizes: Sizes, device: str, options: ExchangeOptions | None) -> MoELayer:
+def make(routing: Mapping[str, Any], sizes: Sizes, device: str, options: DispatchOptions | None) -> MoELayer:
     """A layer in training, with the exchange forced where there are options; the same weights for all of them."""
     layout = None
     if options is not None:
-        layout = ExpertLayout.build(LayoutPlan(1, 1, 1), device, force_exchange=True, options=options)
+        layout = ExpertLayout.build(LayoutPlan(1, 1, 1), device, force_dispatch=True, options=options)
     keys = {"num_experts": sizes.num_experts, **routing}
     layer = MoELayer(sizes.dim, sizes.hidden, keys, activation="gelu", layout=layout).to(device).train()
     layer.set_ranks(ProcessRanks())
@@ -186,7 +186,7 @@ def sync_checks(sizes: Sizes, device: str) -> Iterator[Check]:
     capped = {**STRATEGIES["top_k"], "capacity_factor": 1.0}
     cases = [(name, routing, None, 1) for name, routing in STRATEGIES.items()]
     cases += [(name, routing, "exchange", 1) for name, routing in STRATEGIES.items()]
-    cases += [(name, routing, "overlap, 3 chunks", 1) for name, routing in STRATEGIES.items()]
+    cases += [(name, routing, "overlap", 1) for name, routing in STRATEGIES.items()]
     cases += [(name, routing, "fixed size", 0) for name, routing in STRATEGIES.items()]
     cases += [("top_k with capacity", capped, "fixed size", 0)]
     for name, routing, way, most in cases:

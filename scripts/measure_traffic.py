@@ -34,8 +34,8 @@ from moe_train.analysis.traffic import (
     predict_layer,
     predict_memory,
 )
-from moe_train.parallel.counters import LINKS
 from moe_train.parallel.loopback import LOOPBACK
+from moe_train.parallel.traffic import LINKS
 
 WORLD, EXPERTS, MEGA = 4, 16, 1e6
 

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 
 from moe_train.analysis.cost_shape import ModelShape, SparseShape, StackShape
 from moe_train.analysis.cost_traffic import BYTES, StepTraffic, Workload
-from moe_train.parallel.counters import LINKS
 from moe_train.parallel.layout_plan import LayoutPlan
+from moe_train.parallel.traffic import LINKS
 
 _RESIDUAL = 4
 _STATISTICS = 8  # mean and deviation of a norm

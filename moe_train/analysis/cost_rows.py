@@ -29,8 +29,8 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_train.parallel.counters import LINKS, Link
 from moe_train.parallel.layout_plan import LayoutPlan
+from moe_train.parallel.traffic import LINKS, LinkType
 from moe_train.routing.expected import Choices
 
 Vector = NDArray[np.float64]
@@ -48,9 +48,9 @@ class Flow:
         fullest: rows of the fullest destination over the mean of all.
     """
 
-    rows: dict[Link, float]
-    pairs: dict[Link, float]
-    peers: dict[Link, int]
+    rows: dict[LinkType, float]
+    pairs: dict[LinkType, float]
+    peers: dict[LinkType, int]
     fullest: float
 
 
@@ -80,11 +80,11 @@ def expected_flows(
     )
 
 
-def _flow(rows: Vector, pairs: Vector, peers: dict[Link, int]) -> Flow:
+def _flow(rows: Vector, pairs: Vector, peers: dict[LinkType, int]) -> Flow:
     """Sources are spread evenly over the group, so each link carries its share of the members."""
     members = sum(peers.values())
 
-    def by_link(total: float) -> dict[Link, float]:
+    def by_link(total: float) -> dict[LinkType, float]:
         return {link: total * peers[link] / members for link in LINKS}
 
     total = float(rows.sum())

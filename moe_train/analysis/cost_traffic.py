@@ -1,6 +1,6 @@
 """Rows and bytes that a training step sends, by link: what the exchange's counters will say, and gradients' reduction.
 
-Per sparse block and micro-batch, in the terms of :mod:`moe_train.parallel.exchange`:
+Per sparse block and micro-batch, in the terms of :mod:`moe_train.parallel.dispatch`:
 
 - payload: a row out and a row back forward, the same backward; once more forward where activations are recomputed;
 - metadata: 4 + 4 bytes of numbers and 4 of weight per pair forward, 4 per pair backward, and for each member of the
@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 
 from moe_train.analysis.cost_rows import Flow, expected_flows
 from moe_train.analysis.cost_shape import ModelShape, SparseShape, StackShape
-from moe_train.parallel.counters import LINKS, Link
 from moe_train.parallel.layout_plan import LayoutPlan
+from moe_train.parallel.traffic import LINKS, LinkType
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}
 WEIGHT = 4
@@ -62,7 +62,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class LinkTraffic:
-    """Sums of one rank over a step, averaged over ranks; names as in :class:`moe_train.parallel.counters.Traffic`."""
+    """Sums of one rank over a step, averaged over ranks; names as in :class:`moe_train.parallel.traffic.Traffic`."""
 
     dispatched_rows: float = 0.0
     returned_rows: float = 0.0
@@ -80,7 +80,7 @@ class BlockTraffic:
 
     tokens: float
     flows: tuple[Flow, ...]
-    by_link: Mapping[Link, LinkTraffic]
+    by_link: Mapping[LinkType, LinkTraffic]
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class StepTraffic:
     """
 
     blocks: tuple[BlockTraffic, ...]
-    by_link: Mapping[Link, LinkTraffic] = field(default_factory=dict)
+    by_link: Mapping[LinkType, LinkTraffic] = field(default_factory=dict)
 
     @property
     def sent(self) -> LinkTraffic:
@@ -146,7 +146,7 @@ def block_traffic(block: SparseShape, flows: tuple[Flow, ...], tokens: float, wo
 
 
 def count_bytes(flows: Sequence[Flow], num_experts: int) -> list[int]:
-    """What each member is told of sizes, step by step (:func:`moe_train.parallel.sizes.agree`)."""
+    """What each member is told of sizes, step by step (:func:`moe_train.parallel.split_sizes.exchange_split_sizes`)."""
     members = [sum(flow.peers.values()) for flow in flows]
     each = [num_experts // math.prod(members[: n + 1]) for n in range(len(members))]
     ranks = [members[n + 1] if n + 1 < len(members) else 0 for n in range(len(members))]
@@ -158,13 +158,13 @@ def _exchanges_per_forward(block: SparseShape) -> int:
     return len({choice.stage for choice in block.router.expected_choices(block.routing)})
 
 
-def gradient_bytes(shape: ModelShape, plan: LayoutPlan) -> dict[Link, float]:
+def gradient_bytes(shape: ModelShape, plan: LayoutPlan) -> dict[LinkType, float]:
     """Bytes that a rank sends to reduce gradients in fp32 by rings, averaged over ranks.
 
     A ring over n members sends 2 (n - 1) / n of the buffer over each of its n edges. Dense parameters go round the
     world, a rank's experts round their replicas.
     """
-    sent: dict[Link, float] = dict.fromkeys(LINKS, 0.0)
+    sent: dict[LinkType, float] = dict.fromkeys(LINKS, 0.0)
     experts = shape.expert_parameters / plan.expert_parallel
     for parameters, ring in ((shape.dense_parameters, range(plan.world)), (experts, plan.replicas_of(0))):
         volume = 2.0 * (len(ring) - 1) / len(ring) * parameters * 4

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from moe_train.analysis.plan import Candidate, Plan, describe
 from moe_train.errors import plural
-from moe_train.parallel.counters import LINKS
+from moe_train.parallel.traffic import LINKS
 
 _PICTURED = 16  # ranks whose experts are drawn
 

@@ -16,11 +16,11 @@ from moe_train.analysis.cost_shape import SizedVocabulary, SparseShape, model_sh
 from moe_train.analysis.cost_traffic import LinkTraffic, Workload, block_flows, block_traffic, step_traffic
 from moe_train.config import ModelConfig
 from moe_train.layers import MoELayer
-from moe_train.parallel.counters import Link
 from moe_train.parallel.gradients import reduce_dense_gradients, reduce_expert_gradients
 from moe_train.parallel.layout import ExpertLayout
 from moe_train.parallel.layout_plan import LayoutPlan, plan_layout
 from moe_train.parallel.ranks import ProcessRanks
+from moe_train.parallel.traffic import LinkType
 from moe_train.routing import routing_config
 
 COUNTED = ("dispatched_rows", "returned_rows", "payload_bytes", "metadata_bytes")
@@ -65,7 +65,7 @@ class Measured:
         load: [E] pairs of each expert.
     """
 
-    by_link: Mapping[Link, Mapping[str, int]]
+    by_link: Mapping[LinkType, Mapping[str, int]]
     load: tuple[int, ...]
 
 
@@ -83,7 +83,7 @@ def measure_layer(case: TrafficCase) -> Measured:
     return Measured(world_traffic(layout), tuple(int(n) for n in _sum(record.statistics.load)))
 
 
-def world_traffic(layout: ExpertLayout) -> dict[Link, dict[str, int]]:
+def world_traffic(layout: ExpertLayout) -> dict[LinkType, dict[str, int]]:
     """The counters of all ranks, added up."""
     return {
         link: dict(zip(COUNTED, (int(n) for n in _sum(torch.tensor([getattr(t, n) for n in COUNTED]))), strict=True))
@@ -91,7 +91,7 @@ def world_traffic(layout: ExpertLayout) -> dict[Link, dict[str, int]]:
     }
 
 
-def predict_layer(case: TrafficCase, world: int, load: tuple[int, ...] | None = None) -> Mapping[Link, LinkTraffic]:
+def predict_layer(case: TrafficCase, world: int, load: tuple[int, ...] | None = None) -> Mapping[LinkType, LinkTraffic]:
     """The same by the cost model, for one rank.
 
     Args:

@@ -25,7 +25,7 @@ from moe_train.analysis.bench_peers import PEERS
 from moe_train.analysis.bench_shape import SHAPES, LayerShape
 from moe_train.config import ModelConfig, build
 from moe_train.config.paths import configs_directory
-from moe_train.experts.native import serves
+from moe_train.experts.amx_kernel import is_supported
 from moe_train.parallel.processor import processor_maker
 from moe_train.screen import Screen
 from moe_train.training.about import commit
@@ -126,7 +126,7 @@ def _report(given: argparse.Namespace, title: str, lines: Lines, notes: Sequence
         "machine": platform.machine(),
         "processor": _processor(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
-        "bf16_experts": "our kernel" if serves(torch.empty(0, dtype=torch.bfloat16), "relu") else "torch's products",
+        "bf16_experts": "our kernel" if is_supported(torch.empty(0, dtype=torch.bfloat16)) else "torch's products",
         "threads": given.threads,
     }
     content = json.dumps({**about, "rows": [dataclasses.asdict(row) for row in rows]}, indent=2) + "\n"

@@ -81,7 +81,6 @@ class LayoutConfig:
         ranks_per_node: ranks of a node; 0: as many as were started on each host.
         two_level: exchange between nodes first and inside the node then, where a group spans nodes.
         overlap: a shared expert is computed while rows travel.
-        chunks: the tokens of a layer travel in so many parts, one while another is computed.
         fixed_rows: in training every rank sends so many rows to each other one, in every exchange, and no size has to
             reach the host; tokens beyond it lose their experts there. 0: as many as there are.
     """
@@ -91,13 +90,11 @@ class LayoutConfig:
     ranks_per_node: int = 0
     two_level: bool = False
     overlap: bool = False
-    chunks: int = 1
     fixed_rows: int = 0
 
     def __post_init__(self) -> None:
         for key in ("expert_parallel", "ranks_per_node", "fixed_rows"):
             check.not_negative(f"layout.{key}", getattr(self, key))
-        check.positive("layout.chunks", self.chunks)
         if self.fixed_rows and self.two_level:
             raise ConfigError(
                 "layout.fixed_rows fixes the sizes of an exchange in one step, and layout.two_level takes two",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_train.experts.feed_forward import Inner
+from moe_train.experts.hidden_layer import HiddenLayer
 from moe_train.experts.products import bag_sums, batched, batched_affine
 from moe_train.parallel.reuse import gradient_like
 
@@ -21,13 +21,13 @@ class BatchedFeedForward(torch.autograd.Function):
 
     @staticmethod
     def forward(  # noqa: D102
-        ctx: Any, rows: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, inner: Inner
+        ctx: Any, rows: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, hidden_layer: HiddenLayer
     ) -> Tensor:
         x = rows.view(w1.shape[0], -1, rows.shape[1])
-        scale = inner.draw(rows, w1.shape[2])
+        scale = hidden_layer.draw(rows, w1.shape[2])
         scale = None if scale is None else scale.view(*x.shape[:2], -1)
-        hidden, kept = inner.activate(batched_affine(x, w1, b1), scale)
-        ctx.inner, ctx.biased = inner, b1 is not None
+        hidden, kept = hidden_layer.activate(batched_affine(x, w1, b1), scale)
+        ctx.hidden_layer, ctx.biased = hidden_layer, b1 is not None
         ctx.save_for_backward(x, w1, w2, scale, kept)
         return batched_affine(hidden, w2, b2).flatten(0, 1)
 
@@ -35,11 +35,11 @@ class BatchedFeedForward(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
         x, w1, w2, scale, kept = ctx.saved_tensors
-        inner: Inner = ctx.inner
+        hidden_layer: HiddenLayer = ctx.hidden_layer
         gy = grad.reshape(*x.shape[:2], -1)
         learns, biased = any(ctx.needs_input_grad[1:5]), ctx.biased and any(ctx.needs_input_grad[1:5])
-        by_w2 = batched(inner.recall(kept, scale).transpose(1, 2), gy, gradient_like(w2)) if learns else None
-        g = inner.backward(batched(gy, w2.transpose(1, 2)), kept, scale)
+        by_w2 = batched(hidden_layer.recall(kept, scale).transpose(1, 2), gy, gradient_like(w2)) if learns else None
+        g = hidden_layer.backward(batched(gy, w2.transpose(1, 2)), kept, scale)
         by_w1 = batched(x.transpose(1, 2), g, gradient_like(w1)) if learns else None
         by_rows = batched(g, w1.transpose(1, 2)).flatten(0, 1) if ctx.needs_input_grad[0] else None
         by_b1, by_b2 = (_sum_of_each(g), _sum_of_each(gy)) if biased else (None, None)

@@ -9,24 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_train.experts.feed_forward import Inner
-from moe_train.experts.plan import RowPlan
+from moe_train.experts.hidden_layer import HiddenLayer
+from moe_train.experts.row_plan import RowPlan
 
 _BYTES = 16  # what a grouped product's strides must be multiples of on a GPU
 
 
-def prefers_grouped(like: Tensor) -> bool:
-    """Whether ``torch.nn.functional.grouped_mm`` serves here: 16-bit types on a GPU. (On a CPU it loops.)"""
-    return like.device.type == "cuda" and like.dtype in (torch.bfloat16, torch.float16) and hasattr(F, "grouped_mm")
-
-
-def can_group(like: Tensor) -> bool:
-    """Whether it can serve at all."""
-    return like.dtype in (torch.float32, torch.bfloat16, torch.float16) and hasattr(F, "grouped_mm")
-
-
 def grouped_feed_forward(
-    rows: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, plan: RowPlan, inner: Inner
+    rows: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, plan: RowPlan, hidden_layer: HiddenLayer
 ) -> Tensor:
     """act(X W1 + b1) W2 + b2: rows [N, d] in expert order → [N, d]; what stands in padding is arbitrary.
 
@@ -36,8 +26,8 @@ def grouped_feed_forward(
     dim, (d, h) = rows.shape[1], (_missing(width, rows) for width in w1.shape[1:])
     rows, w1, w2 = _filled(rows, d), _filled(w1, h, d), _filled(w2, d, h)
     hidden = _with_bias(F.grouped_mm(rows, w1, offs=plan.ends), _filled(b1, h), plan)
-    hidden = F.relu(hidden) if inner.activation == "relu" else F.gelu(hidden)
-    hidden = F.dropout(hidden, inner.dropout)
+    hidden = F.relu(hidden) if hidden_layer.activation == "relu" else F.gelu(hidden)
+    hidden = F.dropout(hidden, hidden_layer.dropout)
     return _with_bias(F.grouped_mm(hidden, w2, offs=plan.ends), _filled(b2, d), plan)[:, :dim]
 
 

@@ -12,6 +12,7 @@ from moe_train.layers.feed_forward import FeedForward
 from moe_train.layers.registry import BlockInputs, build_pool, register_kind
 from moe_train.routing.base import Router, RoutingConfig
 from moe_train.routing.registry import build_router
+from moe_train.routing.types import Assignment
 
 
 class SparseLayer(Block):
@@ -37,9 +38,19 @@ class SparseLayer(Block):
         tokens = context.pack(x)
         with torch.autocast(x.device.type, enabled=False):
             routing = self.router(tokens, context.routing.at_layer(self.layer, self.pool.fixed_size))
-        shared = self.shared
-        y = self.pool(tokens, routing.assignment, None if shared is None else lambda: shared(tokens)[0])
+        y = self._experts(tokens, routing.assignment)
         return context.unpack(y), RoutingRecord(self.layer, routing.losses, routing.statistics, (routing,))
+
+    def _experts(self, tokens: Tensor, assignment: Assignment) -> Tensor:
+        """[T, d]: the sum over each token's experts and the shared one, which may overlap with the all-to-alls."""
+        if self.shared is None:
+            return self.pool.finish(self.pool.start(tokens, assignment))
+        pending = self.pool.start(tokens, assignment)
+        if self.pool.overlaps:
+            shared, _ = self.shared(tokens)
+            return self.pool.finish(pending).add(shared)
+        y = self.pool.finish(pending)
+        return y.add(self.shared(tokens)[0])
 
 
 @register_kind("sparse")

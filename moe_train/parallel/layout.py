@@ -1,4 +1,4 @@
-"""A layout come to life: the plan, this process's rank, and the process groups, over torch's DeviceMesh."""
+"""A layout on a running world: the plan, this process's rank, and the process groups, over torch's DeviceMesh."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from moe_train.errors import LaunchError
-from moe_train.parallel.counters import TrafficCounters
-from moe_train.parallel.flights import Peers
+from moe_train.parallel.all_to_all import CommGroup
+from moe_train.parallel.dispatch_options import DispatchOptions
 from moe_train.parallel.layout_plan import LayoutPlan
-from moe_train.parallel.options import ExchangeOptions
+from moe_train.parallel.split_sizes import DispatchLevel
+from moe_train.parallel.traffic import TrafficCounters
 
 
 @dataclass(frozen=True)
@@ -23,17 +24,17 @@ class ExpertLayout:
         plan: the numbers.
         rank: this process.
         mesh: (replica, expert), or (replica, node, local) where tokens travel node by node; None for one process alone.
-        counters: what the exchanges of this process have sent.
-        force_exchange: take the way through the exchange with one rank too (to measure it).
-        options: how exchanges are carried out.
+        counters: what the layers of this process have sent.
+        force_dispatch: go through the all-to-alls with one rank too (to measure them).
+        options: how tokens are dispatched.
     """
 
     plan: LayoutPlan
     rank: int = 0
     mesh: DeviceMesh | None = None
     counters: TrafficCounters = field(default_factory=TrafficCounters)
-    force_exchange: bool = False
-    options: ExchangeOptions = field(default_factory=ExchangeOptions)
+    force_dispatch: bool = False
+    options: DispatchOptions = field(default_factory=DispatchOptions)
 
     @classmethod
     def alone(cls) -> ExpertLayout:
@@ -45,8 +46,8 @@ class ExpertLayout:
         cls,
         plan: LayoutPlan,
         device_type: str = "cpu",
-        force_exchange: bool = False,
-        options: ExchangeOptions | None = None,
+        force_dispatch: bool = False,
+        options: DispatchOptions | None = None,
     ) -> ExpertLayout:
         """Makes the process groups. Every rank of the initialised default group must call it, in the same order.
 
@@ -64,12 +65,12 @@ class ExpertLayout:
             shape = (plan.replicas, plan.nodes_per_group, plan.ranks_per_node)
             names = ("replica", "node", "local")
         mesh = init_device_mesh(device_type, shape, mesh_dim_names=names)
-        return cls(plan, dist.get_rank(), mesh, TrafficCounters(), force_exchange, options or ExchangeOptions())
+        return cls(plan, dist.get_rank(), mesh, TrafficCounters(), force_dispatch, options or DispatchOptions())
 
     @property
     def exchanges(self) -> bool:
         """Whether tokens leave this process at all."""
-        return self.plan.expert_parallel > 1 or (self.force_exchange and self.mesh is not None)
+        return self.plan.expert_parallel > 1 or (self.force_dispatch and self.mesh is not None)
 
     @property
     def replica_group(self) -> dist.ProcessGroup | None:
@@ -84,26 +85,25 @@ class ExpertLayout:
         names = ("local", "node") if self.plan.exchanges_by_node else ("expert",)
         return tuple(self.mesh.get_group(name) for name in names)
 
-    @cached_property
-    def expert_peers(self) -> Peers:
-        """The ranks among which all experts are divided, for an exchange in one step."""
-        return self._peers("expert", self.plan.group(self.rank))
+    def dispatch_levels(self, num_experts: int) -> tuple[DispatchLevel, ...]:
+        """The levels that a token passes to its experts, of a layer with ``num_experts``: none where all are held here.
 
-    @cached_property
-    def node_peers(self) -> Peers:
-        """One rank on each node of the expert group: the first of two steps."""
-        return self._peers("node", self.plan.across_peers(self.rank))
+        One: the ranks among which the experts are divided. Two: one rank on each node, then the ranks of the node.
+        """
+        if not self.exchanges:
+            return ()
+        held = len(self.experts(num_experts))
+        if self.plan.exchanges_by_node:
+            across = self._group("node", self.plan.across_peers(self.rank))
+            inside = self._group("local", self.plan.node_peers(self.rank))
+            return DispatchLevel(across, held * self.plan.ranks_per_node), DispatchLevel(inside, held)
+        return (DispatchLevel(self._group("expert", self.plan.group(self.rank)), held),)
 
-    @cached_property
-    def local_peers(self) -> Peers:
-        """The expert group's ranks on this node: the second of two steps."""
-        return self._peers("local", self.plan.node_peers(self.rank))
-
-    def _peers(self, name: str, ranks: tuple[int, ...]) -> Peers:
+    def _group(self, name: str, ranks: tuple[int, ...]) -> CommGroup:
         if self.mesh is None:
-            raise LaunchError("an exchange between ranks needs torch.distributed", remedy="start under torchrun")
+            raise LaunchError("a dispatch between ranks needs torch.distributed", remedy="start under torchrun")
         links = tuple(self.plan.link(self.rank, other) for other in ranks)
-        return Peers(self.mesh.get_group(name), links, self.counters)
+        return CommGroup(self.mesh.get_group(name), links, self.counters)
 
     def experts(self, num_experts: int) -> range:
         """Global ids of the experts held here, of a layer with ``num_experts``."""

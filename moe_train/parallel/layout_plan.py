@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moe_train.errors import ConfigError, plural
-from moe_train.parallel.counters import Link
+from moe_train.parallel.traffic import LinkType
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class LayoutPlan:
         local = rank % self.ranks_per_node
         return tuple(r for r in self.group(rank) if r % self.ranks_per_node == local)
 
-    def link(self, rank: int, other: int) -> Link:
+    def link(self, rank: int, other: int) -> LinkType:
         """What lies between two ranks."""
         if rank == other:
             return "local"

@@ -17,7 +17,7 @@ _SOURCE = Path(__file__).with_name("rows.c")
 _COST = 100.0  # of a number in FLOPs of a product, which a thread does in the time: these passes wait for memory
 
 
-def serves(like: Tensor) -> bool:
+def is_supported(like: Tensor) -> bool:
     """Whether these kernels take tensors of this type and place, as things are."""
     return library_for(like, _SOURCE) is not None
 

@@ -67,7 +67,10 @@ class ExpertChoiceRouter(Router):
 
     def forward(self, x: Tensor, context: RoutingContext) -> Routing:
         """Routes x [T, d]. ``choices`` has E columns, best first, -1 where no more experts took the token."""
-        scores = torch.softmax(score_noise(self.gate(x), self.config.score_noise, context), dim=-1)
+        logits = self.gate(x)
+        if self.config.score_noise:
+            logits = score_noise(logits, self.config.score_noise, context)
+        scores = torch.softmax(logits, dim=-1)
         taken = self.taken(scores.detach(), context)
         _, experts = torch.where(taken, scores.detach(), -1.0).sort(dim=-1, descending=True, stable=True)
         kept = taken.gather(1, experts)

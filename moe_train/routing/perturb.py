@@ -1,4 +1,4 @@
-"""Noise of routers, all of it from counted draws, and none of it at evaluation."""
+"""Noise of routers, all of it from counted draws, and none of it at evaluation. Called where its amount is not 0."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ JITTER, GUMBEL, SECOND_EXPERT, OUTPUT_MASK, SCORE_NOISE, EXPERT, PARTNER = range
 
 def jitter(x: Tensor, amount: float, context: RoutingContext) -> Tensor:
     """x [T, d] times U(1 - amount, 1 + amount), in training only (Switch, Mesh TensorFlow)."""
-    if not amount or not context.training:
+    if not context.training:
         return x
     draw = counted_uniform(context, JITTER, x.shape[1])
     return x * (1 - amount + 2 * amount * draw).to(x.dtype)
@@ -28,7 +28,7 @@ def gumbel(context: RoutingContext, width: int) -> Tensor:
 
 def score_noise(logits: Tensor, amount: float, context: RoutingContext) -> Tensor:
     """Logits [T, E] plus N(0, (amount / E)²), in training only (V-MoE, Riquelme et al., 2021: 1 / E)."""
-    if not amount or not context.training:
+    if not context.training:
         return logits
     draw = counted_uniform(context, SCORE_NOISE, logits.shape[1]).clamp(min=torch.finfo(torch.float64).eps)
     noise: Tensor = torch.special.ndtri(draw) * (amount / logits.shape[1])
@@ -43,8 +43,6 @@ def mask_outputs(weights: Tensor, probability: float, context: RoutingContext) -
     Args:
         weights: [T, k].
     """
-    if not probability:
-        return weights
     if not context.training:
         return weights * (1 - probability)
     survives = counted_uniform(context, OUTPUT_MASK, weights.shape[1]) >= probability

@@ -131,7 +131,9 @@ class SamRouter(TokenChoiceRouter):
 
     def forward(self, x: Tensor, context: RoutingContext) -> Routing:
         """Routes x [T, d]."""
-        levels = self.levels(jitter(x, self.config.jitter, context))
+        if self.config.jitter:
+            x = jitter(x, self.config.jitter, context)
+        levels = self.levels(x)
         group = levels.group.detach().argmax(dim=-1, keepdim=True)
         inside = self.by_group(levels.expert.detach()).gather(1, group.unsqueeze(2).expand(-1, 1, self.group_size))
         best = best_experts(inside.squeeze(1), self.config.top_k)

@@ -105,7 +105,9 @@ class StratumRouter(TokenChoiceRouter):
         config = self.config
         context = context.at_layer(hash_numbers(context.layer, self.stratum))  # every pass draws on its own
         policy: SecondExpert = config.second_expert if context.training else "all"
-        logits = self.gate(jitter(x, config.jitter, context))
+        if config.jitter:
+            x = jitter(x, config.jitter, context)
+        logits = self.gate(x)
         probabilities = torch.softmax(logits, dim=-1)
         choices = select(probabilities.detach(), logits.detach(), config.top_k, policy, context)
         weights = probabilities.gather(1, choices)

@@ -46,7 +46,9 @@ class SwitchRouter(TokenChoiceRouter):
 
     def forward(self, x: Tensor, context: RoutingContext) -> Routing:
         """Routes x [T, d]."""
-        logits = self.gate(jitter(x, self.config.jitter, context))
+        if self.config.jitter:
+            x = jitter(x, self.config.jitter, context)
+        logits = self.gate(x)
         probabilities = torch.softmax(logits, dim=-1)
         weights, choices = probabilities.max(dim=-1, keepdim=True)
         return self.finish(Scores(logits, probabilities), choices, weights, context)

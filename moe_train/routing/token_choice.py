@@ -124,7 +124,8 @@ class TokenChoiceRouter(Router):
             weights = normalised(weights, None)
         elif normalise == "after_drop":
             weights = normalised(weights, kept)
-        weights = mask_outputs(weights, self.config.expert_output_masking, context)
+        if self.config.expert_output_masking:
+            weights = mask_outputs(weights, self.config.expert_output_masking, context)
         return Routing(
             assignment=assignment_from_choices(choices, weights, kept, context.fixed_size),
             choices=choices,

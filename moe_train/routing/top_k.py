@@ -117,8 +117,11 @@ class TopKRouter(TokenChoiceRouter):
 
     def forward(self, x: Tensor, context: RoutingContext) -> Routing:
         """Routes x [T, d]."""
-        clean = self.gate(jitter(x, self.config.jitter, context))
-        logits = score_noise(clean, self.config.score_noise, context)
+        if self.config.jitter:
+            x = jitter(x, self.config.jitter, context)
+        clean = logits = self.gate(x)
+        if self.config.score_noise:
+            logits = score_noise(clean, self.config.score_noise, context)
         scores = self.scores(logits)
         steered = scores.detach() if self.balancing_bias is None else scores.detach() + self.balancing_bias
         choices = select(steered, logits.detach(), self.config.top_k, self.policy(context), context)

@@ -110,7 +110,9 @@ class XMoERouter(TokenChoiceRouter):
 
     def forward(self, x: Tensor, context: RoutingContext) -> Routing:
         """Routes x [T, d]."""
-        cosine = self.scores(jitter(x, self.config.jitter, context))
+        if self.config.jitter:
+            x = jitter(x, self.config.jitter, context)
+        cosine = self.scores(x)
         if self.config.mode == "torchscale":
             return self.released(cosine, context)
         logits = cosine / self.temperature

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from moe_train.parallel.counters import TrafficCounters
+from moe_train.parallel.traffic import TrafficCounters
 from moe_train.routing.types import RoutingStatistics
 from moe_train.training.statistics import Sums
 

@@ -9,9 +9,9 @@ from typing import Any
 from moe_train.config import LayoutConfig, RunConfig
 from moe_train.config.placement import place
 from moe_train.errors import ConfigError
+from moe_train.parallel.dispatch_options import DispatchOptions
 from moe_train.parallel.layout import ExpertLayout
 from moe_train.parallel.layout_plan import LayoutPlan, plan_layout
-from moe_train.parallel.options import ExchangeOptions
 from moe_train.routing import RoutingConfig, decoder_config, resolve, routing_config, strategy
 from moe_train.training.world import World
 
@@ -107,13 +107,13 @@ def build_layout(config: RunConfig, world: World) -> ExpertLayout:
         ConfigError: as :func:`plan_run`.
     """
     plan = plan_run(config, world.size, world.local_size)
-    return ExpertLayout.build(plan, world.device.type, options=exchange_options(config))
+    return ExpertLayout.build(plan, world.device.type, options=dispatch_options(config))
 
 
-def exchange_options(config: RunConfig) -> ExchangeOptions:
+def dispatch_options(config: RunConfig) -> DispatchOptions:
     """How exchanges are carried out in training; evaluation takes the plain way, which drops nothing."""
     layout = config.layout
-    return ExchangeOptions(layout.overlap, layout.chunks, layout.fixed_rows)
+    return DispatchOptions(layout.overlap, layout.fixed_rows)
 
 
 def pictures(config: RunConfig, plan: LayoutPlan, most_lines: int = 40) -> list[str]:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from moe_train.config import RunConfig
-from moe_train.parallel.counters import TrafficCounters
+from moe_train.parallel.traffic import TrafficCounters
 from moe_train.training import best, guard
 from moe_train.training.about import Account, measured_flops
 from moe_train.training.journal import Interval

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from moe_train.parallel.counters import TrafficCounters
+from moe_train.parallel.traffic import TrafficCounters
 from moe_train.training.engines import Engine, StepOutcome
 from moe_train.training.hooks import tell
 from moe_train.training.samples import move

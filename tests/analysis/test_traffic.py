@@ -16,7 +16,7 @@ from moe_train.analysis.traffic import (
     predict_layer,
     predict_memory,
 )
-from moe_train.parallel.counters import LINKS
+from moe_train.parallel.traffic import LINKS
 from tests.distributed.world import Worlds
 
 SMALL = {"dim": 256, "hidden": 8, "sentences": 16, "length": 64}

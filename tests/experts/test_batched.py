@@ -8,11 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
-from moe_train.experts import batched
-from moe_train.experts import pool as pool_module
-from moe_train.experts import stack as stack_module
-from moe_train.experts.plan import plan_rows
+from moe_train.experts import amx_kernel, batched, mlp
 from moe_train.experts.products import padding_worth_a_batch, row_alignment
+from moe_train.experts.row_plan import plan_rows
 from tests.experts.reference import mix, pool_of, random_assignment
 
 KINDS = [{}, {"activation": "gelu"}, {"bias": False}, {"sublayers": 2}]
@@ -22,7 +20,7 @@ KINDS = [{}, {"activation": "gelu"}, {"bias": False}, {"sublayers": 2}]
 def always() -> object:
     """Pads whatever the loads are."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pool_module, "padding_worth_a_batch", lambda x, mean: float("inf"))
+        patch.setattr(mlp, "padding_worth_a_batch", lambda x, mean: float("inf"))
         calls: list[int] = []
         product = batched.batched_affine
         patch.setattr(batched, "batched_affine", lambda *a: calls.append(1) or product(*a))
@@ -80,8 +78,8 @@ def test_padding_is_even_within_its_bound_else_as_before(experts: list[int], ali
     assert plan.rows == ((max(own.rows),) * 4 if fits else own.rows)
     assert plan.even == (len(set(plan.rows)) == 1)
     expert_of_row = torch.arange(4).repeat_interleave(torch.tensor(plan.rows))
-    assert torch.equal(expert_of_row[plan.tokens.pair_row], expert)
-    assert len(plan.tokens.pair_row.unique()) == len(experts)
+    assert torch.equal(expert_of_row[plan.index.pair_row], expert)
+    assert len(plan.index.pair_row.unique()) == len(experts)
 
 
 def test_only_small_experts_of_16_bits_are_batched() -> None:
@@ -93,8 +91,7 @@ def test_only_small_experts_of_16_bits_are_batched() -> None:
 
 def test_bf16_takes_it_by_itself_and_sums_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where our kernel does not serve."""
-    for module in (pool_module, stack_module):
-        monkeypatch.setattr(module, "serves", lambda *_: False)
+    monkeypatch.setattr(amx_kernel, "is_supported", lambda *_: False)
     calls = []
     product = batched.batched_affine
     monkeypatch.setattr(batched, "batched_affine", lambda *a: calls.append(1) or product(*a))

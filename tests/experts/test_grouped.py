@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moe_train.experts import pool as pool_module
-from moe_train.experts.feed_forward import Inner
+from moe_train.experts import mlp
 from moe_train.experts.grouped import grouped_feed_forward
-from moe_train.experts.plan import plan_rows
+from moe_train.experts.hidden_layer import HiddenLayer
+from moe_train.experts.row_plan import plan_rows
 from moe_train.routing.types import Assignment
 from tests.experts.reference import pool_of, random_assignment
 
@@ -25,7 +25,7 @@ def test_equals_the_loop(kind: dict, pairs: int, monkeypatch: pytest.MonkeyPatch
     assignment = random_assignment(12, 4, pairs, 1)
     outcomes = []
     for grouped in (False, True):
-        monkeypatch.setattr(pool_module, "prefers_grouped", lambda _, grouped=grouped: grouped)
+        monkeypatch.setattr(mlp, "prefers_grouped", lambda _, grouped=grouped: grouped)
         y = pool(x, assignment)
         torch.manual_seed(1)
         gradients = torch.autograd.grad(y, [x, assignment.weight, *pool.parameters()], torch.randn_like(y))
@@ -39,8 +39,8 @@ def test_equals_the_loop(kind: dict, pairs: int, monkeypatch: pytest.MonkeyPatch
 def test_no_tokens_at_all(weighted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A later stratum may be reached by nobody. Rows are padding only then, of a token that is not there."""
     pool = pool_of(0, 4, torch.float32, dim=8, hidden=16)
-    monkeypatch.setattr(pool_module, "prefers_grouped", lambda _: True)
-    monkeypatch.setattr(pool_module, "row_alignment", lambda *_: 16)
+    monkeypatch.setattr(mlp, "prefers_grouped", lambda _: True)
+    monkeypatch.setattr(mlp, "row_alignment", lambda *_: 16)
     x = torch.randn(0, 8, requires_grad=True)
     none = torch.empty(0, dtype=torch.int64)
     weight = torch.empty(0, requires_grad=weighted)
@@ -55,7 +55,7 @@ def test_what_stands_behind_the_last_expert_reaches_no_gradient() -> None:
     """There a GPU's grouped product leaves what it found in memory, in the rows and in their gradient."""
     assignment = random_assignment(9, 3, 20, 2)
     plan = plan_rows(assignment.token, assignment.expert, 9, 3, align=4)
-    end, total = int(plan.ends[-1]), plan.tokens.row_token.shape[0]
+    end, total = int(plan.ends[-1]), plan.index.row_token.shape[0]
     assert end < total
     generator = torch.Generator().manual_seed(3)
     stacks = [torch.randn(3, *shape, generator=generator) for shape in ((8, 16), (16,), (16, 8), (8,))]
@@ -64,7 +64,7 @@ def test_what_stands_behind_the_last_expert_reaches_no_gradient() -> None:
     for behind in (0.0, float("nan")):
         rows[end:], grad[end:] = behind, behind
         w1, b1, w2, b2 = parameters = [stack.requires_grad_() for stack in stacks]
-        y = grouped_feed_forward(rows, w1, b1, w2, b2, plan, Inner("gelu"))
+        y = grouped_feed_forward(rows, w1, b1, w2, b2, plan, HiddenLayer("gelu"))
         found.append(torch.autograd.grad(y, parameters, grad))
     for clean, torn in zip(*found, strict=True):
         assert clean.any() and torch.equal(clean, torn)
@@ -76,8 +76,8 @@ def test_rows_without_a_host_sync_are_the_same_rows() -> None:
     host, device = (plan_rows(assignment.token, assignment.expert, 9, 5, 4, known) for known in (counts, None))
     held = sum(host.rows)
     assert device.rows == () and torch.equal(host.ends, device.ends)
-    assert torch.equal(host.tokens.pair_row, device.tokens.pair_row)
-    assert torch.equal(host.tokens.row_pair, device.tokens.row_pair[:held])
-    assert (device.tokens.row_pair[held:] == 23).all()
+    assert torch.equal(host.index.pair_row, device.index.pair_row)
+    assert torch.equal(host.index.row_pair, device.index.row_pair[:held])
+    assert (device.index.row_pair[held:] == 23).all()
     expert = host.of_rows(torch.arange(5).float().unsqueeze(1)).squeeze(1)
-    assert torch.equal(assignment.expert, expert[host.tokens.pair_row].long())
+    assert torch.equal(assignment.expert, expert[host.index.pair_row].long())

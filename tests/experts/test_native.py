@@ -15,14 +15,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from moe_train.experts import native, pool, stack
-from moe_train.experts.feed_forward import Inner, LoopedFeedForward
-from moe_train.experts.plan import RowPlan, plan_rows
+from moe_train.experts import amx, amx_kernel, mlp
+from moe_train.experts.hidden_layer import HiddenLayer
+from moe_train.experts.loop import LoopedFeedForward
+from moe_train.experts.row_plan import RowPlan, plan_rows
 from tests.experts.reference import pool_of, random_assignment
 
 BF16 = torch.bfloat16
 pytestmark = pytest.mark.skipif(
-    not native.serves(torch.zeros(1, dtype=BF16), "relu"), reason="no matrix units (AMX) here, or no C compiler"
+    not amx_kernel.is_supported(torch.zeros(1, dtype=BF16)), reason="no matrix units (AMX) here, or no C compiler"
 )
 EPS = torch.finfo(BF16).eps
 
@@ -86,7 +87,7 @@ def test_outputs_and_gradients(counts: list[int], d: int, h: int, biased: bool, 
     """Any sizes, multiples of nothing, experts without rows: within the roundings of hidden numbers and results."""
     numbers = inputs(counts, d, h, biased, seed)
     assume(not on_the_edge(numbers, counts))
-    y = native.native_feed_forward(*numbers, plan_of(counts), Inner("relu"))
+    y = amx.amx_feed_forward(*numbers, plan_of(counts), HiddenLayer("relu"))
     grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed)).to(BF16)
     found = [y, *torch.autograd.grad(y, [t for t in numbers if t is not None], grad)]
     wanted = reference(wide(numbers), counts, grad.double())
@@ -99,7 +100,7 @@ def test_outputs_and_gradients(counts: list[int], d: int, h: int, biased: bool, 
 def test_more_than_fits_into_caches(d: int, h: int, counts: list[int]) -> None:
     """Operands that are packed in several parts."""
     numbers = inputs(counts, d, h, True)
-    y = native.native_feed_forward(*numbers, plan_of(counts), Inner("relu"))
+    y = amx.amx_feed_forward(*numbers, plan_of(counts), HiddenLayer("relu"))
     grad = torch.randn_like(y)
     found = (y, *torch.autograd.grad(y, numbers, grad))
     for one, other in zip(found, reference(wide(numbers), counts, grad.double()), strict=True):
@@ -109,9 +110,9 @@ def test_more_than_fits_into_caches(d: int, h: int, counts: list[int]) -> None:
 def test_dropout_drops_what_torchs_products_drop() -> None:
     numbers, plan = inputs([40, 7], 32, 64, True), plan_of([40, 7])
     outcomes = []
-    for feed_forward in (native.native_feed_forward, LoopedFeedForward.apply):
+    for feed_forward in (amx.amx_feed_forward, LoopedFeedForward.apply):
         torch.manual_seed(5)
-        y = feed_forward(*numbers, plan, Inner("relu", 0.4))
+        y = feed_forward(*numbers, plan, HiddenLayer("relu", 0.4))
         outcomes.append((y, *torch.autograd.grad(y, numbers, torch.ones_like(y))))
     for one, other in zip(*outcomes, strict=True):
         assert (one.double() - other.double()).norm() <= 2e-2 * other.double().norm()
@@ -120,10 +121,10 @@ def test_dropout_drops_what_torchs_products_drop() -> None:
 @pytest.mark.parametrize("asked", [(0,), (1, 2, 3, 4), (2,)], ids=["rows", "parameters", "a bias"])
 def test_only_what_is_asked_for(asked: tuple[int, ...]) -> None:
     numbers, plan = inputs([20, 5], 32, 32, True), plan_of([20, 5])
-    everything = native.native_feed_forward(*numbers, plan, Inner("relu"))
+    everything = amx.amx_feed_forward(*numbers, plan, HiddenLayer("relu"))
     wanted = torch.autograd.grad(everything, numbers, torch.ones_like(everything))
     some = [t.detach().requires_grad_(number in asked) for number, t in enumerate(numbers)]
-    y = native.native_feed_forward(*some, plan, Inner("relu"))
+    y = amx.amx_feed_forward(*some, plan, HiddenLayer("relu"))
     y.backward(torch.ones_like(y))
     for number, tensor in enumerate(some):
         assert (tensor.grad is not None) == (number in asked)
@@ -137,9 +138,9 @@ def test_the_same_bits_at_inference_and_in_any_number_of_threads() -> None:
     outcomes = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        y = native.native_feed_forward(*numbers, plan, Inner("relu"))
+        y = amx.amx_feed_forward(*numbers, plan, HiddenLayer("relu"))
         with torch.inference_mode():
-            assert torch.equal(native.native_feed_forward(*numbers, plan, Inner("relu")), y)
+            assert torch.equal(amx.amx_feed_forward(*numbers, plan, HiddenLayer("relu")), y)
         outcomes.append((y, *torch.autograd.grad(y, numbers, torch.ones_like(y))))
     torch.set_num_threads(before)
     for one, other in zip(*outcomes, strict=True):
@@ -150,7 +151,7 @@ def test_a_number_that_is_none_reaches_the_output() -> None:
     numbers, plan = inputs([3, 3], 32, 32, True), plan_of([3, 3])
     with torch.no_grad():
         numbers[0][4, 7] = float("nan")
-        y = native.native_feed_forward(*numbers, plan, Inner("relu"))
+        y = amx.amx_feed_forward(*numbers, plan, HiddenLayer("relu"))
     assert y[4].isnan().all() and y[[0, 1, 2, 3, 5]].isfinite().all()
 
 
@@ -159,7 +160,7 @@ def test_torchs_products_on_the_same_unit_are_not_disturbed() -> None:
     a, b = torch.randn(64, 64).to(BF16), torch.randn(64, 64).to(BF16)
     numbers, plan, wanted = inputs([64], 32, 32, False), plan_of([64]), a @ b
     for _ in range(3):
-        native.native_feed_forward(*numbers, plan, Inner("relu"))
+        amx.amx_feed_forward(*numbers, plan, HiddenLayer("relu"))
         assert torch.equal(a @ b, wanted)
 
 
@@ -169,12 +170,11 @@ def test_the_pool_takes_it_and_computes_the_same(kind: dict, monkeypatch: pytest
     x = torch.randn(12, experts.spec.dim).to(BF16).requires_grad_()
     assignment = random_assignment(12, 4, 40, 1)
     taken = []
-    kernel = stack.native_feed_forward
-    monkeypatch.setattr(stack, "native_feed_forward", lambda *given: taken.append("here") or kernel(*given))
+    kernel = amx.amx_feed_forward
+    monkeypatch.setattr(mlp, "amx_feed_forward", lambda *given: taken.append("here") or kernel(*given))
     outcomes = []
     for ours in (True, False):
-        for module in (pool, stack):
-            monkeypatch.setattr(module, "serves", lambda rows, activation, ours=ours: ours)
+        monkeypatch.setattr(amx_kernel, "is_supported", lambda rows, ours=ours: ours)
         y = experts(x, assignment)
         outcomes.append((y, *torch.autograd.grad(y, [x, *experts.parameters()], torch.ones_like(y))))
     assert len(taken) == experts.spec.sublayers
@@ -185,12 +185,12 @@ def test_the_pool_takes_it_and_computes_the_same(kind: dict, monkeypatch: pytest
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_without_a_backward_hidden_rows_are_not_kept(mode: type, monkeypatch: pytest.MonkeyPatch) -> None:
     numbers, plan, made = inputs([40, 7], 32, 64, True), plan_of([40, 7]), []
-    fresh = native.empty
-    monkeypatch.setattr(native, "empty", lambda *given: made.append(given) or fresh(*given))
+    fresh = amx_kernel.empty
+    monkeypatch.setattr(amx_kernel, "empty", lambda *given: made.append(given) or fresh(*given))
     with mode():
-        native.native_feed_forward(*numbers, plan, Inner("relu"))
+        amx.amx_feed_forward(*numbers, plan, HiddenLayer("relu"))
     assert made == []
-    native.native_feed_forward(*numbers, plan, Inner("relu"))
+    amx.amx_feed_forward(*numbers, plan, HiddenLayer("relu"))
     assert len(made) == 1
 
 
@@ -216,7 +216,7 @@ def test_recomputed_and_under_autocast(reentrant: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_under_another_default_type(dtype: torch.dtype) -> None:
     numbers, plan = inputs([40, 7], 64, 256, True), plan_of([40, 7])
-    y = native.native_feed_forward(*numbers, plan, Inner("relu"))
+    y = amx.amx_feed_forward(*numbers, plan, HiddenLayer("relu"))
     wanted = torch.autograd.grad(y, numbers, torch.ones_like(y), retain_graph=True)
     torch.set_default_dtype(dtype)
     try:
@@ -231,8 +231,8 @@ def test_strided_inputs() -> None:
     numbers, plan = inputs([9, 4], 32, 64, True), plan_of([9, 4])
     strided = [t.detach().transpose(-1, 0).contiguous().transpose(-1, 0) for t in numbers]
     assert not strided[1].is_contiguous()
-    wanted = native.native_feed_forward(*numbers, plan, Inner("relu"))
-    assert torch.equal(native.native_feed_forward(*strided, plan, Inner("relu")), wanted)
+    wanted = amx.amx_feed_forward(*numbers, plan, HiddenLayer("relu"))
+    assert torch.equal(amx.amx_feed_forward(*strided, plan, HiddenLayer("relu")), wanted)
 
 
 @pytest.mark.parametrize(("place", "wrong"), [(0, (46, 32)), (1, (3, 32, 64)), (3, (2, 64, 31)), (4, (2, 64))])
@@ -240,7 +240,7 @@ def test_what_does_not_fit_is_refused(place: int, wrong: tuple[int, ...]) -> Non
     numbers, plan = inputs([40, 7], 32, 64, True), plan_of([40, 7])
     numbers[place] = torch.zeros(wrong, dtype=BF16)
     with pytest.raises(ValueError, match=re.escape(str(wrong))):
-        native.native_feed_forward(*numbers, plan, Inner("relu"))
+        amx.amx_feed_forward(*numbers, plan, HiddenLayer("relu"))
 
 
 def test_threads_that_end_leave_no_memory() -> None:
@@ -251,7 +251,7 @@ def test_threads_that_end_leave_no_memory() -> None:
         return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
     def once() -> None:
-        thread = threading.Thread(target=native.native_feed_forward, args=(*numbers, plan, Inner("relu")))
+        thread = threading.Thread(target=amx.amx_feed_forward, args=(*numbers, plan, HiddenLayer("relu")))
         thread.start()
         thread.join()
 
@@ -264,5 +264,5 @@ def test_threads_that_end_leave_no_memory() -> None:
 
 def test_not_for_everybody() -> None:
     rows = torch.zeros(1, dtype=BF16)
-    assert not native.serves(rows, "gelu")
-    assert not native.serves(rows.float(), "relu")
+    assert mlp.choose_backend(rows, "relu", 1).name == "amx" and mlp.choose_backend(rows, "gelu", 1).name == "torch"
+    assert mlp.choose_backend(rows.float(), "relu", 1).name == "torch" and not amx_kernel.is_supported(rows.float())

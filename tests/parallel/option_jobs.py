@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_train.layers import MoELayer
+from moe_train.parallel.dispatch_options import DispatchOptions
 from moe_train.parallel.layout import ExpertLayout
 from moe_train.parallel.layout_plan import plan_layout
-from moe_train.parallel.options import ExchangeOptions
 from moe_train.parallel.ranks import ProcessRanks
 from tests.parallel.pools import Case, Outcome, on_rank
 
@@ -48,7 +48,7 @@ class Waits(TorchDispatchMode):
 @contextmanager
 def as_on_a_gpu() -> Iterator[Waits]:
     """What the exchange does only on a CPU, because it costs no wait there, is left out."""
-    with patch("moe_train.parallel.rows._free_to_ask", lambda numbers: False), Waits() as waits:
+    with patch("moe_train.parallel.permute._free_to_ask", lambda numbers: False), Waits() as waits:
         yield waits
 
 
@@ -70,7 +70,7 @@ class LayerResult:
     routing_dropped: int
 
 
-def layer(routing: dict[str, Any], options: ExchangeOptions, tokens: int, dtype: torch.dtype) -> LayerResult:
+def layer(routing: dict[str, Any], options: DispatchOptions, tokens: int, dtype: torch.dtype) -> LayerResult:
     """A layer on this rank's noise, all ranks one expert group."""
     world = dist.get_world_size()
     plan = plan_layout(world, world, world, int(routing["num_experts"]))

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from moe_train.experts import ExpertPool, ExpertSpec
+from moe_train.parallel.dispatch_options import DispatchOptions
 from moe_train.parallel.gradients import gradient_norm, reduce_expert_gradients
 from moe_train.parallel.layout import ExpertLayout
 from moe_train.parallel.layout_plan import plan_layout
-from moe_train.parallel.options import ExchangeOptions
 from moe_train.routing import Assignment
 
 
@@ -25,8 +25,7 @@ class Case:
     Attributes:
         shares: tokens of each rank, in world order.
         routing: how the top_k experts of a token are drawn, see :meth:`choose`.
-        options: how the exchange is carried out; ``beside`` adds a product that it may overlap with.
-        most: experts of a token at most, told to the pool.
+        options: how tokens are dispatched; ``shared`` adds a product that it overlaps with.
     """
 
     shares: tuple[int, ...]
@@ -38,8 +37,8 @@ class Case:
     seed: int = 0
     spec: tuple[tuple[str, Any], ...] = ()
     recompute: bool = False
-    options: ExchangeOptions = field(default_factory=ExchangeOptions)
-    beside: bool = False
+    options: DispatchOptions = field(default_factory=DispatchOptions)
+    shared: bool = False
 
     def pool(self, layout: ExpertLayout | None = None) -> ExpertPool:
         torch.manual_seed(self.seed)
@@ -91,8 +90,7 @@ def carry_out(case: Case, layout: ExpertLayout | None, share: slice) -> Outcome:
     pairs = Assignment(token, choices.reshape(-1), weights.reshape(-1), torch.zeros_like(token))
     pool.layout.counters.clear()
     before = pool.layout.counters.host_reads
-    beside = (lambda: x * x.sum(1, keepdim=True)) if case.beside else None
-    y = checkpoint(pool, x, pairs, use_reentrant=False) if case.recompute else pool(x, pairs, beside)
+    y = checkpoint(pool, x, pairs, use_reentrant=False) if case.recompute else forward(pool, case, x, pairs)
     y.backward(grad)
     reduce_expert_gradients(pool.parameters(), pool.layout)
     experts = {
@@ -105,6 +103,15 @@ def carry_out(case: Case, layout: ExpertLayout | None, share: slice) -> Outcome:
     counters = pool.layout.counters
     reads = counters.host_reads - before
     return Outcome(y.detach(), x.grad, weights.grad, experts, norm, counters.as_dict(), reads, counters.dropped)
+
+
+def forward(pool: ExpertPool, case: Case, x: Tensor, pairs: Assignment) -> Tensor:
+    """As a layer with a shared expert does it, where the case has a product beside the experts."""
+    if not case.shared:
+        return pool(x, pairs)  # type: ignore[no-any-return]
+    pending = pool.start(x, pairs)
+    shared = x * x.sum(1, keepdim=True)
+    return pool.finish(pending) + shared
 
 
 def on_rank(case: Case, expert_parallel: int, ranks_per_node: int, two_level: bool) -> Outcome:

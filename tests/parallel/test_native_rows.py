@@ -11,7 +11,8 @@ from torch import Tensor
 from moe_train.parallel import native_rows, threads
 
 pytestmark = pytest.mark.skipif(
-    not native_rows.serves(torch.zeros(1, dtype=torch.bfloat16)), reason="no matrix units (AMX) here, or no C compiler"
+    not native_rows.is_supported(torch.zeros(1, dtype=torch.bfloat16)),
+    reason="no matrix units (AMX) here, or no C compiler",
 )
 EPS = torch.finfo(torch.bfloat16).eps
 

@@ -1,4 +1,4 @@
-"""Overlap, chunks and fixed sizes: the same function on real ranks, and how often a host has to wait for the device."""
+"""Overlap and fixed sizes: the same function on real ranks, and how often a host has to wait for the device."""
 
 from __future__ import annotations
 
@@ -8,26 +8,24 @@ from typing import Any
 import pytest
 import torch
 
-from moe_train.parallel.options import ExchangeOptions
+from moe_train.parallel.dispatch_options import DispatchOptions
 from tests.distributed.world import Worlds
 from tests.parallel.option_jobs import layers, outcomes
 from tests.parallel.pools import Case, alone
-from tests.parallel.test_exchange import check
+from tests.parallel.test_dispatch import check
 
 FLAT, ONE_LEVEL, TWO_LEVELS = (4, 4, False), (4, 2, False), (4, 2, True)
 EMPTY = (0, 9, 3, 0)
 
 
-def test_overlap_and_chunks_compute_the_same_and_read_once(worlds: Worlds) -> None:
-    """In chunks some of which are empty, on ranks some of which are empty; one read for all levels and chunks."""
-    ways = [ExchangeOptions(overlap=True), ExchangeOptions(chunks=3), ExchangeOptions(overlap=True, chunks=4)]
-    plain = Case(EMPTY, top_k=3, beside=True)
+def test_overlap_computes_the_same_and_reads_once(worlds: Worlds) -> None:
+    """On ranks some of which are empty; one read for all levels."""
+    plain = Case(EMPTY, top_k=3)
     cases = [
-        (dataclasses.replace(plain, options=options, routing=routing), *layout)
-        for options in (ExchangeOptions(), *ways)
+        (dataclasses.replace(plain, shared=shared, routing=routing), *layout)
+        for shared in (False, True)
         for layout in (FLAT, TWO_LEVELS)
         for routing in ("random", "one")
-        if options.overlap or options.chunks == 1 or layout == TWO_LEVELS
     ]
     for (case, *_), *found in zip(cases, *worlds(4).run(outcomes, cases), strict=True):
         check(found, alone(case), case)
@@ -35,13 +33,13 @@ def test_overlap_and_chunks_compute_the_same_and_read_once(worlds: Worlds) -> No
 
 
 def test_fixed_rows_with_room_for_all_compute_the_same_and_read_nothing(worlds: Worlds) -> None:
-    case = Case(EMPTY, top_k=2, beside=True, dtype=torch.float32)
+    case = Case(EMPTY, top_k=2, shared=True, dtype=torch.float32)
     cases = [
         (dataclasses.replace(case, routing=routing, top_k=k, options=options), 4, 2, False)
         for routing, k in (("random", 3), ("one", 1), ("grouped", 2))
-        for options in (ExchangeOptions(fixed_rows=9), ExchangeOptions(True, 2, fixed_rows=10))
+        for options in (DispatchOptions(fixed_rows=9), DispatchOptions(True, fixed_rows=10))
     ]
-    cases.append((dataclasses.replace(case, options=ExchangeOptions(fixed_rows=9), spec=(("sublayers", 2),)), *FLAT))
+    cases.append((dataclasses.replace(case, options=DispatchOptions(fixed_rows=9), spec=(("sublayers", 2),)), *FLAT))
     for (one, *_), *found in zip(cases, *worlds(4).run(outcomes, cases), strict=True):
         check(found, alone(one), one)
         assert [(outcome.reads, outcome.dropped) for outcome in found] == [(0, 0)] * 4, one
@@ -53,7 +51,7 @@ def test_fixed_rows_with_room_for_all_compute_the_same_and_read_nothing(worlds: 
 
 def test_tokens_without_room_lose_their_experts_there_and_are_counted(worlds: Worlds) -> None:
     """One expert is asked for by all: of each rank's tokens the first three are served."""
-    case = Case((5, 2, 0, 7), top_k=1, routing="one", dtype=torch.float32, options=ExchangeOptions(fixed_rows=3))
+    case = Case((5, 2, 0, 7), top_k=1, routing="one", dtype=torch.float32, options=DispatchOptions(fixed_rows=3))
     found = worlds(4).run(outcomes, [(case, *FLAT)])
     want = alone(case)
     starts = [0, 5, 7, 7]
@@ -82,11 +80,11 @@ STRATEGIES = [
 
 def test_a_layer_waits_once_without_limits_and_never_with_fixed_sizes(worlds: Worlds) -> None:
     """By the operators that a GPU would let the host wait for, forward and backward, router and losses included."""
-    fixed = ExchangeOptions(fixed_rows=13)
-    jobs: list[tuple[Any, ...]] = [(routing, ExchangeOptions(), 13, torch.float32) for routing in STRATEGIES]
+    fixed = DispatchOptions(fixed_rows=13)
+    jobs: list[tuple[Any, ...]] = [(routing, DispatchOptions(), 13, torch.float32) for routing in STRATEGIES]
     jobs += [(routing, fixed, 13, torch.float32) for routing in STRATEGIES]
     jobs += [({**routing, **CAPACITY}, fixed, 13, torch.float32) for routing in (TOP_K, SAM)]
-    capped = [({**routing, **CAPACITY}, ExchangeOptions(), 13, torch.float32) for routing in (TOP_K, SAM)]
+    capped = [({**routing, **CAPACITY}, DispatchOptions(), 13, torch.float32) for routing in (TOP_K, SAM)]
     found = worlds(2).run(layers, jobs + capped)
     for rank in found:
         for (routing, options, *_), result in zip(jobs, rank, strict=False):
@@ -102,8 +100,8 @@ def test_a_layer_waits_once_without_limits_and_never_with_fixed_sizes(worlds: Wo
         assert all(result.routing_dropped > 0 for result in rank[-4:]), "capacity must act"
 
 
-@pytest.mark.parametrize("options", [ExchangeOptions(True, 3), ExchangeOptions(fixed_rows=6)], ids=str)
-def test_recomputation_meets_again(worlds: Worlds, options: ExchangeOptions) -> None:
+@pytest.mark.parametrize("options", [DispatchOptions(True), DispatchOptions(fixed_rows=6)], ids=str)
+def test_recomputation_meets_again(worlds: Worlds, options: DispatchOptions) -> None:
     case = Case((4, 0), recompute=True, dtype=torch.float32, options=options)
     check(
         [o for (o,) in worlds(2).run(outcomes, [(case, 2, 2, False)])],

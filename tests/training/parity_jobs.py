@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from moe_train.config import EngineConfig, ModelConfig, OptimizerConfig, RunConfig, TrainingConfig
 from moe_train.data.batching import Indices, split_micro_batch
 from moe_train.data.folder import DataFolder
+from moe_train.parallel.dispatch_options import DispatchOptions
 from moe_train.parallel.gradients import is_expert, same_on_replicas
 from moe_train.parallel.layout import ExpertLayout
 from moe_train.parallel.layout_plan import plan_layout
-from moe_train.parallel.options import ExchangeOptions
 from moe_train.parallel.ranks import ProcessRanks
 from moe_train.routing.context import Alone
 from moe_train.tasks.translation import TranslationTask
@@ -67,7 +67,7 @@ class Case:
     expert_parallel: int = 1
     ranks_per_node: int = 0
     two_level: bool = False
-    options: ExchangeOptions = field(default_factory=ExchangeOptions)
+    options: DispatchOptions = field(default_factory=DispatchOptions)
     skewed: bool = False
     clip_norm: float = 0.5
     lr: float = 0.2
@@ -109,7 +109,7 @@ def opened(path: str) -> DataFolder:
 
 
 @cache
-def layout_of(expert_parallel: int, ranks_per_node: int, two_level: bool, options: ExchangeOptions) -> ExpertLayout:
+def layout_of(expert_parallel: int, ranks_per_node: int, two_level: bool, options: DispatchOptions) -> ExpertLayout:
     """Process groups are made once in a call; the world closes them after it."""
     world = dist.get_world_size()
     plan = plan_layout(world, ranks_per_node or world, expert_parallel, [], two_level)

@@ -9,9 +9,9 @@ import torch
 
 from moe_train.config import LayoutConfig, RunConfig, build
 from moe_train.errors import ConfigError
-from moe_train.parallel.counters import TrafficCounters
-from moe_train.parallel.options import ExchangeOptions
-from moe_train.training.layouts import exchange_options, layout_warnings, pictures, plan_run, settle
+from moe_train.parallel.dispatch_options import DispatchOptions
+from moe_train.parallel.traffic import TrafficCounters
+from moe_train.training.layouts import dispatch_options, layout_warnings, pictures, plan_run, settle
 from moe_train.training.recorded_config import recorded_config, to_record
 from moe_train.training.run_folder import differing_keys
 
@@ -75,14 +75,12 @@ def test_negative_sizes_are_refused() -> None:
 
 
 def test_how_exchanges_go_is_the_layouts_to_say() -> None:
-    asked = config(expert_parallel=2, overlap=True, chunks=3, fixed_rows=64)
-    assert exchange_options(asked) == ExchangeOptions(overlap=True, chunks=3, fixed_rows=64)
+    asked = config(expert_parallel=2, overlap=True, fixed_rows=64)
+    assert dispatch_options(asked) == DispatchOptions(overlap=True, fixed_rows=64)
     with pytest.raises(
         ConfigError, match=r"layout.fixed_rows.*one step.*Set layout.fixed_rows=0 or layout.two_level=false"
     ):
         LayoutConfig("two_level", 4, 2, True, fixed_rows=64)
-    with pytest.raises(ConfigError, match=r"layout.chunks"):
-        LayoutConfig(chunks=0)
 
 
 def test_groups_by_place_become_a_number_once() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from moe_train.data.folder import DataFolder
-from moe_train.parallel.options import ExchangeOptions
+from moe_train.parallel.dispatch_options import DispatchOptions
 from tests.distributed.world import Worlds
 from tests.training.parity_jobs import Case, Result, compare, train, train_all
 
@@ -101,13 +101,13 @@ def test_all_tokens_on_one_rank(worlds: Worlds, tiny_data: DataFolder, name: str
         compare([results[number] for results in found], want, 1e-12)
 
 
-def test_overlap_chunks_and_fixed_sizes_train_alike(worlds: Worlds, tiny_data: DataFolder) -> None:
-    """A shared expert is computed while rows travel, in parts, over two levels; and exchanges of fixed size."""
+def test_overlap_and_fixed_sizes_train_alike(worlds: Worlds, tiny_data: DataFolder) -> None:
+    """A shared expert is computed while rows are on their way, over two levels; and dispatch of fixed size."""
     name, path = "top_k, shared expert, balancing bias", str(tiny_data.path)
     two_levels = MORE_LAYOUTS["4 ranks on 2 nodes, two levels"][1]
     cases = [
-        case(name, options=ExchangeOptions(overlap=True, chunks=2), **two_levels),
-        case(name, options=ExchangeOptions(overlap=True, fixed_rows=640), expert_parallel=2),
+        case(name, options=DispatchOptions(overlap=True), **two_levels),
+        case(name, options=DispatchOptions(overlap=True, fixed_rows=640), expert_parallel=2),
     ]
     found = worlds(4).run(train_all, path, cases)
     for number in range(len(cases)):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from moe_train.data.folder import DataFolder
-from moe_train.parallel.options import ExchangeOptions
+from moe_train.parallel.dispatch_options import DispatchOptions
 from tests.distributed.world import Worlds
 from tests.training.parity_jobs import Case, compare, train, train_all
 
@@ -46,10 +46,10 @@ def drawn(seed: int, worlds: tuple[int, ...]) -> tuple[int, Case]:
     return world, case
 
 
-def _options(draw: random.Random) -> ExchangeOptions:
+def _options(draw: random.Random) -> DispatchOptions:
     """Fixed sizes have room for every token of the largest micro-batch, twice."""
     room = draw.choice([0, 0, 2 * 9 * 64])
-    return ExchangeOptions(overlap=draw.random() < 0.5, chunks=draw.choice([1, 2, 3]), fixed_rows=room)
+    return DispatchOptions(overlap=draw.random() < 0.5, fixed_rows=room)
 
 
 def _routing(draw: random.Random, expert_parallel: int) -> dict[str, Any]:

@@ -8,65 +8,18 @@ written straight into the stacked tensors.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_train.experts.plan import RowPlan
+from moe_train.experts.hidden_layer import HiddenLayer
 from moe_train.experts.products import affine, affine_into, bag_sums, outer_into
-from moe_train.experts.spec import Activation
+from moe_train.experts.row_plan import RowPlan
 from moe_train.parallel.memory import empty_like
 from moe_train.parallel.reuse import gradient_like
 from moe_train.parallel.threads import over_parts
-
-
-@dataclass(frozen=True)
-class Inner:
-    """What happens between the two products. ``dropout`` is 0 in evaluation."""
-
-    activation: Activation
-    dropout: float = 0.0
-
-    def draw(self, rows: Tensor, hidden: int) -> Tensor | None:
-        """[N, h]: 0 where dropout drops, the compensating scale elsewhere; None without dropout."""
-        if not self.dropout:
-            return None
-        keep = 1 - self.dropout
-        return rows.new_empty(rows.shape[0], hidden).bernoulli_(keep).div_(keep)
-
-    def forward(self, x: Tensor, w: Tensor, b: Tensor | None, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-        """scale · act(x w + b), and what backward needs: ReLU's output tells all, GELU needs its input."""
-        before = affine(x, w, b, relu=self.activation == "relu")
-        return self.dropped(before if self.activation == "relu" else F.gelu(before), scale), before
-
-    def activate(self, before: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The same of a product that is there already, which ReLU overwrites."""
-        hidden = before.relu_() if self.activation == "relu" else F.gelu(before)
-        return self.dropped(hidden, scale), before
-
-    @staticmethod
-    def dropped(hidden: Tensor, scale: Tensor | None) -> Tensor:
-        """hidden · scale, in its place."""
-        return hidden if scale is None else hidden.mul_(scale)
-
-    def recall(self, kept: Tensor, scale: Tensor | None) -> Tensor:
-        """The hidden rows again."""
-        if self.activation == "relu":
-            return kept
-        return self.dropped(F.gelu(kept), scale)
-
-    def backward(self, grad: Tensor, kept: Tensor, scale: Tensor | None) -> Tensor:
-        """The gradient before the activation; may overwrite ``grad``, the gradient of the hidden rows."""
-        if scale is not None:
-            grad = grad.mul_(scale)
-        if self.activation == "relu":
-            torch.ops.aten.threshold_backward.grad_input(grad, kept, 0, grad_input=grad)
-            return grad
-        return torch.ops.aten.gelu_backward(grad, kept)  # type: ignore[no-any-return]
 
 
 class LoopedFeedForward(torch.autograd.Function):
@@ -84,21 +37,21 @@ class LoopedFeedForward(torch.autograd.Function):
         w2: Tensor,
         b2: Tensor | None,
         plan: RowPlan,
-        inner: Inner,
+        hidden_layer: HiddenLayer,
     ) -> Tensor:
         out = empty_like(rows)
-        scale = inner.draw(rows, w1.shape[2])
+        scale = hidden_layer.draw(rows, w1.shape[2])
         x, y, scales = _split(rows, plan), _split(out, plan), _split(scale, plan)
         first, second, bias1, bias2 = _each(w1, plan), _each(w2, plan), _each(b1, plan), _each(b2, plan)
         kept: list[Tensor | None] = [None] * w1.shape[0]
 
         def work(experts: Iterable[int]) -> None:
             for e in experts:
-                hidden, kept[e] = inner.forward(x[e], first[e], bias1[e], scales[e])
+                hidden, kept[e] = hidden_layer.forward(x[e], first[e], bias1[e], scales[e])
                 affine_into(y[e], hidden, second[e], bias2[e])
 
         over_parts(work, plan.rows, _flops(w1))
-        ctx.plan, ctx.inner, ctx.biased = plan, inner, b1 is not None
+        ctx.plan, ctx.hidden_layer, ctx.biased = plan, hidden_layer, b1 is not None
         ctx.save_for_backward(rows, w1, w2, scale, *kept)
         return out
 
@@ -107,7 +60,7 @@ class LoopedFeedForward(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
         rows, w1, w2, scale, *kept = ctx.saved_tensors
         plan: RowPlan = ctx.plan
-        inner: Inner = ctx.inner
+        hidden_layer: HiddenLayer = ctx.hidden_layer
         grad = grad.contiguous()
         weights = _WeightGradients(w1, w2, ctx.biased, plan) if any(ctx.needs_input_grad[1:5]) else None
         grad_rows = empty_like(rows) if ctx.needs_input_grad[0] else None
@@ -117,8 +70,8 @@ class LoopedFeedForward(torch.autograd.Function):
         def work(experts: Iterable[int]) -> None:
             for e in experts:
                 if weights is not None:
-                    outer_into(weights.each_w2[e], inner.recall(kept[e], scales[e]), gy[e])
-                g = inner.backward(affine(gy[e], second[e], None), kept[e], scales[e])
+                    outer_into(weights.each_w2[e], hidden_layer.recall(kept[e], scales[e]), gy[e])
+                g = hidden_layer.backward(affine(gy[e], second[e], None), kept[e], scales[e])
                 if weights is not None:
                     weights.first(e, x[e], g)
                 if grad_rows is not None:

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moe_train.experts.plan import RowPlan, plan_rows
-from moe_train.parallel.rows import TokenRows, gather_rows, mix_rows
+from moe_train.experts.row_plan import RowPlan, plan_rows
+from moe_train.parallel.permute import RowIndex, permute_rows, unpermute_rows
 
 EXPERTS, DIM = 3, 8
 
@@ -24,7 +24,7 @@ def planned(token: Tensor, num_tokens: int, align: int, seed: int) -> RowPlan:
 def test_mixes_and_their_gradients(tokens: list[int], align: int, seed: int) -> None:
     """Any pairs, tokens without one included; padding rows, whatever stands there, reach nobody."""
     token = torch.tensor(tokens, dtype=torch.int64)
-    rows = planned(token, 6, align, seed).tokens
+    rows = planned(token, 6, align, seed).index
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(rows.row_token.shape[0], DIM, dtype=torch.float64, generator=generator, requires_grad=True)
     weight = torch.randn(token.shape, dtype=torch.float64, generator=generator, requires_grad=True)
@@ -33,7 +33,7 @@ def test_mixes_and_their_gradients(tokens: list[int], align: int, seed: int) -> 
     def plain(values: Tensor, weight: Tensor) -> Tensor:
         return torch.zeros(6, DIM, dtype=torch.float64).index_add(0, token, weight[:, None] * values[rows.pair_row])
 
-    ours, theirs = mix_rows(values, weight, rows), plain(values, weight)
+    ours, theirs = unpermute_rows(values, weight, rows), plain(values, weight)
     torch.testing.assert_close(ours, theirs)
     found, wanted = (torch.autograd.grad(y, (values, weight), grad) for y in (ours, theirs))
     torch.testing.assert_close(found, wanted)
@@ -42,10 +42,10 @@ def test_mixes_and_their_gradients(tokens: list[int], align: int, seed: int) -> 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_weights_are_not_rounded_in_16_bit_types(dtype: torch.dtype) -> None:
     """Two weights that would be the same in 16 bits: their difference is what remains of opposite values."""
-    rows = TokenRows.of_tokens(torch.tensor([0, 0, 1]), 2)
+    rows = RowIndex.of_tokens(torch.tensor([0, 0, 1]), 2)
     values = torch.tensor([[1.0], [-1.0], [1.0]], dtype=dtype)
     weight = torch.tensor([0.5 + 2**-13, 0.5, 0.25])
-    mixed = mix_rows(values, weight, rows, dtype)
+    mixed = unpermute_rows(values, weight, rows, dtype)
     assert mixed.dtype == dtype
     assert mixed.tolist() == [[2**-13], [0.25]]
 
@@ -53,16 +53,16 @@ def test_weights_are_not_rounded_in_16_bit_types(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_mixes_are_rounded_once(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """The output, and the gradients of values and weights, are those of fp32 to within one rounding."""
-    monkeypatch.setattr("moe_train.parallel.rows._CHUNK", 64 * 7)  # pieces of seven rows, and a shorter one
+    monkeypatch.setattr("moe_train.parallel.permute._CHUNK", 64 * 7)  # pieces of seven rows, and a shorter one
     generator = torch.Generator().manual_seed(0)
     token = torch.arange(40).repeat_interleave(2)
-    rows = planned(token, 40, 4, 0).tokens
+    rows = planned(token, 40, 4, 0).index
     values = torch.randn(rows.row_token.shape[0], 64, generator=generator).to(dtype)
     weight, grad = torch.rand(80, generator=generator), torch.randn(40, 64, generator=generator).to(dtype)
     results = []
     for kind in (dtype, torch.float32):
         inputs = values.to(kind).requires_grad_(), weight.clone().requires_grad_()
-        y = mix_rows(*inputs, rows, kind)
+        y = unpermute_rows(*inputs, rows, kind)
         results.append((y, *torch.autograd.grad(y, inputs, grad.to(kind))))
     for half, full in zip(*results, strict=True):
         rounding = torch.finfo(dtype).eps if half.dtype == dtype else 1e-6
@@ -71,9 +71,9 @@ def test_16_bit_mixes_are_rounded_once(dtype: torch.dtype, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_without_a_pair(dtype: torch.dtype) -> None:
-    rows = planned(torch.empty(0, dtype=torch.int64), 3, 4, 0).tokens
+    rows = planned(torch.empty(0, dtype=torch.int64), 3, 4, 0).index
     values, weight = torch.empty(0, DIM, dtype=dtype, requires_grad=True), torch.empty(0, requires_grad=True)
-    y = mix_rows(values, weight, rows, dtype)
+    y = unpermute_rows(values, weight, rows, dtype)
     assert torch.equal(y, torch.zeros(3, DIM, dtype=dtype))
     by_values, by_weight = torch.autograd.grad(y, (values, weight), torch.ones_like(y))
     assert by_values.shape == (0, DIM) and by_weight.shape == (0,)
@@ -86,7 +86,7 @@ def test_one_pair_each_is_a_move(order: list[int]) -> None:
     counts = torch.bincount(expert, minlength=EXPERTS).tolist()
     plan = plan_rows(torch.arange(12), expert, 12, EXPERTS, 1, counts)
     x = torch.randn(12, DIM)
-    assert plan.tokens.single and plan.rows == tuple(counts) and plan.ends.tolist() == [4, 8, 12]
-    rows = gather_rows(x, plan.tokens)
+    assert plan.index.single and plan.rows == tuple(counts) and plan.ends.tolist() == [4, 8, 12]
+    rows = permute_rows(x, plan.index)
     assert torch.equal(rows, x[torch.argsort(expert, stable=True)])
-    assert torch.equal(mix_rows(rows, torch.ones(12), plan.tokens), x)
+    assert torch.equal(unpermute_rows(rows, torch.ones(12), plan.index), x)

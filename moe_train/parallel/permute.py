@@ -23,7 +23,7 @@ _SUM = 0  # of torch's modes to reduce a bag
 
 
 @dataclass(frozen=True)
-class TokenRows:
+class RowIndex:
     """Which of N rows belong to which of T tokens; rows may belong to none (padding) and tokens may have none.
 
     Attributes:
@@ -43,13 +43,13 @@ class TokenRows:
     single: bool = False
 
     @classmethod
-    def of_tokens(cls, row_token: Tensor, num_tokens: int) -> TokenRows:
+    def of_tokens(cls, row_token: Tensor, num_tokens: int) -> RowIndex:
         """Rows without padding: row_token [N], every row its own weight."""
         row = torch.arange(row_token.shape[0], device=row_token.device)
         return cls(row_token, row, row, *_sort_by_token(row, row_token, num_tokens))
 
     @classmethod
-    def of_order(cls, order: Tensor, token: Tensor, num_tokens: int) -> TokenRows:
+    def of_order(cls, order: Tensor, token: Tensor, num_tokens: int) -> RowIndex:
         """Rows without padding: row n is pair ``order[n]``, a permutation of the pairs [P], whose tokens are given."""
         pair_row = torch.empty_like(order)
         pair_row[order] = torch.arange(order.shape[0], device=order.device)
@@ -58,7 +58,7 @@ class TokenRows:
     @classmethod
     def of_pairs(
         cls, row_token: Tensor, row_pair: Tensor, pair_row: Tensor, token: Tensor, num_tokens: int
-    ) -> TokenRows:
+    ) -> RowIndex:
         """From both ways between rows and pairs, and the token [P] of each pair."""
         if _one_pair_each(token, num_tokens):
             return cls(row_token, row_pair, pair_row, pair_row, token, True)
@@ -100,12 +100,12 @@ def _free_to_ask(numbers: Tensor) -> bool:
     return numbers.device.type == "cpu"
 
 
-def gather_rows(x: Tensor, rows: TokenRows) -> Tensor:
+def permute_rows(x: Tensor, rows: RowIndex) -> Tensor:
     """x [T, d] → [N, d]."""
-    return _Gather.apply(x, rows)  # type: ignore[no-any-return, no-untyped-call]
+    return _Permute.apply(x, rows)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def mix_rows(values: Tensor, weight: Tensor | None, rows: TokenRows, dtype: torch.dtype | None = None) -> Tensor:
+def unpermute_rows(values: Tensor, weight: Tensor | None, rows: RowIndex, dtype: torch.dtype | None = None) -> Tensor:
     """y_t = Σ over rows of token t of weight · value, in at least fp32 inside.
 
     Args:
@@ -117,12 +117,12 @@ def mix_rows(values: Tensor, weight: Tensor | None, rows: TokenRows, dtype: torc
     Returns:
         [T, d].
     """
-    return _Mix.apply(values, weight, rows, dtype or _wide(values))  # type: ignore[no-any-return, no-untyped-call]
+    return _Unpermute.apply(values, weight, rows, dtype or _wide(values))  # type: ignore[no-any-return, no-untyped-call]
 
 
-class _Gather(torch.autograd.Function):
+class _Permute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, rows: TokenRows) -> Tensor:
+    def forward(ctx: Any, x: Tensor, rows: RowIndex) -> Tensor:
         ctx.rows = rows
         return _token_of_each_row(x, rows)
 
@@ -132,9 +132,9 @@ class _Gather(torch.autograd.Function):
         return _sum(grad.contiguous(), None, ctx.rows, grad.dtype), None
 
 
-class _Mix(torch.autograd.Function):
+class _Unpermute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, weight: Tensor | None, rows: TokenRows, dtype: torch.dtype) -> Tensor:
+    def forward(ctx: Any, values: Tensor, weight: Tensor | None, rows: RowIndex, dtype: torch.dtype) -> Tensor:
         ctx.rows, ctx.dtype = rows, values.dtype
         ctx.save_for_backward(*(() if weight is None else (values, weight)))
         if rows.single and weight is not None and not any(ctx.needs_input_grad) and bool((weight == 1).all()):
@@ -147,11 +147,11 @@ class _Mix(torch.autograd.Function):
         saved = ctx.saved_tensors
         if saved:
             values, weight = saved
-            return *_mix_gradients(grad, values, weight, ctx.rows), None, None
+            return *_unpermute_gradients(grad, values, weight, ctx.rows), None, None
         return _token_of_each_row(grad, ctx.rows).to(ctx.dtype), None, None, None
 
 
-def _token_of_each_row(x: Tensor, rows: TokenRows) -> Tensor:
+def _token_of_each_row(x: Tensor, rows: RowIndex) -> Tensor:
     """x [T, d] → [N, d]. Where there are no tokens, all rows are padding, and zero."""
     return x.index_select(0, rows.row_token) if x.shape[0] else x.new_zeros(rows.row_token.shape[0], x.shape[1])
 
@@ -161,12 +161,12 @@ def _wide(values: Tensor) -> torch.dtype:
     return torch.promote_types(values.dtype, torch.float32)
 
 
-def _mix_gradients(grad: Tensor, values: Tensor, weight: Tensor, rows: TokenRows) -> tuple[Tensor, Tensor]:
+def _unpermute_gradients(grad: Tensor, values: Tensor, weight: Tensor, rows: RowIndex) -> tuple[Tensor, Tensor]:
     """Of the values: weight · grad, 0 for padding. Of a weight: the product of its value and the gradient."""
     if grad.shape[0] == 0:
         return torch.zeros_like(values), torch.zeros_like(weight)
     grad = grad.contiguous()
-    if grad.dtype == values.dtype and native_rows.serves(values):
+    if grad.dtype == values.dtype == torch.bfloat16 and native_rows.is_supported(values):
         by_values, by_weight = native_rows.add_up_backward(grad, values, weight, rows.row_token, rows.row_pair)
         return by_values, by_weight.to(weight.dtype)
     row = torch.arange(values.shape[0], device=values.device)
@@ -174,7 +174,7 @@ def _mix_gradients(grad: Tensor, values: Tensor, weight: Tensor, rows: TokenRows
     return _bags(grad, rows.row_token, row, of_row, values.dtype), _dots(grad, values, rows).to(weight.dtype)
 
 
-def _dots(grad: Tensor, values: Tensor, rows: TokenRows) -> Tensor:
+def _dots(grad: Tensor, values: Tensor, rows: RowIndex) -> Tensor:
     """[P], in at least fp32: each pair's row of values [N, d] times its token's row of grad [T, d]."""
     wide = _wide(values)
     if grad.dtype != wide:
@@ -194,13 +194,13 @@ def _dots_of(grad: Tensor, values: Tensor, row: Tensor, token: Tensor) -> Tensor
     )
 
 
-def _sum(values: Tensor, weight: Tensor | None, rows: TokenRows, dtype: torch.dtype) -> Tensor:
+def _sum(values: Tensor, weight: Tensor | None, rows: RowIndex, dtype: torch.dtype) -> Tensor:
     """[T, d]: the (weighted) sum of each token's rows of values [N, d], in at least fp32 and then rounded to dtype."""
     if rows.single:
         moved = values.index_select(0, rows.by_token)
         return (moved if weight is None else weight.to(_wide(values)).unsqueeze(1) * moved).to(dtype)
     by = weight if weight is None or rows.by_token is rows.pair_row else weight[rows.row_pair[rows.by_token]]
-    if dtype == values.dtype and native_rows.serves(values):
+    if dtype == values.dtype == torch.bfloat16 and native_rows.is_supported(values):
         return native_rows.add_up(values, rows.by_token, rows.token_start, by)
     return _bags(values, rows.by_token, rows.token_start, by, dtype)
 

@@ -1,4 +1,4 @@
-"""What crosses between ranks: rows, payload bytes and metadata bytes, by link. An object that is passed in."""
+"""Counts what ranks send to each other: rows, payload bytes and metadata bytes, by type of link."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Literal
 
 from torch import Tensor
 
-Link = Literal["local", "node", "across"]
+LinkType = Literal["local", "node", "across"]
 """``local``: stays in the process; ``node``: to another rank of the node; ``across``: to another node."""
 
-LINKS: tuple[Link, ...] = ("local", "node", "across")
+LINKS: tuple[LinkType, ...] = ("local", "node", "across")
 
 
 @dataclass
@@ -44,7 +44,7 @@ class TrafficCounters:
         host_reads: how often a layer has waited for numbers of the device since the counters were made.
     """
 
-    by_link: dict[Link, Traffic] = field(default_factory=lambda: {link: Traffic() for link in LINKS})
+    by_link: dict[LinkType, Traffic] = field(default_factory=lambda: {link: Traffic() for link in LINKS})
     enabled: bool = True
     host_reads: int = 0
     _dropped: Tensor | int = 0
@@ -83,7 +83,7 @@ class TrafficCounters:
         self._dropped = 0
         self.by_link.update({link: Traffic() for link in LINKS})
 
-    def add(self, links: Sequence[Link], **amounts: Sequence[int]) -> None:
+    def add(self, links: Sequence[LinkType], **amounts: Sequence[int]) -> None:
         """Adds amounts per member of a group, whose links are given in the same order."""
         if not self.enabled:
             return

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_train.parallel.rows import TokenRows, count_ids
+from moe_train.parallel.permute import RowIndex, count_ids
 
 
 @dataclass(frozen=True)
@@ -19,12 +19,12 @@ class RowPlan:
     rows keep the pairs' order, so that the outcome never varies from run to run.
 
     Attributes:
-        tokens: whose the rows are.
+        index: which token each row is.
         ends: [E] int32, one past the last row of each local expert; rows behind the last of them are padding too.
         rows: rows of each local expert, padding included, on the host; empty where nobody there needs them.
     """
 
-    tokens: TokenRows
+    index: RowIndex
     ends: Tensor
     rows: tuple[int, ...]
 
@@ -39,7 +39,7 @@ class RowPlan:
         Rows behind the last expert get a zero of their own: what a grouped product leaves there, NaN perhaps, must not
         reach the last expert's gradient.
         """
-        row = torch.arange(self.tokens.row_token.shape[0], device=self.ends.device)
+        row = torch.arange(self.index.row_token.shape[0], device=self.ends.device)
         expert = torch.searchsorted(self.ends, row, right=True)
         return torch.cat([parameter, parameter.new_zeros(1, *parameter.shape[1:])]).index_select(0, expert)
 
@@ -52,7 +52,7 @@ def plan_rows(
     num_experts: int,
     align: int = 1,
     counts: Sequence[int] | None = None,
-    most_padding: float = 0.0,
+    max_padding: float = 0.0,
 ) -> RowPlan:
     """Sorts pairs by expert.
 
@@ -64,7 +64,7 @@ def plan_rows(
         num_experts: local experts.
         align: an expert's rows are padded to a multiple of this.
         counts: pairs of each expert, where the host knows them; otherwise N is the largest that can be.
-        most_padding: where all experts can have the fullest one's rows with at most this times the pairs, they do (with
+        max_padding: where all experts can have the fullest one's rows with at most this times the pairs, they do (with
             ``counts`` only).
     """
     pairs = token.shape[0]
@@ -72,11 +72,11 @@ def plan_rows(
     found = count_ids(expert, num_experts + 1)
     padded = (found + (align - 1)) // align * align
     rows = tuple(-(-count // align) * align for count in counts) if counts is not None else ()
-    if most_padding and rows and max(rows) * num_experts <= most_padding * pairs:
+    if max_padding and rows and max(rows) * num_experts <= max_padding * pairs:
         rows, padded = (max(rows),) * num_experts, padded.amax().expand_as(padded)
     ends = padded[:-1].cumsum(0).to(torch.int32)
     if counts is not None and rows == tuple(counts):
-        return RowPlan(TokenRows.of_order(order, token, num_tokens), ends, rows)
+        return RowPlan(RowIndex.of_order(order, token, num_tokens), ends, rows)
     total = sum(rows) if counts is not None else pairs + num_experts * (align - 1)
     shift = (padded.cumsum(0) - padded) - (found.cumsum(0) - found)
     sorted_row = torch.arange(pairs, device=token.device) + shift[expert[order]]
@@ -86,4 +86,4 @@ def plan_rows(
     row_token[sorted_row] = token[order]
     pair_row = torch.empty_like(order)
     pair_row[order] = sorted_row
-    return RowPlan(TokenRows.of_pairs(row_token, row_pair, pair_row, token, num_tokens), ends, rows)
+    return RowPlan(RowIndex.of_pairs(row_token, row_pair, pair_row, token, num_tokens), ends, rows)

@@ -1,0 +1,134 @@
+"""Split sizes of the all-to-alls of a layer: counted on the device and read by the host once, for all levels.
+
+A host that reads a number waits for the device, and the device then for the host. So ranks first exchange all that any
+later step of the layer must know: rows for each member, for each rank behind it where there are two levels, and the
+pairs of each expert, from which the experts' products know their rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe_train.parallel.all_to_all import AllToAll, CommGroup
+from moe_train.parallel.permute import count_ids
+
+
+@dataclass(frozen=True)
+class DispatchLevel:
+    """One level of a dispatch: member m holds experts m · experts_each to (m + 1) · experts_each - 1."""
+
+    group: CommGroup
+    experts_each: int
+
+
+@dataclass(frozen=True)
+class SplitSizes:
+    """Split sizes of one level. Lists have a number per member and live on the host.
+
+    Attributes:
+        arriving: [2, members] received rows and pairs once more, on the device, so that they need not go up again.
+    """
+
+    send_rows: list[int]
+    send_pairs: list[int]
+    receive_rows: list[int]
+    receive_pairs: list[int]
+    arriving: Tensor
+
+    def first_row_of_pairs(self) -> Tensor:
+        """[P'] for each pair that arrives, the first row of the member that it comes from."""
+        rows, pairs = self.arriving
+        return torch.repeat_interleave(rows.cumsum(0) - rows, pairs, output_size=sum(self.receive_pairs))
+
+
+@dataclass(frozen=True)
+class SortedPairs:
+    """Pairs in the order of destination and token; each (destination, token) is one row.
+
+    Attributes:
+        order: [P] which pair stands where.
+        row: [P] of the sorted pairs, counted over all rows.
+        row_in_member: [P], counted from its destination's first.
+        rows_per_member: [members].
+    """
+
+    order: Tensor
+    row: Tensor
+    row_in_member: Tensor
+    rows_per_member: Tensor
+
+
+@torch.no_grad()
+def sort_pairs(token: Tensor, member: Tensor, num_tokens: int, members: int) -> SortedPairs:
+    """Sorts pairs by member and token; no number leaves the device.
+
+    Args:
+        token: [P] in 0 .. num_tokens - 1.
+        member: [P] in 0 .. members - 1.
+    """
+    key = member * num_tokens + token
+    order = torch.argsort(key, stable=True)
+    key, member = key[order], member[order]
+    begins = torch.ones_like(key)
+    begins[1:] = (key[1:] != key[:-1]).to(key.dtype)
+    row = begins.cumsum(0) - 1
+    per_member = key.new_zeros(members).scatter_add_(0, member, begins)
+    return SortedPairs(order, row, row - (per_member.cumsum(0) - per_member)[member], per_member)
+
+
+@torch.no_grad()
+def exchange_split_sizes(
+    pairs: SortedPairs, token: Tensor, expert: Tensor, num_tokens: int, levels: Sequence[DispatchLevel]
+) -> tuple[list[SplitSizes], list[int]]:
+    """Exchanges the sizes of all levels, and brings them to the host in one go: the layer's one host sync.
+
+    Args:
+        pairs: sorted by the first level's members.
+        token, expert: [P] of the pairs, unsorted; experts are numbered over the group.
+        levels: one, or two (nodes, then ranks of a node).
+
+    Returns:
+        The split sizes of each level, and the pairs of each expert held here.
+    """
+    first, last = levels[0], levels[-1]
+    members = first.group.size
+    per_expert = count_ids(expert, members * first.experts_each).view(members, -1)
+    columns = [pairs.rows_per_member.unsqueeze(1), per_expert]
+    if len(levels) == 2:
+        ranks = members * last.group.size
+        inner = sort_pairs(token, expert // last.experts_each, num_tokens, ranks)
+        columns.insert(1, inner.rows_per_member.view(members, -1))
+    sent = torch.cat(columns, 1)
+    received = _exchange_counts(sent, first.group)
+    counts = [(_rows_and_pairs(sent, first.experts_each), _rows_and_pairs(received, first.experts_each))]
+    if len(levels) == 2:
+        rows, per_expert = received.sum(0)[1:].split([last.group.size, first.experts_each])
+        sent = torch.cat([rows.unsqueeze(1), per_expert.view(last.group.size, -1)], 1)
+        received = _exchange_counts(sent, last.group)
+        counts.append((_rows_and_pairs(sent, last.experts_each), _rows_and_pairs(received, last.experts_each)))
+    held = received[:, -last.experts_each :].sum(0)
+    parts = [row for sent_and_received in counts for part in sent_and_received for row in part]
+    numbers = first.group.counters.read(torch.cat([*parts, held]))
+    on_host = [[numbers.pop(0) for _ in range(part.shape[0])] for part in parts]
+    sizes = []
+    for level, (_, arriving) in enumerate(counts):
+        send_rows, send_pairs, receive_rows, receive_pairs = on_host[4 * level : 4 * level + 4]
+        sizes.append(SplitSizes(send_rows, send_pairs, receive_rows, receive_pairs, arriving))
+    return sizes, numbers
+
+
+def _exchange_counts(sent: Tensor, group: CommGroup) -> Tensor:
+    """sent [members, …] → what each member has sent here."""
+    ones = [1] * group.size
+    call = AllToAll(group, ones, ones)
+    call.start(sent)
+    return call.wait()
+
+
+def _rows_and_pairs(counts: Tensor, experts: int) -> Tensor:
+    """[2, members] of counts [members, rows … pairs of each expert]."""
+    return torch.stack([counts[:, 0], counts[:, -experts:].sum(1)])
