@@ -12,6 +12,7 @@ import pytest
 ROOMS = (
     "utils",
     "config",
+    "kernels",
     "routing",
     "parallel",
     "experts",
@@ -25,7 +26,7 @@ ROOMS = (
     "launch",
     "commands",
 )
-TORCH_ONLY = ("config", "routing", "parallel", "experts", "layers")
+TORCH_ONLY = ("config", "kernels", "routing", "parallel", "experts", "layers")
 # Modules of no room: they stand behind this one.
 _FAIRSEQ = ("fairseq_checkpoints", "fairseq_compat", "fairseq_values")
 _FIRST = ("errors", "parent", "peer_pickles", "safe_text", "screen")

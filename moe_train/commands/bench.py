@@ -25,8 +25,8 @@ from moe_train.analysis.bench_peers import PEERS
 from moe_train.analysis.bench_shape import SHAPES, LayerShape
 from moe_train.config import ModelConfig, build
 from moe_train.config.paths import configs_directory
-from moe_train.experts.amx_kernel import is_supported
-from moe_train.parallel.processor import processor_maker
+from moe_train.kernels.cpu.amx_mlp import is_supported
+from moe_train.kernels.cpu.cpu_info import processor_maker
 from moe_train.screen import Screen
 from moe_train.training.about import commit
 from moe_train.training.integrity import replace_text

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_train.experts import amx_kernel
 from moe_train.experts.hidden_layer import HiddenLayer
 from moe_train.experts.loop import gradient_of
 from moe_train.experts.row_plan import RowPlan
+from moe_train.kernels.cpu import amx_mlp
 
 
 def amx_feed_forward(
@@ -23,7 +23,7 @@ def amx_feed_forward(
         ValueError: shapes or types do not fit each other or the plan.
         MemoryError: no room for one expert's hidden rows.
     """
-    amx_kernel.check_shapes(rows, w1, b1, w2, b2, plan.rows)
+    amx_mlp.check_shapes(rows, w1, b1, w2, b2, plan.rows)
     keeps = torch.is_grad_enabled()  # inside the function it never is
     return AmxFeedForward.apply(rows, w1, b1, w2, b2, plan, hidden_layer, keeps)  # type: ignore[no-any-return, no-untyped-call]
 
@@ -47,7 +47,7 @@ class AmxFeedForward(torch.autograd.Function):
         b1, b2 = (None if b is None else b.contiguous() for b in (b1, b2))
         scale = hidden_layer.draw(rows, w1.shape[2]) if hidden_layer.dropout else None
         keeps = keeps and any(ctx.needs_input_grad)
-        y, hidden = amx_kernel.forward(rows, w1, b1, w2, b2, scale, plan.rows, keeps)
+        y, hidden = amx_mlp.forward(rows, w1, b1, w2, b2, scale, plan.rows, keeps)
         ctx.plan, ctx.dropout, ctx.biased = plan, hidden_layer.dropout, b1 is not None
         ctx.save_for_backward(rows, w1, w2, hidden)
         return y
@@ -63,7 +63,7 @@ class AmxFeedForward(torch.autograd.Function):
         # What dropout multiplies what it leaves by, in the type of the rows.
         dropout_scale = float(rows.new_ones(()).div_(1 - ctx.dropout))
         into = by_rows, by_w1, by_b1, by_w2, by_b2
-        amx_kernel.backward(grad.contiguous(), rows, hidden, w1, w2, into, dropout_scale, ctx.plan.rows)
+        amx_mlp.backward(grad.contiguous(), rows, hidden, w1, w2, into, dropout_scale, ctx.plan.rows)
         by_b1, by_b2 = (None if by is None else by.to(w1.dtype) for by in (by_b1, by_b2))
         return by_rows, by_w1, by_b1, by_w2, by_b2, None, None, None
 

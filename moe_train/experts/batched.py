@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe_train.experts.hidden_layer import HiddenLayer
-from moe_train.experts.products import bag_sums, batched, batched_affine
-from moe_train.parallel.reuse import gradient_like
+from moe_train.kernels.cpu.grad_pool import gradient_like
+from moe_train.kernels.cpu.matmul import bag_sums, batched, batched_affine
 
 
 class BatchedFeedForward(torch.autograd.Function):

@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe_train.experts.hidden_layer import HiddenLayer
-from moe_train.experts.products import affine, affine_into, bag_sums, outer_into
 from moe_train.experts.row_plan import RowPlan
-from moe_train.parallel.memory import empty_like
-from moe_train.parallel.reuse import gradient_like
-from moe_train.parallel.threads import over_parts
+from moe_train.kernels.cpu.grad_pool import gradient_like
+from moe_train.kernels.cpu.huge_pages import empty_like
+from moe_train.kernels.cpu.matmul import affine, affine_into, bag_sums, outer_into
+from moe_train.kernels.cpu.thread_pool import over_parts
 
 
 class LoopedFeedForward(torch.autograd.Function):

@@ -13,16 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_train.experts import amx_kernel
 from moe_train.experts.amx import amx_feed_forward
 from moe_train.experts.batched import BatchedFeedForward
 from moe_train.experts.grouped import grouped_feed_forward
 from moe_train.experts.hidden_layer import HiddenLayer
 from moe_train.experts.loop import LoopedFeedForward
 from moe_train.experts.parameters import StackedFeedForward
-from moe_train.experts.products import padding_worth_a_batch, row_alignment
 from moe_train.experts.row_plan import RowPlan
 from moe_train.experts.spec import Activation
+from moe_train.kernels.cpu import amx_mlp
+from moe_train.kernels.cpu.matmul import padding_worth_a_batch, row_alignment
 
 
 def prefers_grouped(like: Tensor) -> bool:
@@ -61,7 +61,7 @@ def choose_backend(rows: Tensor, activation: Activation, mean_rows: float, padde
     """
     if prefers_grouped(rows) or (padded and can_group(rows)):
         return Backend("grouped", row_alignment(rows, mean_rows))
-    if rows.dtype == torch.bfloat16 and activation == "relu" and amx_kernel.is_supported(rows):
+    if rows.dtype == torch.bfloat16 and activation == "relu" and amx_mlp.is_supported(rows):
         return Backend("amx")
     return Backend("torch", row_alignment(rows, mean_rows), padding_worth_a_batch(rows, mean_rows))
 

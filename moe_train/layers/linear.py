@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_train.experts.products import onednn_linear, prefers_onednn
+from moe_train.kernels.cpu.matmul import onednn_linear, prefers_onednn
 
 # oneDNN generates code for every new shape (0.7 ms): below this many FLOPs it cannot win that back.
 _WORTH_IT = 2.5e8

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moe_train.experts.products import affine, affine_into
+from moe_train.kernels.cpu.matmul import affine, affine_into
 
 
 def label_smoothed_nll(logits: Tensor, target: Tensor, eps: float, ignore: int = -100) -> tuple[Tensor, Tensor]:

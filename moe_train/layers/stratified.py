@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from moe_train.experts import ExpertPool
+from moe_train.kernels.cpu.dropout import dropout
 from moe_train.layers.block import Block, Observation, RoutingRecord
 from moe_train.layers.context import BatchContext
-from moe_train.layers.dropout import dropout
 from moe_train.layers.registry import BlockInputs, build_pool, register_kind
 from moe_train.routing.base import RoutingConfig
 from moe_train.routing.context import RoutingContext

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from moe_train.kernels.cpu.dropout import dropout
 from moe_train.layers.attention import CrossAttention, SelfAttention
 from moe_train.layers.block import Block, Records
 from moe_train.layers.cache import DecoderCache
 from moe_train.layers.context import BatchContext
-from moe_train.layers.dropout import dropout
 
 
 @dataclass(frozen=True)

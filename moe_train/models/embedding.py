@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from moe_train.layers.dropout import dropout
+from moe_train.kernels.cpu.dropout import dropout
 from moe_train.layers.positions import SinusoidalPositions
 
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moe_train.parallel import native_rows
-from moe_train.parallel.memory import empty
+from moe_train.kernels.cpu import segment_sum
+from moe_train.kernels.cpu.huge_pages import empty
 
 _HALF = (torch.bfloat16, torch.float16)
 _CHUNK = 262144  # numbers that are widened at a time, so that their fp32 copies stay in cache
@@ -166,8 +166,8 @@ def _unpermute_gradients(grad: Tensor, values: Tensor, weight: Tensor, rows: Row
     if grad.shape[0] == 0:
         return torch.zeros_like(values), torch.zeros_like(weight)
     grad = grad.contiguous()
-    if grad.dtype == values.dtype == torch.bfloat16 and native_rows.is_supported(values):
-        by_values, by_weight = native_rows.add_up_backward(grad, values, weight, rows.row_token, rows.row_pair)
+    if grad.dtype == values.dtype == torch.bfloat16 and segment_sum.is_supported(values):
+        by_values, by_weight = segment_sum.add_up_backward(grad, values, weight, rows.row_token, rows.row_pair)
         return by_values, by_weight.to(weight.dtype)
     row = torch.arange(values.shape[0], device=values.device)
     of_row = torch.cat([weight, weight.new_zeros(1)])[rows.row_pair]
@@ -200,8 +200,8 @@ def _sum(values: Tensor, weight: Tensor | None, rows: RowIndex, dtype: torch.dty
         moved = values.index_select(0, rows.by_token)
         return (moved if weight is None else weight.to(_wide(values)).unsqueeze(1) * moved).to(dtype)
     by = weight if weight is None or rows.by_token is rows.pair_row else weight[rows.row_pair[rows.by_token]]
-    if dtype == values.dtype == torch.bfloat16 and native_rows.is_supported(values):
-        return native_rows.add_up(values, rows.by_token, rows.token_start, by)
+    if dtype == values.dtype == torch.bfloat16 and segment_sum.is_supported(values):
+        return segment_sum.add_up(values, rows.by_token, rows.token_start, by)
     return _bags(values, rows.by_token, rows.token_start, by, dtype)
 
 

@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
-from moe_train.experts import amx_kernel, batched, mlp
-from moe_train.experts.products import padding_worth_a_batch, row_alignment
+from moe_train.experts import batched, mlp
 from moe_train.experts.row_plan import plan_rows
+from moe_train.kernels.cpu import amx_mlp
+from moe_train.kernels.cpu.matmul import padding_worth_a_batch, row_alignment
 from tests.experts.reference import mix, pool_of, random_assignment
 
 KINDS = [{}, {"activation": "gelu"}, {"bias": False}, {"sublayers": 2}]
@@ -91,7 +92,7 @@ def test_only_small_experts_of_16_bits_are_batched() -> None:
 
 def test_bf16_takes_it_by_itself_and_sums_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where our kernel does not serve."""
-    monkeypatch.setattr(amx_kernel, "is_supported", lambda *_: False)
+    monkeypatch.setattr(amx_mlp, "is_supported", lambda *_: False)
     calls = []
     product = batched.batched_affine
     monkeypatch.setattr(batched, "batched_affine", lambda *a: calls.append(1) or product(*a))

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_train.experts import ExpertPool, ExpertSpec
-from moe_train.parallel import threads
+from moe_train.kernels.cpu import thread_pool
 from moe_train.routing import Assignment
 
 
@@ -31,7 +31,7 @@ def two_threads() -> object:
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=40), st.integers(1, 6))
 def test_the_fullest_part_is_within_one_expert_of_even(rows: list[int], parts: int) -> None:
     busy = sorted((e for e, count in enumerate(rows) if count), key=lambda e: -rows[e])
-    fullest = threads.fullest_part(busy, rows, parts)
+    fullest = thread_pool.fullest_part(busy, rows, parts)
     assert sum(rows) / parts <= fullest <= sum(rows) / parts + max(rows)
 
 
@@ -39,9 +39,9 @@ def test_the_fullest_part_is_within_one_expert_of_even(rows: list[int], parts: i
 def test_every_busy_expert_is_taken_once_the_fullest_first(
     two_threads: None, monkeypatch: pytest.MonkeyPatch, rows: list[int], threaded: bool
 ) -> None:
-    monkeypatch.setattr(threads, "_WORTHWHILE_FLOPS", 0.0)
+    monkeypatch.setattr(thread_pool, "_WORTHWHILE_FLOPS", 0.0)
     parts: list[list[int]] = []
-    threads.over_parts(lambda experts: parts.append(list(experts)), rows, 1.0)
+    thread_pool.over_parts(lambda experts: parts.append(list(experts)), rows, 1.0)
     assert len(parts) == (2 if threaded else 1)
     assert sorted(e for part in parts for e in part) == [e for e, count in enumerate(rows) if count]
     assert all([rows[e] for e in part] == sorted((rows[e] for e in part), reverse=True) for part in parts)
@@ -52,7 +52,7 @@ def test_nobody_works_on_when_the_call_has_failed(
     two_threads: None, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
 ) -> None:
     """Else threads would write to memory that the caller has let go of."""
-    monkeypatch.setattr(threads, "_WORTHWHILE_FLOPS", 0.0)
+    monkeypatch.setattr(thread_pool, "_WORTHWHILE_FLOPS", 0.0)
     done: list[int] = []
 
     def work(experts: Iterable[int]) -> None:
@@ -68,7 +68,7 @@ def test_nobody_works_on_when_the_call_has_failed(
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(error):
-            threads.over_parts(work, [9] * 40, 1.0)
+            thread_pool.over_parts(work, [9] * 40, 1.0)
     finally:
         signal.signal(signal.SIGINT, before)
     taken = len(done)
@@ -78,7 +78,7 @@ def test_nobody_works_on_when_the_call_has_failed(
 
 ASLEEP = """
 import os, time, torch
-from moe_train.parallel import threads
+from moe_train.kernels.cpu import thread_pool
 torch.set_num_threads(2)
 
 def spent_asleep():
@@ -88,8 +88,8 @@ def spent_asleep():
     return time.process_time() - before
 
 awake = max(spent_asleep() for _ in range(3))
-threads._WORTHWHILE_FLOPS = 0.0
-threads.over_parts(list, [5, 5], 1.0)
+thread_pool._WORTHWHILE_FLOPS = 0.0
+thread_pool.over_parts(list, [5, 5], 1.0)
 print(awake, min(spent_asleep() for _ in range(3)))
 """
 
@@ -118,19 +118,19 @@ def outcome(seed: int = 0) -> list[torch.Tensor]:
 
 def test_threads_change_no_result(two_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    executor = threads._executor
-    monkeypatch.setattr(threads, "_executor", lambda n: calls.append(n) or executor(n))
-    monkeypatch.setattr(threads, "_WORTHWHILE_FLOPS", 0.0)
+    executor = thread_pool._executor
+    monkeypatch.setattr(thread_pool, "_executor", lambda n: calls.append(n) or executor(n))
+    monkeypatch.setattr(thread_pool, "_WORTHWHILE_FLOPS", 0.0)
     with_threads = outcome()
     assert 2 in calls, "the test must use threads"
-    monkeypatch.setattr(threads, "_WORTHWHILE_FLOPS", float("inf"))
+    monkeypatch.setattr(thread_pool, "_WORTHWHILE_FLOPS", float("inf"))
     for ours, alone in zip(with_threads, outcome(), strict=True):
         torch.testing.assert_close(ours, alone, rtol=1e-5, atol=1e-6)
     assert torch.get_num_threads() == 2
 
 
 def test_inference_mode_reaches_the_threads(two_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(threads, "_WORTHWHILE_FLOPS", 0.0)
+    monkeypatch.setattr(thread_pool, "_WORTHWHILE_FLOPS", 0.0)
     pool = ExpertPool(ExpertSpec(dim=8, hidden=16), 4)
     token = torch.arange(20)
     pairs = Assignment(token, token % 4, torch.ones(20), torch.zeros_like(token))
@@ -140,22 +140,22 @@ def test_inference_mode_reaches_the_threads(two_threads: None, monkeypatch: pyte
 
 
 def test_an_error_in_a_part_is_raised(two_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(threads, "_WORTHWHILE_FLOPS", 0.0)
+    monkeypatch.setattr(thread_pool, "_WORTHWHILE_FLOPS", 0.0)
 
     def fail(part: object) -> None:
         raise ArithmeticError("of a part")
 
     with pytest.raises(ArithmeticError, match="of a part"):
-        threads.over_parts(fail, [5, 5], 1.0)
+        thread_pool.over_parts(fail, [5, 5], 1.0)
 
 
 def test_a_forked_process_starts_threads_of_its_own(two_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(threads, "_WORTHWHILE_FLOPS", 0.0)
+    monkeypatch.setattr(thread_pool, "_WORTHWHILE_FLOPS", 0.0)
     seen: list[int] = []
-    threads.over_parts(seen.extend, [5, 5], 1.0)
+    thread_pool.over_parts(seen.extend, [5, 5], 1.0)
     child = os.fork()
     if child == 0:  # with the parent's threads it would wait for ever
         done: list[int] = []
-        threads.over_parts(done.extend, [5, 5], 1.0)
+        thread_pool.over_parts(done.extend, [5, 5], 1.0)
         os._exit(0 if sorted(done) == [0, 1] else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -1,4 +1,4 @@
-/* Rows of bfloat16 added up and multiplied, with fp32 sums. Called by moe_train/parallel/native_rows.py.
+/* Rows of bfloat16 added up and multiplied, with fp32 sums. Called by moe_train/kernels/cpu/segment_sum.py.
  *
  * Each pass reads every row once; torch's kernels for the same widen rows to fp32 first, or take weights in the type of
  * the rows. Tokens, or rows, from .. upto - 1 are done.

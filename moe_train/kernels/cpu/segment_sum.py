@@ -1,4 +1,4 @@
-"""Rows of bf16 added up and multiplied by kernels of our own (rows.c), where these serve."""
+"""Rows of bf16 added up and multiplied by kernels of our own (segment_sum.c), where these serve."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moe_train.parallel.native import library, library_for
-from moe_train.parallel.threads import over_parts
+from moe_train.kernels.cpu.compile import library, library_for
+from moe_train.kernels.cpu.thread_pool import over_parts
 
-_SOURCE = Path(__file__).with_name("rows.c")
+_SOURCE = Path(__file__).with_name("segment_sum.c")
 _COST = 100.0  # of a number in FLOPs of a product, which a thread does in the time: these passes wait for memory
 
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from moe_train.parallel.processor import processor_flags
+from moe_train.kernels.cpu.cpu_info import processor_flags
 
 SWITCH = "MOE_TRAIN_KERNELS"  # set it to "off" (or 0, no, false) to do without
 

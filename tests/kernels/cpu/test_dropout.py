@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from moe_train.layers.dropout import dropout
+from moe_train.kernels.cpu.dropout import dropout
 
 
 @pytest.mark.parametrize("p", [0.05, 0.1, 0.3, 0.5, 0.9])

@@ -9,7 +9,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "matrix.h"
+#include "amx_matrix.h"
 
 enum { ASK_FOR_UNIT = 0x1023, TILE_DATA = 18, LARGE_PAGE = 2 << 20, KEPT = 32 << 20, NO_MEMORY = 1 };
 

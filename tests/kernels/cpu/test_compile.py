@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from moe_train.parallel import native
+from moe_train.kernels.cpu import compile
 
 BUILDS = shutil.which("gcc") or shutil.which("cc")
 needs_compiler = pytest.mark.skipif(not BUILDS, reason="no C compiler here")
@@ -24,10 +24,10 @@ needs_compiler = pytest.mark.skipif(not BUILDS, reason="no C compiler here")
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A C file of its own, an empty place for libraries, and a processor with everything."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.delenv(native.SWITCH, raising=False)
-    monkeypatch.setattr(native, "processor_flags", lambda: frozenset(native._UNITS))
-    monkeypatch.setattr(native, "_FOR_UNITS", ())
-    monkeypatch.setattr(native, "_compiler", native._compiler.__wrapped__)
+    monkeypatch.delenv(compile.SWITCH, raising=False)
+    monkeypatch.setattr(compile, "processor_flags", lambda: frozenset(compile._UNITS))
+    monkeypatch.setattr(compile, "_FOR_UNITS", ())
+    monkeypatch.setattr(compile, "_compiler", compile._compiler.__wrapped__)
     folder = tmp_path / "source"
     folder.mkdir()
     (folder / "answer.h").write_text("#define ANSWER 42\n")
@@ -40,7 +40,7 @@ def built(tmp_path: Path) -> list[Path]:
 
 
 def answer(source: Path) -> int | None:
-    library = native.library.__wrapped__(source)
+    library = compile.library.__wrapped__(source)
     return None if library is None else library.answer()
 
 
@@ -58,9 +58,9 @@ def test_built_once_and_anew_when_a_text_changes(source: Path, tmp_path: Path) -
 @needs_compiler
 def test_a_damaged_library_is_built_again(source: Path, tmp_path: Path) -> None:
     folder = tmp_path / "cache" / "moe_train" / "kernels"
-    command = native._compiler()
+    command = compile._compiler()
     assert command is not None
-    native._from_cache(source, command)
+    compile._from_cache(source, command)
     (first,) = built(tmp_path)
     name = first.name
     shutil.rmtree(folder)  # a loaded file must not be written over
@@ -93,7 +93,7 @@ def test_without_a_compiler(
     monkeypatch.delenv("CC", raising=False)
     with caplog.at_level(logging.WARNING):
         assert answer(source) is None
-    assert "there is no C compiler" in caplog.text and f"{native.SWITCH}=off" in caplog.text
+    assert "there is no C compiler" in caplog.text and f"{compile.SWITCH}=off" in caplog.text
 
 
 def test_switched_off_and_on_other_processors_nothing_is_said(
@@ -101,22 +101,22 @@ def test_switched_off_and_on_other_processors_nothing_is_said(
 ) -> None:
     for word in ("off", "0", "False"):
         with monkeypatch.context() as patch:
-            patch.setenv(native.SWITCH, word)
+            patch.setenv(compile.SWITCH, word)
             assert answer(source) is None
-    monkeypatch.setattr(native, "processor_flags", lambda: frozenset({"avx2"}))
+    monkeypatch.setattr(compile, "processor_flags", lambda: frozenset({"avx2"}))
     assert answer(source) is None
     assert not caplog.records
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", ["experts/feed_forward.c", "parallel/rows.c"])
+@pytest.mark.parametrize("name", ["kernels/cpu/amx_mlp.c", "kernels/cpu/segment_sum.c"])
 def test_the_kernels_compile_without_a_warning(name: str, tmp_path: Path) -> None:
     """On any x86-64 machine with a compiler that knows the unit, whether the processor has it or not."""
     if platform.machine() != "x86_64":
         pytest.skip("the kernels are for x86-64")
-    compiler, package = native._compiler.__wrapped__(), Path(native.__file__).parents[1]
+    compiler, package = compile._compiler.__wrapped__(), Path(compile.__file__).parents[2]
     assert compiler is not None
-    command = [*compiler, *native._FLAGS, *native._FOR_UNITS, f"-I{native._HEADERS}"]
+    command = [*compiler, *compile._FLAGS, *compile._FOR_UNITS, f"-I{compile._HEADERS}"]
     if subprocess.run([*command, "-E", "-x", "c", os.devnull], capture_output=True, check=False).returncode:
         pytest.skip(f"{compiler[0]} does not know AMX")
     source = str(package / name)
@@ -127,10 +127,10 @@ def test_the_kernels_compile_without_a_warning(name: str, tmp_path: Path) -> Non
 
 @needs_compiler
 def test_processes_that_build_at_once(source: Path, tmp_path: Path) -> None:
-    command = native._compiler()
+    command = compile._compiler()
     assert command is not None
     with ThreadPoolExecutor(4) as four:
-        libraries = list(four.map(lambda _: native._from_cache(source, command), range(4)))
+        libraries = list(four.map(lambda _: compile._from_cache(source, command), range(4)))
     assert [library.answer() for library in libraries] == [42] * 4
     assert len(built(tmp_path)) == 1
 
@@ -139,8 +139,8 @@ def test_processes_that_build_at_once(source: Path, tmp_path: Path) -> None:
 def test_for_whom(source: Path) -> None:
     """For bf16 on the CPU, unless somebody counts what torch does."""
     rows = torch.zeros(1, dtype=torch.bfloat16)
-    assert native.library_for(rows, source) is not None
-    assert native.library_for(rows.float(), source) is None
-    assert native.library_for(rows.to("meta"), source) is None
+    assert compile.library_for(rows, source) is not None
+    assert compile.library_for(rows.float(), source) is None
+    assert compile.library_for(rows.to("meta"), source) is None
     with FlopCounterMode(display=False):
-        assert native.library_for(rows, source) is None
+        assert compile.library_for(rows, source) is None

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_train.parallel import memory
+from moe_train.kernels.cpu import huge_pages
 
 
 def flags(buffer: Tensor) -> set[str]:
@@ -26,10 +26,10 @@ def flags(buffer: Tensor) -> set[str]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_large_buffers_stand_in_huge_pages(dtype: torch.dtype) -> None:
-    if memory._advice() is None:
+    if huge_pages._advice() is None:
         pytest.skip("this kernel lends no huge pages (/sys/kernel/mm/transparent_hugepage/enabled)")
     like = torch.zeros(1, dtype=dtype)
-    buffer = memory.empty((48 << 20,), like)  # too large for the heap: a mapping of its own
+    buffer = huge_pages.empty((48 << 20,), like)  # too large for the heap: a mapping of its own
     assert "hg" in flags(buffer) and buffer.dtype == dtype and buffer.shape == (48 << 20,)
     assert "hg" not in flags(torch.empty(48 << 20, dtype=dtype))
 
@@ -38,17 +38,17 @@ def test_small_buffers_and_other_devices_are_left_alone(monkeypatch: pytest.Monk
     def never() -> None:
         raise AssertionError("nothing is to be asked")
 
-    monkeypatch.setattr(memory, "_advice", never)
-    assert memory.empty((3, 5), torch.zeros(1, dtype=torch.int64)).dtype == torch.int64
-    assert memory.empty_like(torch.zeros(1 << 28, device="meta")).device.type == "meta"
+    monkeypatch.setattr(huge_pages, "_advice", never)
+    assert huge_pages.empty((3, 5), torch.zeros(1, dtype=torch.int64)).dtype == torch.int64
+    assert huge_pages.empty_like(torch.zeros(1 << 28, device="meta")).device.type == "meta"
 
 
 def test_without_huge_pages_the_buffer_is_there_all_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     switch = tmp_path / "enabled"
     switch.write_text("always madvise [never]\n", encoding="ascii")
     for path in (switch, tmp_path / "absent"):
-        monkeypatch.setattr(memory, "_SWITCH", path)
-        memory._advice.cache_clear()
-        assert memory._advice() is None
-        assert memory.empty_like(torch.zeros(4 << 20)).shape == (4 << 20,)
-    memory._advice.cache_clear()
+        monkeypatch.setattr(huge_pages, "_SWITCH", path)
+        huge_pages._advice.cache_clear()
+        assert huge_pages._advice() is None
+        assert huge_pages.empty_like(torch.zeros(4 << 20)).shape == (4 << 20,)
+    huge_pages._advice.cache_clear()

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from moe_train.parallel.memory import LARGE, advise, empty_like
+from moe_train.kernels.cpu.huge_pages import LARGE, advise, empty_like
 
 _PATIENCE = 256  # loans: more than one step of a hundred sparse layers makes
 

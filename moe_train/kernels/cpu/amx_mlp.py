@@ -1,4 +1,4 @@
-"""The feed-forward of all local experts by a kernel in C (feed_forward.c): bf16 and ReLU, on CPUs with AMX.
+"""The feed-forward of all local experts by a kernel in C (amx_mlp.c): bf16 and ReLU, on CPUs with AMX.
 
 Expert by expert, each in one call that keeps what it can in caches, fetches the next weights while it multiplies, and
 writes weight gradients past the caches. Rows need no padding; hidden rows, kept for backward, stand in blocks of 32 for
@@ -18,13 +18,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moe_train.parallel.memory import empty
-from moe_train.parallel.native import library, library_for
-from moe_train.parallel.threads import over_parts
+from moe_train.kernels.cpu.compile import library, library_for
+from moe_train.kernels.cpu.huge_pages import empty
+from moe_train.kernels.cpu.thread_pool import over_parts
 
 LOG = logging.getLogger(__name__)
 
-_SOURCE = Path(__file__).with_name("feed_forward.c")
+_SOURCE = Path(__file__).with_name("amx_mlp.c")
 _BLOCK = 32  # rows and columns that the kernel computes at a time
 
 

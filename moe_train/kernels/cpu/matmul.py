@@ -8,8 +8,8 @@ import math
 import torch
 from torch import Tensor
 
-from moe_train.parallel.memory import empty
-from moe_train.parallel.processor import processor_maker
+from moe_train.kernels.cpu.cpu_info import processor_maker
+from moe_train.kernels.cpu.huge_pages import empty
 
 # Below this many rows BLAS, straight into its place, beats oneDNN and a copy for a weight gradient (measured).
 _ONEDNN_CONTRACTION = 512

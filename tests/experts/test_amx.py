@@ -15,15 +15,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from moe_train.experts import amx, amx_kernel, mlp
+from moe_train.experts import amx, mlp
 from moe_train.experts.hidden_layer import HiddenLayer
 from moe_train.experts.loop import LoopedFeedForward
 from moe_train.experts.row_plan import RowPlan, plan_rows
+from moe_train.kernels.cpu import amx_mlp
 from tests.experts.reference import pool_of, random_assignment
 
 BF16 = torch.bfloat16
 pytestmark = pytest.mark.skipif(
-    not amx_kernel.is_supported(torch.zeros(1, dtype=BF16)), reason="no matrix units (AMX) here, or no C compiler"
+    not amx_mlp.is_supported(torch.zeros(1, dtype=BF16)), reason="no matrix units (AMX) here, or no C compiler"
 )
 EPS = torch.finfo(BF16).eps
 
@@ -174,7 +175,7 @@ def test_the_pool_takes_it_and_computes_the_same(kind: dict, monkeypatch: pytest
     monkeypatch.setattr(mlp, "amx_feed_forward", lambda *given: taken.append("here") or kernel(*given))
     outcomes = []
     for ours in (True, False):
-        monkeypatch.setattr(amx_kernel, "is_supported", lambda rows, ours=ours: ours)
+        monkeypatch.setattr(amx_mlp, "is_supported", lambda rows, ours=ours: ours)
         y = experts(x, assignment)
         outcomes.append((y, *torch.autograd.grad(y, [x, *experts.parameters()], torch.ones_like(y))))
     assert len(taken) == experts.spec.sublayers
@@ -185,8 +186,8 @@ def test_the_pool_takes_it_and_computes_the_same(kind: dict, monkeypatch: pytest
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_without_a_backward_hidden_rows_are_not_kept(mode: type, monkeypatch: pytest.MonkeyPatch) -> None:
     numbers, plan, made = inputs([40, 7], 32, 64, True), plan_of([40, 7]), []
-    fresh = amx_kernel.empty
-    monkeypatch.setattr(amx_kernel, "empty", lambda *given: made.append(given) or fresh(*given))
+    fresh = amx_mlp.empty
+    monkeypatch.setattr(amx_mlp, "empty", lambda *given: made.append(given) or fresh(*given))
     with mode():
         amx.amx_feed_forward(*numbers, plan, HiddenLayer("relu"))
     assert made == []
@@ -265,4 +266,4 @@ def test_threads_that_end_leave_no_memory() -> None:
 def test_not_for_everybody() -> None:
     rows = torch.zeros(1, dtype=BF16)
     assert mlp.choose_backend(rows, "relu", 1).name == "amx" and mlp.choose_backend(rows, "gelu", 1).name == "torch"
-    assert mlp.choose_backend(rows.float(), "relu", 1).name == "torch" and not amx_kernel.is_supported(rows.float())
+    assert mlp.choose_backend(rows.float(), "relu", 1).name == "torch" and not amx_mlp.is_supported(rows.float())

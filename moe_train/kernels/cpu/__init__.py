@@ -1,0 +1,1 @@
+"""For CPUs: products, segment sums, dropout, memory and threads."""
