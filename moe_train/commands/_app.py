@@ -1,7 +1,7 @@
 """What all configured commands share: a Hydra app whose mistakes come back as one message with a remedy.
 
 Exit codes: 0; 1 a defect of ours or a failed process, with its traceback; 2 a mistake that the user can mend; 75 asked
-to stop by a signal, everything saved: the same command goes on.
+to stop by a signal, everything saved: the same command goes on; 130 interrupted by Ctrl-C with nothing to save.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from moe_train.commands._hydra import forget_folder, in_sweep, run_directory
-from moe_train.commands._messages import say_error
+from moe_train.commands._messages import INTERRUPTED, say_error, say_interrupted
 from moe_train.commands._overrides import check_launcher, check_overrides
 from moe_train.commands._sweeps import KNOWN, SweepErrors, run_sweep
 from moe_train.config.paths import configs_directory
+from moe_train.console import lossy_streams, require_output
 from moe_train.errors import ConfigError, UserError
 from moe_train.launch.elastic import folder_words, note_folder
 from moe_train.launch.environment import launched_rank, local_rank, under_launcher
@@ -38,19 +39,30 @@ Callback = Callable[[dict[str, Any]], Any]
 
 
 def run_app(config_name: str, callback: Callback) -> None:
-    """Runs a command (:func:`_run`); a rank that fails under a launcher leaves without waiting for the others."""
+    """Runs a command (:func:`_run`); a rank that fails under a launcher leaves without waiting for the others.
+
+    A training does not fail because its text cannot be written; other commands say so when their work is done.
+    """
     show_warnings_as_text()
-    try:
-        _run(config_name, callback)
-    except SystemExit as end:
-        if under_launcher() and end.code:
-            leave(end.code if isinstance(end.code, int) else 1)
-        raise
-    except Exception:
-        if not under_launcher():
+    with lossy_streams():
+        try:
+            _run(config_name, callback)
+            if config_name != "train":
+                _require_output()
+        except SystemExit as end:
+            if under_launcher() and end.code:
+                leave(end.code if isinstance(end.code, int) else 1)
             raise
-        print(current_traceback(), file=sys.stderr, end="")
-        leave(1)
+        except KeyboardInterrupt:
+            say_interrupted()
+            if under_launcher():
+                leave(INTERRUPTED)
+            raise SystemExit(INTERRUPTED) from None
+        except Exception:
+            if not under_launcher():
+                raise
+            print(current_traceback(), file=sys.stderr, end="")
+            leave(1)
 
 
 def _run(config_name: str, callback: Callback) -> None:
@@ -135,6 +147,9 @@ def _job(callback: Callback, typed: list[str], words: list[str], errors: SweepEr
                 raise  # Hydra lets a sweep's other jobs run
             forget_folder()
             return _leave(error)
+        except (SystemExit, KeyboardInterrupt):
+            forget_folder()
+            raise
         finally:
             forget_foreign_schemas()
 
@@ -153,6 +168,13 @@ def _follow(arguments: Any, config_name: str, callback: Callback) -> None:
     with initialize_config_dir(str(configs_directory()), version_base="1.3"):
         config = compose(arguments.config_name or config_name, overrides=[*arguments.overrides, *search])
     callback(plain(config))
+
+
+def _require_output() -> None:
+    try:
+        require_output()
+    except UserError as error:
+        _leave(error)
 
 
 def _leave(error: Exception) -> NoReturn:

@@ -14,6 +14,8 @@ import multiprocessing
 import sys
 from collections.abc import Sequence
 
+from moe_train.commands._messages import INTERRUPTED, say_interrupted
+from moe_train.console import lossy_streams, make_streams_lossy
 from moe_train.errors import CheckpointError, UserError, did_you_mean
 from moe_train.fairseq_checkpoints import said
 from moe_train.fairseq_compat import apply
@@ -22,6 +24,7 @@ from moe_train.safe_text import for_terminal
 
 COMMANDS = ("train", "generate", "interactive", "validate", "score", "preprocess")
 _ON_A_CHECKPOINT = ("generate", "interactive", "validate")  # task, model and criterion come from a file
+_PRINTING = ("generate", "interactive", "score")  # what they print is what they are run for
 
 
 def register() -> None:
@@ -37,6 +40,7 @@ def register() -> None:
 
 if multiprocessing.current_process().name != "MainProcess":
     # A rank that fairseq has spawned imports this module first and unpickles fairseq's functions next.
+    make_streams_lossy()
     register()
 
 
@@ -46,17 +50,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(f"{__doc__}\ncommands: {', '.join(COMMANDS)} (each with --help)")
         return 0
-    try:
-        _run(words[0], words[1:])
-    except UserError as error:
-        print(for_terminal(f"moe-fairseq: {error}"), file=sys.stderr)
-        return 2
+    with lossy_streams(vital=words[0] in _PRINTING):
+        try:
+            _run(words[0], words[1:])
+        except UserError as error:
+            print(for_terminal(f"moe-fairseq: {error}"), file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            say_interrupted()
+            return INTERRUPTED
     return 0
 
 
 def _run(command: str, words: Sequence[str]) -> None:
     if command not in COMMANDS:
         raise UserError(f"fairseq has no command '{command}' here", remedy=did_you_mean(command, COMMANDS))
+    if command == "interactive" and sys.stdin is None:
+        raise UserError("standard input is closed", remedy="type, or give it text: moe-fairseq interactive … < FILE")
     register()
     # fairseq reads sys.argv in several places.
     before, sys.argv = sys.argv, [f"moe-fairseq {command}", *words]

@@ -7,8 +7,10 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from itertools import islice
+from itertools import chain, islice
 from typing import TypeVar
+
+from moe_train.parent import children_uninterrupted
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -71,11 +73,12 @@ class Workers:
             yield from map(function, iterator)
             return
         pool = self._started()
-        flying: deque[Future[B]] = deque(pool.submit(function, item) for item in head)
-        for item in iterator:
+        flying: deque[Future[B]] = deque()
+        for item in chain(head, iterator):
             if len(flying) >= 3 * self.processes:
                 yield flying.popleft().result()
-            flying.append(pool.submit(function, item))
+            with children_uninterrupted():  # the pool starts its processes one by one, as items come
+                flying.append(pool.submit(function, item))
         while flying:
             yield flying.popleft().result()
 

@@ -28,7 +28,7 @@ from moe_train.evaluation.in_step import decode_in_step, plan_evaluation
 from moe_train.evaluation.loading import OpenedRun, choose_device, open_run
 from moe_train.parallel.layout_plan import LayoutPlan
 from moe_train.parallel.loopback import LOOPBACK
-from moe_train.parent import die_with
+from moe_train.parent import children_uninterrupted, die_with
 from moe_train.training.world import World
 
 Progress = Callable[[int], None]
@@ -160,8 +160,9 @@ def _decode_in_processes(
                 inbox.put(item)
             work = [context.Process(target=_work, args=(recipe, n, inbox, outbox), daemon=True) for n in range(count)]
         try:
-            for process in work:
-                process.start()
+            with children_uninterrupted():
+                for process in work:
+                    process.start()
             return _collect(jobs, outbox, work, progress)
         finally:
             inbox.cancel_join_thread()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import queue
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import IO
@@ -37,9 +39,9 @@ def buffers(stream: IO[bytes], size: int) -> Iterator[list[str]]:
     Lines end at a line feed and nowhere else, so that the output has as many.
 
     Raises:
-        DataError: a line is not UTF-8.
+        DataError: a line is not UTF-8, or the stream cannot be read.
     """
-    lines: queue.Queue[bytes | None] = queue.Queue(maxsize=2 * size)
+    lines: queue.Queue[bytes | OSError | None] = queue.Queue(maxsize=2 * size)
     threading.Thread(target=_read, args=(stream, lines), daemon=True).start()
     number, ended = 0, False
     while not ended:
@@ -52,33 +54,54 @@ def buffers(stream: IO[bytes], size: int) -> Iterator[list[str]]:
             if line is None:
                 ended = True
                 break
+            if isinstance(line, OSError):
+                what = f"the input cannot be read after line {number} ({line.strerror or line})"
+                raise DataError(what, remedy="give it text: moe-translate … < FILE") from line
             number += 1
             buffer.append(decode_line(line, number, "standard input"))
         if buffer:
             yield buffer
 
 
-def _read(stream: IO[bytes], lines: queue.Queue[bytes | None]) -> None:
+def _read(stream: IO[bytes], lines: queue.Queue[bytes | OSError | None]) -> None:
     try:
         for line in split_lines(stream):
             lines.put(line)
-    finally:
         lines.put(None)
+    except OSError as error:  # such as that of a folder, or of a descriptor that is open for writing alone
+        lines.put(error)
 
 
 def prompt(translate: Callable[[str], str], source: str, target: str) -> int:
     """Reads lines at a terminal and answers each; ends at the end of input. Returns the number of lines.
 
-    Editing and history are readline's, where Python has it.
+    Editing and history are readline's, where Python has it. A line with bytes that are no text is refused, and the next
+    one is asked for.
     """
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (importing it is what gives `input` its line editing)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
     count = 0
     while True:
         try:
-            line = input(f"{source}> ")
-        except (EOFError, KeyboardInterrupt):
+            line = _as_typed(input(f"{source}> "))
+        except EOFError:
             print()
             return count
+        except UnicodeError:
+            print(f"this line is not {sys.stdin.encoding.upper()}: check the terminal's encoding", file=sys.stderr)
+            continue
         count += 1
         print(f"{target}> {for_terminal(translate(line))}" if line.strip() else "", flush=True)
+
+
+def _as_typed(line: str) -> str:
+    """Bytes that standard input's encoding has no character for are read as UTF-8, whatever the locale says.
+
+    Raises:
+        UnicodeError: they are not.
+    """
+    if any("\udc80" <= character <= "\udcff" for character in line):
+        return line.encode(sys.stdin.encoding, "surrogateescape").decode("utf-8")
+    return line

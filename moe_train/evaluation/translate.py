@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 
@@ -12,7 +11,8 @@ from rich.progress import Progress, ProgressColumn, Task, TimeElapsedColumn
 from rich.text import Text
 
 from moe_train.config.evaluation import TranslateConfig
-from moe_train.errors import plural
+from moe_train.console import write_output
+from moe_train.errors import DataError, plural
 from moe_train.evaluation.decoding import Translator
 from moe_train.evaluation.loading import choose_device, open_run
 from moe_train.evaluation.stream import buffers, check_languages, prompt
@@ -29,8 +29,12 @@ def translate_input(config: TranslateConfig) -> None:
 
     Raises:
         ConfigError, CheckpointError: as :func:`moe_train.evaluation.loading.open_run`.
-        DataError: a language that the model does not know, or input that is not UTF-8.
+        DataError: a language that the model does not know; input that is closed, cannot be read or is not UTF-8.
+        KeyboardInterrupt: Ctrl-C, at the prompt too.
+        SystemExit: the output cannot be written (:func:`moe_train.console.end_without_output`).
     """
+    if sys.stdin is None:  # so Python says that it was closed
+        raise DataError("standard input is closed", remedy="give it text: moe-translate … < FILE")
     console = Screen(stderr=True, highlight=False)
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -61,12 +65,8 @@ def _pipe(translate: Translate, size: int, console: Console) -> None:
     columns = _Translated(), TimeElapsedColumn()
     with Progress(*columns, console=console, redirect_stdout=False) as progress:
         task = progress.add_task("", total=None)
-        try:
-            for buffer in buffers(sys.stdin.buffer, size):
-                lines = translate(buffer, lambda count: progress.advance(task, count))
-                if sys.stdout.isatty():
-                    lines = [for_terminal(line) for line in lines]
-                sys.stdout.buffer.write("".join(f"{line}\n" for line in lines).encode("utf-8"))
-                sys.stdout.buffer.flush()
-        except BrokenPipeError:  # the reader has seen enough, as `head` does
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        for buffer in buffers(sys.stdin.buffer, size):
+            lines = translate(buffer, lambda count: progress.advance(task, count))
+            if sys.stdout.isatty():
+                lines = [for_terminal(line) for line in lines]
+            write_output("".join(f"{line}\n" for line in lines).encode("utf-8"))

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from moe_train.config import LaunchConfig
+from moe_train.console import check_streams
 from moe_train.errors import LaunchError
 from moe_train.launch.board import Board
 from moe_train.launch.devices import agree_on_devices, device_of_rank
@@ -171,6 +172,7 @@ def logging_to(folder: Path, rank: int) -> Iterator[Path]:
     logger.setLevel(logging.INFO)
     logger.propagate = False
     logger.addHandler(handler)
+    check_streams()
     try:
         yield path
     finally:

@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+from moe_train.console import lossy_streams
 from moe_train.errors import UserError
 from moe_train.launch.failures import failure_file, write_failure
 from moe_train.launch.leaving import leave
@@ -28,7 +29,8 @@ def main() -> None:
     try:
         content = json.loads(job.joinpath("job.json").read_text(encoding="utf-8"))
         sys.argv = content["command"]  # what the user typed, for whoever records it
-        result = resolve(content["target"])(**content["arguments"])
+        with lossy_streams():
+            result = resolve(content["target"])(**content["arguments"])
         job.joinpath(f"result_{rank}.json").write_text(json.dumps(result), encoding="utf-8")
     except BaseException as error:
         _fail(failure_file(job, rank), rank, error)

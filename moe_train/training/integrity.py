@@ -23,8 +23,8 @@ def digest(path: Path) -> dict[str, Any]:
 
 
 def write_synced(path: Path, text: str) -> None:
-    """Writes a text file and waits until it is on the disk."""
-    with path.open("w", encoding="utf-8") as stream:
+    """Writes a text file and waits until it is on the disk. Bytes of file names that are no text become escapes."""
+    with path.open("w", encoding="utf-8", errors="backslashreplace") as stream:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import pty
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 from moe_train.commands.translate import main
 from moe_train.data.folder import DataFolder
 from tests.evaluation.runs import make_run
+from tests.streams import Terminal
 
 COMMAND = [sys.executable, "-m", "moe_train.commands.translate"]
 SEARCH = ["search.beam=2", "search.max_length_ratio=0.5"]
@@ -71,23 +71,14 @@ def test_mistakes_are_one_message(
 
 
 def test_a_prompt_at_a_terminal(run_folder: Path) -> None:
-    """A direction that was not trained, too: said, and translated all the same."""
-    parent, child = pty.openpty()
-    command = [*COMMAND, *SEARCH, f"run={run_folder}", "source=de", "target=fr"]
-    process = subprocess.Popen(command, stdin=child, stdout=child, stderr=child, close_fds=True)
-    os.close(child)
-    seen = _read_until(parent, b"de> ")
+    """A direction that was not trained, too: said, and translated all the same. Bytes that are no text are refused."""
+    words = [f"run={run_folder}", "source=de", "target=fr"]
+    terminal = Terminal(lambda: os.execv(COMMAND[0], [*COMMAND, *SEARCH, *words]))
+    seen = terminal.read_until(b"de> ")
     assert b"zero-shot" in seen and b"Ctrl-D" in seen
-    os.write(parent, b"Das Kind mag frisches Brot heute.\n")
-    answer = _read_until(parent, b"de> ")
-    assert b"fr> " in answer
-    os.write(parent, b"\x04")
-    assert process.wait(60) == 0
-    os.close(parent)
-
-
-def _read_until(terminal: int, end: bytes) -> bytes:
-    seen = b""
-    while end not in seen:
-        seen += os.read(terminal, 4096)
-    return seen
+    terminal.type(b"Das \xff Kind.\n")
+    assert b"this line is not UTF-8" in terminal.read_until(b"de> ").split(b"\r\n")[1]
+    terminal.type(b"Das Kind mag frisches Brot heute.\n")
+    assert b"fr> " in terminal.read_until(b"de> ")
+    terminal.type(b"\x03")
+    assert terminal.wait() == 130 and b"Interrupted." in terminal.seen and b"Traceback" not in terminal.seen

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -99,6 +100,16 @@ def test_many_blocks_through_many_processes_keep_their_order(corpus: Path, tmp_p
     assert cleaned.size == cleaned.counts["read"] == 12000
     assert list(cleaned.lines("en")) == [source for source, _ in numbered] * 100
     assert list(cleaned.lines("de")) == [target for _, target in numbered] * 100
+
+
+def test_a_ctrl_c_reaches_no_worker() -> None:
+    """A terminal sends it to all processes, and each would print a traceback: the parent ends them."""
+    from moe_train.data.workers import Workers
+
+    with Workers(2) as workers:
+        blocked = list(workers.map(functools.partial(signal.pthread_sigmask, signal.SIG_BLOCK), [()] * 3))
+    assert all(signal.SIGINT in mask for mask in blocked)
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 @pytest.mark.parametrize("direction", ["en-de", "de-en", "en-fr", "fr-en", "de-fr", "fr-de"])

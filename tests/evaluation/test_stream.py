@@ -91,6 +91,29 @@ def test_the_prompt_shows_text(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert "de> ␛]0;owned␇\n" in capsys.readouterr().out
 
 
+def test_a_stream_that_cannot_be_read_is_not_an_empty_one() -> None:
+    """Such as a descriptor that is open for writing alone."""
+    writing = os.open("/dev/null", os.O_WRONLY)
+    with (
+        open(writing, "rb") as stream,
+        pytest.raises(DataError, match=r"cannot be read after line 0 \(Bad file descriptor\)"),
+    ):
+        list(buffers(stream, 4))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_a_prompt_refuses_bytes_that_are_no_text_and_goes_on(
+    encoding: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """UTF-8 is read where the locale has only ASCII, too."""
+    typed = io.TextIOWrapper(io.BytesIO(b"gut\n" + b"sch\xf6n\n" + "schön\n\n".encode()), encoding)
+    monkeypatch.setattr("sys.stdin", typed)
+    assert prompt(str.upper, "de", "en") == 3
+    written = capsys.readouterr()
+    assert [line for line in written.out.replace("de> ", "").splitlines() if line] == ["en> GUT", "en> SCHÖN"]
+    assert written.err == f"this line is not {encoding.upper()}: check the terminal's encoding\n"
+
+
 def test_languages() -> None:
     check_languages("en", "de", ["de", "en"])
     with pytest.raises(DataError, match=r"target: the model has no language 'xx'. Known: de, en"):
