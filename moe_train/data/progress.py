@@ -31,8 +31,8 @@ class Progress:
     @contextmanager
     def stage(self, name: str, total: int | None = None) -> Iterator[Advance]:
         """Shows a bar while the block runs; the value is called with the amount done since last time."""
-        columns = (TextColumn("{task.description:<28}", markup=False), BarColumn(24), MofNCompleteColumn())
-        with Bars(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.console) as bars:
+        columns = (TextColumn("{task.description:<28}", markup=False), BarColumn(bar_width=None), MofNCompleteColumn())
+        with Bars(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.console, expand=True) as bars:
             task = bars.add_task(name, total=total)
 
             def advance(amount: int) -> None:

@@ -1,4 +1,4 @@
-"""What the user sees while a run goes on: a bar on a terminal, plain lines elsewhere."""
+"""What the user sees while a run goes on: its log lines, and below them a bar on a terminal."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 LOG = logging.getLogger("moe_train")
+_SPEED_PERIOD = 3600.0  # seconds of which the time left is reckoned: after Rich's 30 a slow update has no time left
 
 
 class Display:
@@ -26,14 +27,15 @@ class Display:
             self._bar = Progress(
                 TextColumn("update"),
                 MofNCompleteColumn(),
-                BarColumn(),
-                TextColumn("{task.fields[figures]}"),
+                BarColumn(bar_width=None),  # as wide as the terminal lets it
                 TimeElapsedColumn(),
                 TextColumn("left"),
                 TimeRemainingColumn(),
                 console=console,
+                expand=True,
+                speed_estimate_period=_SPEED_PERIOD,
             )
-            self._task = self._bar.add_task("update", total=total, completed=done, figures="")
+            self._task = self._bar.add_task("update", total=total, completed=done)
 
     def __enter__(self) -> Display:
         if self._bar is not None:
@@ -53,12 +55,8 @@ class Display:
 
     def trained(self, line: Mapping[str, Any]) -> None:
         """After a line of train.jsonl."""
-        text = training_text(line)
-        if self._bar is not None:
-            self._bar.update(self._task, figures=text)
-            LOG.info("update %s: %s", line["update"], text)
-        else:
-            self.say(f"update {line['update']}/{self._total}: {text}, {self._left(line['update'])} left")
+        text = f"update {line['update']}/{self._total}: {training_text(line)}"
+        self.say(text if self._bar is not None else f"{text}, {self._left(line['update'])} left")
 
     def say(self, text: str) -> None:
         """A line for the screen and the log."""
