@@ -23,10 +23,14 @@ from rich.table import Table
 from moe_train.analysis.bench_layer import DTYPES, BenchRow, bench_layer
 from moe_train.analysis.bench_peers import PEERS
 from moe_train.analysis.bench_shape import SHAPES, LayerShape
+from moe_train.commands._messages import INTERRUPTED, say_error, say_interrupted
 from moe_train.config import ModelConfig, build
 from moe_train.config.paths import configs_directory
+from moe_train.console import lossy_streams, require_output
+from moe_train.errors import UserError
 from moe_train.kernels.cpu.amx_mlp import is_supported
 from moe_train.kernels.cpu.cpu_info import processor_maker
+from moe_train.launch.environment import requested_threads
 from moe_train.screen import Screen
 from moe_train.training.about import commit
 from moe_train.training.integrity import replace_text
@@ -36,9 +40,18 @@ Lines = list[list[str]]
 
 def main() -> None:
     """Entry point."""
-    given = _parser().parse_args()
-    torch.set_num_threads(given.threads)
-    given.run(given)
+    with lossy_streams():
+        try:
+            given = _parser().parse_args()
+            torch.set_num_threads(given.threads)
+            given.run(given)
+            require_output()
+        except UserError as error:
+            say_error(error)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            say_interrupted()
+            sys.exit(INTERRUPTED)
 
 
 def run_layer(given: argparse.Namespace) -> None:
@@ -175,7 +188,8 @@ def _parser() -> argparse.ArgumentParser:
     inference.set_defaults(run=run_inference)
     for each in (layer, inference):
         each.add_argument("--rounds", type=int, default=15, help="how often each contender runs")
-        each.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
+        threads = requested_threads() or min(2, os.cpu_count() or 1)
+        each.add_argument("--threads", type=int, default=threads, help="default: OMP_NUM_THREADS, else at most 2")
         each.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
         each.add_argument("--out", type=Path, metavar="FOLDER", help=f"write {'{layer,inference}.{json,md}'} there")
     return parser

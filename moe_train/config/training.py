@@ -112,7 +112,7 @@ class TrainingConfig:
         recompute: recompute each layer's activations in the backward pass to save memory.
         temperature: directions are sampled in proportion to size^(1/temperature).
         nonfinite_limit: this many updates in a row without a finite gradient end the run.
-        threads: CPU threads per process (0: cores divided by the processes on this host).
+        threads: CPU threads per process (0: OMP_NUM_THREADS, else cores divided by the processes on this host).
     """
 
     max_updates: int = 10000

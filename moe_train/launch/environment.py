@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 JOB = "MOE_TRAIN_JOB"  # names the folder of a job to the processes that moe_train.launch.local starts
@@ -57,3 +58,23 @@ def local_rank() -> int:
 def local_world() -> int:
     """Processes on this host."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def requested_threads() -> int | None:
+    """CPU threads of a process that the user wants (OMP_NUM_THREADS; of ``4,2`` the first); None: they have not said.
+
+    torchrun sets 1 for its ranks where nothing is set. The environment that it was started with tells.
+    """
+    said = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    if not said.isdecimal() or int(said) < 1:
+        return None
+    if said == "1" and under_agent() and not _agent_was_told():
+        return None
+    return int(said)
+
+
+def _agent_was_told() -> bool:
+    with suppress(OSError):  # no /proc, or another user's process
+        started_with = Path(f"/proc/{os.getppid()}/environ").read_bytes().split(b"\0")
+        return any(word.startswith(b"OMP_NUM_THREADS=") for word in started_with)
+    return False

@@ -26,6 +26,7 @@ from moe_train.launch.environment import (
     launched_per_host,
     launched_world,
     local_world,
+    requested_threads,
     under_agent,
     under_launcher,
 )
@@ -58,14 +59,16 @@ def joined_world(config: LaunchConfig, threads: int = 0) -> Iterator[World]:
     """Joins the process group that the environment describes (one process where it describes none), and leaves it.
 
     Args:
-        threads: CPU threads of this process; 0: this host's cores shared out over its processes.
+        threads: CPU threads of this process; 0: OMP_NUM_THREADS where the user has set it, else this host's cores
+            divided by its processes.
 
     Raises:
         LaunchError: the others cannot be found.
     """
     device = device_of_rank(config)
     before = torch.get_num_threads()
-    torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // local_world()))
+    share = max(1, len(os.sched_getaffinity(0)) // local_world())
+    torch.set_num_threads(threads or requested_threads() or share)
     try:
         if not under_launcher():
             yield World.current(device)

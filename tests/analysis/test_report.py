@@ -167,7 +167,7 @@ def test_significance_is_of_the_tokenizer_that_gave_the_scores(tmp_path: Path) -
         content["directions"]["en-de"]["tokenizer"] = "char"
         (tmp_path / name / "test.json").write_text(json.dumps(content))
     runs = read_runs([tmp_path])
-    found = compare(runs, choose_baseline(runs, "one"), "test", samples=20, significance=0.05).by_run["two"]["en-de"]
+    found = compare(runs, choose_baseline(runs, "one"), samples=20, significance=0.05).by_run["two"]["en-de"]
     hypotheses, references = OutputFiles(tmp_path / "two", "test", "en-de").read()
     assert found.scores.bleu == pytest.approx(
         sacrebleu.corpus_bleu(hypotheses, [references], tokenize="char").score, abs=1e-3
@@ -176,7 +176,7 @@ def test_significance_is_of_the_tokenizer_that_gave_the_scores(tmp_path: Path) -
     for name in ("one", "two"):
         (tmp_path / name / "test.json").write_text(json.dumps(content))
     runs = read_runs([tmp_path])
-    notes = compare(runs, choose_baseline(runs, "one"), "test", samples=20, significance=0.05).notes
+    notes = compare(runs, choose_baseline(runs, "one"), samples=20, significance=0.05).notes
     assert any("en-de: not compared: sacrebleu has no tokenizer" in note for note in notes)
 
 

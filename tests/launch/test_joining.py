@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,36 @@ def test_alone() -> None:
         assert world.sum(value) is value and world.gather(3) == [3] and world.broadcast("x") == "x"
         world.barrier()
     assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize(
+    ("said", "wanted", "threads"),
+    [("5", 0, 5), ("5,2", 0, 5), ("5", 3, 3), (None, 0, None), ("many", 0, None), ("0", 0, None)],
+)
+def test_whose_number_of_threads_counts(
+    said: str | None, wanted: int, threads: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The key's, else OMP_NUM_THREADS, else this host's cores divided by its processes."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if said is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", said)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(8)))
+    with joined_world(LaunchConfig(device="cpu"), threads=wanted):
+        assert torch.get_num_threads() == (threads or 8)
+
+
+def test_a_thread_that_torchrun_has_set_is_not_the_users(tmp_path: Path) -> None:
+    """It does so where nothing is set; what it was started with tells."""
+    code = "import os; from moe_train.launch.environment import requested_threads as threads"
+    (tmp_path / "say.py").write_text(f"{code}; os.write(1, b'threads %a\\n' % threads())")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "say.py"]
+    clean = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    running = [
+        subprocess.Popen(torchrun, env=variables, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+        for variables in (clean, {**clean, "OMP_NUM_THREADS": "1"})
+    ]
+    said = [process.communicate(timeout=100)[0].splitlines() for process in running]
+    assert said == [["threads None"] * 2, ["threads 1"] * 2]
 
 
 def test_who_counts_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
