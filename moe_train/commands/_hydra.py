@@ -29,15 +29,16 @@ def in_sweep() -> bool:
     return bool(HydraConfig.get().mode == RunMode.MULTIRUN)
 
 
-def is_awaited() -> bool:
-    """Whether the folder was named, by a word or as a sweep's job: somebody will look there for what became of it."""
-    return in_sweep() or any(word.startswith("hydra.run.dir=") for word in HydraConfig.get().overrides.hydra)
-
-
 def forget_folder() -> None:
-    """Removes the folder with the time in its name, and the day's, where nothing came into them."""
+    """Removes the folder with the time in its name, and the day's, where nothing came into them but a lock.
+
+    A folder that was named stays: it may have been there before.
+    """
     folder = run_directory()
-    if not is_awaited() and folder != Path.cwd():
+    named = in_sweep() or any(word.startswith("hydra.run.dir=") for word in HydraConfig.get().overrides.hydra)
+    if not named and folder != Path.cwd():
         with suppress(OSError):  # not empty
+            if [entry.name for entry in folder.iterdir()] == [".lock"]:  # nobody else waits for: the name is new
+                (folder / ".lock").unlink()
             folder.rmdir()
             folder.parent.rmdir()

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from rich.markup import escape
 
 from moe_train.commands._app import said_once
-from moe_train.commands._hydra import is_awaited, overrides, run_directory
+from moe_train.commands._hydra import in_sweep, overrides, run_directory
 from moe_train.commands._scoring import check_scoring, score_when_finished
 from moe_train.config import RunConfig, build, to_mapping
 from moe_train.errors import UserError
@@ -38,15 +39,16 @@ TARGET = "moe_train.commands._training:work"
 def train_as_configured(mapping: Mapping[str, Any]) -> float | None:
     """Checks the whole config, then trains; gives the best value of the validation metric, for sweepers.
 
-    What ends it otherwise is kept in the run folder, where moe-report finds it. A start that is refused leaves no word
-    where there is a run, whose record stays as it was, nor in a folder that nobody has named.
+    What ends it otherwise is kept in the run folder, where moe-report finds it. A start that is refused leaves nothing:
+    a run that is there keeps its record as it was, and a folder without one does not look like a run afterwards. Only
+    the jobs of a sweep are noted in any case, so that a report on the sweep has all of them.
     """
     folder = None if launched_rank() else RunFolder(run_directory())
     before = folder.session if folder else None
     try:
         return _checked_and_trained(mapping, folder)
     except Exception as error:
-        if folder and not (_is_refusal(error, folder, before) and (folder.exists or not is_awaited())):
+        if folder and (not _is_refusal(error, folder, before) or (in_sweep() and not folder.exists)):
             with suppress(OSError):  # such as a full disk
                 write_failure(folder.path / FAILURE, 0, error, overrides())
         if out_of_memory(error):  # what to do about it must not be lost in the traceback
@@ -55,7 +57,7 @@ def train_as_configured(mapping: Mapping[str, Any]) -> float | None:
 
 
 def _is_refusal(error: Exception, folder: RunFolder, before: tuple[int, int] | None) -> bool:
-    """Whether the user's mistake was found before this session began."""
+    """Whether the user's mistake was found before this session began, or before it did anything."""
     return isinstance(error, UserError) and folder.session == before
 
 
@@ -72,6 +74,7 @@ def _checked_and_trained(mapping: Mapping[str, Any], folder: RunFolder | None) -
             outcome = on_this_host(config, data, folder)
             score_when_finished(config, folder, World())
     except SystemExit as left:  # asked to stop before there was anything to save
+        print("asked to stop before the first update: nothing to save", file=sys.stderr)
         leave_saved(int(left.code or 0))
         raise
     if outcome.status == "interrupted":
@@ -105,7 +108,7 @@ def checked(config: RunConfig, folder: RunFolder | None) -> tuple[RunConfig, Tas
 
 def on_this_host(config: RunConfig, data: TaskData, folder: RunFolder) -> Outcome:
     """Trains here, or in ``launch.processes`` processes; the folder is claimed for as long."""
-    with folder.claimed():
+    with folder.claimed(), _forgotten_if_refused(folder):
         if nothing_to_do := _begin(folder, config, data):
             return nothing_to_do
         mapping, path = to_mapping(config), str(folder.path)
@@ -138,6 +141,7 @@ def joined(mapping: Mapping[str, Any], own: RunFolder | None) -> Outcome:
             if not world.main:
                 return None
             held.enter_context(folder.claimed())
+            held.enter_context(_forgotten_if_refused(folder))
             goes_on = restarted() and folder.exists  # a finished run included, where a rank was lost on its way out
             done = _begin(folder, dataclasses.replace(config, resume="must") if goes_on else config, data)
             return dataclasses.asdict(done) if done else None
@@ -146,6 +150,18 @@ def joined(mapping: Mapping[str, Any], own: RunFolder | None) -> Outcome:
         outcome = Outcome(**nothing_to_do) if nothing_to_do else _train(config, data, folder, world)
         score_when_finished(config, folder, world)
         return outcome
+
+
+@contextmanager
+def _forgotten_if_refused(folder: RunFolder) -> Iterator[None]:
+    """A start that comes to no update, by the user's mistake or will, leaves a folder without a run without one."""
+    unused = folder.unused
+    try:
+        yield
+    except (UserError, SystemExit, KeyboardInterrupt):
+        if unused and not folder.info and not in_sweep():
+            folder.forget_start()
+        raise
 
 
 def _begin(folder: RunFolder, config: RunConfig, data: TaskData) -> Outcome | None:

@@ -8,7 +8,7 @@ import json
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,11 @@ class RunFolder:
     def exists(self) -> bool:
         """Whether a run was begun here."""
         return (self.path / CONFIG).is_file()
+
+    @property
+    def unused(self) -> bool:
+        """Whether no run was ever begun here. Other files may be here."""
+        return not any(path.exists() for path in (self.path / CONFIG, self.checkpoints, self.logs))
 
     @property
     def config(self) -> RunConfig:
@@ -229,6 +234,14 @@ class RunFolder:
             if other := other_host(self.path / ALIVE):
                 LOG.warning("%s was in use by %s a moment ago: end that run if it is still there", self.path, other)
             yield
+
+    def forget_start(self) -> None:
+        """Removes what :meth:`begin` and the ranks have put into a folder that was :attr:`unused`; the lock stays."""
+        for path in (self.path / CONFIG, self.path / ALIVE, *self.logs.glob("rank_*.log")):
+            path.unlink(missing_ok=True)
+        for folder in (self.checkpoints, self.logs):
+            with suppress(OSError):  # something else has come into it
+                folder.rmdir()
 
     def describe(self, **values: Any) -> None:
         """Adds to run.json."""

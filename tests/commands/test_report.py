@@ -25,17 +25,21 @@ def test_a_folder_of_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
 
 
-def test_a_training_that_failed_says_why(
+def test_a_training_that_failed_says_why_and_a_start_that_failed_is_no_run(
     tiny_data: DataFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = tmp_path / "run"
-    words = [f"data={tiny_data.path}", "task.directions=[en-xx]", f"hydra.run.dir={run}"]
-    monkeypatch.setattr(sys, "argv", ["moe-train", *words])
-    with pytest.raises(SystemExit):
-        train()
-    monkeypatch.setattr(sys, "argv", ["moe-report", f"runs=[{run}]"])
+    """Of a sweep, whose jobs are awaited, both are listed."""
+    words = [f"data={tiny_data.path}", "task.directions=[en-xx]"]
+    monkeypatch.setattr("hydra._internal.utils.is_under_debugger", lambda: False)
+    for more in (["-m", f"hydra.sweep.dir={tmp_path / 'runs'}"], [f"hydra.run.dir={tmp_path / 'runs' / 'run'}"]):
+        monkeypatch.setattr(sys, "argv", ["moe-train", *more, *words])
+        with pytest.raises(SystemExit):
+            train()
+    monkeypatch.setattr(sys, "argv", ["moe-report", f"runs=[{tmp_path / 'runs'}]"])
     main()
-    assert "failed at update 0" in (written := capsys.readouterr().out) and "no direction 'en-xx'" in written
+    written = capsys.readouterr().out
+    assert written.count(" failed at update 0: ") == 1 and "no direction 'en-xx'" in written
+    assert "0 failed at update 0: " in written  # job 0 of the sweep
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_train.analysis.report_runs import read_run, read_runs
+from moe_train.analysis.report_runs import find_runs, read_run, read_runs
 from moe_train.commands.train import main
 from moe_train.data.folder import DataFolder
 from moe_train.training.checkpoints import CheckpointStore
@@ -220,19 +220,35 @@ def contents(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_start_that_is_refused_leaves_no_folder_with_the_time_in_its_name(
-    tiny_data: DataFolder, tmp_path: Path
-) -> None:
-    """One that was named has the cause in it: a list of runs may be waiting for it."""
-    refused = words(tiny_data, tmp_path / "named", "training.clip_norm=-1")[3:]
-    unnamed = [word for word in refused if not word.startswith("hydra.run.dir=")]
-    for command in (unnamed, [word for word in unnamed if not word.startswith("data=")]):
-        assert here(command, tmp_path)[0] == 2 and not list(tmp_path.glob("outputs/*"))
-    assert here(refused, tmp_path)[0] == 2 and contents(tmp_path / "named").keys() == {
-        tmp_path / "named" / "failure.json"
-    }
-    run = read_run(tmp_path / "named", "named")
-    assert run.failed and "training.clip_norm" in run.cause and "training.clip_norm=-1" in run.overrides
+def test_a_start_that_failed_leaves_nothing_that_a_report_lists(tiny_data: DataFolder, tmp_path: Path) -> None:
+    """Neither one that is refused at once nor one that comes as far as its processes; the user's files stay."""
+    named = tmp_path / "named"
+    named.mkdir()
+    (named / "notes").write_text("mine")
+    keys = words(tiny_data, named)[3:]
+    unnamed = [word for word in keys if not word.startswith("hydra.run.dir=")]
+    late = "training.init_from=/nowhere"
+    for command in (
+        [*keys, "training.clip_norm=-1"],
+        [*unnamed, "training.clip_norm=-1"],
+        [word for word in unnamed if not word.startswith("data=")],
+        [*unnamed, late],
+        [*keys, late, "launch.processes=2"],
+    ):
+        code, said = here(command, tmp_path)
+        assert code == 2 and said.startswith("Error: "), said
+        assert not list(tmp_path.glob("outputs/*")) and contents(named).keys() <= {named / "notes", named / ".lock"}
+        assert not find_runs(tmp_path)
+    assert (named / "notes").read_text() == "mine"
+
+
+def test_a_run_that_fails_after_it_began_is_reported(tiny_data: DataFolder, tmp_path: Path) -> None:
+    """And so is a start in a folder with a run: its record stays."""
+    keys = [*words(tiny_data, tmp_path / "run")[3:], "training.max_updates=9"]
+    broken = ["training.optimizer.lr=1e30", "training.nonfinite_limit=2", "training.clip_norm=0", "resume=auto"]
+    code, _ = here([*keys, *broken], tmp_path)
+    assert code == 2 and read_run(tmp_path / "run", "run").failed
+    assert "finite" in read_run(tmp_path / "run", "run").cause
 
 
 @pytest.mark.slow
