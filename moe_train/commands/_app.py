@@ -6,6 +6,7 @@ to stop by a signal, everything saved: the same command goes on; 130 interrupted
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -132,9 +133,17 @@ def plain(config: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in content.items()}
 
 
+def log_to_stderr() -> None:
+    """Moves the log lines that Hydra has sent to standard output: there stand results, such as translations."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.StreamHandler) and handler.stream in (sys.stdout, sys.__stdout__):
+            handler.setStream(sys.stderr)
+
+
 def _job(callback: Callback, typed: list[str], words: list[str], errors: SweepErrors) -> Callable[[DictConfig], Any]:
     def moe_train_job(config: DictConfig) -> Any:
         sys.argv = typed  # what the user typed, for whoever records it
+        log_to_stderr()
         try:
             take_place()  # where submitit has started this process: every rank is a Hydra job then
             if not in_sweep():
