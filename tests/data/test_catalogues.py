@@ -55,6 +55,7 @@ def test_what_is_whole_is_read(tmp_path: Path) -> None:
         catalogue().replace(b"\x95\x04\x12\xde"[::-1], b"\x95\x04\x12\xdf"[::-1]),
         catalogue().replace("für".encode(), b"f\xfcr?"),
     ],
+    ids=["empty", "text", "header cut", "strings cut", "magic", "not UTF-8"],
 )
 def test_a_broken_catalogue_is_named_with_its_wheel(tmp_path: Path, content: bytes) -> None:
     path = wheel(tmp_path, content)

@@ -41,6 +41,7 @@ def test_what_is_read(folder: Path) -> None:
         TRAIN.encode().replace(b"\n", b"\r\n"),
         TRAIN.encode().replace(b"animal", b"\xef\xbb\xbfanimal"),  # of a file that was joined to another
     ],
+    ids=["mark", "carriage returns", "marks amid the file"],
 )
 def test_byte_order_marks_and_carriage_returns_make_no_classes(folder: Path, written: bytes) -> None:
     (folder / "train.en.tsv").write_bytes(written)

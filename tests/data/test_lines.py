@@ -49,6 +49,7 @@ def test_line_that_is_not_utf8_is_named(tmp_path: Path) -> None:
         (gzip.compress(b"gut\n"), r"line 1 is not UTF-8 .*let its name end in \.gz"),
         (b"gut\n\xed\xa0\x80\n", r"line 2 is not UTF-8 \(byte 0xed at position 0\)"),
     ],
+    ids=["utf-16", "utf-16 without a mark", "nul", "gzip", "surrogate"],  # gzip's bytes hold the time
 )
 def test_what_is_no_text_is_named_with_its_line(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "a").write_bytes(content)
