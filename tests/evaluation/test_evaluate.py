@@ -289,9 +289,11 @@ def test_another_tokenizer_is_a_setting(evaluated: Path, tmp_path: Path, monkeyp
     shutil.copytree(evaluated, run)
     before = read_results(run / "test.json")
     char = evaluate(config(run, tokenizer="char", directions=("en-de",)))
-    assert before is not None and not char.extends(before) and "tokenizer" not in before.settings
+    assert before is not None and "tokenizer" not in before.settings
     assert char.settings["tokenizer"] == char.directions["en-de"].tokenizer == "char"
     assert "tok:char" in char.signatures["bleu"]["char"]
+    other = dataclasses.replace(before, settings={**before.settings, "tokenizer": "char"})
+    assert before.replaces(before) and not other.replaces(before) and not before.replaces(other)
 
 
 def test_shuffling_leaves_no_line_in_its_place() -> None:
