@@ -29,7 +29,7 @@ ROOMS = (
 TORCH_ONLY = ("config", "kernels", "routing", "parallel", "experts", "layers")
 # Modules of no room: they stand behind this one.
 _FAIRSEQ = ("fairseq_checkpoints", "fairseq_compat", "fairseq_values")
-_FIRST = ("console", "errors", "parent", "peer_pickles", "safe_text", "screen")
+_FIRST = ("console", "errors", "parent", "peer_pickles", "plugins", "safe_text", "screen")
 BESIDE = {**dict.fromkeys(_FIRST, -1), **dict.fromkeys(_FAIRSEQ, ROOMS.index("layers"))}
 
 

@@ -32,6 +32,7 @@ from moe_train.launch.environment import launched_rank, local_rank, under_launch
 from moe_train.launch.leaving import leave
 from moe_train.launch.schemas import forget_foreign_schemas
 from moe_train.launch.slurm import take_place
+from moe_train.plugins import USER_DIR, import_user_dir, set_user_dir, take_user_dir, user_dir
 from moe_train.safe_text import current_traceback, show_warnings_as_text
 
 _PATIENCE = 15.0  # seconds; rank 0 finds a mistake some seconds later than others, since it is a Hydra app too
@@ -79,7 +80,9 @@ def _run(config_name: str, callback: Callback) -> None:
     forget_foreign_schemas()
     arguments = get_args_parser().parse_args(sys.argv[1:])
     try:
-        typed, words = sys.argv, arguments.overrides
+        typed, given = sys.argv, arguments.overrides
+        words = take_user_dir(given)
+        import_user_dir()
         arguments.overrides = check_overrides(arguments.config_name or config_name, words, arguments.config_dir)
         forget_foreign_schemas()  # of the plugins that Hydra has found by now
         check_launcher(arguments.overrides, arguments.multirun)
@@ -90,7 +93,7 @@ def _run(config_name: str, callback: Callback) -> None:
     except KNOWN as error:
         _leave(error)
     as_hydra_wants = dict(zip(words, arguments.overrides, strict=True))
-    sys.argv = [as_hydra_wants.get(word, word) for word in typed]
+    sys.argv = [as_hydra_wants.get(word, word) for word in typed if word in words or word not in given]
     if not arguments.multirun:
         sys.argv += folder_words(arguments.overrides)
     errors = SweepErrors()
@@ -130,6 +133,12 @@ def plain(config: DictConfig) -> dict[str, Any]:
     except OmegaConfBaseException as error:
         raise ConfigError(str(error).splitlines()[0], str(error.full_key or "")) from None
     assert isinstance(content, dict)
+    if (named := content.pop("user_dir", user_dir())) != user_dir():
+        raise ConfigError(
+            f"a config file names the folder {named}, and no file may name code to import",
+            "user_dir",
+            f"write user_dir=… on the command line, or set the variable {USER_DIR}",
+        )
     return {str(key): value for key, value in content.items()}
 
 
@@ -141,11 +150,15 @@ def log_to_stderr() -> None:
 
 
 def _job(callback: Callback, typed: list[str], words: list[str], errors: SweepErrors) -> Callable[[DictConfig], Any]:
+    outside = user_dir()  # travels with the job, which another host may run
+
     def moe_train_job(config: DictConfig) -> Any:
         sys.argv = typed  # what the user typed, for whoever records it
         log_to_stderr()
         try:
             take_place()  # where submitit has started this process: every rank is a Hydra job then
+            set_user_dir(outside)
+            import_user_dir()
             if not in_sweep():
                 note_folder(words, run_directory())
             return callback(plain(config))

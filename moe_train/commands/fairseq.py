@@ -20,6 +20,7 @@ from moe_train.errors import CheckpointError, UserError, did_you_mean
 from moe_train.fairseq_checkpoints import said
 from moe_train.fairseq_compat import apply
 from moe_train.fairseq_values import ValueRefused
+from moe_train.plugins import import_user_dir
 from moe_train.safe_text import for_terminal
 
 COMMANDS = ("train", "generate", "interactive", "validate", "score", "preprocess")
@@ -32,8 +33,10 @@ def register() -> None:
 
     Raises:
         MissingDependency: fairseq is not installed.
+        ConfigError: a module of the user's folder (``MOE_TRAIN_USER_DIR``) cannot be imported.
     """
     apply()
+    import_user_dir()
     for module in ("moe_train.models.fairseq_arch", "moe_train.tasks.fairseq_task"):
         importlib.import_module(module)
 

@@ -11,6 +11,7 @@ from moe_train.config.engine import EngineConfig
 from moe_train.config.model import ModelConfig
 from moe_train.config.training import TrainingConfig
 from moe_train.errors import ConfigError
+from moe_train.plugins import import_plugin
 
 _TASKS: dict[str, type[TaskConfig]] = {}
 
@@ -45,7 +46,10 @@ class TaskConfig:
     @classmethod
     def variant(cls, mapping: Mapping[str, Any]) -> type[TaskConfig]:
         """The class that has the keys of the task named in ``mapping``."""
-        return _TASKS.get(str(mapping.get("name", cls.name)), cls)
+        name = str(mapping.get("name", cls.name))
+        if name not in (*_TASKS, cls.name):
+            import_plugin("tasks", name)  # which may have keys of its own
+        return _TASKS.get(name, cls)
 
     @property
     def subject(self) -> str:

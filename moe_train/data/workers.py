@@ -11,6 +11,7 @@ from itertools import chain, islice
 from typing import TypeVar
 
 from moe_train.parent import children_uninterrupted
+from moe_train.plugins import import_user_dir
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -85,5 +86,6 @@ class Workers:
     def _started(self) -> ProcessPoolExecutor:
         if self._pool is None:
             # Not fork: a progress bar's thread may hold a lock at that moment.
-            self._pool = ProcessPoolExecutor(self.processes, mp_context=multiprocessing.get_context("spawn"))
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(self.processes, mp_context=context, initializer=import_user_dir)
         return self._pool

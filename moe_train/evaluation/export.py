@@ -133,4 +133,5 @@ def _described(run: LoadedRun, data: str) -> dict[str, Any]:
         "update": state.get("update"),
         "moe_train": moe_train.__version__,
     }
-    return {"format": 1, "config": to_mapping(config), "exported": exported}
+    outside = {"user_dir": run.folder.user_dir} if run.folder.user_dir else {}
+    return {"format": 1, "config": to_mapping(config), "exported": exported, **outside}

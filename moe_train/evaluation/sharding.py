@@ -29,6 +29,7 @@ from moe_train.evaluation.loading import OpenedRun, choose_device, open_run
 from moe_train.parallel.layout_plan import LayoutPlan
 from moe_train.parallel.loopback import LOOPBACK
 from moe_train.parent import children_uninterrupted, die_with
+from moe_train.plugins import import_user_dir
 from moe_train.training.world import World
 
 Progress = Callable[[int], None]
@@ -53,6 +54,7 @@ class _Recipe:
 
     def open(self) -> OpenedRun:
         """The run, whose checkpoint has been verified."""
+        import_user_dir()
         return open_run(self.run, self.checkpoint, self.data, self.inference)
 
 

@@ -19,6 +19,7 @@ from moe_train.errors import UserError
 from moe_train.launch.failures import failure_file, write_failure
 from moe_train.launch.leaving import leave
 from moe_train.parent import die_with
+from moe_train.plugins import import_user_dir
 from moe_train.safe_text import current_traceback
 
 
@@ -30,6 +31,7 @@ def main() -> None:
         content = json.loads(job.joinpath("job.json").read_text(encoding="utf-8"))
         sys.argv = content["command"]  # what the user typed, for whoever records it
         with lossy_streams():
+            import_user_dir()
             result = resolve(content["target"])(**content["arguments"])
         job.joinpath(f"result_{rank}.json").write_text(json.dumps(result), encoding="utf-8")
     except BaseException as error:

@@ -8,6 +8,7 @@ from moe_train.routing.context import Alone, Ranks, RoutingContext
 from moe_train.routing.registry import (
     build_router,
     decoder_config,
+    find_strategy,
     register,
     resolve,
     routing_config,
@@ -31,6 +32,7 @@ __all__ = [
     "decoder_config",
     "dense",
     "expert_choice",
+    "find_strategy",
     "hash",
     "random",
     "register",

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from moe_train.config.build import build
-from moe_train.errors import ConfigError, did_you_mean, spelt_out
+from moe_train.errors import ConfigError, spelt_out
+from moe_train.plugins import load_plugin, offer_names
 from moe_train.routing.base import Router, RouterInputs, RoutingConfig
 
 R = TypeVar("R", bound=type[Router])
@@ -43,8 +44,14 @@ def register(name: str, config: type[RoutingConfig]) -> Callable[[R], R]:
 
 
 def strategies() -> Mapping[str, Strategy]:
-    """All registered strategies by name."""
+    """All registered strategies by name; those of entry points are there once they have been looked up."""
     return dict(_STRATEGIES)
+
+
+def find_strategy(name: str) -> Strategy | None:
+    """The strategy of that name, of this package or from outside; None where there is none."""
+    load_plugin("strategies", name, _STRATEGIES)
+    return _STRATEGIES.get(name)
 
 
 def strategy(name: str) -> Strategy:
@@ -53,9 +60,9 @@ def strategy(name: str) -> Strategy:
     Raises:
         ConfigError: there is none.
     """
-    if name not in _STRATEGIES:
-        raise ConfigError(f"there is no routing strategy '{name}'", remedy=did_you_mean(name, _STRATEGIES))
-    return _STRATEGIES[name]
+    if (found := find_strategy(name)) is None:
+        raise ConfigError(f"there is no routing strategy '{name}'", remedy=offer_names("strategies", name, _STRATEGIES))
+    return found
 
 
 def routing_config(keys: Mapping[str, Any]) -> RoutingConfig:
@@ -66,7 +73,7 @@ def routing_config(keys: Mapping[str, Any]) -> RoutingConfig:
     """
     name = keys.get("name")
     if not name:
-        known = did_you_mean("", _STRATEGIES)
+        known = offer_names("strategies", "", _STRATEGIES)
         raise ConfigError("the routing group names no strategy", remedy=f"set routing=…; {known}")
     return _built(strategy(str(name)), keys, "routing")
 

@@ -10,7 +10,8 @@ from typing import Any, Protocol, TypeVar
 
 from moe_train.config import RunConfig
 from moe_train.data.folder import DataFolder
-from moe_train.errors import ConfigError, did_you_mean
+from moe_train.errors import ConfigError
+from moe_train.plugins import load_plugin, offer_names
 from moe_train.tasks.base import TrainingTask
 
 
@@ -98,6 +99,9 @@ def locate_data(config: RunConfig) -> str:
 
 
 def _entry(config: RunConfig) -> _Entry:
+    load_plugin("tasks", config.task.name, _TASKS)
     if config.task.name not in _TASKS:
-        raise ConfigError(f"there is no task '{config.task.name}'", remedy=did_you_mean(config.task.name, _TASKS))
+        raise ConfigError(
+            f"there is no task '{config.task.name}'", remedy=offer_names("tasks", config.task.name, _TASKS)
+        )
     return _TASKS[config.task.name]

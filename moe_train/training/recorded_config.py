@@ -10,7 +10,7 @@ from typing import Any
 
 from moe_train.config import RunConfig, build, to_mapping
 from moe_train.config.build import without_unknown
-from moe_train.routing import routing_config, strategies
+from moe_train.routing import find_strategy, routing_config
 
 LOG = logging.getLogger("moe_train")
 
@@ -24,7 +24,7 @@ def recorded_config(mapping: Mapping[str, Any]) -> RunConfig:
         ConfigError: a value of the wrong type or out of its range.
     """
     config = build(RunConfig, without_unknown(RunConfig, mapping)[0])
-    target = strategies().get(str(config.routing.get("name")))
+    target = find_strategy(str(config.routing.get("name")))
     if target is None:  # a strategy from elsewhere that is not loaded: whoever builds its model says so
         return config
     known = without_unknown(target.config, config.routing)[0]
@@ -33,7 +33,7 @@ def recorded_config(mapping: Mapping[str, Any]) -> RunConfig:
 
 def to_record(config: RunConfig) -> dict[str, Any]:
     """What a run records of its config; keys without which it would count as an earlier version's are always there."""
-    target = strategies().get(str(config.routing.get("name")))
+    target = find_strategy(str(config.routing.get("name")))
     named = dict.fromkeys(target.config.unrecorded) if target else {}
     return to_mapping(dataclasses.replace(config, routing={**named, **config.routing}))
 
@@ -41,7 +41,7 @@ def to_record(config: RunConfig) -> dict[str, Any]:
 def with_defaults(config: RunConfig) -> dict[str, Any]:
     """The whole config as a mapping, with every key of its routing strategy: what sessions of a run are compared by."""
     routing = config.routing
-    if str(routing.get("name")) in strategies():
+    if find_strategy(str(routing.get("name"))):
         routing = {**to_mapping(routing_config(routing)), **routing}
     return to_mapping(dataclasses.replace(config, routing=routing))
 
@@ -50,7 +50,7 @@ def note_ignored_keys(mapping: Mapping[str, Any], where: Path) -> None:
     """Logs one warning that names the recorded keys which this version does not have; nothing where there are none."""
     ignored = list(without_unknown(RunConfig, mapping)[1])
     routing = mapping.get("routing", {})
-    if target := strategies().get(str(routing.get("name"))):
+    if target := find_strategy(str(routing.get("name"))):
         ignored += without_unknown(target.config, routing, "routing")[1]
     if ignored:
         LOG.warning("%s: ignored keys that this version of moe_train does not have: %s", where, ", ".join(ignored))

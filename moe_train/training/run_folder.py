@@ -7,14 +7,18 @@ import hashlib
 import json
 import logging
 import math
+import multiprocessing
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from moe_train.config import RunConfig, to_mapping
 from moe_train.errors import CheckpointError, ConfigError, DataError
+from moe_train.plugins import user_dir
 from moe_train.training.extension import ENDS, FINISHED, ends_with_session
 from moe_train.training.heartbeat import other_host
 from moe_train.training.integrity import replace_text
@@ -50,7 +54,25 @@ class RunFolder:
                 f"this is no run folder: {CONFIG} is missing", str(path), "name the folder of a moe-train run"
             )
         note_ignored_keys(folder._config_file()["config"], folder.path / CONFIG)
+        if folder.note_on_user_dir and multiprocessing.parent_process() is None:
+            _say_once(folder.note_on_user_dir)
         return folder
+
+    @property
+    def user_dir(self) -> str | None:
+        """The ``user_dir`` that the last session had, for the reader to know: nothing is ever imported from there."""
+        found = self._config_file()["user_dir"]
+        return found if isinstance(found, str) and found else None
+
+    @property
+    def note_on_user_dir(self) -> str:
+        """Says that code from outside was used, where the present command does not use it; "" otherwise."""
+        if self.user_dir in (None, user_dir()):
+            return ""
+        return (
+            f"{self.path} was made with user_dir={self.user_dir!r:.300}, which is not imported because a file names it:"
+            " if its code is needed and you trust it, give user_dir=… yourself"
+        )
 
     @property
     def checkpoints(self) -> Path:
@@ -132,7 +154,8 @@ class RunFolder:
             raise ConfigError(f"the run's config cannot be read: {error.what}", str(path)) from error
         if not isinstance(content.get("config"), dict):
             raise ConfigError("the run's config cannot be read: there is no 'config' in it", str(path))
-        return {"config": content["config"], "data_fingerprint": content.get("data_fingerprint", "")}
+        optional = {"data_fingerprint": content.get("data_fingerprint", ""), "user_dir": content.get("user_dir")}
+        return {"config": content["config"], **optional}
 
     # -- beginning -------------------------------------------------------------------------------------------------
 
@@ -206,6 +229,7 @@ class RunFolder:
             "config": to_record(config),
             "data_fingerprint": data_fingerprint,
             "overrides": list(overrides),
+            **({"user_dir": outside} if (outside := user_dir()) else {}),
         }
         replace_text(self.path / CONFIG, json.dumps(content, indent=1) + "\n")
 
@@ -264,6 +288,12 @@ class RunFolder:
             if path.exists():
                 kept = [line for line in path.read_bytes().split(b"\n") if _update_of(line) <= last]
                 replace_text(path, "".join(f"{line.decode()}\n" for line in kept))
+
+
+@cache
+def _say_once(text: str) -> None:
+    """A command opens the same run several times, and moe-translate's standard output is for translations."""
+    print(f"note: {text}", file=sys.stderr)
 
 
 def recorded_overrides(path: Path) -> tuple[str, ...]:

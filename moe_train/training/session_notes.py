@@ -19,6 +19,8 @@ def session_notes(folder: RunFolder, config: RunConfig) -> list[str]:
             f"training.optimizer.name={optimizer.name} adds weight_decay to the gradient (L2);"
             " fairseq's adam decays decoupled, as adamw does here"
         )
+    if folder.exists and folder.note_on_user_dir:
+        notes.append(folder.note_on_user_dir)
     if folder.exists and (jump := _jump_of_rate(folder, config)):
         notes.append(jump)
     return notes

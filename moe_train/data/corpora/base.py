@@ -13,6 +13,7 @@ from moe_train.data.lines import read_parallel
 from moe_train.data.pairs import Pair, Sides
 from moe_train.data.progress import Progress
 from moe_train.errors import ConfigError, DataError, did_you_mean
+from moe_train.plugins import load_plugin, offer_names
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,15 @@ _READERS: dict[str, Reader] = {}
 
 
 def register(name: str) -> Callable[[Reader], Reader]:
-    """Decorator that makes a reader known as ``corpus.name``."""
+    """Decorator that makes a reader known as ``corpus.name``.
+
+    Raises:
+        ValueError: the name is taken.
+    """
 
     def add(reader: Reader) -> Reader:
+        if name in _READERS:
+            raise ValueError(f"the corpus {name!r} is registered twice")
         _READERS[name] = reader
         return reader
 
@@ -98,8 +105,10 @@ def read_corpus(config: CorpusConfig, progress: Progress, names: Sequence[str] =
         ConfigError: unknown corpus, or missing path.
         DataError: missing folder, no text in it, or a language or pair that the corpus has not.
     """
+    load_plugin("corpora", config.name, _READERS)
     if config.name not in _READERS:
-        raise ConfigError(f"there is no corpus '{config.name}'", "corpus.name", did_you_mean(config.name, _READERS))
+        remedy = offer_names("corpora", config.name, _READERS)
+        raise ConfigError(f"there is no corpus '{config.name}'", "corpus.name", remedy)
     texts = _one_name_each(_READERS[config.name](config, progress), names, progress)
     texts = sorted(_only_pairs(_only_languages(texts, config.languages), config.pairs), key=lambda text: text.name)
     if not texts:
