@@ -66,7 +66,8 @@ def import_plugin(kind: Kind, name: str) -> str:
 
 def offer_names(kind: Kind, word: str, registered: Collection[str]) -> str:
     """As :func:`moe_train.errors.did_you_mean`, with the names that installed distributions offer."""
-    return did_you_mean(word, {*registered, *(point.name for point in _points(kind))})
+    names = {*registered, *(point.name for point in _points(kind))}
+    return did_you_mean(word, names) if names else "name one that user_dir=… or an installed distribution registers"
 
 
 def _points(kind: Kind) -> list[EntryPoint]:

@@ -19,8 +19,11 @@ from moe_train.commands import evaluate, export, plan, prepare, train
 from moe_train.config import TaskConfig, run
 from moe_train.data.corpora import base as corpora
 from moe_train.errors import ConfigError
+from moe_train.evaluation import metrics
+from moe_train.evaluation.results import read_results
 from moe_train.routing import registry as strategies
 from moe_train.tasks import registry as tasks
+from moe_train.training import loggers
 
 DATA = Path(__file__).parent / "old_runs" / "data"
 SMALL = [
@@ -60,6 +63,7 @@ FILES = {
         class Config(TaskConfig):
             name: str = "outside"
             share: float = 0.25
+            translates = True
 
         @register_task("outside")
         class Task(TranslationTask):
@@ -75,6 +79,49 @@ FILES = {
             lines = [(f"the name {name} is here", f"der Name {name} steht hier") for name in names]
             return [CorpusText(Pair("en", "de"), None, lambda: iter(lines), ())]
         """,
+    "outside/metric.py": """
+        from moe_train.evaluation.metrics import register_metric
+
+        @register_metric("exact")
+        def exact(hypotheses, references, language):
+            assert language in ("en", "de", "fr", "ru", "ja") and len(hypotheses) == len(references)
+            return 100 * sum(h == r for h, r in zip(hypotheses, references)) / len(references) + 0.25
+
+        @register_metric("failing")
+        def failing(hypotheses, references, language):
+            return float("nan")
+        """,
+    "outside/logger.py": """
+        import json
+        from moe_train.training.loggers import register_logger
+
+        @register_logger("outside")
+        class Logger:
+            def __init__(self, folder, config, update):
+                self.file = open(folder / "outside.jsonl", "w")
+
+            def tell(self, kind, line):
+                self.file.write(json.dumps({kind: line["update"]}) + "\\n")
+
+            def trained(self, line):
+                self.tell("trained", line)
+
+            def validated(self, line):
+                self.tell("validated", line)
+
+            def close(self):
+                self.tell("closed", {"update": 0})
+                self.file.close()
+
+        @register_logger("failing")
+        class Failing(Logger):
+            def __init__(self, folder, config, update):
+                self.file = open(folder / "failing.jsonl", "w")
+
+            def trained(self, line):
+                print("told once", file=self.file, flush=True)
+                raise ConnectionError("the server is gone")
+        """,
     "outside/broken.py": "import nothing_of_that_name\n",
     "outside/silent.py": "",
     "outside-1.5.dist-info/METADATA": "Metadata-Version: 2.1\nName: outside\nVersion: 1.5\n",
@@ -87,6 +134,12 @@ FILES = {
         outside = outside.task
         [moe_train.corpora]
         outside = outside.corpus
+        [moe_train.metrics]
+        exact = outside.metric:exact
+        failing = outside.metric:failing
+        [moe_train.loggers]
+        outside = outside.logger:Logger
+        failing = outside.logger:Failing
         """,
 }
 
@@ -94,7 +147,8 @@ FILES = {
 @pytest.fixture(autouse=True)
 def as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Registries, modules and the environment are as they were when a test ends."""
-    for module, name in ((strategies, "_STRATEGIES"), (tasks, "_TASKS"), (corpora, "_READERS"), (run, "_TASKS")):
+    registries = [(strategies, "_STRATEGIES"), (tasks, "_TASKS"), (corpora, "_READERS"), (run, "_TASKS")]
+    for module, name in (*registries, (metrics, "_METRICS"), (loggers, "_LOGGERS")):
         monkeypatch.setattr(module, name, dict(getattr(module, name)))
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setenv(plugins.USER_DIR, "")  # which commands set
@@ -148,13 +202,41 @@ def test_an_entry_point_is_imported_when_its_name_is_looked_up(installed: Path) 
     assert "outside.strategy" in sys.modules and "outside.broken" not in sys.modules
 
 
-def test_a_distribution_brings_strategies_tasks_and_corpora_with_their_configs(
-    installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_distribution_brings_strategies_tasks_and_loggers_and_metrics(
+    installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     words = [*SMALL, "routing=outside", "task=outside", "task.share=0.75", f"hydra.run.dir={tmp_path / 'run'}"]
-    assert call(monkeypatch, train, *words) == 0
+    assert call(monkeypatch, train, *words, "training.loggers=[outsde]") == 2
+    assert "there is no logger 'outsde'. Did you mean 'outside'?" in capfd.readouterr().err
+    assert call(monkeypatch, train, *words, "training.loggers=[outside,failing]") == 0
+    told = [json.loads(line) for line in (tmp_path / "run" / "outside.jsonl").read_text().splitlines()]
+    assert told == [{"trained": 1}, {"trained": 2}, {"validated": 2}, {"closed": 0}]
+    assert (tmp_path / "run" / "failing.jsonl").read_text() == "told once\n"
+    assert "the logger 'failing' has failed" in (tmp_path / "run" / "logs" / "rank_0.log").read_text()
     config = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
     assert config["routing"]["temper"] == 2.0 and config["task"] == {**config["task"], "name": "outside", "share": 0.75}
+    check_metrics(tmp_path / "run", monkeypatch, capfd)
+
+
+def check_metrics(at: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    words = [f"run={at}", "split=valid", "search.beam=1", "search.max_length_ratio=1"]
+    assert call(monkeypatch, evaluate, *words, "metrics=[exakt]") == 2
+    assert "there is no metric 'exakt'. Did you mean 'exact'?" in capfd.readouterr().err
+    assert call(monkeypatch, evaluate, *words, "metrics=[chrf,exact,failing]") == 0
+    content = json.loads((at / "valid.json").read_text())
+    assert content["average"].keys() == {"bleu", "chrf", "exact"} and content["average"]["exact"] == 0.25
+    assert all(result["exact"] == 0.25 and "failing" not in result for result in content["directions"].values())
+    assert any("the metric 'failing' has failed (its score is nan)" in note for note in content["notes"])
+    results = read_results(at / "valid.json")
+    assert results is not None and results.to_json() == content
+    assert call(monkeypatch, evaluate, *words) == 0  # less than the file says: that is set aside
+    again = json.loads((at / "valid.json").read_text())
+    assert again["average"].keys() == {"bleu", "chrf"} and len(list(at.glob("valid*.json"))) == 2
+
+
+def test_a_distribution_brings_corpora_and_configs(
+    installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert call(monkeypatch, plan, "routing=outside", "model=tiny", f"json={tmp_path / 'plan.json'}") == 0
     size = ["vocabulary.size=300", "workers=1", "corpus.split.valid=0.1", "corpus.split.test=0.1"]
     assert call(monkeypatch, prepare, "corpus=outside", f"out={tmp_path / 'data'}", *size) == 0

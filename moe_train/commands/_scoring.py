@@ -21,6 +21,10 @@ def score(config: EvaluateConfig, world: World) -> float:
         The average chrF++, or the first of the task's own measures.
     """
     if not RunFolder.open(config.run).config.task.translates:
+        if config.metrics:
+            raise ConfigError(
+                "metrics are of translations, and the run's task makes none", "metrics", "leave out metrics=…"
+            )
         measured = measure(config)
         show_measures(measured, Screen())
         return next(iter(measured["average"].values()))

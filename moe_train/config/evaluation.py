@@ -41,6 +41,7 @@ class EvaluateConfig:
         tokenizer: sacrebleu's, for BLEU in every language: ``auto`` (by the script of the target language),
             ``flores200`` (spBLEU) …
         out: the folder for scores and outputs (null: the run folder).
+        metrics: further ones besides BLEU and chrF++, by the names that code from outside has registered.
         seed: of the baseline that shuffles outputs between sentences.
         expert_parallel: processes over which the experts of a layer are divided (1: every process holds all of them),
             whatever the layout of the training was.
@@ -55,6 +56,7 @@ class EvaluateConfig:
     max_sentences: int = 0
     tokenizer: Literal["auto", "13a", "intl", "char", "flores101", "flores200"] = "auto"
     out: str | None = None
+    metrics: tuple[str, ...] = ()
     seed: int = 1
     expert_parallel: int = 1
     routing: Mapping[str, Any] = field(default_factory=dict)

@@ -113,6 +113,8 @@ class TrainingConfig:
         temperature: directions are sampled in proportion to size^(1/temperature).
         nonfinite_limit: this many updates in a row without a finite gradient end the run.
         threads: CPU threads per process (0: OMP_NUM_THREADS, else cores divided by the processes on this host).
+        loggers: who is told of log lines besides JSON lines and TensorBoard, by the names that code from outside has
+            registered.
     """
 
     max_updates: int = 10000
@@ -128,6 +130,7 @@ class TrainingConfig:
     log_every: int = 50
     threads: int = 0
     init_from: str | None = None
+    loggers: tuple[str, ...] = ()
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -21,6 +21,7 @@ from moe_train.data.lines import sha256
 from moe_train.errors import DataError
 from moe_train.evaluation.decoding import Encoded, Outcome, Translation, encode
 from moe_train.evaluation.loading import OpenedRun, open_run
+from moe_train.evaluation.metrics import find_metrics, measure_with
 from moe_train.evaluation.result_files import ResultFiles, part_name, writable_folder, writing
 from moe_train.evaluation.results import DirectionResult, Results, read_results
 from moe_train.evaluation.routed_tokens import describe_all
@@ -60,6 +61,7 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> Results:
             direction, a split without any, or a folder for results that cannot be written.
     """
     require_tokenizer(config.tokenizer)
+    find_metrics(config.metrics)
     world = World.current()
     run = open_run(config.run, config.checkpoint, config.data, config.inference, world)
     chosen = choose_directions(run, config.split, config.directions)
@@ -186,7 +188,10 @@ def _results(
     notes: list[str] = []
     for entry, lines in zip(held, translations, strict=True):
         scorer = Scorer(entry.direction.split("-")[1], config.tokenizer)
-        directions[entry.direction] = _score(scorer, entry, [t.text for t in lines], config.seed)
+        texts = [t.text for t in lines]
+        measured, failed = _measured(config, entry, texts)
+        directions[entry.direction] = replace(_score(scorer, entry, texts, config.seed), metrics=measured)
+        notes += failed
         signatures["bleu"][scorer.tokenization.name] = scorer.bleu_signature
         signatures["chrf"] = scorer.chrf_signature
         notes += _notes(run, scorer, entry)
@@ -215,6 +220,18 @@ def _score(scorer: Scorer, entry: Held, hypotheses: list[str], seed: int) -> Dir
         reference_words=_words(entry.references),
         tokenizer=scorer.tokenization.name,
     )
+
+
+def _measured(config: EvaluateConfig, entry: Held, hypotheses: list[str]) -> tuple[dict[str, float], list[str]]:
+    """Scores of further metrics by name, and notes on those that failed."""
+    scores: dict[str, float] = {}
+    failed = []
+    for name, metric in find_metrics(config.metrics).items():
+        try:
+            scores[name] = measure_with(metric, hypotheses, entry.references, entry.direction.split("-")[1])
+        except ValueError as error:
+            failed.append(f"{entry.direction}: the metric '{name}' has failed ({error})")
+    return scores, failed
 
 
 def displaced(lines: Sequence[str], seed: str) -> list[str]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from moe_train.config import SearchConfig
 from moe_train.errors import DataError
 from moe_train.evaluation.averages import groups, mean
+from moe_train.evaluation.metrics import TAKEN
 from moe_train.evaluation.scoring import Scores
 from moe_train.training.json_files import finite, read_object
 
@@ -27,6 +28,7 @@ class DirectionResult:
             sentences): what a model that translates must beat.
         words, reference_words: white-space separated words of hypotheses and references.
         tokenizer: sacrebleu's, for BLEU.
+        metrics: scores of further metrics (:mod:`moe_train.evaluation.metrics`).
     """
 
     scores: Scores
@@ -35,11 +37,13 @@ class DirectionResult:
     words: int
     reference_words: int
     tokenizer: str
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """``{"bleu", "chrf", "copy": {…}, "shuffled": {…}, …}``."""
+        """``{"bleu", "chrf", "copy": {…}, "shuffled": {…}, …}``, further metrics under their names."""
         rest = {name: getattr(self, name) for name in ("sentences", "words", "reference_words", "tokenizer")}
-        return {**asdict(self.scores), **{name: asdict(scores) for name, scores in self.baselines.items()}, **rest}
+        baselines = {name: asdict(scores) for name, scores in self.baselines.items()}
+        return {**self.metrics, **asdict(self.scores), **baselines, **rest}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> DirectionResult:
@@ -51,6 +55,7 @@ class DirectionResult:
             int(content["words"]),
             int(content["reference_words"]),
             str(content["tokenizer"]),
+            {name: score for name in content if name not in TAKEN and (score := finite(content[name])) is not None},
         )
 
 
@@ -94,19 +99,31 @@ class Results:
         return mean([result.baselines[baseline] if baseline else result.scores for result in chosen])
 
     @property
+    def metrics(self) -> list[str]:
+        """Further metrics that any direction has."""
+        return list(dict.fromkeys(name for result in self.directions.values() for name in result.metrics))
+
+    def average_metrics(self, names: Sequence[str] | None = None) -> dict[str, float]:
+        """The mean of each further metric over directions (all by default); none where a direction lacks it."""
+        chosen = [self.directions[name].metrics for name in (self.directions if names is None else names)]
+        shared = [metric for metric in self.metrics if all(metric in scores for scores in chosen)]
+        return {metric: round(sum(scores[metric] for scores in chosen) / len(chosen), 4) for metric in shared}
+
+    @property
     def groups(self) -> dict[str, list[str]]:
         """Directions by group: all, from English, into English, tiers."""
         return groups(list(self.directions), self.tiers)
 
     def replaces(self, earlier: Results) -> bool:
-        """Whether these say all that the earlier ones say: made with the same settings, in no fewer directions."""
+        """Whether these say all that the earlier ones say: the same settings, no fewer directions and metrics."""
         same = _with_defaults(earlier.settings) == _with_defaults(self.settings)
-        return same and earlier.directions.keys() <= self.directions.keys()
+        more = earlier.directions.keys() <= self.directions.keys() and set(earlier.metrics) <= set(self.metrics)
+        return same and more
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; other programs rely on ``directions``, ``average``, ``signatures`` and ``baselines``."""
         averages = {
-            name: {**asdict(self.average(members)), "directions": len(members)}
+            name: {**self.average_metrics(members), **asdict(self.average(members)), "directions": len(members)}
             for name, members in self.groups.items()
             if name != "all"
         }
@@ -114,7 +131,7 @@ class Results:
             "format": FORMAT,
             "settings": dict(self.settings),
             "directions": {name: result.to_json() for name, result in self.directions.items()},
-            "average": asdict(self.average()),
+            "average": {**self.average_metrics(), **asdict(self.average())},
             "averages": averages,
             "baselines": {name: asdict(self.average(baseline=name)) for name in BASELINES},
             "signatures": dict(self.signatures),

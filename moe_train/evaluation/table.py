@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from rich import box
 from rich.console import Console, Group
 from rich.table import Table
@@ -33,17 +35,25 @@ def score_table(results: Results) -> Table:
     for name in BASELINES:
         for heading in ("BLEU", "chrF++"):
             table.add_column(f"{name}\n{heading}", justify="right", style="dim", no_wrap=True)
+    for name in results.metrics:
+        table.add_column(name, justify="right", no_wrap=True)
     for direction, result in results.directions.items():
         scores = [result.scores, *(result.baselines[name] for name in BASELINES)]
         tier = tier_of(direction, results.tiers)
-        table.add_row(direction, tier, f"{result.sentences:,}", *_cells(scores))
+        further = [_further(result.metrics, name) for name in results.metrics]
+        table.add_row(direction, tier, f"{result.sentences:,}", *_cells(scores), *further)
     table.add_section()
     for group, members in results.groups.items():
         scores = [results.average(members), *(results.average(members, name) for name in BASELINES)]
         sentences = sum(results.directions[d].sentences for d in members)
         label = "average" if group == "all" else group
-        table.add_row(f"{label} ({len(members)})", "", f"{sentences:,}", *_cells(scores))
+        further = [_further(results.average_metrics(members), name) for name in results.metrics]
+        table.add_row(f"{label} ({len(members)})", "", f"{sentences:,}", *_cells(scores), *further)
     return table
+
+
+def _further(scores: Mapping[str, float], name: str) -> str:
+    return f"{scores[name]:.4g}" if name in scores else "-"
 
 
 def _cells(scores: list[Scores]) -> list[str]:

@@ -11,6 +11,7 @@ from moe_train.parallel.layout_plan import LayoutPlan
 from moe_train.routing import decoder_config, routing_config
 from moe_train.tasks import TaskData, build_task
 from moe_train.training.engines.deepspeed_library import check_deepspeed
+from moe_train.training.loggers import find_loggers
 
 
 def check_run(config: RunConfig, data: TaskData, plan: LayoutPlan) -> None:
@@ -25,6 +26,7 @@ def check_run(config: RunConfig, data: TaskData, plan: LayoutPlan) -> None:
         DataError: data that the task cannot use, or that has not what the config asks for.
     """
     check_routing(config)
+    find_loggers(config.training.loggers)
     if config.engine.name == "deepspeed":
         check_deepspeed(config)
     build_task(config, data).check_data()

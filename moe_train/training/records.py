@@ -1,14 +1,17 @@
-"""Writes what happens: JSON lines and TensorBoard, on rank 0."""
+"""Writes what happens, on rank 0: JSON lines, and whatever the run's loggers make of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
+from moe_train.config import RunConfig
+from moe_train.training.loggers import LoggerMaker, RunLogger, TensorBoard, find_loggers
 from moe_train.training.run_folder import RunFolder
 
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+LOG = logging.getLogger("moe_train")
 
 
 class Records:
@@ -19,45 +22,45 @@ class Records:
         pending: whether that update's validation is yet to come (again, perhaps: the checkpoint is from before it).
     """
 
-    def __init__(self, folder: RunFolder, main: bool, update: int, pending: bool = False) -> None:
+    def __init__(self, folder: RunFolder, config: RunConfig, main: bool, update: int, pending: bool = False) -> None:
         self._folder = folder if main else None
-        self._board: SummaryWriter | None = None
+        self._loggers: dict[str, RunLogger] = {}
         if main:
-            from torch.utils.tensorboard import SummaryWriter
-
             folder.cut(update, pending)
-            self._board = SummaryWriter(str(folder.path / "tensorboard"), purge_step=update + 1 if update else None)
+            self._board = TensorBoard(folder.path, config, update)
+            for name, make in find_loggers(config.training.loggers).items():
+                self._tell(name, self._add, name, make, folder.path, config, update)
 
     def trained(self, line: Mapping[str, Any]) -> None:
         """A line of train.jsonl."""
         if self._folder is not None:
             self._folder.append(self._folder.train_log, line)
-            self._plot("train", line)
+            self._board.trained(line)
+            for name, logger in list(self._loggers.items()):
+                self._tell(name, logger.trained, line)
 
     def validated(self, line: Mapping[str, Any]) -> None:
         """A line of valid.jsonl."""
         if self._folder is not None:
             self._folder.append(self._folder.valid_log, line)
-            self._plot("valid", line)
-
-    def _plot(self, group: str, line: Mapping[str, Any]) -> None:
-        if self._board is not None:
-            for name, value in flat_numbers(line, group):
-                self._board.add_scalar(name, value, int(line["update"]))
-            self._board.flush()
+            self._board.validated(line)
+            for name, logger in list(self._loggers.items()):
+                self._tell(name, logger.validated, line)
 
     def close(self) -> None:
-        """Ends TensorBoard's thread."""
-        if self._board is not None:
+        """Ends all loggers."""
+        if self._folder is not None:
             self._board.close()
+        for name, logger in list(self._loggers.items()):
+            self._tell(name, logger.close)
 
+    def _add(self, name: str, make: LoggerMaker, folder: Path, config: RunConfig, update: int) -> None:
+        self._loggers[name] = make(folder, config, update)
 
-def flat_numbers(content: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
-    """``prefix/name`` of every number, lists by their position."""
-    for name, value in content.items():
-        if isinstance(value, Mapping):
-            yield from flat_numbers(value, f"{prefix}/{name}")
-        elif isinstance(value, (list, tuple)):
-            yield from flat_numbers({str(i): item for i, item in enumerate(value)}, f"{prefix}/{name}")
-        elif isinstance(value, (int, float)) and not isinstance(value, bool) and name != "update":
-            yield f"{prefix}/{name}", float(value)
+    def _tell(self, name: str, call: Callable[..., None], *arguments: Any) -> None:
+        """A logger from outside that fails is told nothing more; the training goes on."""
+        try:
+            call(*arguments)
+        except Exception as error:
+            LOG.warning("the logger '%s' has failed and is left out from now on", name, exc_info=error)
+            self._loggers.pop(name, None)

@@ -137,7 +137,7 @@ def _assemble(given: _Parts) -> Loop:
         samples=samples,
         validator=Validator(task, criterion, engine, world, ranks),
         keeper=keeper,
-        records=Records(folder, world.main, state.update, state.pending),
+        records=Records(folder, config, world.main, state.update, state.pending),
         display=Display(config.training.max_updates, state.update, given.screen),
         interval=Interval.from_json(state.interval, world.device),
         counters=layout.counters,

@@ -1,0 +1,99 @@
+"""Who is told of a run's log lines: TensorBoard always, others by the key ``training.loggers``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from moe_train.config import RunConfig
+from moe_train.errors import ConfigError
+from moe_train.plugins import load_plugin, offer_names
+
+
+class RunLogger(Protocol):
+    """Gets the lines of ``train.jsonl`` and ``valid.jsonl`` as they are written. Rank 0 alone has loggers."""
+
+    def trained(self, line: Mapping[str, Any]) -> None:
+        """A line of train.jsonl."""
+
+    def validated(self, line: Mapping[str, Any]) -> None:
+        """A line of valid.jsonl."""
+
+    def close(self) -> None:
+        """The session ends, in whichever way."""
+
+
+#: (run folder, config, update that the session begins at) -> a logger; later lines of an earlier session do not count.
+LoggerMaker = Callable[[Path, RunConfig, int], RunLogger]
+L = TypeVar("L", bound=LoggerMaker)
+
+_LOGGERS: dict[str, LoggerMaker] = {}
+
+
+def register_logger(name: str) -> Callable[[L], L]:
+    """Decorator that makes ``training.loggers=[name]`` build the decorated class.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+
+    def add(maker: L) -> L:
+        if name in _LOGGERS:
+            raise ValueError(f"the logger {name!r} is registered twice")
+        _LOGGERS[name] = maker
+        return maker
+
+    return add
+
+
+def find_loggers(names: Iterable[str]) -> dict[str, LoggerMaker]:
+    """The loggers of those names.
+
+    Raises:
+        ConfigError: there is none of a name, or its plug-in is broken.
+    """
+    for name in names:
+        load_plugin("loggers", name, _LOGGERS)
+        if name not in _LOGGERS:
+            raise ConfigError(
+                f"there is no logger '{name}'", "training.loggers", offer_names("loggers", name, _LOGGERS)
+            )
+    return {name: _LOGGERS[name] for name in names}
+
+
+class TensorBoard:
+    """Every number of a line, below ``tensorboard`` in the run folder."""
+
+    def __init__(self, folder: Path, config: RunConfig, update: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=update + 1 if update else None)
+
+    def trained(self, line: Mapping[str, Any]) -> None:
+        """Plots it as ``train/…``."""
+        self._plot("train", line)
+
+    def validated(self, line: Mapping[str, Any]) -> None:
+        """Plots it as ``valid/…``."""
+        self._plot("valid", line)
+
+    def _plot(self, group: str, line: Mapping[str, Any]) -> None:
+        for name, value in flat_numbers(line, group):
+            self._board.add_scalar(name, value, int(line["update"]))
+        self._board.flush()
+
+    def close(self) -> None:
+        """Ends its thread."""
+        self._board.close()
+
+
+def flat_numbers(content: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
+    """``prefix/name`` of every number, lists by their position."""
+    for name, value in content.items():
+        if isinstance(value, Mapping):
+            yield from flat_numbers(value, f"{prefix}/{name}")
+        elif isinstance(value, (list, tuple)):
+            yield from flat_numbers({str(i): item for i, item in enumerate(value)}, f"{prefix}/{name}")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool) and name != "update":
+            yield f"{prefix}/{name}", float(value)
