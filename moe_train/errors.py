@@ -7,7 +7,8 @@ and keeps its traceback.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 _SPELLINGS = {"k": "top_k"}  # what papers and documents call a key, too far from its name to be found as a near word
@@ -69,6 +70,17 @@ def error_from_json(content: Mapping[str, Any]) -> OSError | UserError:
     kinds: dict[str, type[OSError | UserError]] = {kind.__name__: kind for kind in UserError.__subclasses__()}
     kinds["OSError"] = OSError
     return kinds.get(content["kind"], UserError)(*content["arguments"])
+
+
+@contextmanager
+def located(where: str) -> Iterator[None]:
+    """A UserError from inside says that it is about ``where``, in front of what place it names itself."""
+    try:
+        yield
+    except UserError as error:
+        if error.where.startswith(where):
+            raise
+        raise type(error)(error.what, f"{where}: {error.where}" if error.where else where, error.remedy) from error
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:

@@ -10,6 +10,7 @@ from moe_train.config.placement import place
 from moe_train.errors import ConfigError
 
 _MOST_LAYERS = 10_000
+_MOST_POSITIONS = 1 << 20  # a table of them takes memory whatever the checkpoint holds
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class ModelConfig:
         check.not_negative("model.decoder_layers", self.decoder_layers)
         for key in ("encoder_layers", "decoder_layers"):  # placements are lists of layers
             check.at_most(f"model.{key}", getattr(self, key), _MOST_LAYERS)
+        check.at_most("model.max_positions", self.max_positions, _MOST_POSITIONS)
         if self.name == "transformer":
             check.positive("model.decoder_layers", self.decoder_layers)
         for key in ("dropout", "attention_dropout", "activation_dropout"):

@@ -75,7 +75,7 @@ class Manifest:
                 )
             values["languages"], values["directions"] = tuple(values["languages"]), tuple(values["directions"])
             return cls(**values)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(f"the manifest cannot be read ({error})", str(path), "run moe-prepare again") from error
 
 

@@ -12,12 +12,13 @@ import torch
 
 from moe_train.config import RunConfig
 from moe_train.config.evaluation import Inference
-from moe_train.errors import DataError, LaunchError
+from moe_train.errors import CheckpointError, DataError, LaunchError, located
 from moe_train.parallel.layout import ExpertLayout
 from moe_train.routing.after_training import changed, check_draw_seed, evaluation_values
 from moe_train.tasks import build_task, open_data
-from moe_train.training.checkpoints import CheckpointStore, load_model
-from moe_train.training.run_folder import RunFolder
+from moe_train.training.checkpoints import CheckpointStore, check_model, load_model
+from moe_train.training.run_folder import CONFIG, RunFolder
+from moe_train.training.tensor_files import shapes
 from moe_train.training.world import World
 
 DATA = "data"  # the folder of dictionaries in an export
@@ -104,7 +105,7 @@ def open_run(
         DataError: the data folder is missing or damaged.
     """
     folder = RunFolder.open(path)
-    config = folder.config
+    config, handed_out = folder.config, isinstance(checkpoint, Path)
     if _is_export(folder):
         if not isinstance(checkpoint, Path):
             checkpoint = folder.path.resolve()
@@ -123,8 +124,29 @@ def open_run(
     opened = open_data(config)
     if not isinstance(checkpoint, Path):
         checkpoint = CheckpointStore(folder.checkpoints, world).resolve(checkpoint)
+    if not handed_out:
+        _check_size(config, opened, checkpoint, folder)
     task = build_task(config, opened)
     return OpenedRun(folder, config, opened, task, checkpoint, _inference(config, inference.draw_seed))
+
+
+def _check_size(config: RunConfig, data: Any, checkpoint: Path, folder: RunFolder) -> None:
+    """Refuses a config of another model than the checkpoint's before any memory is taken for its weights.
+
+    Raises:
+        CheckpointError, ConfigError: the config's file is named.
+    """
+    with located(str(folder.path / CONFIG)):
+        layers = config.model.encoder_layers + config.model.decoder_layers
+        if layers > (tensors := len(shapes(checkpoint))):
+            raise CheckpointError(f"the model has {layers:,} layers, and the checkpoint {tensors:,} tensors")
+        try:
+            with torch.device("meta"):
+                model = build_task(config, data).build_model()
+        except (ArithmeticError, MemoryError, RuntimeError, TypeError, ValueError) as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
+            raise CheckpointError(f"no model can be built from it ({reason})") from error
+        check_model(checkpoint, model)
 
 
 def _inference(config: RunConfig, draw_seed: int | None = None) -> Inference:

@@ -16,7 +16,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from moe_train.errors import CheckpointError, DataError, UserError, error_from_json, error_to_json
 from moe_train.training import integrity
 from moe_train.training.json_files import read_object
-from moe_train.training.names import MODEL, model_tensors, whole_names
-from moe_train.training.tensor_files import load_tensors, save_tensors, shapes
+from moe_train.training.names import MODEL, count_tensors, model_tensors, whole_names
+from moe_train.training.tensor_files import check_shapes, load_tensors, save_tensors, shapes
 from moe_train.training.world import World
 
 STATE = "state.json"
@@ -247,6 +247,16 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
+@contextmanager
+def reading_state(path: Path) -> Iterator[None]:
+    """What goes wrong with values of a checkpoint's ``state.json`` becomes a CheckpointError that names the file."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        what = f"the checkpoint's state is damaged ({type(error).__name__}: {str(error)[:200]})"
+        raise CheckpointError(what, str(path / STATE)) from error
+
+
 def load_model(path: Path, model: nn.Module) -> None:
     """Loads the weights of a checkpoint (verified by its finder) into a model on any number of ranks, in place.
 
@@ -254,12 +264,31 @@ def load_model(path: Path, model: nn.Module) -> None:
         CheckpointError: the model has other parameters.
     """
     tensors = model_tensors(model)
-    surplus = {n for n in whole_names(shapes(path)) if n.startswith(MODEL)} - whole_names(tensors)
+    _check_surplus(path, tensors, shapes(path))
+    load_tensors(path, tensors)
+
+
+def check_model(path: Path, model: nn.Module) -> None:
+    """Compares a whole model, which may be on the meta device, with the tensors of a checkpoint.
+
+    Raises:
+        CheckpointError: the model has other parameters, or others of a shape.
+    """
+    known = shapes(path)
+    if count_tensors(model) > len(known):  # before a name is made for each: experts are as many as a config says
+        what = f"the model has {count_tensors(model):,} tensors, and the checkpoint {len(known):,}"
+        raise CheckpointError(what, str(path), "it is of another model")
+    tensors = model_tensors(model)
+    _check_surplus(path, tensors, known)
+    check_shapes(path, tensors, known)
+
+
+def _check_surplus(path: Path, tensors: Mapping[str, Tensor], known: Iterable[str]) -> None:
+    surplus = {n for n in whole_names(known) if n.startswith(MODEL)} - whole_names(tensors)
     if surplus:
         names = ", ".join(sorted(n.removeprefix(MODEL) for n in surplus)[:3])
         what = f"the checkpoint has {len(surplus)} parameters that the model has not ({names} …)"
         raise CheckpointError(what, str(path), "it is of another model")
-    load_tensors(path, tensors)
 
 
 def everywhere(world: World, action: Callable[[], T], collective: bool = False) -> T:

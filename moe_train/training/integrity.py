@@ -11,9 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moe_train.errors import CheckpointError
+from moe_train.errors import CheckpointError, DataError
+from moe_train.training.json_files import file_digests, read_object
 
 MANIFEST = "manifest.json"
+_DESCRIPTIONS = ("config.json", "state.json", "data/manifest.json")  # read beside the weights where they are there
 
 
 def digest(path: Path) -> dict[str, Any]:
@@ -73,18 +75,23 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     """Relative path → expected digest.
 
     Raises:
-        CheckpointError: there is no manifest, or it cannot be read.
+        CheckpointError: there is no manifest, it cannot be read, or it does not list all that is read of a checkpoint.
     """
     path = folder / MANIFEST
     try:
-        files = json.loads(path.read_text(encoding="utf-8"))["files"]
-        if not isinstance(files, dict) or any(Path(name).is_absolute() or ".." in Path(name).parts for name in files):
-            raise ValueError("no list of files")
-        return files
-    except FileNotFoundError:
-        raise CheckpointError("the checkpoint's manifest is missing", str(path)) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"the checkpoint's manifest cannot be read ({error})", str(path)) from error
+        content = read_object(path)
+        if content is None:
+            raise CheckpointError("the checkpoint's manifest is missing", str(path))
+        files = file_digests(content.get("files"))
+    except (DataError, ValueError) as error:
+        reason = error.what if isinstance(error, DataError) else error
+        raise CheckpointError(f"the checkpoint's manifest cannot be read ({reason})", str(path)) from error
+    if not any(name.endswith(".safetensors") for name in files):
+        raise CheckpointError("the checkpoint's manifest lists no weights", str(path))
+    for name in (*sorted(file.name for file in folder.glob("*.safetensors")), *_DESCRIPTIONS):
+        if name not in files and os.path.lexists(folder / name):
+            raise CheckpointError(f"the checkpoint's manifest has no checksum of {name}", str(path))
+    return files
 
 
 def check_files(folder: Path, files: Mapping[str, Mapping[str, Any]] | None = None) -> None:

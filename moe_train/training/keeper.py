@@ -13,7 +13,7 @@ from torch import Tensor
 from moe_train.config import CheckpointConfig
 from moe_train.errors import CheckpointError
 from moe_train.training.background import Background, staged
-from moe_train.training.checkpoints import STATE, CheckpointStore, everywhere, load_model, read_state
+from moe_train.training.checkpoints import CheckpointStore, everywhere, load_model, read_state, reading_state
 from moe_train.training.engines import Engine
 from moe_train.training.names import empty_optimizer_state, model_tensors, optimizer_tensors
 from moe_train.training.state import RunState
@@ -108,7 +108,8 @@ class Keeper:
         load_tensors(latest, optimizer_tensors(self.engine.module, optimizer))
         self.engine.load_optimizer_tensors(optimizer)
         state = _state(latest)
-        self.engine.load_state(state.engine)
+        with reading_state(latest):
+            self.engine.load_state(state.engine)
         return state
 
     def _whole(self) -> Path | None:
@@ -165,7 +166,5 @@ class Keeper:
 
 
 def _state(checkpoint: Path) -> RunState:
-    try:
+    with reading_state(checkpoint):
         return RunState.from_json(read_state(checkpoint))
-    except ValueError as error:
-        raise CheckpointError(f"the checkpoint's state is damaged ({error})", str(checkpoint / STATE)) from error

@@ -23,6 +23,11 @@ def model_tensors(module: nn.Module) -> dict[str, Tensor]:
     return named
 
 
+def count_tensors(module: nn.Module) -> int:
+    """How many tensors :func:`model_tensors` gives."""
+    return sum(len(t) if getattr(t, "expert", False) else 1 for t in _unique(module).values())
+
+
 def optimizer_tensors(module: nn.Module, state: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Checkpoint name → tensor, from parameter name → key → tensor (what an engine gives)."""
     parameters = dict(module.named_parameters())

@@ -28,7 +28,9 @@ def recorded_config(mapping: Mapping[str, Any]) -> RunConfig:
     if target is None:  # a strategy from elsewhere that is not loaded: whoever builds its model says so
         return config
     known = without_unknown(target.config, config.routing)[0]
-    return dataclasses.replace(config, routing={**target.config.unrecorded, **known})
+    routing = {**target.config.unrecorded, **known}
+    routing_config(routing)
+    return dataclasses.replace(config, routing=routing)
 
 
 def to_record(config: RunConfig) -> dict[str, Any]:

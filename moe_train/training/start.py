@@ -18,7 +18,7 @@ from moe_train.parallel.ranks import ProcessRanks
 from moe_train.routing.context import Alone, Ranks
 from moe_train.training.about import Account, describe_run, summary
 from moe_train.training.background import world_aside
-from moe_train.training.checkpoints import CheckpointStore
+from moe_train.training.checkpoints import CheckpointStore, reading_state
 from moe_train.training.engines import Engine, EngineInputs, build_engine
 from moe_train.training.extension import run_ends
 from moe_train.training.heartbeat import heartbeat
@@ -119,6 +119,8 @@ def _assemble(given: _Parts) -> Loop:
     store = CheckpointStore(folder.checkpoints, world_aside(world) if keeping.asynchronous else world)
     keeper = Keeper(store, engine, keeping, about)
     state = keeper.restore() or RunState()
+    with reading_state(store.path(state.update)):
+        interval = Interval.from_json(state.interval, world.device)
     samples = SampleLoader(task, world)
     if world.main:
         describe_run(folder, config, engine.module, world, state.update, given.account, layout.plan)
@@ -139,7 +141,7 @@ def _assemble(given: _Parts) -> Loop:
         keeper=keeper,
         records=Records(folder, config, world.main, state.update, state.pending),
         display=Display(config.training.max_updates, state.update, given.screen),
-        interval=Interval.from_json(state.interval, world.device),
+        interval=interval,
         counters=layout.counters,
         validate_bleu=given.validate_bleu,
         account=given.account,

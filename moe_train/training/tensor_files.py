@@ -21,6 +21,7 @@ from torch import Tensor
 
 from moe_train.errors import CheckpointError
 from moe_train.peer_pickles import read_data_only
+from moe_train.training.tensor_headers import check_headers
 
 
 def save_tensors(folder: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None = None) -> None:
@@ -45,20 +46,31 @@ def load_tensors(folder: Path, into: Mapping[str, Tensor]) -> None:
     """Reads tensors in place. Every rank calls it, each with the names that it wants.
 
     Raises:
-        CheckpointError: a name is missing, or has another shape.
+        CheckpointError: a name is missing, or has another shape; or the files cannot be read.
     """
     import torch.distributed.checkpoint as dcp
 
-    known = shapes(folder)
-    for name, tensor in into.items():
+    check_shapes(folder, into, shapes(folder))
+    read_data_only()
+    try:
+        with _plain_errors(), _quiet():
+            dcp.load(dict(into), storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
+    except RuntimeError as error:
+        raise CheckpointError(f"its tensors cannot be read ({str(error)[:200]})", str(folder)) from error
+
+
+def check_shapes(folder: Path, wanted: Mapping[str, Tensor], known: Mapping[str, torch.Size]) -> None:
+    """Whether a checkpoint has all wanted tensors.
+
+    Raises:
+        CheckpointError: a name is missing, or has another shape.
+    """
+    for name, tensor in wanted.items():
         if name not in known:
             raise CheckpointError(f"the checkpoint has no tensor '{name}'", str(folder), "it is of another model")
         if known[name] != tensor.shape:
             what = f"the tensor '{name}' is {list(known[name])} in the checkpoint and {list(tensor.shape)} in the model"
             raise CheckpointError(what, str(folder), "it is of another model")
-    read_data_only()
-    with _plain_errors(), _quiet():
-        dcp.load(dict(into), storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
 
 
 def read_tensors(folder: Path, prefix: str) -> dict[str, Tensor]:
@@ -73,7 +85,11 @@ def read_tensors(folder: Path, prefix: str) -> dict[str, Tensor]:
 
 
 def shapes(folder: Path) -> dict[str, torch.Size]:
-    """Names and shapes of all tensors of the folder, read from the files' headers."""
+    """Names and shapes of all tensors of the folder, read from the files' headers.
+
+    Raises:
+        CheckpointError: a header cannot be (:func:`moe_train.training.tensor_headers.check_headers`).
+    """
     return {name: entry.size for name, entry in _headers(folder).items()}
 
 
@@ -81,6 +97,7 @@ def _headers(folder: Path) -> dict[str, Any]:
     """DCP's description of each tensor of the folder, by name."""
     import torch.distributed.checkpoint as dcp
 
+    check_headers(folder)
     metadata = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     return {name: entry for name, entry in metadata.items() if hasattr(entry, "size")}
 
