@@ -6,7 +6,9 @@ and keeps its traceback.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -81,6 +83,12 @@ def located(where: str) -> Iterator[None]:
         if error.where.startswith(where):
             raise
         raise type(error)(error.what, f"{where}: {error.where}" if error.where else where, error.remedy) from error
+
+
+def note(text: str) -> None:
+    """Tells the user, on standard error, what is no error; nothing depends on whether that can be written."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, full, or not there
+        print(f"note: {text}", file=sys.stderr, flush=True)
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:

@@ -10,6 +10,7 @@ from moe_train.analysis.report_runs import RunReport
 _SILENT = (
     "resume",
     "evaluate",
+    "data_verify",
     "hydra.",
     "hydra/",
     "launch.port",

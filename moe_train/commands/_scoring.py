@@ -45,6 +45,7 @@ def score_when_finished(config: RunConfig, folder: RunFolder, world: World) -> N
             search=config.search,
             launch=config.launch,
             expert_parallel=max(1, config.layout.expert_parallel),
+            data_verify=config.data_verify,
         ),
         world,
     )

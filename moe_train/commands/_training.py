@@ -27,9 +27,10 @@ from moe_train.models.accounting import account
 from moe_train.screen import Screen
 from moe_train.tasks import TaskData, build_task, locate_data, open_data
 from moe_train.training import Outcome, RunFolder, World, train
-from moe_train.training.checkpoints import everywhere
+from moe_train.training.checkpoints import CheckpointStore, everywhere
 from moe_train.training.layouts import plan_run, settle
 from moe_train.training.preflight import check_run
+from moe_train.training.run_data import RunData, check_initial_vocabulary, check_input_files, verify_data
 from moe_train.training.run_folder import FAILURE
 from moe_train.training.session_notes import session_notes
 
@@ -101,8 +102,14 @@ def checked(config: RunConfig, folder: RunFolder | None) -> tuple[RunConfig, Tas
     plan = plan_run(config, world_size(config.launch), ranks_per_node(config.launch))
     before = folder.config if folder is not None and folder.exists else None
     settled = settle(config, plan, before)
+    task = build_task(settled, data)
+    if not under_launcher():  # whose ranks share the work when they have met
+        verify_data(data, task, config.data_verify)
     if folder is not None or settled.routing == config.routing:
         check_run(settled, data, plan)
+    source = config.training.init_from
+    if source is not None and folder is not None and not CheckpointStore(folder.checkpoints).updates():
+        check_initial_vocabulary(source, task)
     return settled, data
 
 
@@ -136,6 +143,7 @@ def joined(mapping: Mapping[str, Any], own: RunFolder | None) -> Outcome:
         folder = RunFolder(Path(world.broadcast(str(own.path) if own else "")))
         config = dataclasses.replace(config, routing=world.broadcast(dict(config.routing)))
         data = open_data(config)
+        verify_data(data, build_task(config, data), config.data_verify, world)
 
         def ready() -> dict[str, Any] | None:
             if not world.main:
@@ -171,6 +179,9 @@ def _begin(folder: RunFolder, config: RunConfig, data: TaskData) -> Outcome | No
         info = folder.info
         Screen().print(f"nothing to do, the run is finished: {folder.path}", highlight=False, soft_wrap=True)
         return Outcome(info["status"], info["update"], info.get("best"), info.get("best_update", 0))
+    if folder.info:
+        RunData.of_run(folder, (data, task := build_task(config, data))).check_vocabulary(task, folder.path)
+    check_input_files(folder, data, config.data_verify, keep=True)
     for text in session_notes(folder, config):
         Screen().print(f"[yellow]note:[/] {escape(text)}", highlight=False, markup=True, soft_wrap=True)
     folder.begin(config, data.fingerprint, overrides())
@@ -194,4 +205,5 @@ def _train(config: RunConfig, data: Any, folder: RunFolder, world: World) -> Out
             validate_bleu=validate_bleu,
             account=lambda module, pairs_per_token: account(module, pairs_per_token).to_mapping(),
             console=Screen(),
+            data=RunData.of_task(task).to_json() if world.main else None,
         )

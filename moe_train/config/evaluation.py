@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from moe_train.config import check
-from moe_train.config.run import LaunchConfig, SearchConfig
+from moe_train.config.run import DataVerify, LaunchConfig, SearchConfig
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class EvaluateConfig:
         split: ``test`` or ``valid``.
         checkpoint: ``best``, ``last``, ``averaged`` or an update's number.
         data: the data folder, where it has moved since training (null: as the run has it).
+        data_verify: when its files are compared with their checksums, as in :class:`RunConfig`.
         directions: only these, e.g. ``[en-de]`` (empty: all that were trained and have sentences in the split).
         max_sentences: only the first so many of each direction (0: all).
         tokenizer: sacrebleu's, for BLEU in every language: ``auto`` (by the script of the target language),
@@ -52,6 +53,7 @@ class EvaluateConfig:
     split: Literal["test", "valid"] = "test"
     checkpoint: str | int = "best"
     data: str | None = None
+    data_verify: DataVerify = "once"
     directions: tuple[str, ...] = ()
     max_sentences: int = 0
     tokenizer: Literal["auto", "13a", "intl", "char", "flores101", "flores200"] = "auto"
@@ -79,7 +81,7 @@ class ExportConfig:
     """Write a trained model as one directory.
 
     Attributes:
-        run, checkpoint, data: as in :class:`EvaluateConfig`.
+        run, checkpoint, data, data_verify: as in :class:`EvaluateConfig`.
         out: the directory; it must not exist, or be empty.
         shard_mb: tensors go into files of at most this size, unless one alone is larger.
     """
@@ -88,6 +90,7 @@ class ExportConfig:
     out: str
     checkpoint: str | int = "best"
     data: str | None = None
+    data_verify: DataVerify = "once"
     shard_mb: float = 5000.0
 
     def __post_init__(self) -> None:
@@ -99,7 +102,7 @@ class TranslateConfig:
     """Translate standard input, line by line.
 
     Attributes:
-        run, checkpoint, data: as in :class:`EvaluateConfig`.
+        run, checkpoint, data, data_verify: as in :class:`EvaluateConfig`.
         source, target: language codes, such as ``en`` and ``de``.
         buffer: lines that are gathered, sorted by length and translated together, where they come fast enough.
         threads: CPU threads (0: all cores).
@@ -111,6 +114,7 @@ class TranslateConfig:
     target: str
     checkpoint: str | int = "best"
     data: str | None = None
+    data_verify: DataVerify = "once"
     buffer: int = 512
     threads: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -13,6 +13,9 @@ from moe_train.config.training import TrainingConfig
 from moe_train.errors import ConfigError
 from moe_train.plugins import import_plugin
 
+# When data files are compared with their checksums: at every start; where they have changed since; not at all.
+DataVerify = Literal["always", "once", "never"]
+
 _TASKS: dict[str, type[TaskConfig]] = {}
 
 
@@ -183,6 +186,7 @@ class RunConfig:
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     resume: Literal["auto", "never", "must", "missing"] = "auto"
     evaluate: Literal["test", "valid"] | None = None
+    data_verify: DataVerify = "once"
 
     def __post_init__(self) -> None:
         check.not_negative("seed", self.seed)

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from moe_train.config.run import DataVerify
 from moe_train.data.languages import offer_direction
-from moe_train.data.lines import read_lines, sha256
+from moe_train.data.lines import read_lines, reading, sha256
 from moe_train.data.manifest import FILE, Manifest
-from moe_train.data.pairs import SPLITS, Pair, Sides, parse_sides
+from moe_train.data.pairs import MASK, SPLITS, Pair, Sides, parse_sides, tag
 from moe_train.data.tokenizer import Tokenizer
+from moe_train.data.verification import file_digests
+from moe_train.data.vocabulary import dictionary_size, load_dictionary
 from moe_train.errors import DataError, did_you_mean
 
 if TYPE_CHECKING:
     from fairseq.data import Dictionary
+
+VOCABULARY = ("spm.model", "dict.txt")
+_TRAINING = re.compile(r"train\..*\.bin")
 
 
 @dataclass(frozen=True)
@@ -47,27 +54,44 @@ class DataFolder:
 
         Args:
             path: the folder.
-            verify: compare checksums too; otherwise sizes only, which takes no time.
+            verify: compare checksums too (:meth:`verify`); otherwise sizes only, which takes no time.
 
         Raises:
             DataError: missing or unfinished folder; a file that is missing, truncated or altered.
         """
         folder = cls(Path(path), Manifest.read(Path(path)))
         for name, expected in folder.manifest.files.items():
-            folder._check_file(name, expected, verify)
+            try:
+                size = (folder.path / name).stat().st_size
+            except OSError as error:
+                missing = isinstance(error, FileNotFoundError)
+                problem = "the file is missing" if missing else f"the file cannot be read ({error.strerror})"
+                raise folder._damaged(name, problem) from None
+            if size != expected["bytes"]:
+                raise folder._damaged(name, f"the file has {size} bytes instead of {expected['bytes']}")
+        if verify:
+            folder.verify("always")
         return folder
 
-    def _check_file(self, name: str, expected: Any, verify: bool) -> None:
-        path = self.path / name
-        problem = ""
-        if not path.is_file():
-            problem = "the file is missing"
-        elif path.stat().st_size != expected["bytes"]:
-            problem = f"the file has {path.stat().st_size} bytes instead of {expected['bytes']}"
-        elif verify and sha256(path) != expected["sha256"]:
-            problem = "the file's checksum is not the manifest's"
-        if problem:
-            raise DataError(problem, str(path), "the data folder is damaged: run moe-prepare again with overwrite=true")
+    def verify(self, how: DataVerify = "once", training: bool = True, share: tuple[int, int] = (0, 1)) -> None:
+        """Compares files with the checksums of the manifest (:mod:`moe_train.data.verification`).
+
+        Args:
+            training: the training sentences too, which only training reads, and which are most of the folder.
+            share: (n, of): every n-th file of so many, where several processes of a host divide the work.
+
+        Raises:
+            DataError: a file that is altered or cannot be read; it is named.
+        """
+        files = self.manifest.files
+        names = sorted(name for name in files if training or not _TRAINING.fullmatch(name))
+        for name, digest in file_digests(self.path, names[share[0] :: share[1]], how).items():
+            if digest != files[name]["sha256"]:
+                raise self._damaged(name, "the file's checksum is not the manifest's: it was altered")
+
+    def _damaged(self, name: str, problem: str) -> DataError:
+        remedy = "the data folder is damaged: restore it, or run moe-prepare again with overwrite=true"
+        return DataError(problem, str(self.path / name), remedy)
 
     @property
     def languages(self) -> tuple[str, ...]:
@@ -96,7 +120,16 @@ class DataFolder:
     @cached_property
     def fingerprint(self) -> str:
         """Checksum of the manifest: equal for equal data."""
-        return sha256(self.path / FILE)
+        with reading(self.path / FILE):
+            return sha256(self.path / FILE)
+
+    def vocabulary_digests(self) -> dict[str, str]:
+        """Checksums of ``spm.model`` and ``dict.txt`` as they are: equal for models that can exchange weights.
+
+        Raises:
+            DataError: one of them cannot be read.
+        """
+        return file_digests(self.path, VOCABULARY, "always")
 
     def dictionary(self) -> Dictionary:
         """The joint fairseq dictionary: pieces, a tag ``__xx__`` per language, ``<mask>``.
@@ -104,18 +137,34 @@ class DataFolder:
         The counts of pieces are their frequencies in the training text.
 
         Raises:
+            DataError: it is not the one that the manifest counts and names the languages of.
             MissingDependency: fairseq is not installed.
         """
-        from moe_train.data.vocabulary import load_dictionary
+        path = self.path / "dict.txt"
+        dictionary = load_dictionary(path)
+        self._check_entries(path, len(dictionary))
+        for symbol in (*map(tag, self.languages), MASK):
+            if symbol not in dictionary.indices:
+                raise self._damaged(path.name, f"the dictionary has no '{symbol}'")
+        return dictionary
 
-        return load_dictionary(self.path / "dict.txt")
+    def _check_entries(self, path: Path, found: int) -> None:
+        if found != self.manifest.vocabulary:
+            problem = f"it makes a vocabulary of {found} entries, and the manifest has {self.manifest.vocabulary}"
+            raise self._damaged(path.name, problem)
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:
-        return Tokenizer(self.path / "spm.model")
+        tokenizer = Tokenizer(self.path / "spm.model")
+        self._check_entries(tokenizer.path, dictionary_size(tokenizer, self.languages))
+        return tokenizer
 
     def tokenizer(self) -> Tokenizer:
-        """The joint SentencePiece model."""
+        """The joint SentencePiece model.
+
+        Raises:
+            DataError: it cannot be read, or has another number of pieces than the manifest counts.
+        """
         return self._tokenizer
 
     def pair_files(self, split: str, direction: str) -> PairFiles:
@@ -140,19 +189,25 @@ class DataFolder:
         """The untouched text of a held-out split: source lines and target lines, aligned with the binarised files.
 
         Raises:
-            DataError: the split has no such direction, or is ``train``, whose text is not kept.
+            DataError: the split has no such direction, or is ``train``, whose text is not kept; a file that cannot be
+                read, or has another number of lines than the manifest counts.
         """
         if split == "train":
             raise DataError(
                 "a data folder keeps no raw training text", str(self.path), "choose split=valid or split=test"
             )
-        prefix = f"{split}.{self._stored(split, direction)}"
-        source, target = (self._raw_lines(f"{prefix}.{side}") for side in direction.split("-"))
+        pair = self._stored(split, direction)
+        source, target = (self._raw(split, pair, side) for side in direction.split("-"))
         return source, target
 
-    def _raw_lines(self, name: str) -> list[str]:
-        # Folders of earlier versions may hold NUL characters in text that was given.
-        return list(read_lines(self.path / "raw" / name, nul=True))
+    def _raw(self, split: str, pair: str, side: str) -> list[str]:
+        name, wanted = f"raw/{split}.{pair}.{side}", self.manifest.counts[split][pair]
+        with reading(self.path / name):
+            # Folders of earlier versions may hold NUL characters in text that was given.
+            lines = list(read_lines(self.path / name, nul=True))
+        if len(lines) != wanted:
+            raise self._damaged(name, f"the file has {len(lines)} lines instead of {wanted}")
+        return lines
 
     def _stored(self, split: str, direction: str) -> str:
         if split not in SPLITS:

@@ -12,8 +12,9 @@ from functools import cached_property
 from pathlib import Path
 
 from moe_train.data.languages import is_english, one_code_each
-from moe_train.data.lines import read_lines, sha256
+from moe_train.data.lines import read_lines, reading, sha256
 from moe_train.data.pairs import SPLIT_WORDS, SPLITS, refuse_two_words
+from moe_train.data.verification import InputFiles
 from moe_train.errors import DataError, did_you_mean
 
 
@@ -76,12 +77,19 @@ class LabelledTexts:
                 uid += len(read[file])
         return cls(folder, classes, splits, [file for file in sorted(folder.iterdir()) if file not in read])
 
+    @property
+    def inputs(self) -> InputFiles:
+        """The files that were read."""
+        names = tuple(f"{split}.{name}.tsv" for split, files in self.splits.items() for name in files)
+        return InputFiles(self.path, names)
+
     @cached_property
     def fingerprint(self) -> str:
         """Of all files' contents."""
         digest = hashlib.sha256()
-        for file in sorted(self.path.glob("*.tsv")):
-            digest.update(f"{file.name} {sha256(file)}\n".encode())
+        with reading(self.path):
+            for file in sorted(self.path.glob("*.tsv")):
+                digest.update(f"{file.name} {sha256(file)}\n".encode())
         return digest.hexdigest()
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import IO
@@ -149,3 +150,17 @@ def sha256(path: Path) -> str:
     """Checksum of a file, in hexadecimal."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """What the system says against reading a file or folder inside becomes a message about the user's data.
+
+    Raises:
+        DataError: it is gone, or may not be read, or its disk fails.
+    """
+    try:
+        yield
+    except OSError as error:
+        what = f"it cannot be read ({error.strerror or error})"
+        raise DataError(what, str(error.filename or path), "restore the data, or say where it is: data=…") from error

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from moe_train.data.lines import sha256
+from moe_train.data.pairs import LANGUAGE, SPLITS, Pair, parse_sides
 from moe_train.errors import DataError
+from moe_train.utils.atomic_io import sync_folder, write_synced
 
 FILE = "manifest.json"
 FORMAT = 1
@@ -48,14 +51,15 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Writes the manifest; the same content always gives the same bytes."""
         text = json.dumps(asdict(self), indent=1, sort_keys=True, ensure_ascii=False)
-        (folder / FILE).write_text(text + "\n", encoding="utf-8")
+        write_synced(folder / FILE, text + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
         """Reads the manifest of a data folder.
 
         Raises:
-            DataError: no folder, no manifest, or not one of ours.
+            DataError: no folder, no manifest, or not one of ours: of another format, with values of other types than
+                it has, or without the checksum of a file that it speaks of.
         """
         path = folder / FILE
         if not folder.is_dir():
@@ -67,19 +71,67 @@ class Manifest:
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             version = values["format"]
-            if version != FORMAT:
-                raise DataError(
-                    f"the data folder has format {version}, this version reads {FORMAT}",
-                    str(folder),
-                    "run moe-prepare again",
-                )
-            values["languages"], values["directions"] = tuple(values["languages"]), tuple(values["directions"])
-            return cls(**values)
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise DataError(f"the manifest cannot be read ({error})", str(path), "run moe-prepare again") from error
+            if version == FORMAT:
+                values["languages"], values["directions"] = tuple(values["languages"]), tuple(values["directions"])
+                manifest = cls(**values)
+                problem = next(manifest._problems(), "")
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, DataError) as error:
+            version, problem = FORMAT, str(error)
+        if version != FORMAT:
+            what = f"the data folder has format {version}, this version reads {FORMAT}"
+            raise DataError(what, str(folder), "run moe-prepare again")
+        if problem:
+            raise DataError(f"the manifest cannot be read ({problem})", str(path), "run moe-prepare again")
+        return manifest
+
+    def _problems(self) -> Iterator[str]:
+        """What is not as :meth:`write` writes it."""
+        for key in fields(self):
+            wanted = {"languages": tuple, "directions": tuple, "vocabulary": int, "corpus": str, "format": int}
+            if not isinstance(getattr(self, key.name), wanted.get(key.name, Mapping)):  # type: ignore[arg-type]
+                yield f"'{key.name}' is a {type(getattr(self, key.name)).__name__}"
+        for language in self.languages:
+            if not LANGUAGE.fullmatch(language):
+                yield f"{language!r} is no language code"
+        if sorted(set(self.languages)) != list(self.languages):
+            yield "'languages' are not sorted"
+        for direction in self.directions:
+            if not {*Pair.parse(direction)} <= {*self.languages}:
+                yield f"the direction {direction!r} has a language that is not listed"
+        for split, texts in self.counts.items():
+            for name, count in texts.items():
+                if split not in SPLITS or type(count) is not int or count < 0:
+                    yield f"there are {count!r} sentences of {name!r} in {split!r}"
+                elif not {*parse_sides(name)} <= {*self.languages}:
+                    yield f"the text {name!r} has a language that is not listed"
+        for name, entry in self.files.items():
+            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+                yield f"the file {name!r} is not inside the folder"
+            if type(entry["bytes"]) is not int or not isinstance(entry["sha256"], str):
+                yield f"the size or checksum of {name!r} is none"
+        for name in self._needed():
+            if name not in self.files:
+                yield f"it has no checksum of {name!r}"
+
+    def _needed(self) -> Iterator[str]:
+        """The files that the folder is read by."""
+        yield from ("spm.model", "dict.txt")
+        for split, texts in self.counts.items():
+            for sides in map(parse_sides, texts):
+                for file in (f"{split}.{sides.file(language)}" for language in sides):
+                    yield from (f"{file}.bin", f"{file}.idx")
+                    if split != "train":
+                        yield f"raw/{file}"
 
 
 def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Checksum and size of every file below a folder, apart from the manifest itself."""
+    """Checksum and size of every file below a folder, apart from the manifest itself; all of it is on the disk then."""
     paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != FILE)
-    return {p.relative_to(folder).as_posix(): {"sha256": sha256(p), "bytes": p.stat().st_size} for p in paths}
+    files = {}
+    for path in paths:
+        with path.open("rb") as stream:
+            os.fsync(stream.fileno())
+        files[path.relative_to(folder).as_posix()] = {"sha256": sha256(path), "bytes": path.stat().st_size}
+    for parent in {path.parent for path in paths} | {folder}:
+        sync_folder(parent)
+    return files

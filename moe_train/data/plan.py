@@ -118,7 +118,9 @@ def _directions(wanted: Sequence[str], sides: set[Sides]) -> list[str]:
 
 
 def _languages_of_reused(reuse: str, languages: Sequence[str]) -> list[str]:
-    known = DataFolder.open(reuse).languages
+    folder = DataFolder.open(reuse)
+    folder.verify(training=False)
+    known = folder.languages
     for language in languages:
         if language not in known:
             raise DataError(
@@ -162,6 +164,7 @@ def finished(out: Path, plan: Plan, overwrite: bool) -> bool:
         raise DataError("the place is taken by something that is no data folder", str(out), "choose another out=…")
     try:
         folder = DataFolder.open(out)
+        folder.verify()
     except DataError:
         if overwrite:
             return False

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import sentencepiece
 
 from moe_train.config.corpus import VocabularyConfig
+from moe_train.data.lines import reading
 from moe_train.data.normalisation import rules
 from moe_train.data.pairs import MASK, tag
 from moe_train.data.tokenizer import Tokenizer
@@ -135,9 +136,16 @@ def load_dictionary(path: Path) -> Dictionary:
     """Reads a ``dict.txt`` with fairseq.
 
     Raises:
+        DataError: it cannot be read, or is no dictionary.
         MissingDependency: fairseq is not installed.
     """
     apply()
     from fairseq.data import Dictionary
 
-    return Dictionary.load(str(path))
+    dictionary = Dictionary()
+    try:
+        with reading(path), path.open(encoding="utf-8") as stream:
+            dictionary.add_from_file(stream)
+    except (ValueError, RuntimeError) as error:  # not UTF-8, a line without a count, a symbol twice
+        raise DataError(f"this is no dictionary ({error})", str(path), "run moe-prepare again") from error
+    return dictionary

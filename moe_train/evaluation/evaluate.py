@@ -63,7 +63,7 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> Results:
     require_tokenizer(config.tokenizer)
     find_metrics(config.metrics)
     world = World.current()
-    run = open_run(config.run, config.checkpoint, config.data, config.inference, world)
+    run = open_run(config.run, config.checkpoint, config.data, config.inference, world, config.data_verify)
     chosen = choose_directions(run, config.split, config.directions)
     everything = chosen == default_directions(run, config.split)
     part = part_name([] if everything else chosen, config.max_sentences)
@@ -135,6 +135,8 @@ def _replaces(results: Results, path: Path) -> bool:
 def choose_directions(run: OpenedRun, split: str, wanted: Sequence[str]) -> list[str]:
     """The directions to evaluate, sorted: those wanted, else :func:`default_directions`.
 
+    A direction for which there was no training text is no trained one, whatever held-out text there is for it.
+
     Raises:
         DataError: a direction that the split does not have, or a split that has none.
     """
@@ -190,7 +192,9 @@ def _results(
         scorer = Scorer(entry.direction.split("-")[1], config.tokenizer)
         texts = [t.text for t in lines]
         measured, failed = _measured(config, entry, texts)
-        directions[entry.direction] = replace(_score(scorer, entry, texts, config.seed), metrics=measured)
+        directions[entry.direction] = replace(
+            _score(scorer, entry, texts, config.seed, entry.direction not in run.trained), metrics=measured
+        )
         notes += failed
         signatures["bleu"][scorer.tokenization.name] = scorer.bleu_signature
         signatures["chrf"] = scorer.chrf_signature
@@ -207,7 +211,7 @@ def _results(
     )
 
 
-def _score(scorer: Scorer, entry: Held, hypotheses: list[str], seed: int) -> DirectionResult:
+def _score(scorer: Scorer, entry: Held, hypotheses: list[str], seed: int, zero_shot: bool) -> DirectionResult:
     shuffled = displaced(hypotheses, f"{seed}/{entry.direction}")
     return DirectionResult(
         scores=scorer.score(hypotheses, entry.references),
@@ -219,6 +223,7 @@ def _score(scorer: Scorer, entry: Held, hypotheses: list[str], seed: int) -> Dir
         words=_words(hypotheses),
         reference_words=_words(entry.references),
         tokenizer=scorer.tokenization.name,
+        zero_shot=zero_shot,
     )
 
 
@@ -255,7 +260,7 @@ def _notes(run: OpenedRun, scorer: Scorer, entry: Held) -> list[str]:
     blank = len(entry.sources) - sum(len(lines) for lines in entry.encoded.lines)
     if blank:
         notes.append(f"{entry.direction}: {blank} blank sources were left blank")
-    if entry.direction not in run.task.directions:
+    if entry.direction not in run.trained:
         notes.append(f"{entry.direction}: not trained in this run (zero-shot)")
     return notes
 

@@ -29,11 +29,13 @@ from moe_train.data.folder import DataFolder
 from moe_train.data.manifest import describe_files
 from moe_train.errors import ConfigError
 from moe_train.evaluation.export_readme import readme
-from moe_train.evaluation.loading import DATA, LoadedRun, open_run
+from moe_train.evaluation.loading import LoadedRun, open_run
 from moe_train.training import integrity
 from moe_train.training.checkpoints import STATE, read_state
 from moe_train.training.names import model_tensors
+from moe_train.training.run_data import RunData
 from moe_train.training.run_folder import CONFIG
+from moe_train.training.run_folder import EXPORTED_DATA as DATA
 from moe_train.utils.replace_folder import replacing_folder
 
 INDEX = "model.safetensors.index.json"
@@ -49,7 +51,7 @@ def export_run(config: ExportConfig) -> Path:
     """
     out = Path(config.out)
     _check_free(out)
-    run = open_run(config.run, config.checkpoint, config.data).load()
+    run = open_run(config.run, config.checkpoint, config.data, verify=config.data_verify).load()
     try:
         with replacing_folder(out) as replacement:
             _check_free(out)
@@ -133,5 +135,6 @@ def _described(run: LoadedRun, data: str) -> dict[str, Any]:
         "update": state.get("update"),
         "moe_train": moe_train.__version__,
     }
+    about_data = RunData(RunData.of_task(run.task).vocabulary, run.trained).to_json()
     outside = {"user_dir": run.folder.user_dir} if run.folder.user_dir else {}
-    return {"format": 1, "config": to_mapping(config), "exported": exported, **outside}
+    return {"format": 1, "config": to_mapping(config), "exported": exported, **about_data, **outside}

@@ -12,16 +12,18 @@ import torch
 
 from moe_train.config import RunConfig
 from moe_train.config.evaluation import Inference
+from moe_train.config.run import DataVerify
 from moe_train.errors import CheckpointError, DataError, LaunchError, located
 from moe_train.parallel.layout import ExpertLayout
 from moe_train.routing.after_training import changed, check_draw_seed, evaluation_values
 from moe_train.tasks import build_task, open_data
 from moe_train.training.checkpoints import CheckpointStore, check_model, load_model
+from moe_train.training.run_data import RunData, check_input_files, note_changed_folder, verify_data
 from moe_train.training.run_folder import CONFIG, RunFolder
+from moe_train.training.run_folder import EXPORTED_DATA as DATA
 from moe_train.training.tensor_files import shapes
 from moe_train.training.world import World
 
-DATA = "data"  # the folder of dictionaries in an export
 VARIANTS = "variants"  # results of a run that routes otherwise than it was told to
 
 
@@ -34,6 +36,7 @@ class OpenedRun:
         config: as the run was trained, with the data folder's present place and the routing keys changed since.
         checkpoint: the verified checkpoint's folder.
         inference: how it routes: every key that may change after training, and the seed of draws.
+        trained: the directions or languages that it was trained on; all of the task's where that cannot be told.
     """
 
     folder: RunFolder
@@ -42,6 +45,7 @@ class OpenedRun:
     task: Any
     checkpoint: Path
     inference: Inference
+    trained: tuple[str, ...]
 
     @property
     def variant(self) -> str:
@@ -88,21 +92,23 @@ def open_run(
     data: Path | str | None = None,
     inference: Inference | None = None,
     world: World | None = None,
+    verify: DataVerify = "once",
 ) -> OpenedRun:
     """Opens a run without loading its weights.
 
     Args:
         path: the run folder, or what moe-export made of one (which has one checkpoint, whatever is asked for).
         checkpoint: ``best``, ``last``, ``averaged``, or an update's number; or the folder of a checkpoint that has been
-            verified before, by the process that hands out the work.
+            verified before, with the data, by the process that hands out the work.
         data: the data folder, where it has moved.
         inference: how it routes, where not as the run has it.
         world: ranks that all open it and share the reading of checksums; None: this process alone.
+        verify: whether files of the data are compared with their checksums; sentences that only training reads are not.
 
     Raises:
         ConfigError: no run folder, a routing key that cannot change after training, or a seed of draws where none are.
         CheckpointError: no such checkpoint, or a damaged one.
-        DataError: the data folder is missing or damaged.
+        DataError: the data folder is missing or damaged, or its vocabulary is not the run's.
     """
     folder = RunFolder.open(path)
     config, handed_out = folder.config, isinstance(checkpoint, Path)
@@ -127,7 +133,18 @@ def open_run(
     if not handed_out:
         _check_size(config, opened, checkpoint, folder)
     task = build_task(config, opened)
-    return OpenedRun(folder, config, opened, task, checkpoint, _inference(config, inference.draw_seed))
+    trained: tuple[str, ...] | None = None
+    if not handed_out:
+        main = world is None or world.main
+        verify_data(opened, task, verify, world, training=False)
+        known = RunData.of_run(folder, (opened, task), keep=main)
+        known.check_vocabulary(task, folder.path)
+        if data is None:
+            check_input_files(folder, opened, verify, keep=False)
+            note_changed_folder(folder, opened, main)
+        trained = known.trained
+    trained = trained or tuple(getattr(task, "directions", ()))
+    return OpenedRun(folder, config, opened, task, checkpoint, _inference(config, inference.draw_seed), trained)
 
 
 def _check_size(config: RunConfig, data: Any, checkpoint: Path, folder: RunFolder) -> None:
@@ -165,9 +182,10 @@ def load_run(
     data: Path | str | None = None,
     device: torch.device | str = "cpu",
     inference: Inference | None = None,
+    verify: DataVerify = "once",
 ) -> LoadedRun:
     """Opens a run and loads its weights; arguments and errors as :func:`open_run` and :meth:`OpenedRun.load`."""
-    return open_run(path, checkpoint, data, inference).load(device)
+    return open_run(path, checkpoint, data, inference, verify=verify).load(device)
 
 
 def choose_device(wanted: str, index: int = 0) -> torch.device:

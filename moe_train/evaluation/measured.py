@@ -36,14 +36,15 @@ def measure(config: EvaluateConfig) -> dict[str, Any]:
     Returns:
         The file's content: ``sets`` (name → measures), ``summary`` (what the task makes of them), ``routing`` (name →
         load of each expert, drops and entropy by layer; with strata, the shares of tokens by the passes they asked for,
-        with slots the largest weights), ``items``, ``seconds``.
+        with slots the largest weights), ``items``, ``seconds``, ``zero_shot`` (sets that were not trained on, which
+        ``average`` leaves out).
 
     Raises:
         ConfigError, DataError, CheckpointError: as :func:`load_run`; a split that is not there, or results that cannot
             be written.
     """
     device = choose_device(config.launch.device)
-    run = load_run(config.run, config.checkpoint, config.data, device, config.inference)
+    run = load_run(config.run, config.checkpoint, config.data, device, config.inference, config.data_verify)
     folder, note = writable_folder(run.folder.path, run.variant, config.out)
     files = ResultFiles(folder, config.split, part_name(max_sentences=config.max_sentences))
     sets = run.task.evaluation_sets(config.split, config.max_sentences)
@@ -52,6 +53,7 @@ def measure(config: EvaluateConfig) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     measures = getattr(run.task, "measures", per_token)
     found = {name: measures(entry.scalars()) for name, entry in sums.items()}
+    zero_shot = [name for name in found if run.trained and name not in run.trained]
     items = sum(entry["sentences"] for entry in found.values())
     settings = {
         **asdict(config),
@@ -65,7 +67,8 @@ def measure(config: EvaluateConfig) -> dict[str, Any]:
         "split": config.split,
         "checkpoint": run.checkpoint.name,
         "sets": found,
-        "average": _average(found),
+        "average": _average({name: entry for name, entry in found.items() if name not in zero_shot} or found),
+        "zero_shot": zero_shot,
         "summary": summary,
         "routing": {name: describe_routed(entry) for name, entry in sums.items()},
         "items": items,
@@ -120,7 +123,8 @@ def show_measures(content: Mapping[str, Any], console: Console) -> None:
     for column in ("set", "items", *names):
         table.add_column(column, justify="left" if column == "set" else "right")
     for name, entry in content["sets"].items():
-        table.add_row(name, f"{entry['sentences']:,}", *(f"{entry[n]:.4f}" for n in names))
+        shown = f"{name} (zero-shot)" if name in content["zero_shot"] else name
+        table.add_row(shown, f"{entry['sentences']:,}", *(f"{entry[n]:.4f}" for n in names))
     table.add_row("average", f"{content['items']:,}", *(f"{content['average'][n]:.4f}" for n in names), style="bold")
     console.print(table)
     console.print(f"{content['items_per_second']:,.1f} items a second on {content['device']}")

@@ -14,7 +14,7 @@ Metric = Callable[[Sequence[str], Sequence[str], str], float]
 M = TypeVar("M", bound=Metric)
 BUILT_IN = ("bleu", "chrf")  # always computed (moe_train.evaluation.scoring)
 # What stands beside scores in test.json, under names that a metric cannot have.
-TAKEN = (*BUILT_IN, "copy", "shuffled", "sentences", "words", "reference_words", "tokenizer", "directions")
+TAKEN = (*BUILT_IN, "copy", "shuffled", "sentences", "words", "reference_words", "tokenizer", "zero_shot", "directions")
 
 _METRICS: dict[str, Metric] = {}
 

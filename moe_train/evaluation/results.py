@@ -29,6 +29,7 @@ class DirectionResult:
         words, reference_words: white-space separated words of hypotheses and references.
         tokenizer: sacrebleu's, for BLEU.
         metrics: scores of further metrics (:mod:`moe_train.evaluation.metrics`).
+        zero_shot: the direction was not trained.
     """
 
     scores: Scores
@@ -38,12 +39,14 @@ class DirectionResult:
     reference_words: int
     tokenizer: str
     metrics: Mapping[str, float] = field(default_factory=dict)
+    zero_shot: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """``{"bleu", "chrf", "copy": {…}, "shuffled": {…}, …}``, further metrics under their names."""
         rest = {name: getattr(self, name) for name in ("sentences", "words", "reference_words", "tokenizer")}
         baselines = {name: asdict(scores) for name, scores in self.baselines.items()}
-        return {**self.metrics, **asdict(self.scores), **baselines, **rest}
+        zero_shot = {"zero_shot": True} if self.zero_shot else {}
+        return {**self.metrics, **asdict(self.scores), **baselines, **rest, **zero_shot}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> DirectionResult:
@@ -56,6 +59,7 @@ class DirectionResult:
             int(content["reference_words"]),
             str(content["tokenizer"]),
             {name: score for name in content if name not in TAKEN and (score := finite(content[name])) is not None},
+            bool(content.get("zero_shot", False)),
         )
 
 
@@ -111,8 +115,13 @@ class Results:
 
     @property
     def groups(self) -> dict[str, list[str]]:
-        """Directions by group: all, from English, into English, tiers."""
-        return groups(list(self.directions), self.tiers)
+        """Directions by group: all, from English, into English, tiers; zero-shot ones apart where there are both."""
+        zero_shot = [name for name, result in self.directions.items() if result.zero_shot]
+        found = groups(list(self.directions), self.tiers)
+        if zero_shot and len(zero_shot) < len(self.directions):
+            found["trained"] = [name for name in self.directions if name not in zero_shot]
+            found["zero-shot"] = zero_shot
+        return found
 
     def replaces(self, earlier: Results) -> bool:
         """Whether these say all that the earlier ones say: the same settings, no fewer directions and metrics."""

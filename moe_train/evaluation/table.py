@@ -41,7 +41,8 @@ def score_table(results: Results) -> Table:
         scores = [result.scores, *(result.baselines[name] for name in BASELINES)]
         tier = tier_of(direction, results.tiers)
         further = [_further(result.metrics, name) for name in results.metrics]
-        table.add_row(direction, tier, f"{result.sentences:,}", *_cells(scores), *further)
+        name = f"{direction} (zero-shot)" if result.zero_shot else direction
+        table.add_row(name, tier, f"{result.sentences:,}", *_cells(scores), *further)
     table.add_section()
     for group, members in results.groups.items():
         scores = [results.average(members), *(results.average(members, name) for name in BASELINES)]

@@ -38,10 +38,10 @@ def translate_input(config: TranslateConfig) -> None:
     console = Screen(stderr=True, highlight=False)
     if config.threads:
         torch.set_num_threads(config.threads)
-    run = open_run(config.run, config.checkpoint, config.data, config.inference)
+    run = open_run(config.run, config.checkpoint, config.data, config.inference, verify=config.data_verify)
     source, target = config.source, config.target
     check_languages(source, target, run.data.languages)
-    if f"{source}-{target}" not in run.task.directions:
+    if f"{source}-{target}" not in run.trained:
         console.print(f"note: {source}-{target} was not trained in this run (zero-shot)")
     device = choose_device(config.device)
     translator = Translator(run.task, run.load(device).model, config.search, device)

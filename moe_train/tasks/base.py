@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from moe_train.data.batching import Indices, WorldBatches
+from moe_train.data.folder import DataFolder
 
 # A batch in fairseq's form: "id" [B], "nsentences", "ntokens", "target" [B, T] and "net_input", which holds
 # "src_tokens" [B, S], "src_lengths" [B], "prev_output_tokens" [B, T], "sentence_uid", "src_lang" and "tgt_lang" [B].
@@ -16,6 +17,17 @@ Sample = dict[str, Any]
 
 class TrainingTask(Protocol):
     """A task as the loop sees it: batches of the world, samples of a rank, a model and a criterion."""
+
+    @property
+    def vocabulary(self) -> DataFolder | None:
+        """The data folder whose pieces the model reads and writes; None for a model of something else."""
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """Directions or languages that are trained on, by the names of evaluation's sets.
+
+        Others are zero-shot, and left out where sets are averaged. Empty: all sets count alike.
+        """
 
     def check_data(self) -> None:
         """Raises DataError where there is nothing to train on or to validate with."""

@@ -80,6 +80,11 @@ class ClassificationTask:
         """
         return DataFolder.open(self.keys.vocabulary or _data_of_run(self.config.training.init_from))
 
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """Empty: languages that are not trained in are measured and averaged alike; ``summary`` tells them apart."""
+        return ()
+
     @cached_property
     def dictionary(self) -> Dictionary:
         """The joint dictionary."""

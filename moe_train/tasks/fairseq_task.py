@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from moe_train.config import ModelConfig, RunConfig, TaskConfig
@@ -36,7 +37,10 @@ class FairseqTranslationTask(TranslationTask):
     """The same task, configured by flags and asked in fairseq's way."""
 
     def __init__(self, cfg: Any) -> None:
-        super().__init__(RunConfig(data=cfg.data, seed=cfg.seed, task=_task_config(cfg)), DataFolder.open(cfg.data))
+        folder = DataFolder.open(cfg.data)
+        if not dist.is_initialized() or dist.get_rank() == 0:  # one of fairseq's ranks reads it for all
+            folder.verify()
+        super().__init__(RunConfig(data=cfg.data, seed=cfg.seed, task=_task_config(cfg)), folder)
         self.cfg = cfg
 
     def build_model(self, cfg: Any, from_checkpoint: bool = False) -> nn.Module:  # type: ignore[override]

@@ -46,6 +46,15 @@ class ImageTask:
         return routing_config(self.config.routing)
 
     @property
+    def vocabulary(self) -> None:
+        """None: a model of images."""
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """Empty: there is one set."""
+        return ()
+
+    @property
     def shape(self) -> ImageShape:
         """Of every image."""
         data = self.data

@@ -22,7 +22,7 @@ from moe_train.routing import RoutingConfig, routing_config
 from moe_train.tasks.base import Sample
 from moe_train.tasks.criterion import MoELabelSmoothedCrossEntropy
 from moe_train.tasks.masking import Masking
-from moe_train.tasks.monolingual_text import MonolingualText, open_text
+from moe_train.tasks.monolingual_text import MonolingualText, languages_read, open_text
 from moe_train.tasks.registry import register_task
 
 if TYPE_CHECKING:
@@ -51,6 +51,16 @@ class LanguageModelTask:
             )
         self._splits: dict[str, MonolingualText] = {}
 
+    @property
+    def vocabulary(self) -> DataFolder:
+        """The data folder whose pieces the model reads and predicts."""
+        return self.folder
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """The languages of the training text; others may have held-out text only."""
+        return languages_read(self.folder, "train", self.keys)
+
     @cached_property
     def dictionary(self) -> Dictionary:
         """The joint dictionary."""
@@ -76,9 +86,8 @@ class LanguageModelTask:
     def split(self, name: str) -> MonolingualText:
         """The text of ``train``, ``valid`` or ``test``, opened once."""
         if name not in self._splits:
-            bos, pad = self.dictionary.bos(), self.dictionary.pad()
             block = self._batching.longest if self.keys.pack else None
-            self._splits[name] = open_text(self.folder, name, self.keys, bos, pad, block)
+            self._splits[name] = open_text(self.folder, name, self.keys, self.dictionary, block)
         return self._splits[name]
 
     def check_data(self) -> None:

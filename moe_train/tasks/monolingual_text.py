@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,6 +15,9 @@ from moe_train.data.pairs import Sides, Single
 from moe_train.errors import DataError, did_you_mean
 from moe_train.tasks.packing import PackedFile
 from moe_train.tasks.storage import Indices, SentenceFile
+
+if TYPE_CHECKING:
+    from fairseq.data import Dictionary
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,7 @@ class MonolingualText:
 
 
 def open_text(
-    folder: DataFolder, split: str, keys: LanguageModelConfig, bos: int, pad: int, block: int | None = None
+    folder: DataFolder, split: str, keys: LanguageModelConfig, dictionary: Dictionary, block: int | None = None
 ) -> MonolingualText:
     """Opens a split; pairs of the translation LM are streams of their own, in ``train`` only.
 
@@ -115,7 +119,11 @@ def open_text(
     uid = 0
     for sides in folder.texts(split):
         numbers = tuple(folder.languages.index(side) for side in sides)
-        files = {side: SentenceFile(folder.prefix(split, sides, side)) for side in sides}
+        files = {side: SentenceFile(folder.prefix(split, sides, side), len(dictionary)) for side in sides}
+        counts = {len(file) for file in files.values()}
+        if counts != {folder.manifest.counts[split][sides.name]}:
+            what = f"{sorted(counts)} sentences in {split}.{sides.name}, of which the manifest has another number"
+            raise DataError(what, str(folder.path), "run moe-prepare again")
         for offset, side in enumerate(sides):
             if side in by_language and _is_read(folder, sides, side, keys.sides):
                 text = files[side] if block is None else PackedFile(files[side], max(1, block - 1))
@@ -132,7 +140,14 @@ def open_text(
             str(folder.path),
             remedy,
         )
-    return MonolingualText([*streams, *pairs], bos, pad)
+    return MonolingualText([*streams, *pairs], dictionary.bos(), dictionary.pad())
+
+
+def languages_read(folder: DataFolder, split: str, keys: LanguageModelConfig) -> tuple[str, ...]:
+    """The languages that :func:`open_text` finds text of in a split, sorted."""
+    wanted = keys.languages or folder.languages
+    sides = [(sides, side) for sides in folder.texts(split) for side in sides if side in wanted]
+    return tuple(sorted({side for both, side in sides if _is_read(folder, both, side, keys.sides)}))
 
 
 def _is_read(folder: DataFolder, sides: Sides, side: str, wanted: str) -> bool:

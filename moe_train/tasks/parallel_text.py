@@ -159,7 +159,7 @@ def open_split(
 
     def opened(prefix: Path) -> SentenceFile:
         if prefix.name not in files:
-            files[prefix.name] = SentenceFile(prefix)
+            files[prefix.name] = SentenceFile(prefix, len(dictionary))
         return files[prefix.name]
 
     directions, uid = [], 0
@@ -167,9 +167,10 @@ def open_split(
         pair = folder.pair_files(split, name)
         if name in chosen:
             source, target = opened(pair.source), opened(pair.target)
-            if len(source) != len(target):
+            if not len(source) == len(target) == pair.sentences:
                 raise DataError(
-                    f"{len(source)} source and {len(target)} target sentences in {split}.{pair.pair}",
+                    f"{len(source)} source and {len(target)} target sentences in {split}.{pair.pair}, of which the "
+                    f"manifest has {pair.sentences}",
                     str(folder.path),
                     "run moe-prepare again",
                 )

@@ -18,7 +18,7 @@ from moe_train.data.cutting import cut_by_length
 from moe_train.data.folder import DataFolder
 from moe_train.data.languages import offer_direction
 from moe_train.data.pairs import tag
-from moe_train.errors import DataError
+from moe_train.errors import DataError, note
 from moe_train.fairseq_compat import apply
 from moe_train.models import build_model
 from moe_train.routing import RoutingConfig, routing_config
@@ -64,6 +64,16 @@ class TranslationTask(FairseqTask):  # type: ignore[misc]
                 raise DataError(f"the data folder has no direction '{name}'", str(folder.path), remedy)
         self._splits: dict[str, ParallelText] = {}
 
+    @property
+    def vocabulary(self) -> DataFolder:
+        """The data folder whose pieces the model reads and writes."""
+        return self.folder
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """The chosen directions that have training text; others may have held-out text only (zero-shot)."""
+        return tuple(name for name in self.directions if self.folder.has("train", name))
+
     @cached_property
     def dictionary(self) -> Dictionary:
         """The joint dictionary."""
@@ -100,6 +110,8 @@ class TranslationTask(FairseqTask):  # type: ignore[misc]
         Raises:
             DataError: there is none.
         """
+        if untrained := [name for name in self.config.task.directions if name not in self.trained]:
+            note(f"no training text for {', '.join(untrained)}: task.directions names it, and it is not trained")
         for split in ("train", "valid"):
             if not any(self.folder.has(split, direction) for direction in self.directions):
                 raise DataError(

@@ -37,6 +37,7 @@ def describe_run(
     update: int,
     account: Account | None = None,
     plan: LayoutPlan | None = None,
+    data: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes run.json; earlier sessions stay listed under ``sessions``.
 
@@ -44,6 +45,7 @@ def describe_run(
         update: where this session begins.
         account: closed forms of the model's size and cost (:mod:`moe_train.models.accounting`).
         plan: which rank holds which experts; None: each holds all.
+        data: what is to be known of the data (:class:`moe_train.training.run_data.RunData`).
     """
     plan = plan or LayoutPlan(world.size, 1, world.local_size)
     session = {
@@ -64,7 +66,9 @@ def describe_run(
     }
     sessions = [*folder.info.get("sessions", []), session]
     size = sizes(module, account)
-    folder.describe(status="running", update=update, **session, sessions=sessions, **size, seed=config.seed)
+    folder.describe(
+        status="running", update=update, **session, sessions=sessions, **size, seed=config.seed, **(data or {})
+    )
 
 
 def sizes(module: nn.Module, account: Account | None) -> dict[str, Any]:

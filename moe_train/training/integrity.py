@@ -6,13 +6,24 @@ import hashlib
 import json
 import os
 import tempfile
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from moe_train.errors import CheckpointError, DataError
 from moe_train.training.json_files import file_digests, read_object
+from moe_train.utils.atomic_io import replace_text, sync_folder, write_synced
+
+__all__ = [
+    "MANIFEST",
+    "check_files",
+    "digest",
+    "read_manifest",
+    "replace_text",
+    "sync_folder",
+    "write_manifest",
+    "write_synced",
+]
 
 MANIFEST = "manifest.json"
 _DESCRIPTIONS = ("config.json", "state.json", "data/manifest.json")  # read beside the weights where they are there
@@ -24,28 +35,6 @@ def digest(path: Path) -> dict[str, Any]:
         return {"sha256": hashlib.file_digest(stream, "sha256").hexdigest(), "bytes": path.stat().st_size}
 
 
-def write_synced(path: Path, text: str) -> None:
-    """Writes a text file and waits until it is on the disk. Bytes of file names that are no text become escapes."""
-    with path.open("w", encoding="utf-8", errors="backslashreplace") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Writes a text file so that readers see the old one or the new one, never a part.
-
-    Several processes may write it at once: the last one's text stays.
-    """
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.partial")
-    try:
-        write_synced(partial, text)
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
 def why_not_writable(folder: Path) -> str:
     """Why nothing can be written into a folder, which is made where it is missing; "" where it can."""
     try:
@@ -54,15 +43,6 @@ def why_not_writable(folder: Path) -> str:
             return ""
     except OSError as error:
         return error.strerror or str(error)
-
-
-def sync_folder(folder: Path) -> None:
-    """Waits until a folder's entries (created or renamed files) are on the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def write_manifest(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:

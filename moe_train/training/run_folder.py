@@ -27,11 +27,13 @@ from moe_train.training.recorded_config import note_ignored_keys, recorded_confi
 
 CONFIG, INFO, TRAIN, VALID = "config.json", "run.json", "train.jsonl", "valid.jsonl"
 ALIVE = ".alive"  # its age says whether a process trains here, to other hosts too (moe_train.training.heartbeat)
+DATA_FILES = "data.json"  # checksums of input files that no manifest lists (moe_train.training.run_data)
+EXPORTED_DATA = "data"  # the folder of dictionaries inside an export, and what its config has for the data folder
 FAILURE = "failure.json"  # why the last session ended, where it failed; older than run.json: a session before that
 LOG = logging.getLogger("moe_train")
 _INFO_KINDS: Mapping[str, type] = {"status": str, "update": int, "sessions": list}
 # Keys that may differ between the sessions of one run: they change where it runs, how long, and what it keeps.
-FREE = ("launch", "layout", "engine", "resume", "search", "data", "evaluate")
+FREE = ("launch", "layout", "engine", "resume", "search", "data", "data_verify", "evaluate")
 FREE_TRAINING = ("max_updates", "threads", "checkpoint", "schedule.extend", "loggers")
 
 
@@ -53,7 +55,7 @@ class RunFolder:
             raise ConfigError(
                 f"this is no run folder: {CONFIG} is missing", str(path), "name the folder of a moe-train run"
             )
-        note_ignored_keys(folder._config_file()["config"], folder.path / CONFIG)
+        note_ignored_keys(folder.content["config"], folder.path / CONFIG)
         if folder.note_on_user_dir and multiprocessing.parent_process() is None:
             _say_once(folder.note_on_user_dir)
         return folder
@@ -61,7 +63,7 @@ class RunFolder:
     @property
     def user_dir(self) -> str | None:
         """The ``user_dir`` that the last session had, for the reader to know: nothing is ever imported from there."""
-        found = self._config_file()["user_dir"]
+        found = self.content.get("user_dir")
         return found if isinstance(found, str) and found else None
 
     @property
@@ -111,7 +113,7 @@ class RunFolder:
         Raises:
             ConfigError: it is damaged.
         """
-        content = self._config_file()["config"]
+        content = self.content["config"]
         try:
             return recorded_config(content)
         except (ConfigError, OverflowError) as error:  # its remedy, if any, is about the command line
@@ -146,7 +148,13 @@ class RunFolder:
             return None
         return written.st_ino, written.st_mtime_ns
 
-    def _config_file(self) -> dict[str, Any]:
+    @property
+    def content(self) -> dict[str, Any]:
+        """``config.json``: ``config``, ``data_fingerprint``, and in an export what is said of its data.
+
+        Raises:
+            ConfigError: it cannot be read.
+        """
         path = self.path / CONFIG
         try:
             content = read_object(path) or {}
@@ -154,8 +162,7 @@ class RunFolder:
             raise ConfigError(f"the run's config cannot be read: {error.what}", str(path)) from error
         if not isinstance(content.get("config"), dict):
             raise ConfigError("the run's config cannot be read: there is no 'config' in it", str(path))
-        optional = {"data_fingerprint": content.get("data_fingerprint", ""), "user_dir": content.get("user_dir")}
-        return {"config": content["config"], **optional}
+        return {"data_fingerprint": "", **content}
 
     # -- beginning -------------------------------------------------------------------------------------------------
 
@@ -198,7 +205,7 @@ class RunFolder:
         return config.evaluate is not None and not (self.path / f"{config.evaluate}.json").is_file()
 
     def _check_same(self, config: RunConfig, data_fingerprint: str) -> None:
-        before = self._config_file()
+        before = self.content
         note_ignored_keys(before["config"], self.path / CONFIG)
         different = differing_keys(with_defaults(recorded_config(before["config"])), with_defaults(config))
         if different:

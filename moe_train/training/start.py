@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from rich.console import Console
@@ -52,6 +53,7 @@ def train(
     validate_bleu: ValidateBleu | None = None,
     account: Account | None = None,
     console: Console | None = None,
+    data: Mapping[str, Any] | None = None,
 ) -> Outcome:
     """Trains, or goes on training, in ``folder``. Every rank calls it.
 
@@ -63,6 +65,7 @@ def train(
             now and then, on every rank alike: that raises :class:`AskedToStop`.
         account: what run.json says of the model's size and cost.
         console: rank 0's screen; None: silence.
+        data: what run.json says of the data (:class:`moe_train.training.run_data.RunData`).
 
     Raises:
         TrainingError: too many updates without a finite gradient, or a full disk.
@@ -70,7 +73,7 @@ def train(
     """
     world = world or World.current()
     world.pulse.run = folder.path
-    parts = _Parts(config, task, folder, world, validate_bleu, account, console if world.main else None)
+    parts = _Parts(config, task, folder, world, validate_bleu, account, console if world.main else None, data)
     with heartbeat(folder.path / ALIVE) if world.main else nullcontext():
         return _run(parts)
 
@@ -102,6 +105,7 @@ class _Parts:
     validate_bleu: ValidateBleu | None
     account: Account | None
     screen: Console | None
+    data: Mapping[str, Any] | None
 
 
 def _assemble(given: _Parts) -> Loop:
@@ -123,7 +127,7 @@ def _assemble(given: _Parts) -> Loop:
         interval = Interval.from_json(state.interval, world.device)
     samples = SampleLoader(task, world)
     if world.main:
-        describe_run(folder, config, engine.module, world, state.update, given.account, layout.plan)
+        describe_run(folder, config, engine.module, world, state.update, given.account, layout.plan, given.data)
     notes = keeper.notes()
     if given.screen is not None:
         for text in notes:

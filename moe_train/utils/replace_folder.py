@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_train.errors import ConfigError
+from moe_train.utils.atomic_io import sync_folder
 
 MARKER = ".moe_train.json"
 _NEW, _OLD, _KEPT = "new", "old", "kept"
@@ -165,6 +166,8 @@ def _complete(place: Path, work: Path) -> Path | None:
     if os.path.lexists(work / _KEPT):
         kept = next(name for name in _names(place, "replaced") if not os.path.lexists(name))
         os.rename(work / _KEPT, kept)
+    with suppress(OSError):  # the names are on the disk before the former folder goes
+        sync_folder(place.parent)
     try:
         for folder in (new, work / _OLD):
             if os.path.lexists(folder):

@@ -139,8 +139,8 @@ def unigrams(options: Any) -> float:
     """Mean over languages of the test text's perplexity under the training text's frequencies, one added to each."""
     folder = DataFolder.open(options.data)
     entries = folder.dictionary()
-    keys, ids = LanguageModelConfig(sides="target"), (entries.bos(), entries.pad())
-    train, test = (open_text(folder, split, keys, *ids) for split in ("train", "test"))
+    keys = LanguageModelConfig(sides="target")
+    train, test = (open_text(folder, split, keys, entries) for split in ("train", "test"))
     found = []
     for name in test.names:
         here, there = (_counts(text, name, len(entries), entries.nspecial) for text in (test, train))

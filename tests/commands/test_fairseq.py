@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from argparse import Namespace
@@ -53,6 +54,17 @@ def lines(output: str, kind: str) -> dict[int, list[str]]:
     """S-, T-, H-, D- or P- lines: number of the sentence -> fields."""
     found = [line.split("\t") for line in output.splitlines() if re.match(rf"{kind}-\d", line)]
     return {int(fields[0][2:]): fields[1:] for fields in found}
+
+
+def test_altered_data_is_refused(
+    tiny_data: DataFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    copy = Path(shutil.copytree(tiny_data.path, tmp_path / "data"))
+    victim = copy / "train.en-de.de.bin"
+    victim.write_bytes(bytes(victim.stat().st_size))
+    assert main(["train", str(copy), *TRAIN, "--save-dir", str(tmp_path / "checkpoints")]) == 2
+    assert f"moe-fairseq: {victim}: the file's checksum is not the manifest's" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import random
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -108,6 +112,53 @@ def test_altered_file_is_found_by_checksum(copy: Path) -> None:
         DataFolder.open(copy, verify=True)
 
 
+def _zeroed(path: Path) -> None:
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def _swapped(path: Path) -> None:
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:2], lines[3], lines[2], *lines[4:]]))
+
+
+@pytest.mark.parametrize(
+    ("name", "alter"),
+    [
+        ("train.en-de.de.bin", _zeroed),
+        ("dict.txt", _swapped),
+        ("spm.model", _zeroed),
+        ("raw/test.en-fr.fr", _swapped),
+        ("test.en-ja.en.idx", _zeroed),
+    ],
+)
+def test_a_file_altered_at_its_size_is_named(
+    copy: Path, name: str, alter: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = DataFolder.open(copy)
+    folder.verify()
+    alter(copy / name)
+    folder = DataFolder.open(copy)
+    folder.verify("never")
+    for how in ("once", "always"):
+        with pytest.raises(DataError, match="the file's checksum is not the manifest's") as raised:
+            folder.verify(how)  # type: ignore[arg-type]
+        assert raised.value.where == str(copy / name)
+    if name.startswith("train"):
+        folder.verify(training=False)  # sentences that only training reads
+
+
+def test_processes_that_share_the_work_find_what_one_would(copy: Path) -> None:
+    _zeroed(copy / "valid.en-de.de.bin")
+    found = []
+    for number in range(3):
+        try:
+            DataFolder.open(copy).verify("always", share=(number, 3))
+        except DataError as error:
+            found.append(Path(error.where).name)
+    assert found == ["valid.en-de.de.bin"]
+
+
 @pytest.mark.parametrize("content", ["{", '{"format": 1}', '{"format": 7}'])
 def test_manifest_of_another_kind(copy: Path, content: str) -> None:
     (copy / "manifest.json").write_text(content)
@@ -120,3 +171,99 @@ def test_manifest_describes_every_file(tiny_data: DataFolder) -> None:
     there = {p.relative_to(tiny_data.path).as_posix() for p in tiny_data.path.rglob("*") if p.is_file()}
     assert there == {"manifest.json", *values["files"]}
     DataFolder.open(tiny_data.path, verify=True)
+
+
+def _altered(values: dict[str, Any], draw: random.Random) -> None:
+    """Gives one value, somewhere in the manifest, another type or sign, or takes it away."""
+    place: Any = values
+    while True:
+        key = draw.choice(list(place) if isinstance(place, dict) else range(len(place)))
+        if isinstance(place[key], dict | list) and place[key] and draw.random() < 0.8:
+            place = place[key]
+            continue
+        if draw.random() < 0.2:
+            del place[key]
+        else:
+            place[key] = draw.choice([None, -1, 10**30, 0.5, True, "", "../up", "en-de", [], {}, [[1]], {"en": 1}])
+        return
+
+
+def test_an_altered_manifest_is_refused_or_harmless(copy: Path, tiny_data: DataFolder) -> None:
+    """Never a traceback, and whatever is still read is what was read before."""
+    original, refused = (copy / "manifest.json").read_bytes(), 0
+    for seed in range(150):
+        draw, values = random.Random(seed), json.loads(original)
+        _altered(values, draw)
+        (copy / "manifest.json").write_text(json.dumps(values))
+        try:
+            folder = DataFolder.open(copy)
+            assert len(folder.dictionary()) == len(tiny_data.dictionary())
+            for direction in folder.directions_of("test"):
+                assert folder.raw("test", direction) == tiny_data.raw("test", direction)
+        except DataError as error:
+            refused += 1
+            assert error.where.startswith(str(copy)), error
+    assert 80 < refused < 150
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m["files"].pop("dict.txt"), "it has no checksum of 'dict.txt'"),
+        (lambda m: m["files"].pop("raw/valid.en-ja.ja"), "it has no checksum of 'raw/valid.en-ja.ja'"),
+        (lambda m: m.update(files={}), "it has no checksum of 'spm.model'"),
+        (lambda m: m["files"].update({"../x": m["files"]["dict.txt"]}), "'../x' is not inside the folder"),
+        (lambda m: m["files"]["dict.txt"].update(bytes="7"), "the size or checksum of 'dict.txt' is none"),
+        (lambda m: m["counts"]["train"].update({"en-de": -1}), "there are -1 sentences of 'en-de' in 'train'"),
+        (lambda m: m["counts"]["train"].update({"en-xx": 1}), "the text 'en-xx' has a language that is not listed"),
+        (lambda m: m.update(languages=["fr", "de", "en", "ja"]), "'languages' are not sorted"),
+        (lambda m: m.update(directions=["en-de-fr"]), "'en-de-fr' is not a pair of languages"),
+        (lambda m: m.update(vocabulary="many"), "'vocabulary' is a str"),
+    ],
+)
+def test_what_is_wrong_with_a_manifest_is_said(copy: Path, change: Callable[[Any], object], message: str) -> None:
+    values = json.loads((copy / "manifest.json").read_text())
+    change(values)
+    (copy / "manifest.json").write_text(json.dumps(values))
+    with pytest.raises(DataError, match=re.escape(message)) as raised:
+        DataFolder.open(copy)
+    assert raised.value.where == str(copy / "manifest.json")
+
+
+def test_a_deep_manifest_is_no_traceback(copy: Path) -> None:
+    (copy / "manifest.json").write_text("[" * 200_000)
+    with pytest.raises(DataError, match=r"manifest\.json: the manifest cannot be read"):
+        DataFolder.open(copy)
+
+
+def test_a_vocabulary_of_another_size_than_the_manifest_s(copy: Path) -> None:
+    """Found without checksums, too: its ids would be others'."""
+    folder = DataFolder.open(copy)
+    entries = (copy / "dict.txt").read_bytes().splitlines(keepends=True)
+    (copy / "dict.txt").write_bytes(b"".join(entries[:-6]))
+    with pytest.raises(DataError, match=r"dict\.txt: .*a vocabulary of \d+ entries, and the manifest has 488"):
+        folder.dictionary()
+    (copy / "dict.txt").write_bytes(b"".join(entries).replace(b"__fr__", b"__xx__"))
+    with pytest.raises(DataError, match=r"dict\.txt: the dictionary has no '__fr__'"):
+        folder.dictionary()
+    for content in (b"\xff\xfe\n", b"one\n", b"a 1\na 1\n"):
+        (copy / "dict.txt").write_bytes(content)
+        with pytest.raises(DataError, match=r"dict\.txt: this is no dictionary"):
+            folder.dictionary()
+
+
+def test_a_folder_that_is_deleted_after_it_was_opened(copy: Path) -> None:
+    folder = DataFolder.open(copy)
+    shutil.rmtree(copy)
+    for read in (folder.dictionary, folder.tokenizer, folder.verify, lambda: folder.raw("test", "en-de")):
+        with pytest.raises(DataError, match=r"No such file"):
+            read()
+    with pytest.raises(DataError, match=r"No such file"):
+        _ = folder.fingerprint
+
+
+def test_raw_text_has_as_many_lines_as_the_manifest_says(copy: Path) -> None:
+    folder, victim = DataFolder.open(copy), copy / "raw" / "test.en-de.de"
+    victim.write_bytes(victim.read_bytes().replace(b"\n", b" ", 1))
+    with pytest.raises(DataError, match=r"test\.en-de\.de: the file has 19 lines instead of 20"):
+        folder.raw("test", "en-de")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import gzip
 import os
+import shutil
 import struct
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +18,7 @@ from PIL import Image
 
 from moe_train.config import ImageConfig
 from moe_train.data.images import open_images
+from moe_train.data.images.base import hold_out
 from moe_train.errors import DataError, MissingDependency
 from tests.data.image_files import write_class_folders, write_idx, write_idx_folder
 
@@ -65,6 +69,37 @@ def test_an_idx_file_cut_short_is_named_with_its_bytes(idx: Path, cut: int) -> N
         open_images(str(idx), ImageConfig())
     assert raised.value.where == str(file)
     assert f"{whole} bytes expected, {whole - cut} found" in raised.value.what
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        (b"\0\0\x08\x03\0\0\0\x28\0\0", "ends within its header of 16 bytes"),
+        (b"\0\0\x08\xff", "no IDX file of unsigned bytes"),
+        (b"\0\0\x08\x00", "no IDX file of unsigned bytes"),
+        (b"\0\0\x08\x03" + 12 * b"\xff", "bytes expected, 16 found"),
+        (b"\0\0\x08\x03" + 8 * b"\xff" + 4 * b"\0", "holds nothing"),
+        (b"\0\0\x08\x03\0\0\0\x28\0\0\0\0\0\0\0\0", "holds nothing"),
+    ],
+)
+def test_an_idx_header_that_cannot_be_is_named(idx: Path, header: bytes, message: str) -> None:
+    file = idx / "train-images-idx3-ubyte"
+    file.write_bytes(header)
+    with pytest.raises(DataError, match=message) as raised:
+        open_images(str(idx), ImageConfig())
+    assert raised.value.where == str(file)
+
+
+def test_a_folder_that_is_deleted_while_it_is_opened(idx: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert set(open_images(str(idx), ImageConfig()).inputs.names) == {path.name for path in idx.iterdir()}
+
+    def taken_and_gone(*arguments: Any, real: Callable[..., Any] = hold_out) -> Any:
+        shutil.rmtree(idx, ignore_errors=True)
+        return real(*arguments)
+
+    monkeypatch.setattr("moe_train.data.images.idx.hold_out", taken_and_gone)
+    with pytest.raises(DataError, match=r"train-images-idx3-ubyte: it cannot be read \(No such file"):
+        open_images(str(idx), ImageConfig())
 
 
 def test_a_compressed_file_cut_short_is_named(tmp_path: Path) -> None:

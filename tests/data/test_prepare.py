@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -356,6 +356,44 @@ def test_a_finished_folder_is_kept(corpus: Path, tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in folder.path.rglob("*")}
     prepare(config)
     assert {path: path.stat().st_mtime_ns for path in folder.path.rglob("*")} == before
+
+
+def test_a_finished_folder_that_was_altered_is_no_finished_one(corpus: Path, tmp_path: Path) -> None:
+    config = settings(corpus, tmp_path / "out")
+    folder = prepare(config)
+    before, victim = content(folder.path), folder.path / "train.en-de.de.bin"
+    victim.write_bytes(bytes(victim.stat().st_size))
+    with pytest.raises(DataError, match=r"train\.en-de\.de\.bin: the file's checksum is not the manifest's"):
+        prepare(config)
+    prepare(dataclasses.replace(config, overwrite=True))
+    assert content(folder.path) == before
+    model = folder.path / "spm.model"
+    model.write_bytes(bytes(model.stat().st_size))
+    with pytest.raises(DataError, match=r"spm\.model: the file's checksum"):
+        prepare(settings(corpus, tmp_path / "other", vocabulary__reuse=str(folder.path)))
+
+
+def test_everything_is_on_the_disk_before_the_folder_gets_its_name(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+
+    def synced(handle: int, real: Callable[[int], None] = os.fsync) -> None:
+        real(handle)
+        done.append(os.readlink(f"/proc/self/fd/{handle}"))
+
+    def renamed(source: Path, target: Path, real: Callable[..., None] = os.rename) -> None:
+        real(source, target)
+        done.append(f"{source} -> {target}")
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "rename", renamed)
+    out = prepare(settings(corpus, tmp_path / "out")).path
+    (name,) = [number for number, entry in enumerate(done) if entry.endswith(f"-> {out}")]
+    made = done[name].partition(" -> ")[0]
+    there = {path.relative_to(out) for path in [*out.rglob("*")]}
+    assert {str(Path(made) / path) for path in there} | {made} <= set(done[:name])
+    assert str(out.parent) in done[name + 1 :]
 
 
 def test_a_folder_made_otherwise_is_refused_unless_overwritten(corpus: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from moe_train.data.folder import DataFolder
 from moe_train.tasks import build_task
 from moe_train.training.checkpoints import CheckpointStore
 from moe_train.training.names import model_tensors
+from moe_train.training.run_data import RunData
 from moe_train.training.run_folder import RunFolder
 
 MODEL = ModelConfig(
@@ -46,17 +47,24 @@ def make_run(
     routing = {"name": strategy, **({} if strategy == "dense" else {"num_experts": 4}), **keys}
     shape = dataclasses.replace(MODEL, **model or {})
     config = RunConfig(str(data.path), seed=seed, routing=routing, model=shape, task=TaskConfig(directions=directions))
+    return make_task_run(folder, config, data)
+
+
+def make_task_run(folder: Path, config: RunConfig, data: Any) -> Path:
+    """The same for any task, on data that is opened."""
     run = RunFolder(folder)
     run.begin(config, data.fingerprint)
-    built = build_task(config, data).build_model()
-    output = built.decoder.output_weight
+    task = build_task(config, data)
+    built = task.build_model()
     store = CheckpointStore(run.checkpoints)
+    sharpened = built.decoder.output_weight if config.task.translates else next(built.parameters())
     with torch.no_grad():
-        output.mul_(6.0)
+        sharpened.mul_(6.0)
         for update, factor in ((5, 3.0), (9, 0.5)):
-            output[2].mul_(factor)
+            sharpened[2].mul_(factor)
             store.save(model_tensors(built), {"update": update}, f"step_{update}")
     store.point("best", 5)
     store.point("last", 9)
-    run.describe(status="finished", update=9, parameters={"total": sum(p.numel() for p in built.parameters())})
+    parameters = {"total": sum(p.numel() for p in built.parameters())}
+    run.describe(status="finished", update=9, parameters=parameters, **RunData.of_task(task).to_json())
     return folder

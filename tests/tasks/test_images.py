@@ -13,14 +13,17 @@ import pytest
 import torch
 
 from moe_train.config import ImageConfig, RunConfig, TrainingConfig, build, to_mapping
+from moe_train.config.evaluation import EvaluateConfig
 from moe_train.data.batching import split_micro_batch
 from moe_train.data.images import open_images
-from moe_train.errors import ConfigError
+from moe_train.data.lines import sha256
+from moe_train.errors import ConfigError, DataError
+from moe_train.evaluation.measured import measure
 from moe_train.tasks.augmentation import augment
 from moe_train.tasks.classification_criterion import ClassificationCriterion, count_classes, macro_f1
 from moe_train.tasks.images import ImageTask
 from tests.commands.test_train import here
-from tests.data.image_files import coloured_squares, write_idx_folder
+from tests.data.image_files import coloured_squares, write_class_folders, write_idx_folder
 from tests.models.test_vision import SMALL
 from tests.training.toy_run import assert_same_bits, final_tensors
 
@@ -166,6 +169,26 @@ def test_moe_train_learns_images_and_resumes_bit_for_bit(squares: Path, tmp_path
     for updates in (20, 40):
         assert here(command(squares, tmp_path / "parts", updates, *soft), tmp_path)[0] == 0
     assert_same_bits(final_tensors(tmp_path / "whole"), final_tensors(tmp_path / "parts"))
+
+
+def test_an_image_altered_after_training_is_refused(tmp_path: Path) -> None:
+    """No manifest has its checksum: the run keeps it."""
+    for split, count in (("train", 12), ("val", 3), ("test", 3)):
+        write_class_folders(tmp_path / "input" / split, {"cat": count, "dog": count}, size=(8, 8))
+    words = command(tmp_path / "input", tmp_path / "run", 1, "routing=dense")
+    assert here(words, tmp_path) == (0, "")
+    kept = json.loads((tmp_path / "run" / "data.json").read_text())["files"]
+    assert len(kept) == 36 and kept["test/cat/1.png"] == sha256(tmp_path / "input" / "test" / "cat" / "1.png")
+    measure(EvaluateConfig(str(tmp_path / "run")))
+    victim = tmp_path / "input" / "test" / "cat" / "1.png"
+    content = bytearray(victim.read_bytes())
+    content[-1] ^= 1
+    victim.write_bytes(bytes(content))
+    with pytest.raises(DataError, match=r"cat/1\.png: the file was altered since .*run was trained on it"):
+        measure(EvaluateConfig(str(tmp_path / "run")))
+    measure(EvaluateConfig(str(tmp_path / "run"), data_verify="never"))
+    code, said = here([*words, "training.max_updates=2"], tmp_path)
+    assert code == 2 and "cat/1.png: the file was altered since" in " ".join(said.split()), said
 
 
 def test_moe_train_says_what_is_wrong(squares: Path, tmp_path: Path) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moe_train.data.verification import InputFiles
 from moe_train.errors import DataError
 
 Pixels = NDArray[np.uint8]
@@ -83,6 +84,7 @@ class Images:
         classes: names, in the order of the labels.
         splits: by name; ``train`` and ``valid`` always.
         fingerprint: equal for equal data.
+        inputs: the files that it is read from.
     """
 
     path: Path
@@ -92,6 +94,7 @@ class Images:
     classes: tuple[str, ...]
     splits: Mapping[str, ImageSet]
     fingerprint: str
+    inputs: InputFiles = field(default_factory=lambda: InputFiles(Path()))
 
 
 def hold_out(images: ImageSet, shares: Sequence[float]) -> list[ImageSet]:

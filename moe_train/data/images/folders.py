@@ -15,11 +15,13 @@ import numpy as np
 from moe_train.config.tasks import ImageConfig
 from moe_train.data.images.base import Images, ImageSet, Indices, Pixels, hold_out
 from moe_train.data.images.decoding import check_depth, decode, has_colours, opened, upright_size
+from moe_train.data.verification import InputFiles
 from moe_train.errors import DataError, did_you_mean
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".pgm", ".ppm")
 _SPLITS = {"train": "train", "valid": "valid", "val": "valid", "test": "test"}
 _GREY = ("1", "L", "LA", "P", "I", "I;16", "I;16B", "I;16L")  # a palette may be either
+MOST_RECORDED = 50_000  # files: beyond, reading them all for checksums would take as long as training on them
 LOG = logging.getLogger("moe_train")
 
 
@@ -83,7 +85,7 @@ def open_folders(path: Path, config: ImageConfig) -> Images:
         uid += len(files)
     if "valid" not in splits:
         splits["train"], splits["valid"] = hold_out(splits["train"], [config.valid_share])
-    return Images(path, height, width, channels, classes, splits, _fingerprint(path, listed))
+    return Images(path, height, width, channels, classes, splits, _fingerprint(path, listed), _inputs(path, listed))
 
 
 def _splits(path: Path, unread: list[Path]) -> dict[str, Path]:
@@ -173,6 +175,12 @@ def _of_another_size(file: Path, found: Sequence[int], wanted: Sequence[int]) ->
         str(file),
         "set task.resize=true task.image_size=…, or bring the images to one size",
     )
+
+
+def _inputs(path: Path, listed: dict[str, list[Path]]) -> InputFiles:
+    """What a run keeps checksums of: all files, or none where they are too many."""
+    files = [str(file.relative_to(path)) for split in listed.values() for file in split]
+    return InputFiles(path, tuple(files) if len(files) <= MOST_RECORDED else ())
 
 
 def _fingerprint(path: Path, listed: dict[str, list[Path]]) -> str:

@@ -16,6 +16,7 @@ from moe_train.config.tasks import ImageConfig
 from moe_train.data.compressed import DamagedFile, open_bytes
 from moe_train.data.images.base import Images, ImageSet, InMemory, hold_out
 from moe_train.data.lines import sha256
+from moe_train.data.verification import InputFiles
 from moe_train.errors import DataError
 
 _UNSIGNED_BYTES = 8
@@ -44,7 +45,8 @@ def open_idx(path: Path, config: ImageConfig) -> Images:
         _check_labels(splits["test"], classes, more[1])
     _, height, width, channels = train.store.pixels.shape  # type: ignore[attr-defined]
     names = tuple(str(label) for label in range(classes))
-    return Images(path, height, width, channels, names, splits, _fingerprint(files))
+    inputs = InputFiles(path, tuple(file.name for file in files))
+    return Images(path, height, width, channels, names, splits, _fingerprint(files), inputs)
 
 
 def read_idx(path: Path) -> NDArray[np.uint8]:
@@ -54,13 +56,15 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
         DataError: it is none, or it is cut short (the bytes expected and found are named).
     """
     content = _content(path)
-    if len(content) < 4 or content[:2] != b"\0\0" or content[2] != _UNSIGNED_BYTES:
+    if len(content) < 4 or content[:2] != b"\0\0" or content[2] != _UNSIGNED_BYTES or content[3] not in (1, 3):
         raise DataError("this is no IDX file of unsigned bytes", str(path), "give files in MNIST's format")
     dimensions = content[3]
     header = 4 + 4 * dimensions
-    shape = np.frombuffer(content[4:header], dtype=">u4")
-    if len(shape) < dimensions:
+    if len(content) < header:
         raise DataError(f"the IDX file ends within its header of {header} bytes", str(path), "fetch the file again")
+    shape = np.frombuffer(content[4:header], dtype=">u4")
+    if not shape.all():
+        raise DataError(f"the IDX file holds nothing: its shape is {shape.tolist()}", str(path), "fetch the file again")
     expected, found = header + math.prod(int(size) for size in shape), len(content)
     if expected != found:
         what = "cut short" if found < expected else "longer than its header says"

@@ -11,9 +11,12 @@ from moe_train.config.tasks import ImageConfig
 from moe_train.data.images.base import Images, ImageSet, InMemory, hold_out
 from moe_train.data.images.folders import open_folders
 from moe_train.data.images.idx import has_idx, open_idx
+from moe_train.data.lines import reading
+from moe_train.data.verification import InputFiles
 from moe_train.errors import DataError, MissingDependency
 
 DIGITS = "digits"
+_DIGITS_FILE = "digits.csv.gz"
 _TEST_SHARE = 0.2
 
 
@@ -32,7 +35,8 @@ def open_images(data: str, config: ImageConfig) -> Images:
     kind = config.format
     if kind == "auto":
         kind = DIGITS if data == DIGITS else "idx" if has_idx(path) else "class_folders"  # type: ignore[assignment]
-    images = _FORMATS[kind](path, config)
+    with reading(path):
+        images = _FORMATS[kind](path, config)
     _check_size(images, config)
     return images
 
@@ -62,7 +66,16 @@ def open_digits(path: Path, config: ImageConfig) -> Images:
     whole = ImageSet(InMemory(pixels), rows, np.asarray(labels, np.int64))
     train, valid, test = hold_out(whole, [config.valid_share, _TEST_SHARE])
     splits = {"train": train, "valid": valid, "test": test}
-    return Images(path, 8, 8, 1, tuple("0123456789"), splits, f"scikit-learn digits {len(labels)}")
+    fingerprint = f"scikit-learn digits {len(labels)}"
+    return Images(path, 8, 8, 1, tuple("0123456789"), splits, fingerprint, _digits_file())
+
+
+def _digits_file() -> InputFiles:
+    """The file of the library that the digits are in."""
+    import sklearn.datasets
+
+    folder = Path(sklearn.datasets.__file__).parent / "data"
+    return InputFiles(folder, (_DIGITS_FILE,) if (folder / _DIGITS_FILE).is_file() else ())
 
 
 _FORMATS: dict[str, Callable[[Path, ImageConfig], Images]] = {
