@@ -157,7 +157,7 @@ def choose_directions(run: OpenedRun, split: str, wanted: Sequence[str]) -> list
 def default_directions(run: OpenedRun, split: str) -> list[str]:
     """All directions that were trained and have sentences in the split, sorted."""
     known = run.data.directions_of(split)
-    return sorted({name for name in run.task.directions if name in known})
+    return sorted({name for name in run.trained if name in known})
 
 
 def _hold(run: OpenedRun, config: EvaluateConfig, direction: str) -> Held:
@@ -192,9 +192,8 @@ def _results(
         scorer = Scorer(entry.direction.split("-")[1], config.tokenizer)
         texts = [t.text for t in lines]
         measured, failed = _measured(config, entry, texts)
-        directions[entry.direction] = replace(
-            _score(scorer, entry, texts, config.seed, entry.direction not in run.trained), metrics=measured
-        )
+        scored = _score(scorer, entry, texts, config.seed, entry.direction not in run.trained)
+        directions[entry.direction] = replace(scored, metrics=measured)
         notes += failed
         signatures["bleu"][scorer.tokenization.name] = scorer.bleu_signature
         signatures["chrf"] = scorer.chrf_signature
