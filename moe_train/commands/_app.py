@@ -28,7 +28,7 @@ from moe_train.config.paths import configs_directory
 from moe_train.console import lossy_streams, require_output
 from moe_train.errors import ConfigError, UserError
 from moe_train.launch.elastic import folder_words, note_folder
-from moe_train.launch.environment import launched_rank, local_rank, under_launcher
+from moe_train.launch.environment import check_environment, launched_rank, local_rank, under_launcher
 from moe_train.launch.leaving import leave
 from moe_train.launch.schemas import forget_foreign_schemas
 from moe_train.launch.slurm import take_place
@@ -87,6 +87,7 @@ def _run(config_name: str, callback: Callback) -> None:
         forget_foreign_schemas()  # of the plugins that Hydra has found by now
         check_launcher(arguments.overrides, arguments.multirun)
         take_place()
+        check_environment()
         if launched_rank():
             _follow(arguments, config_name, callback)
             return
@@ -157,6 +158,7 @@ def _job(callback: Callback, typed: list[str], words: list[str], errors: SweepEr
         log_to_stderr()
         try:
             take_place()  # where submitit has started this process: every rank is a Hydra job then
+            check_environment()
             set_user_dir(outside)
             import_user_dir()
             if not in_sweep():

@@ -15,7 +15,7 @@ from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from moe_train.config.paths import configs_directory
 from moe_train.errors import ConfigError, MissingDependency, did_you_mean, spelt_out
@@ -55,6 +55,7 @@ def check_overrides(config_name: str, overrides: Sequence[str], config_dir: str 
                 key = override.key_or_group.split("@", 1)[0]
                 group = key.partition(".")[0]
                 raise _unknown(key, keys, groups, dict(_with_each(config_name, search, group, groups.get(group, []))))
+            _check_kind(override, config)
     maps = {override.input_line for override in parsed if _is_map(override)}
     return [f"++{word}" if word in maps or (opened and word.startswith(opened)) else word for word in overrides]
 
@@ -107,10 +108,10 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
     for word in overrides:
         try:
             parsed.append(parser.parse_override(word))
-        except HydraException as error:
+        except (HydraException, ValueError) as error:  # ValueError: numbers of thousands of digits
             reason = str(error).splitlines()[0]
             raise ConfigError(
-                f"cannot read '{word}' ({reason})",
+                f"cannot read '{word if len(word) < 200 else f'{word[:200]}…'}' ({reason})",
                 "command line",
                 "write key=value, and quote what has special characters",
             ) from None
@@ -140,6 +141,17 @@ def _check_group(override: Override, groups: Mapping[str, list[str]]) -> str | N
         if value not in options:
             raise ConfigError(f"there is no {group} '{value}'", remedy=did_you_mean(value, options))
     return f"{'+' if override.is_add() else ''}{group}={values[0]}" if values else None
+
+
+def _check_kind(override: Override, config: DictConfig) -> None:
+    """Refuses a list for a group of keys, and the other way round, which Hydra cannot merge."""
+    key = override.key_or_group
+    set_to = None if override.is_sweep_override() or override.is_delete() else override.value()
+    now = OmegaConf.select(config, key, default=None, throw_on_missing=False)
+    if isinstance(now, ListConfig) and isinstance(set_to, dict):
+        raise ConfigError(f"'{key}' must be a list, not {set_to}", remedy=f"write '{key}=[…]'")
+    if isinstance(now, DictConfig) and isinstance(set_to, list):
+        raise ConfigError(f"'{key}' must be a group of keys, not {set_to}", remedy=f"write '{key}={{KEY: value}}'")
 
 
 def _is_map(override: Override) -> bool:

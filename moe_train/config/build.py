@@ -6,11 +6,13 @@ No Hydra here: any mapping will do, so that a checkpoint's ``config.json`` and a
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar, Union, get_args, get_origin
 
+from moe_train.config import check
 from moe_train.errors import ConfigError, did_you_mean
 
 T = TypeVar("T")
@@ -26,8 +28,8 @@ def build(cls: type[T], mapping: Mapping[str, Any], where: str = "") -> T:
         where: dotted prefix for messages, e.g. ``"model"``.
 
     Raises:
-        ConfigError: an unknown key (near spellings are offered), a missing one, or a value of the wrong type;
-            also whatever the dataclass's ``__post_init__`` raises.
+        ConfigError: an unknown key (near spellings are offered), a missing one, a value of the wrong type, or a number
+            outside of the range that its field declares; also whatever the dataclass's ``__post_init__`` raises.
     """
     cls = getattr(cls, "variant", lambda _: cls)(mapping)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
@@ -39,6 +41,7 @@ def build(cls: type[T], mapping: Mapping[str, Any], where: str = "") -> T:
     for name, field in fields.items():
         if name in mapping:
             values[name] = _convert(hints[name], mapping[name], _join(where, name))
+            check.number(check.ranges(cls).get(name, check.ANY), _join(where, name), values[name])
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise ConfigError(f"the key '{_join(where, name)}' has no value", remedy=f"set {_join(where, name)}=…")
     return cls(**values)
@@ -117,15 +120,16 @@ def _convert_union(options: tuple[Any, ...], value: Any, where: str) -> Any:
 
 
 def _convert_literal(options: tuple[Any, ...], value: Any, where: str) -> Any:
-    # YAML reads a bare `off` or `no` as False; nobody writes those for a literal here, so compare as they stand.
-    if value in options:
+    # YAML reads a bare `off` or `no` as False; nobody writes those for a literal here, so compare as they stand. Types
+    # count: True equals 1.
+    if any(type(option) is type(value) and option == value for option in options):
         return value
     raise ConfigError(f"'{where}' cannot be {value!r}", remedy=did_you_mean(str(value), [str(o) for o in options]))
 
 
 def _convert_scalar(hint: Any, value: Any, where: str) -> Any:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        return float(value) if abs(value) <= check.LARGEST_FLOAT else (math.inf if value > 0 else -math.inf)
     if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-3 as a string
         try:
             return float(value)

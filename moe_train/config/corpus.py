@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from moe_train.config import check
+from moe_train.config.check import NonNegativeInt, PositiveInt, Probability, Range, SamplingTemperature, Seed, Threads
 from moe_train.errors import ConfigError
 
 
@@ -33,21 +34,18 @@ class CleaningConfig:
     placeholders: bool = True
     untranslated: bool = True
     script: bool = True
-    script_share: float = 0.4
-    letter_share: float = 0.4
-    min_words: int = 1
-    max_words: int = 250
-    max_ratio: float = 3.0
+    script_share: Probability = 0.4
+    letter_share: Probability = 0.4
+    min_words: PositiveInt = 1
+    max_words: PositiveInt = 250
+    max_ratio: Annotated[float, Range(least=1, most=1e12)] = 3.0
     deduplicate: bool = True
 
     def __post_init__(self) -> None:
-        for key in ("min_words", "max_words", "max_ratio"):
-            check.positive(f"corpus.cleaning.{key}", getattr(self, key))
-        for key in ("script_share", "letter_share"):
-            check.probability(f"corpus.cleaning.{key}", getattr(self, key))
+        check.numbers(self, "corpus.cleaning")
         if self.max_words < self.min_words:
             raise ConfigError(
-                f"corpus.cleaning.max_words={self.max_words} is below min_words={self.min_words}",
+                f"corpus.cleaning.max_words={self.max_words} is below corpus.cleaning.min_words={self.min_words}",
                 remedy="raise corpus.cleaning.max_words",
             )
 
@@ -62,14 +60,12 @@ class SplitConfig:
         max_sentences: at most this many per pair and split; what is beyond stays training text.
     """
 
-    valid: float = 0.02
-    test: float = 0.02
-    max_sentences: int = 1000
+    valid: Probability = 0.02
+    test: Probability = 0.02
+    max_sentences: PositiveInt = 1000
 
     def __post_init__(self) -> None:
-        for key in ("valid", "test"):
-            check.probability(f"corpus.split.{key}", getattr(self, key))
-        check.positive("corpus.split.max_sentences", self.max_sentences)
+        check.numbers(self, "corpus.split")
         if self.valid + self.test > 0.5:
             raise ConfigError(
                 f"corpus.split holds out {self.valid + self.test:.0%} of the text",
@@ -121,20 +117,16 @@ class CorpusConfig:
     train_path: str | None = None
     cache: str | None = None
     wheels: tuple[WheelConfig, ...] = ()
-    min_message_words: int = 1
+    min_message_words: NonNegativeInt = 1
     codes: Mapping[str, str] = field(default_factory=dict)
-    max_pairs: int = 0
-    max_expansion: int = 200
+    max_pairs: NonNegativeInt = 0
+    max_expansion: NonNegativeInt = 200
     decontaminate: bool = False
     cleaning: CleaningConfig = field(default_factory=CleaningConfig)
     split: SplitConfig = field(default_factory=SplitConfig)
 
     def __post_init__(self) -> None:
-        check.not_negative("corpus.max_pairs", self.max_pairs)
-        check.not_negative("corpus.max_expansion", self.max_expansion)
-
-
-_MOST_PIECES = 10_000_000  # above, SentencePiece works without an end
+        check.numbers(self, "corpus")
 
 
 @dataclass(frozen=True)
@@ -150,35 +142,28 @@ class VocabularyConfig:
         reuse: take model and dictionary of this data folder, e.g. to add a test set for models trained on it.
     """
 
-    size: int = 8000
+    size: Annotated[int, Range(above=0, most=10_000_000)] = 8000  # above, SentencePiece works without an end
     model_type: Literal["unigram", "bpe"] = "unigram"
-    character_coverage: float = 0.9995
-    sample_sentences: int = 500_000
-    temperature: float = 3.0
+    character_coverage: Annotated[float, Range(least=0.9, most=1)] = 0.9995
+    sample_sentences: PositiveInt = 500_000
+    temperature: SamplingTemperature = 3.0
     split_digits: bool = True
     reuse: str | None = None
 
     def __post_init__(self) -> None:
-        for key in ("size", "sample_sentences", "temperature"):
-            check.positive(f"vocabulary.{key}", getattr(self, key))
-        if self.size > _MOST_PIECES:
-            raise ConfigError(f"'vocabulary.size' cannot be {self.size}", remedy=f"choose at most {_MOST_PIECES:,}")
-        if not 0.9 <= self.character_coverage <= 1.0:
-            raise ConfigError(
-                f"'vocabulary.character_coverage' cannot be {self.character_coverage}",
-                remedy="choose a share from 0.9 to 1.0",
-            )
+        check.numbers(self, "vocabulary")
 
 
 @dataclass(frozen=True)
 class TierConfig:
     """Resource tiers by training pairs of a language: ``high`` and ``medium`` are lower bounds, the rest is low."""
 
-    high: int = 50_000
-    medium: int = 15_000
+    high: NonNegativeInt = 50_000
+    medium: NonNegativeInt = 15_000
     languages: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check.numbers(self, "tiers")
         if self.high < self.medium:
             raise ConfigError(f"tiers.high={self.high} is below tiers.medium={self.medium}", remedy="raise tiers.high")
 
@@ -199,13 +184,12 @@ class PrepareConfig:
     directions: tuple[str, ...] = ()
     vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
     tiers: TierConfig = field(default_factory=TierConfig)
-    seed: int = 1
-    workers: int = 0
+    seed: Seed = 1
+    workers: Threads = 0
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        check.not_negative("seed", self.seed)
-        check.not_negative("workers", self.workers)
+        check.numbers(self, "")
         for direction in self.directions:
             if len(direction.split("-")) != 2:
                 raise ConfigError(f"'{direction}' is not a direction", "directions", "write source-target, e.g. en-de")

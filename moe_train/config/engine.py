@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from moe_train.config import check
+from moe_train.config.check import NonNegativeInt, Range
 from moe_train.errors import ConfigError
 
 
@@ -22,12 +23,12 @@ class EngineConfig:
     """
 
     name: Literal["ddp", "deepspeed"] = "ddp"
-    bucket_mb: int = 25
-    zero_stage: int = 0
+    bucket_mb: Annotated[int, Range(above=0, most=2**20)] = 25
+    zero_stage: NonNegativeInt = 0
     offload_optimizer: bool = False
 
     def __post_init__(self) -> None:
-        check.positive("engine.bucket_mb", self.bucket_mb)
+        check.numbers(self, "engine")
         if self.zero_stage == 3:
             raise ConfigError(
                 "engine.zero_stage=3 would divide every parameter over all ranks; experts are divided already, by"

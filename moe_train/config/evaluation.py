@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from moe_train.config import check
+from moe_train.config.check import NonNegativeInt, PositiveFloat, PositiveInt, Range, Seed, Threads
 from moe_train.config.run import DataVerify, LaunchConfig, SearchConfig
+
+Checkpoint = Annotated[str | int, Range(least=0)]  # a name, or an update's number
 
 
 @dataclass(frozen=True)
@@ -20,11 +23,10 @@ class Inference:
     """
 
     routing: Mapping[str, Any] = field(default_factory=dict)
-    draw_seed: int | None = None
+    draw_seed: Seed | None = None
 
     def __post_init__(self) -> None:
-        if self.draw_seed is not None:
-            check.not_negative("draw_seed", self.draw_seed)
+        check.numbers(self, "")
 
 
 @dataclass(frozen=True)
@@ -51,24 +53,23 @@ class EvaluateConfig:
 
     run: str
     split: Literal["test", "valid"] = "test"
-    checkpoint: str | int = "best"
+    checkpoint: Checkpoint = "best"
     data: str | None = None
     data_verify: DataVerify = "once"
     directions: tuple[str, ...] = ()
-    max_sentences: int = 0
+    max_sentences: NonNegativeInt = 0
     tokenizer: Literal["auto", "13a", "intl", "char", "flores101", "flores200"] = "auto"
     out: str | None = None
     metrics: tuple[str, ...] = ()
-    seed: int = 1
-    expert_parallel: int = 1
+    seed: Seed = 1
+    expert_parallel: Annotated[int, Range(above=0, most=2**20)] = 1
     routing: Mapping[str, Any] = field(default_factory=dict)
-    draw_seed: int | None = None
+    draw_seed: Seed | None = None
     search: SearchConfig = field(default_factory=SearchConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
 
     def __post_init__(self) -> None:
-        check.not_negative("max_sentences", self.max_sentences)
-        check.positive("expert_parallel", self.expert_parallel)
+        check.numbers(self, "")
 
     @property
     def inference(self) -> Inference:
@@ -88,13 +89,13 @@ class ExportConfig:
 
     run: str
     out: str
-    checkpoint: str | int = "best"
+    checkpoint: Checkpoint = "best"
     data: str | None = None
     data_verify: DataVerify = "once"
-    shard_mb: float = 5000.0
+    shard_mb: PositiveFloat = 5000.0
 
     def __post_init__(self) -> None:
-        check.positive("shard_mb", self.shard_mb)
+        check.numbers(self, "")
 
 
 @dataclass(frozen=True)
@@ -112,19 +113,18 @@ class TranslateConfig:
     run: str
     source: str
     target: str
-    checkpoint: str | int = "best"
+    checkpoint: Checkpoint = "best"
     data: str | None = None
     data_verify: DataVerify = "once"
-    buffer: int = 512
-    threads: int = 0
+    buffer: PositiveInt = 512
+    threads: Threads = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     routing: Mapping[str, Any] = field(default_factory=dict)
-    draw_seed: int | None = None
+    draw_seed: Seed | None = None
     search: SearchConfig = field(default_factory=SearchConfig)
 
     def __post_init__(self) -> None:
-        check.positive("buffer", self.buffer)
-        check.not_negative("threads", self.threads)
+        check.numbers(self, "")
 
     @property
     def inference(self) -> Inference:
@@ -152,10 +152,9 @@ class ReportConfig:
     out: str | None = None
     split: Literal["test", "valid"] = "test"
     part: str = ""
-    samples: int = 1000
-    significance: float = 0.05
+    samples: NonNegativeInt = 1000
+    significance: Annotated[float, Range(above=0, most=1)] = 0.05
     html: bool = True
 
     def __post_init__(self) -> None:
-        check.not_negative("samples", self.samples)
-        check.positive("significance", self.significance)
+        check.numbers(self, "")

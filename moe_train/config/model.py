@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from moe_train.config import check
+from moe_train.config.check import Probability, Range
 from moe_train.config.placement import place
 from moe_train.errors import ConfigError
-
-_MOST_LAYERS = 10_000
-_MOST_POSITIONS = 1 << 20  # a table of them takes memory whatever the checkpoint holds
 
 
 @dataclass(frozen=True)
@@ -31,33 +29,26 @@ class ModelConfig:
     """
 
     name: str = "transformer"
-    encoder_layers: int = 6
-    decoder_layers: int = 6
-    embed_dim: int = 512
-    ffn_dim: int = 2048
-    num_heads: int = 8
+    encoder_layers: Annotated[int, Range(above=0, most=1000)] = 6
+    decoder_layers: Annotated[int, Range(least=0, most=1000)] = 6
+    embed_dim: Annotated[int, Range(above=0, most=2**17)] = 512
+    ffn_dim: Annotated[int, Range(above=0, most=2**20)] = 2048
+    num_heads: Annotated[int, Range(above=0, most=2**17)] = 8
     norm_order: Literal["pre", "post"] = "pre"
     activation: Literal["relu", "gelu"] = "relu"
-    dropout: float = 0.1
-    attention_dropout: float = 0.1
-    activation_dropout: float = 0.0
+    dropout: Probability = 0.1
+    attention_dropout: Probability = 0.1
+    activation_dropout: Probability = 0.0
     share_embeddings: bool = True
-    max_positions: int = 512
-    sparse_layers: str | tuple[int, ...] = "odd"
-    decoder_sparse_layers: str | tuple[int, ...] | None = None
-    patch_size: int = 16
+    max_positions: Annotated[int, Range(above=0, most=2**20)] = 512
+    sparse_layers: Annotated[str | tuple[int, ...], Range(least=0, most=1000)] = "odd"
+    decoder_sparse_layers: Annotated[str | tuple[int, ...] | None, Range(least=0, most=1000)] = None
+    patch_size: Annotated[int, Range(above=0, most=2**14)] = 16
 
     def __post_init__(self) -> None:
-        for key in ("encoder_layers", "embed_dim", "ffn_dim", "num_heads", "max_positions", "patch_size"):
-            check.positive(f"model.{key}", getattr(self, key))
-        check.not_negative("model.decoder_layers", self.decoder_layers)
-        for key in ("encoder_layers", "decoder_layers"):  # placements are lists of layers
-            check.at_most(f"model.{key}", getattr(self, key), _MOST_LAYERS)
-        check.at_most("model.max_positions", self.max_positions, _MOST_POSITIONS)
+        check.numbers(self, "model")
         if self.name == "transformer":
             check.positive("model.decoder_layers", self.decoder_layers)
-        for key in ("dropout", "attention_dropout", "activation_dropout"):
-            check.probability(f"model.{key}", getattr(self, key))
         if self.embed_dim % self.num_heads:
             raise ConfigError(
                 f"model.embed_dim={self.embed_dim} is not divisible by model.num_heads={self.num_heads}",

@@ -6,11 +6,13 @@ half; X-MoE inserts one extra sparse block after a layer and leaves the others d
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moe_train.errors import ConfigError
 
+_DIGITS = re.compile("[0-9]{1,9}")
 GRAMMAR = "none, all, even, odd, second_half, every:N, every:N:OFFSET, insert_after:N, or a list such as [1,3]"
 
 
@@ -40,7 +42,12 @@ def place(spec: str | Sequence[int], num_layers: int, key: str = "model.sparse_l
     if spec in named:
         return Placement(replaced=tuple(named[spec]))
     word, *numbers = spec.split(":")
-    if word not in ("every", "insert_after") or not numbers or not all(n.isdigit() for n in numbers):
+    if (
+        word not in ("every", "insert_after")
+        or not numbers
+        or not all(map(_DIGITS.fullmatch, numbers))
+        or (word == "every" and len(numbers) > 2)
+    ):
         raise ConfigError(f"'{key}' cannot be {spec!r}", remedy=f"write one of: {GRAMMAR}")
     values = [int(n) for n in numbers]
     if word == "insert_after":

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from moe_train.config import check
+from moe_train.config.check import NonNegativeFloat, PositiveFloat, PositiveInt, Range
 from moe_train.config.engine import EngineConfig
 from moe_train.config.model import ModelConfig
 from moe_train.errors import ConfigError
 
 Precision = Literal["fp32", "bf16", "fp16"]
+PositiveRanks = Annotated[int, Range(above=0, most=2**20)]
 
 
 @dataclass(frozen=True)
@@ -34,46 +36,34 @@ class ClusterConfig:
     """
 
     name: str
-    ranks_per_node: int
-    tflops: float
-    efficiency: float
-    memory_gb: float
-    memory_bandwidth: float
-    bandwidth_node: float
-    bandwidth_across: float
-    latency_node: float = 10.0
-    latency_across: float = 20.0
-    message: float = 1.0
-    layer_overhead: float = 100.0
+    ranks_per_node: PositiveRanks
+    tflops: PositiveFloat
+    efficiency: Annotated[float, Range(above=0, most=1)]
+    memory_gb: PositiveFloat
+    memory_bandwidth: PositiveFloat
+    bandwidth_node: PositiveFloat
+    bandwidth_across: PositiveFloat
+    latency_node: NonNegativeFloat = 10.0
+    latency_across: NonNegativeFloat = 20.0
+    message: NonNegativeFloat = 1.0
+    layer_overhead: NonNegativeFloat = 100.0
     device: Literal["cuda", "cpu"] = "cuda"
 
     def __post_init__(self) -> None:
-        for key in (
-            *("ranks_per_node", "tflops", "efficiency", "memory_gb", "memory_bandwidth"),
-            *("bandwidth_node", "bandwidth_across"),
-        ):
-            check.positive(f"cluster.{key}", getattr(self, key))
-        for key in ("latency_node", "latency_across", "message", "layer_overhead"):
-            check.not_negative(f"cluster.{key}", getattr(self, key))
-        if self.efficiency > 1:
-            raise ConfigError(f"'cluster.efficiency' is a share, not {self.efficiency}", remedy="set it to 1 or less")
+        check.numbers(self, "cluster")
 
 
 @dataclass(frozen=True)
 class PlanLayout:
     """``auto`` tries what there is and takes the fastest that fits; ``ranks_per_node`` null: the cluster's."""
 
-    world: int = 8
-    expert_parallel: int | Literal["auto"] = "auto"
+    world: PositiveRanks = 8
+    expert_parallel: PositiveRanks | Literal["auto"] = "auto"
     two_level: bool | Literal["auto"] = "auto"
-    ranks_per_node: int | None = None
+    ranks_per_node: PositiveRanks | None = None
 
     def __post_init__(self) -> None:
-        check.positive("layout.world", self.world)
-        if self.ranks_per_node is not None:
-            check.positive("layout.ranks_per_node", self.ranks_per_node)
-        if isinstance(self.expert_parallel, int):
-            check.positive("layout.expert_parallel", self.expert_parallel)
+        check.numbers(self, "layout")
 
 
 @dataclass(frozen=True)
@@ -86,17 +76,15 @@ class PlanTraining:
         overlap: whether gradients are reduced while backward goes on (DDP does so).
     """
 
-    tokens_per_update: int | None = None
-    accumulation: int = 1
+    tokens_per_update: Annotated[int | None, Range(above=0, most=2**40)] = None
+    accumulation: PositiveInt = 1
     precision: Precision = "bf16"
     recompute: bool = False
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
     overlap: bool = True
 
     def __post_init__(self) -> None:
-        check.positive("training.accumulation", self.accumulation)
-        if self.tokens_per_update is not None:
-            check.positive("training.tokens_per_update", self.tokens_per_update)
+        check.numbers(self, "training")
 
 
 @dataclass(frozen=True)
@@ -110,17 +98,14 @@ class PlanBatch:
         skew: rows of the fullest rank over the mean, beyond what strategy and load say (1: none).
     """
 
-    sentence_tokens: float = 32.0
-    source_ratio: float = 1.0
-    load: tuple[float, ...] | None = None
-    skew: float = 1.0
+    sentence_tokens: PositiveFloat = 32.0
+    source_ratio: PositiveFloat = 1.0
+    load: Annotated[tuple[float, ...] | None, Range(least=0, most=1e12)] = None
+    skew: Annotated[float, Range(least=1, most=1e12)] = 1.0
 
     def __post_init__(self) -> None:
-        for key in ("sentence_tokens", "source_ratio"):
-            check.positive(f"batch.{key}", getattr(self, key))
-        if self.skew < 1:
-            raise ConfigError(f"'batch.skew' is a maximum over a mean, not {self.skew}", remedy="set it to 1 or more")
-        if self.load is not None and (min(self.load) < 0 or sum(self.load) <= 0):
+        check.numbers(self, "batch")
+        if self.load is not None and not sum(self.load):
             raise ConfigError("'batch.load' must be numbers of 0 or more, not all 0", remedy="give one per expert")
 
 
@@ -128,12 +113,11 @@ class PlanBatch:
 class PlanImages:
     """What an image model sees: squares of ``size`` pixels."""
 
-    size: int = 224
-    channels: int = 3
+    size: Annotated[int, Range(above=0, most=2**14)] = 224
+    channels: Annotated[int, Range(above=0, most=1024)] = 3
 
     def __post_init__(self) -> None:
-        check.positive("images.size", self.size)
-        check.positive("images.channels", self.channels)
+        check.numbers(self, "images")
 
 
 @dataclass(frozen=True)
@@ -155,13 +139,12 @@ class PlanConfig:
     training: PlanTraining = field(default_factory=PlanTraining)
     batch: PlanBatch = field(default_factory=PlanBatch)
     images: PlanImages = field(default_factory=PlanImages)
-    vocabulary: int = 32000
-    alternatives: int = 6
+    vocabulary: Annotated[int, Range(least=2, most=2**24)] = 32000
+    alternatives: PositiveInt = 6
     json: str | None = None
 
     def __post_init__(self) -> None:
-        check.positive("vocabulary", self.vocabulary)
-        check.positive("alternatives", self.alternatives)
+        check.numbers(self, "")
 
     @property
     def ranks_per_node(self) -> int:

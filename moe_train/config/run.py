@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from moe_train.config import check
+from moe_train.config.check import NonNegativeFloat, NonNegativeInt, PositiveInt, Range, Ranks, Seed
 from moe_train.config.engine import EngineConfig
 from moe_train.config.model import ModelConfig
 from moe_train.config.training import TrainingConfig
@@ -93,15 +94,14 @@ class LayoutConfig:
     """
 
     name: Literal["data_parallel", "expert_parallel", "node", "two_level"] = "data_parallel"
-    expert_parallel: int = 1
-    ranks_per_node: int = 0
+    expert_parallel: Ranks = 1
+    ranks_per_node: Ranks = 0
     two_level: bool = False
     overlap: bool = False
-    fixed_rows: int = 0
+    fixed_rows: NonNegativeInt = 0
 
     def __post_init__(self) -> None:
-        for key in ("expert_parallel", "ranks_per_node", "fixed_rows"):
-            check.not_negative(f"layout.{key}", getattr(self, key))
+        check.numbers(self, "layout")
         if self.fixed_rows and self.two_level:
             raise ConfigError(
                 "layout.fixed_rows fixes the sizes of an exchange in one step, and layout.two_level takes two",
@@ -121,18 +121,14 @@ class LaunchConfig:
         device: ``auto`` takes a GPU per process where there is one.
     """
 
-    processes: int = 1
-    port: int = 0
-    timeout_minutes: float = 30.0
-    silent_minutes: float = 0.0
+    processes: Annotated[int, Range(above=0, most=4096)] = 1
+    port: Annotated[int, Range(least=0, most=65535)] = 0
+    timeout_minutes: Annotated[float, Range(least=0.001, most=1e6)] = 30.0
+    silent_minutes: Annotated[float, Range(least=0, most=1e6)] = 0.0
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def __post_init__(self) -> None:
-        check.positive("launch.processes", self.processes)
-        check.positive("launch.timeout_minutes", self.timeout_minutes)
-        check.not_negative("launch.silent_minutes", self.silent_minutes)
-        if not 0 <= self.port <= 65535:
-            raise ConfigError(f"'launch.port' cannot be {self.port}", remedy="choose a port from 0 (any) to 65535")
+        check.numbers(self, "launch")
 
 
 @dataclass(frozen=True)
@@ -149,19 +145,16 @@ class SearchConfig:
         batch_tokens: source tokens of a batch.
     """
 
-    beam: int = 5
-    length_penalty: float = 1.0
-    max_length_ratio: float = 2.0
-    max_length_offset: int = 10
-    min_length: int = 1
-    unk_penalty: float = 0.0
-    batch_tokens: int = 4096
+    beam: Annotated[int, Range(above=0, most=10_000)] = 5
+    length_penalty: Annotated[float, Range(least=-10, most=10)] = 1.0
+    max_length_ratio: NonNegativeFloat = 2.0
+    max_length_offset: Annotated[int, Range(least=-(2**31), most=2**31 - 1)] = 10
+    min_length: NonNegativeInt = 1
+    unk_penalty: Annotated[float, Range(least=-1e6, most=1e6)] = 0.0
+    batch_tokens: PositiveInt = 4096
 
     def __post_init__(self) -> None:
-        for key in ("beam", "batch_tokens"):
-            check.positive(f"search.{key}", getattr(self, key))
-        for key in ("max_length_ratio", "min_length"):
-            check.not_negative(f"search.{key}", getattr(self, key))
+        check.numbers(self, "search")
         if self.max_length_ratio == 0 and self.max_length_offset < max(1, self.min_length):
             raise ConfigError(
                 f"search.max_length_ratio=0 and search.max_length_offset={self.max_length_offset} leave less than"
@@ -175,7 +168,7 @@ class RunConfig:
     """Everything that ``moe-train`` reads. ``routing`` stays a mapping here: its dataclass belongs to the strategy."""
 
     data: str
-    seed: int = 1
+    seed: Seed = 1
     routing: Mapping[str, Any] = field(default_factory=lambda: {"name": "dense"})
     model: ModelConfig = field(default_factory=ModelConfig)
     layout: LayoutConfig = field(default_factory=LayoutConfig)
@@ -189,7 +182,7 @@ class RunConfig:
     data_verify: DataVerify = "once"
 
     def __post_init__(self) -> None:
-        check.not_negative("seed", self.seed)
+        check.numbers(self, "")
         metric, known = self.training.validation.metric, self.task.metrics
         if metric not in known:
             raise ConfigError(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from moe_train.config import check
+from moe_train.config.check import PositiveInt, Range
 from moe_train.config.run import TaskConfig
 from moe_train.errors import ConfigError
 
@@ -26,20 +27,16 @@ class ImageConfig(TaskConfig):
 
     name: str = "image_classification"
     format: Literal["auto", "class_folders", "idx", "digits"] = "auto"
-    image_size: int | None = None
+    image_size: Annotated[int | None, Range(above=0, most=2**14)] = None
     resize: bool = False
     channels: Literal[1, 3] | None = None
-    valid_share: float = 0.1
+    valid_share: Annotated[float, Range(above=0, below=1)] = 0.1
     flip: bool = False
-    shift: int = 2
+    shift: Annotated[int, Range(least=0, most=2**14)] = 2
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check.probability("task.valid_share", self.valid_share)
-        check.positive("task.valid_share", self.valid_share)
-        check.not_negative("task.shift", self.shift)
-        if self.image_size is not None:
-            check.positive("task.image_size", self.image_size)
+        check.numbers(self, "task")
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -79,18 +76,14 @@ class LanguageModelConfig(TaskConfig):
     sides: Literal["target", "source", "both"] = "both"
     pack: bool = False
     translation_lm: bool = False
-    exponent: float = 0.7
-    mask_probability: float = 0.15
-    mask_share: float = 0.8
-    random_share: float = 0.1
+    exponent: Annotated[float, Range(above=0, most=20)] = 0.7
+    mask_probability: Annotated[float, Range(above=0, below=1)] = 0.15
+    mask_share: Annotated[float, Range(least=0, most=1)] = 0.8
+    random_share: Annotated[float, Range(least=0, most=1)] = 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check.positive("task.exponent", self.exponent)
-        check.positive("task.mask_probability", self.mask_probability)
-        check.probability("task.mask_probability", self.mask_probability)
-        for key in ("mask_share", "random_share"):
-            check.not_negative(f"task.{key}", getattr(self, key))
+        check.numbers(self, "task")
         if self.mask_share + self.random_share > 1:
             raise ConfigError("task.mask_share and task.random_share make more than 1", remedy="lower one of them")
 
@@ -125,13 +118,13 @@ class ClassificationConfig(TaskConfig):
     name: str = "cross_lingual_classification"
     languages: tuple[str, ...] = ("en",)
     vocabulary: str | None = None
-    max_tokens: int = 128
+    max_tokens: PositiveInt = 128
     pooling: Literal["mean", "first"] = "mean"
     freeze_routing: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check.positive("task.max_tokens", self.max_tokens)
+        check.numbers(self, "task")
         if not self.languages:
             raise ConfigError("task.languages is empty", remedy="name the languages to train on, e.g. [en]")
 

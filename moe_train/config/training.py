@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from moe_train.config import check
+from moe_train.config.check import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    Probability,
+    Range,
+    SamplingTemperature,
+    Threads,
+)
 from moe_train.errors import ConfigError
 
 Decay = Literal["matrices", "all"]
@@ -24,16 +33,20 @@ class OptimizerConfig:
     """
 
     name: Literal["adam", "adamw", "sgd"] = "adam"
-    lr: float = 5e-4
-    betas: tuple[float, ...] = (0.9, 0.98)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
+    lr: Annotated[float, Range(above=0, most=1e4)] = 5e-4
+    betas: Annotated[tuple[float, ...], Range(least=0, below=1)] = (0.9, 0.98)
+    eps: Annotated[float, Range(least=1e-30, most=1)] = 1e-8
+    weight_decay: Annotated[float, Range(least=0, most=1e4)] = 0.0
     decay: Decay = "matrices"
-    momentum: float = 0.0
+    momentum: Probability = 0.0
 
     def __post_init__(self) -> None:
-        check.positive("training.optimizer.lr", self.lr)
-        check.not_negative("training.optimizer.weight_decay", self.weight_decay)
+        check.numbers(self, "training.optimizer")
+        if len(self.betas) != 2:
+            raise ConfigError(
+                f"'training.optimizer.betas' has {len(self.betas)} numbers, and Adam takes two",
+                remedy="write training.optimizer.betas=[0.9,0.98]",
+            )
 
 
 @dataclass(frozen=True)
@@ -49,14 +62,14 @@ class ScheduleConfig:
     """
 
     name: Literal["inverse_sqrt", "linear", "cosine", "polynomial", "constant"] = "inverse_sqrt"
-    warmup_updates: int = 4000
-    warmup_init_lr: float = 1e-7
-    end_lr: float = 0.0
-    power: float = 1.0
+    warmup_updates: NonNegativeInt = 4000
+    warmup_init_lr: Annotated[float, Range(least=0, most=1e4)] = 1e-7
+    end_lr: Annotated[float, Range(least=0, most=1e4)] = 0.0
+    power: Annotated[float, Range(least=0, most=1000)] = 1.0
     extend: Literal["restart", "hold"] | None = None
 
     def __post_init__(self) -> None:
-        check.not_negative("training.schedule.warmup_updates", self.warmup_updates)
+        check.numbers(self, "training.schedule")
 
 
 @dataclass(frozen=True)
@@ -67,31 +80,28 @@ class CheckpointConfig:
     ``damaged``: where the newest one is damaged a run refuses to go on (``refuse``) or takes the one before (``skip``).
     """
 
-    every_updates: int = 1000
-    keep: int = 3
-    average: int = 0
+    every_updates: PositiveInt = 1000
+    keep: PositiveInt = 3
+    average: NonNegativeInt = 0
     asynchronous: bool = False
     damaged: Literal["refuse", "skip"] = "refuse"
 
     def __post_init__(self) -> None:
-        check.positive("training.checkpoint.every_updates", self.every_updates)
-        check.positive("training.checkpoint.keep", self.keep)
-        check.not_negative("training.checkpoint.average", self.average)
+        check.numbers(self, "training.checkpoint")
 
 
 @dataclass(frozen=True)
 class ValidationConfig:
     """How often to validate, what chooses ``best``, when to stop (after ``patience`` validations without gain)."""
 
-    every_updates: int = 500
+    every_updates: PositiveInt = 500
     metric: Literal["loss", "bleu", "accuracy", "macro_f1"] = "loss"
-    patience: int = 0
-    max_sentences: int = 0
+    patience: NonNegativeInt = 0
+    max_sentences: NonNegativeInt = 0
     bleu: bool = False
 
     def __post_init__(self) -> None:
-        check.positive("training.validation.every_updates", self.every_updates)
-        check.not_negative("training.validation.patience", self.patience)
+        check.numbers(self, "training.validation")
         if self.metric == "bleu" and not self.bleu:
             raise ConfigError(
                 "training.validation.metric=bleu needs BLEU to be computed", remedy="set training.validation.bleu=true"
@@ -111,24 +121,24 @@ class TrainingConfig:
         precision: ``fp32``, ``bf16`` or ``fp16`` (with loss scaling); routers stay in fp32.
         recompute: recompute each layer's activations in the backward pass to save memory.
         temperature: directions are sampled in proportion to size^(1/temperature).
-        nonfinite_limit: this many updates in a row without a finite gradient end the run.
+        nonfinite_limit: this many updates in a row without a finite gradient end the run (0 and 1: the first one).
         threads: CPU threads per process (0: OMP_NUM_THREADS, else cores divided by the processes on this host).
         loggers: who is told of log lines besides JSON lines and TensorBoard, by the names that code from outside has
             registered.
     """
 
-    max_updates: int = 10000
-    tokens_per_update: int = 8192
-    accumulation: int = 1
-    max_sentence_tokens: int = 256
-    temperature: float = 1.0
-    label_smoothing: float = 0.1
-    clip_norm: float = 1.0
+    max_updates: PositiveInt = 10000
+    tokens_per_update: Annotated[int, Range(above=0, most=2**40)] = 8192
+    accumulation: PositiveInt = 1
+    max_sentence_tokens: PositiveInt = 256
+    temperature: SamplingTemperature = 1.0
+    label_smoothing: Probability = 0.1
+    clip_norm: NonNegativeFloat = 1.0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     recompute: bool = False
-    nonfinite_limit: int = 20
-    log_every: int = 50
-    threads: int = 0
+    nonfinite_limit: NonNegativeInt = 20
+    log_every: PositiveInt = 50
+    threads: Threads = 0
     init_from: str | None = None
     loggers: tuple[str, ...] = ()
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -137,12 +147,7 @@ class TrainingConfig:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
 
     def __post_init__(self) -> None:
-        for key in ("max_updates", "tokens_per_update", "accumulation", "max_sentence_tokens", "temperature"):
-            check.positive(f"training.{key}", getattr(self, key))
-        for key in ("clip_norm", "threads"):
-            check.not_negative(f"training.{key}", getattr(self, key))
-        check.positive("training.log_every", self.log_every)
-        check.probability("training.label_smoothing", self.label_smoothing)
+        check.numbers(self, "training")
 
     @property
     def micro_batch_tokens(self) -> int:

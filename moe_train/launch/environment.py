@@ -3,11 +3,55 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from moe_train.errors import LaunchError
+
+# What a launcher sets, and the smallest number that it can be.
+_NUMBERS = {
+    "RANK": 0,
+    "WORLD_SIZE": 1,
+    "LOCAL_RANK": 0,
+    "LOCAL_WORLD_SIZE": 1,
+    "MASTER_PORT": 1,
+    "TORCHELASTIC_RESTART_COUNT": 0,
+}
+_REMEDY = (
+    "start with torchrun, srun or launch.processes=N, which set all that belongs together, or unset these variables"
+)
+_LARGEST = 65535  # ranks of a job and ports
 JOB = "MOE_TRAIN_JOB"  # names the folder of a job to the processes that moe_train.launch.local starts
 SECRET = "MOE_TRAIN_SECRET"  # what the ranks of a job sign their entries of torch's store with
+
+
+def check_environment() -> None:
+    """Refuses a launcher's variables that are no numbers, that contradict each other, or of which some are missing.
+
+    Raises:
+        LaunchError: names them.
+    """
+    found = {name: told_number(os.environ, name, least) for name, least in _NUMBERS.items() if name in os.environ}
+    for rank, size in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
+        if rank in found and size in found and found[rank] >= found[size]:
+            raise LaunchError(f"{rank}={found[rank]} is not below {size}={found[size]}", "environment", _REMEDY)
+    missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if under_launcher() and missing:
+        raise LaunchError(f"RANK is set without {', '.join(missing)}", "environment", _REMEDY)
+
+
+def told_number(told: Mapping[str, str], name: str, least: int = 0, most: int = _LARGEST) -> int:
+    """The whole number that a variable of a launcher says.
+
+    Raises:
+        LaunchError: it is missing, no number, or out of range.
+    """
+    text = told.get(name, "")
+    if not (text.isascii() and text.isdigit() and len(text) <= 18 and least <= int(text) <= most):
+        said = f"{name}={text!r} is no whole number from {least} to {most}" if name in told else f"{name} is not set"
+        raise LaunchError(said, "environment", _REMEDY)
+    return int(text)
 
 
 def under_launcher() -> bool:

@@ -14,10 +14,11 @@ import time
 from collections.abc import Iterator, Mapping
 
 from moe_train.errors import LaunchError
-from moe_train.launch.environment import under_launcher
+from moe_train.launch.environment import told_number, under_launcher
 from moe_train.launch.interfaces import interface_between_hosts, interface_towards
 
 _FIRST_PORT, _PORTS = 20000, 12000  # below the range from which kernels hand out ports
+_JOBS = 2**40  # more than any job's number
 _TRIES, _PATIENCE = 4, 15.0  # seconds each, for a controller that is busy
 
 
@@ -43,7 +44,7 @@ def take_place() -> None:
     becomes the interface that reaches MASTER_ADDR: gloo would take the one that the host's name resolves to, if any.
 
     Raises:
-        LaunchError: Slurm does not say where the first task is.
+        LaunchError: Slurm does not say where the first task is, or a variable says what cannot be.
     """
     place = {} if under_launcher() else _task_of_slurm(os.environ) or _task_of_submitit(os.environ) or {}
     met = {name: os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT") if name in os.environ}
@@ -73,16 +74,22 @@ def _another_node(told: Mapping[str, str]) -> Iterator[str]:
 
 def _task_of_slurm(told: Mapping[str, str]) -> dict[str, str] | None:
     """A batch script or an interactive shell is no task of several, whatever its job has been given."""
-    if int(told.get("SLURM_STEP_NUM_TASKS", "1")) < 2:
+    if "SLURM_STEP_NUM_TASKS" not in told or told_number(told, "SLURM_STEP_NUM_TASKS") < 2:
         return None
-    node = int(told["SLURM_NODEID"])
+    node, tasks = told_number(told, "SLURM_NODEID"), tasks_per_node(told.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    if "SLURM_STEP_NODELIST" not in told or node >= len(tasks):
+        raise LaunchError(
+            "SLURM_STEP_NODELIST and SLURM_STEP_TASKS_PER_NODE do not say where this task stands",
+            f"SLURM_NODEID={node}",
+            "start with srun, and leave these variables to it",
+        )
     address = told.get("MASTER_ADDR") or node_address(node_names(told["SLURM_STEP_NODELIST"])[0])
-    number = int(told["SLURM_JOB_ID"]) * 16 + int(told["SLURM_STEP_ID"])
+    number = told_number(told, "SLURM_JOB_ID", most=_JOBS) * 16 + told_number(told, "SLURM_STEP_ID", most=_JOBS)
     return {
-        "RANK": told["SLURM_PROCID"],
-        "WORLD_SIZE": told["SLURM_STEP_NUM_TASKS"],
-        "LOCAL_RANK": told["SLURM_LOCALID"],
-        "LOCAL_WORLD_SIZE": str(tasks_per_node(told["SLURM_STEP_TASKS_PER_NODE"])[node]),
+        "RANK": str(told_number(told, "SLURM_PROCID")),
+        "WORLD_SIZE": str(told_number(told, "SLURM_STEP_NUM_TASKS")),
+        "LOCAL_RANK": str(told_number(told, "SLURM_LOCALID")),
+        "LOCAL_WORLD_SIZE": str(tasks[node]),
         "MASTER_ADDR": address,
         "MASTER_PORT": _port(number),
     }
@@ -90,16 +97,16 @@ def _task_of_slurm(told: Mapping[str, str]) -> dict[str, str] | None:
 
 def _task_of_submitit(told: Mapping[str, str]) -> dict[str, str] | None:
     """submitit's local executor: ``tasks_per_node`` processes of one host."""
-    if told.get("SUBMITIT_EXECUTOR") != "local" or int(told.get("SUBMITIT_LOCAL_NTASKS", "1")) < 2:
+    if told.get("SUBMITIT_EXECUTOR") != "local" or told.get("SUBMITIT_LOCAL_NTASKS", "1") == "1":
         return None
-    tasks = told["SUBMITIT_LOCAL_NTASKS"]
+    tasks = str(told_number(told, "SUBMITIT_LOCAL_NTASKS", least=1))
     return {
-        "RANK": told["SUBMITIT_LOCAL_GLOBALID"],
+        "RANK": str(told_number(told, "SUBMITIT_LOCAL_GLOBALID")),
         "WORLD_SIZE": tasks,
-        "LOCAL_RANK": told["SUBMITIT_LOCAL_LOCALID"],
+        "LOCAL_RANK": str(told_number(told, "SUBMITIT_LOCAL_LOCALID")),
         "LOCAL_WORLD_SIZE": tasks,
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": _port(int(told["SUBMITIT_LOCAL_JOB_ID"])),
+        "MASTER_PORT": _port(told_number(told, "SUBMITIT_LOCAL_JOB_ID", most=_JOBS)),
     }
 
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from moe_train.config import check
+from moe_train.config.check import NonNegativeFloat, PositiveInt, Range
 from moe_train.errors import ConfigError
 from moe_train.routing.context import RoutingContext
 from moe_train.routing.expected import Choices
 from moe_train.routing.types import Routing, RoutingStatistics
 
+Experts = Annotated[int, Range(above=0, most=2**20)]  # or how many of them
 LayerKind = Literal["dense", "sparse", "stratified", "soft"]
 
 
@@ -58,20 +60,16 @@ class RoutingConfig:
     unrecorded: ClassVar[Mapping[str, Any]] = {}
 
     name: str = ""
-    num_experts: int = 8
-    expert_ffn_dim: int | None = None
-    expert_sublayers: int = 1
-    passes: int = 1
-    consistency_weight: float = 0.0
+    num_experts: Experts = 8
+    expert_ffn_dim: Annotated[int | None, Range(above=0, most=2**20)] = None
+    expert_sublayers: Annotated[int, Range(above=0, most=1000)] = 1
+    passes: PositiveInt = 1
+    consistency_weight: NonNegativeFloat = 0.0
     frozen: bool = False
     decoder: str | Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        check.positive("routing.num_experts", self.num_experts)
-        check.positive("routing.expert_sublayers", self.expert_sublayers)
-        check.not_negative("routing.consistency_weight", self.consistency_weight)
-        if self.expert_ffn_dim is not None:
-            check.positive("routing.expert_ffn_dim", self.expert_ffn_dim)
+        check.numbers(self, "routing")
         if self.passes not in (1, 2):
             raise ConfigError(f"routing.passes must be 1 or 2, not {self.passes}", remedy="THOR trains with 2")
         if self.consistency_weight and self.passes == 1:

@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from moe_train.config import check
+from moe_train.config.check import NonNegativeFloat, PositiveFloat
 from moe_train.routing.base import Router, RouterInputs, RoutingConfig
 from moe_train.routing.capacity import Group, shared_by_ranks
 from moe_train.routing.context import RoutingContext
@@ -42,16 +42,11 @@ class ExpertChoiceConfig(RoutingConfig):
     """
 
     name: str = "expert_choice"
-    capacity_factor: float = 2.0
+    capacity_factor: PositiveFloat = 2.0
     scope: Literal["sentence", "batch"] = "sentence"
     capacity_group: Group = "rank"
     capacity_rounding: HalfRounding = "half_up"
-    score_noise: float = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check.positive("routing.capacity_factor", self.capacity_factor)
-        check.not_negative("routing.score_noise", self.score_noise)
+    score_noise: NonNegativeFloat = 0.0
 
 
 @register("expert_choice", ExpertChoiceConfig)

@@ -18,9 +18,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from moe_train.config import check
+from moe_train.config.check import NonNegativeFloat, PositiveFloat
 from moe_train.errors import ConfigError
-from moe_train.routing.base import RouterInputs, RoutingConfig, Spread
+from moe_train.routing.base import Experts, RouterInputs, RoutingConfig, Spread
 from moe_train.routing.capacity import drop, expert_capacity, group_tokens
 from moe_train.routing.context import RoutingContext
 from moe_train.routing.expected import Choices
@@ -48,23 +48,17 @@ class SamConfig(TokenChoiceConfig):
 
     layout_keys: ClassVar[tuple[str, ...]] = ("num_groups",)
     name: str = "sam"
-    top_k: int = 2
-    num_groups: int | Literal["rank", "node"] = 4
+    top_k: Experts = 2
+    num_groups: Experts | Literal["rank", "node"] = 4
     matrices: Literal["shared", "two"] = "shared"
-    group_balance_weight: float = 0.01
-    alignment_weight: float = 0.01
+    group_balance_weight: NonNegativeFloat = 0.01
+    alignment_weight: NonNegativeFloat = 0.01
     alignment_gradient: Literal["outside", "both"] = "outside"
-    group_capacity_factor: float | None = None
+    group_capacity_factor: PositiveFloat | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check.positive("routing.top_k", self.top_k)
-        for key in ("group_balance_weight", "alignment_weight"):
-            check.not_negative(f"routing.{key}", getattr(self, key))
-        if self.group_capacity_factor is not None:
-            check.positive("routing.group_capacity_factor", self.group_capacity_factor)
         if isinstance(self.num_groups, int):
-            check.positive("routing.num_groups", self.num_groups)
             if self.num_experts % self.num_groups:
                 raise ConfigError(
                     f"routing.num_groups={self.num_groups} does not divide routing.num_experts={self.num_experts}",

@@ -12,14 +12,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from moe_train.config import check
+from moe_train.config.check import Range
 from moe_train.errors import ConfigError
-from moe_train.routing.base import LayerKind, Router, RouterInputs, RoutingConfig
+from moe_train.routing.base import Experts, LayerKind, Router, RouterInputs, RoutingConfig
 from moe_train.routing.capacity import group_tokens
 from moe_train.routing.context import Ranks, RoutingContext
 from moe_train.routing.draws import hash_numbers
@@ -51,8 +51,8 @@ class SMoEConfig(TokenChoiceConfig):
     """
 
     name: str = "smoe"
-    strata: tuple[int, ...] | None = None
-    top_k: int = 2
+    strata: Annotated[tuple[int, ...] | None, Range(above=0, most=2**20)] = None
+    top_k: Experts = 2
     second_expert: SecondExpert = "all"
     normalise: Normalise = "none"
     norm: Literal["paper", "official"] = "paper"
@@ -60,15 +60,13 @@ class SMoEConfig(TokenChoiceConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for size in self.sizes:
-            check.positive("routing.strata", size)
         if sum(self.sizes) != self.num_experts:
             raise ConfigError(
                 f"routing.strata={list(self.sizes)} sum to {sum(self.sizes)}, not to "
                 f"routing.num_experts={self.num_experts}",
                 remedy="choose sizes that sum to the number of experts",
             )
-        check_top_k(self.top_k, self.sizes[-1], "the experts of the last stratum")
+        check_top_k(self.top_k, self.sizes[-1], "the experts of the last stratum (routing.num_experts, routing.strata)")
         if self.second_expert == "random" and self.top_k != 2:
             raise ConfigError(
                 f"routing.second_expert=random is defined for two experts, not {self.top_k}",

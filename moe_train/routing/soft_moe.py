@@ -15,14 +15,14 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from moe_train.config import check
+from moe_train.config.check import PositiveInt, Range
 from moe_train.errors import ConfigError
-from moe_train.routing.base import LayerKind, Router, RouterInputs, RoutingConfig
+from moe_train.routing.base import Experts, LayerKind, Router, RouterInputs, RoutingConfig
 from moe_train.routing.context import RoutingContext
 from moe_train.routing.expected import Choices
 from moe_train.routing.gate import full_precision, routing_dtype
@@ -52,18 +52,15 @@ class SoftMoEConfig(RoutingConfig):
 
     unrecorded: ClassVar[Mapping[str, Any]] = {"decayed": "slots"}
     name: str = "soft_moe"
-    slots_per_expert: int | None = None
-    num_slots: int | None = None
+    slots_per_expert: Experts | None = None
+    num_slots: Annotated[int | None, Range(above=0, most=2**24)] = None
     normalisation: Literal["paper", "official", "none"] = "paper"
     decayed: Literal["scale", "slots"] | None = None
     identical_experts: bool = False
-    expected_tokens: int = 32
+    expected_tokens: PositiveInt = 32
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for key in ("slots_per_expert", "num_slots", "expected_tokens"):
-            if getattr(self, key) is not None:
-                check.positive(f"routing.{key}", getattr(self, key))
         if self.slots_per_expert is not None and self.num_slots is not None:
             raise ConfigError(
                 "routing.slots_per_expert and routing.num_slots say the same thing twice",

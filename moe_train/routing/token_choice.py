@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from moe_train.config import check
+from moe_train.config.check import NonNegativeFloat, PositiveFloat, Probability
 from moe_train.errors import ConfigError
 from moe_train.routing.base import Router, RoutingConfig
 from moe_train.routing.capacity import Group, Rounding, capacity_of_shares, drop, expert_capacity, group_tokens
@@ -38,29 +38,18 @@ class TokenChoiceConfig(RoutingConfig):
     """
 
     evaluation_keys: ClassVar[tuple[str, ...]] = ("evaluation_capacity_factor",)
-    balance_weight: float = 0.01
-    z_weight: float = 0.0
-    jitter: float = 0.0
-    capacity_factor: float | None = None
-    evaluation_capacity_factor: float | None = None
+    balance_weight: NonNegativeFloat = 0.01
+    z_weight: NonNegativeFloat = 0.0
+    jitter: Probability = 0.0
+    capacity_factor: PositiveFloat | None = None
+    evaluation_capacity_factor: PositiveFloat | None = None
     capacity_group: Group = "rank"
     batch_prioritised: bool = False
-    expert_output_masking: float = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for key in ("balance_weight", "z_weight"):
-            check.not_negative(f"routing.{key}", getattr(self, key))
-        for key in ("jitter", "expert_output_masking"):
-            check.probability(f"routing.{key}", getattr(self, key))
-        for key in ("capacity_factor", "evaluation_capacity_factor"):
-            if getattr(self, key) is not None:
-                check.positive(f"routing.{key}", getattr(self, key))
+    expert_output_masking: Probability = 0.0
 
 
 def check_top_k(top_k: int, available: int, what: str) -> None:
-    """Raises ConfigError unless ``1 <= top_k <= available``; ``what`` names what is available."""
-    check.positive("routing.top_k", top_k)
+    """Raises ConfigError unless ``top_k <= available``; ``what`` names what is available."""
     if top_k > available:
         raise ConfigError(
             f"routing.top_k={top_k} is more than {what}, {available}",

@@ -15,9 +15,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moe_train.config import check
+from moe_train.config.check import NonNegativeFloat
 from moe_train.errors import ConfigError
-from moe_train.routing.base import RouterInputs, RoutingConfig
+from moe_train.routing.base import Experts, RouterInputs, RoutingConfig
 from moe_train.routing.capacity import Rounding
 from moe_train.routing.context import RoutingContext
 from moe_train.routing.draws import counted_uniform
@@ -58,22 +58,20 @@ class TopKConfig(TokenChoiceConfig):
     """
 
     name: str = "top_k"
-    top_k: int = 2
+    top_k: Experts = 2
     second_expert: SecondExpert = "all"
     normalise: Normalise = "after_drop"
     capacity_rounding: Rounding = "result"
     scores: Literal["softmax", "sigmoid"] = "softmax"
-    score_noise: float = 0.0
-    importance_weight: float = 0.0
-    load_weight: float = 0.0
-    balancing_bias_rate: float = 0.0
+    score_noise: NonNegativeFloat = 0.0
+    importance_weight: NonNegativeFloat = 0.0
+    load_weight: NonNegativeFloat = 0.0
+    balancing_bias_rate: NonNegativeFloat = 0.0
     shared_expert: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_top_k(self.top_k, self.num_experts, "routing.num_experts")
-        for key in ("balancing_bias_rate", "score_noise", "importance_weight", "load_weight"):
-            check.not_negative(f"routing.{key}", getattr(self, key))
         if self.load_weight and (not self.score_noise or self.second_expert != "all" or self.balancing_bias_rate):
             raise ConfigError(
                 "routing.load_weight needs choices that only noise on the scores makes random",

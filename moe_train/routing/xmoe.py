@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moe_train.config import check
+from moe_train.config.check import Range
 from moe_train.errors import ConfigError
 from moe_train.routing.base import RouterInputs, RoutingConfig
 from moe_train.routing.context import RoutingContext
@@ -31,6 +31,7 @@ from moe_train.routing.types import Routing
 BALANCE_TEMPERATURE = {"softmax": 0.3, "sigmoid": 0.07}  # §4.1
 TORCHSCALE_DIM = 16
 SMALLEST_TEMPERATURE = 1e-4
+Temperature = Annotated[float, Range(least=SMALLEST_TEMPERATURE, most=1e12)]
 
 
 @dataclass(frozen=True)
@@ -51,15 +52,12 @@ class XMoEConfig(TokenChoiceConfig):
     name: str = "xmoe"
     mode: Literal["paper", "torchscale"] = "paper"
     gate: Literal["softmax", "sigmoid"] = "softmax"
-    routing_dim: int | None = None
-    balance_temperature: float | None = None
-    initial_temperature: float | None = None
+    routing_dim: Annotated[int | None, Range(above=0, most=2**20)] = None
+    balance_temperature: Temperature | None = None
+    initial_temperature: Temperature | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for key in ("routing_dim", "balance_temperature", "initial_temperature"):
-            if getattr(self, key) is not None:
-                check.positive(f"routing.{key}", getattr(self, key))
         temperatures = self.initial_temperature is not None or self.balance_temperature is not None
         if self.mode == "torchscale" and (self.gate != "softmax" or temperatures):
             raise ConfigError(

@@ -66,6 +66,8 @@ def test_a_layout_that_cannot_be_is_said_once_under_torchrun(run_folder: Path, t
         (("run={run}", "launch.processes=3", "expert_parallel=3"), "4 experts cannot be divided over expert_parallel"),
         (("run={run}", "expert_parallel=2"), "above the 1 rank. Set expert_parallel to 1, or start 2 processes"),
         (("run={run}", "draw_seed=-1"), "'draw_seed' must not be negative"),
+        (("run={run}", "max_sentences=-1"), "'max_sentences' must not be negative"),
+        (("run={run}", "search.length_penalty=nan"), "'search.length_penalty' must be a finite number, not nan"),
         ((), "the key 'run' has no value"),
     ],
 )

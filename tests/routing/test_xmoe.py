@@ -210,7 +210,7 @@ def test_accounting() -> None:
         ({"mode": "torchscale", "initial_temperature": 0.1}, ["torchscale", "temperature"]),
         ({"mode": "torchscale", "balance_temperature": 0.1}, ["torchscale", "temperature"]),
         ({"mode": "torchscale", "num_experts": 1}, ["two experts"]),
-        ({"balance_temperature": 0.0}, ["routing.balance_temperature", "above 0"]),
+        ({"balance_temperature": 0.0}, ["routing.balance_temperature", "0.0001 or more"]),
         ({"routing_dim": -1}, ["routing.routing_dim"]),
         ({"mode": "torch_scale"}, ["'torchscale'"]),
     ],
