@@ -191,12 +191,12 @@ def _begin(folder: RunFolder, config: RunConfig, data: TaskData) -> Outcome | No
 def _train(config: RunConfig, data: Any, folder: RunFolder, world: World) -> Outcome:
     task: Any = build_task(config, data)
     validate_bleu = None
-    if config.training.validation.bleu:
-        from moe_train.evaluation.validator import make_bleu_validator
-
-        sentences = config.training.validation.max_sentences
-        validate_bleu = make_bleu_validator(task, data, config.search, max_sentences=sentences)
     with logging_to(folder.logs, world.rank):
+        if config.training.validation.bleu:
+            from moe_train.evaluation.validator import make_bleu_validator
+
+            sentences = config.training.validation.max_sentences
+            validate_bleu = make_bleu_validator(task, data, config.search, max_sentences=sentences)
         return train(
             config,
             task,

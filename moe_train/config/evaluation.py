@@ -106,6 +106,8 @@ class TranslateConfig:
         run, checkpoint, data, data_verify: as in :class:`EvaluateConfig`.
         source, target: language codes, such as ``en`` and ``de``.
         buffer: lines that are gathered, sorted by length and translated together, where they come fast enough.
+        long_lines: what becomes of lines that are longer than the model's longest source: ``cut`` translates their
+            beginning, ``split`` their parts at sentence ends, one by one. Either is said, by line.
         threads: CPU threads (0: all cores).
         routing, draw_seed: as in :class:`Inference`.
     """
@@ -117,6 +119,7 @@ class TranslateConfig:
     data: str | None = None
     data_verify: DataVerify = "once"
     buffer: PositiveInt = 512
+    long_lines: Literal["cut", "split"] = "cut"
     threads: Threads = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     routing: Mapping[str, Any] = field(default_factory=dict)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -39,6 +39,9 @@ class InferenceTask(Protocol):
     def max_positions(self) -> tuple[int, int]:
         """Longest source and target in tokens."""
 
+    def source_room(self, direction: str) -> int:
+        """Longest source in tokens, tag and end left out."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -52,11 +55,15 @@ class Job:
 
 @dataclass(frozen=True)
 class Translation:
-    """One line: its text, its score (log-probability over length^penalty) and its tokens, end symbol included."""
+    """One line: its text, its score (log-probability over length^penalty) and its tokens, end symbol included.
+
+    ``cut``: the source was longer than the model's longest, and its tail is not translated.
+    """
 
     text: str
     score: float
     tokens: int
+    cut: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,12 +109,15 @@ def length_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]
 
 @dataclass(frozen=True)
 class Encoded:
-    """Lines made ready: ``jobs`` and, for each, the ``lines`` that its sentences are; blank lines are in no job."""
+    """Lines made ready: ``jobs`` and, for each, the ``lines`` that its sentences are; blank lines are in no job.
+
+    ``truncated``: the lines, by their numbers from 0, beyond the model's longest source, which lose their tails.
+    """
 
     jobs: tuple[Job, ...]
     lines: tuple[tuple[int, ...], ...]
     total: int
-    truncated: int
+    truncated: tuple[int, ...] = ()
 
     def assemble(self, outcomes: Sequence[Outcome]) -> list[Translation]:
         """One translation per line, in the order of the lines; blank ones stay blank."""
@@ -115,14 +125,13 @@ class Encoded:
         for lines, outcome in zip(self.lines, outcomes, strict=True):
             for line, translation in zip(lines, outcome.translations, strict=True):
                 result[line] = translation
+        for line in self.truncated:
+            result[line] = replace(result[line], cut=True)
         return result
 
 
 def encode(task: InferenceTask, lines: Sequence[str], source: str, target: str, batch_tokens: int) -> Encoded:
-    """Cuts lines of one direction into jobs.
-
-    ``truncated`` counts sentences beyond the model's longest source, which lose their tail.
-    """
+    """Cuts lines of one direction into jobs."""
     tokenizer, longest = task.folder.tokenizer(), task.max_positions()[0]
     filled = [n for n, line in enumerate(lines) if line.strip()]
     ids = [tuple(tokenizer.encode(lines[n])) for n in filled]
@@ -132,7 +141,8 @@ def encode(task: InferenceTask, lines: Sequence[str], source: str, target: str, 
         Job(source, target, tuple(ids[i] for i in batch), tuple(sentence_uid(lines[filled[i]]) for i in batch))
         for batch in batches
     )
-    truncated = sum(len(i) + _FRAME > longest for i in ids)
+    room = task.source_room(f"{source}-{target}")
+    truncated = tuple(n for n, pieces in zip(filled, ids, strict=True) if len(pieces) > room)
     return Encoded(jobs, tuple(tuple(filled[i] for i in batch) for batch in batches), len(lines), truncated)
 
 

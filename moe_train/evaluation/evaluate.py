@@ -21,6 +21,7 @@ from moe_train.data.lines import sha256
 from moe_train.errors import DataError
 from moe_train.evaluation.decoding import Encoded, Outcome, Translation, encode
 from moe_train.evaluation.loading import OpenedRun, open_run
+from moe_train.evaluation.long_lines import cut_note
 from moe_train.evaluation.metrics import find_metrics, measure_with
 from moe_train.evaluation.result_files import ResultFiles, part_name, writable_folder, writing
 from moe_train.evaluation.results import DirectionResult, Results, read_results
@@ -254,8 +255,8 @@ def _words(lines: Sequence[str]) -> int:
 def _notes(run: OpenedRun, scorer: Scorer, entry: Held) -> list[str]:
     notes = [scorer.tokenization.note] if scorer.tokenization.note else []
     if entry.encoded.truncated:
-        longest = run.task.max_positions()[0]
-        notes.append(f"{entry.direction}: {entry.encoded.truncated} sources were cut to the model's {longest} tokens")
+        lines = [line + 1 for line in entry.encoded.truncated]
+        notes.append(f"{entry.direction}, sources, {cut_note(lines, run.task.max_positions()[0])}")
     blank = len(entry.sources) - sum(len(lines) for lines in entry.encoded.lines)
     if blank:
         notes.append(f"{entry.direction}: {blank} blank sources were left blank")

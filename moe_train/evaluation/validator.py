@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -12,9 +13,12 @@ from torch import nn
 from moe_train.config import SearchConfig
 from moe_train.data.folder import DataFolder
 from moe_train.evaluation.decoding import Encoded, InferenceTask, Job, Outcome, Translator, encode
+from moe_train.evaluation.long_lines import cut_note
 from moe_train.evaluation.scoring import Scorer
 from moe_train.routing.context import Alone
 from moe_train.training.world import World
+
+_log = logging.getLogger(__name__)
 
 
 def make_bleu_validator(
@@ -63,7 +67,11 @@ def _hold(
     sources, references = data.raw(split, direction)
     if limit:
         sources, references = sources[:limit], references[:limit]
-    return encode(task, sources, source, target, search.batch_tokens), references
+    encoded = encode(task, sources, source, target, search.batch_tokens)
+    if encoded.truncated:
+        note = cut_note([line + 1 for line in encoded.truncated], task.max_positions()[0])
+        _log.warning("%s %s, sources of BLEU, %s", split, direction, note)
+    return encoded, references
 
 
 def _share(

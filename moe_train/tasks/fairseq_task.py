@@ -6,6 +6,7 @@ an epoch.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,6 +29,7 @@ apply()
 from fairseq.data import FairseqDataset  # noqa: E402
 from fairseq.tasks import FairseqTask, register_task  # noqa: E402
 
+_log = logging.getLogger(__name__)
 # Only an order is wanted of in_length_order here: the budget merely sets how wide its bands are.
 _BAND_BUDGET = 4096
 
@@ -79,7 +81,11 @@ class FairseqTranslationTask(TranslationTask):
         self, src_tokens: Sequence[Tensor], src_lengths: Sequence[int], **unused: Any
     ) -> FairseqDataset:
         """Typed sentences (ids and an end), for ``moe-fairseq interactive``."""
-        source, target = self._only_direction().split("-")
+        direction = self._only_direction()
+        source, target = direction.split("-")
+        for number, tokens in enumerate(src_tokens, 1):
+            if len(tokens) - 1 > (room := self.source_room(direction)):
+                _log.warning("sentence %d of %d tokens was cut to the model's first %d", number, len(tokens) - 1, room)
         samples = [
             self.inference_sample([tokens[:-1]], source, target, [number]) for number, tokens in enumerate(src_tokens)
         ]

@@ -223,6 +223,10 @@ class TranslationTask(FairseqTask):  # type: ignore[misc]
         """
         return Tags.of(direction, self.config.task, self.folder.languages, self.dictionary)
 
+    def source_room(self, direction: str) -> int:
+        """Tokens of a source, without tag and end, that the model has positions for; what is longer loses its tail."""
+        return self.config.model.max_positions - 1 - (self.tags(direction).source is not None)
+
     def decoder_prefix(self, direction: str) -> int:
         """The token that a search starts from; it is no part of the hypothesis and has no score."""
         return self.tags(direction).first

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import shutil
@@ -11,6 +12,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import torch
 
 from moe_train.commands.fairseq import main
 from moe_train.data.folder import DataFolder
@@ -130,6 +132,15 @@ def test_two_processes_train(tiny_data: DataFolder, tmp_path: Path) -> None:
 def flags(folder: DataFolder, **changes: object) -> Namespace:
     plain = {"source_lang": None, "target_lang": None, "directions": "", "source_tag": "target", "target_tag": "none"}
     return Namespace(**{"data": str(folder.path), "seed": 1, **plain, **changes})
+
+
+def test_a_sentence_that_is_cut_is_said(tiny_data: DataFolder, caplog: pytest.LogCaptureFixture) -> None:
+    """The model has 40 positions, of which a tag and an end take two."""
+    task = FairseqTranslationTask(flags(tiny_data, source_lang="en", target_lang="fr"))
+    task.with_config(model=dataclasses.replace(task.config.model, max_positions=40))
+    dataset = task.build_dataset_for_inference([torch.full((39,), 9), torch.full((301,), 9)], [39, 301])
+    assert [dataset.size(n) for n in range(2)] == [40, 40]
+    assert caplog.messages == ["sentence 2 of 300 tokens was cut to the model's first 38"]
 
 
 def test_a_checkpoints_tags_hold_at_generation(tiny_data: DataFolder) -> None:

@@ -31,12 +31,15 @@ def translate(*words: str, typed: bytes = b"", folder: Path | None = None) -> su
 
 def test_a_pipe_gives_a_line_for_a_line(run_folder: Path, tmp_path: Path) -> None:
     typed = b"Der Arzt mag frisches Brot heute.\n\nDas Kind kauft das neue Buch am Abend.\n \nDer Arzt"
+    typed += b" mag frisches Brot heute." * 20
     done = translate(f"run={run_folder}", "source=de", "target=en", typed=typed, folder=tmp_path)
     assert done.returncode == 0, done.stderr.decode()
     lines = done.stdout.decode().split("\n")
     assert len(lines) == 6 and lines[-1] == ""
     assert [bool(line) for line in lines[:5]] == [True, False, True, False, True]
     assert b"translated 3 sentences" in done.stderr
+    said = b"note: line 5: cut to the model's 40 tokens, tag and end included; long_lines=split"
+    assert said in done.stderr
     assert list(tmp_path.iterdir()) == [], "Hydra's folders do not belong into the user's"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import shutil
 from pathlib import Path
@@ -74,11 +75,31 @@ def test_the_target_language_reaches_the_model(run: LoadedRun) -> None:
     assert translator.translate(line, "en", "de") != translator.translate(line, "en", "ja")
 
 
-def test_an_overlong_source_is_cut_and_counted(run: LoadedRun) -> None:
-    encoded = encode(run.task, ["Das Kind. " * 100, "Das Kind."], "de", "en", 4096)
-    assert encoded.truncated == 1
-    found = Translator(run.task, run.model, SEARCH).translate(["Das Kind. " * 100], "de", "en")
-    assert found[0].tokens > 0
+def test_an_overlong_source_is_cut_and_named(run: LoadedRun) -> None:
+    lines = ["", "Das Kind. " * 100, "Das Kind.", "Das Buch. " * 100]
+    assert encode(run.task, lines, "de", "en", 4096).truncated == (1, 3)
+    found = Translator(run.task, run.model, SEARCH).translate(lines, "de", "en")
+    assert [translation.cut for translation in found] == [False, True, False, True] and found[1].tokens > 0
+
+
+@pytest.mark.parametrize(("tag", "room"), [("target", 38), ("none", 39)])
+def test_a_source_of_just_the_longest_is_not_cut(run: LoadedRun, tag: str, room: int) -> None:
+    """Without a tag there is room for one more."""
+    keys = {"source_tag": tag, "target_tag": "target"}
+    run.task.with_config(task=dataclasses.replace(config := run.task.config.task, **keys))
+    try:
+        assert run.task.source_room("de-en") == room
+        tries = ("Kind " * words + "a" * letters for words in range(40) for letters in range(1, 9))
+        line = next(line for line in tries if _tokens(run, line) == room)
+        sample = run.task.inference_sample([run.task.folder.tokenizer().encode(line)], "de", "en", [1])
+        assert int(sample["net_input"]["src_lengths"][0]) == 40
+        assert encode(run.task, [line, f"{line} Kind"], "de", "en", 4096).truncated == (1,)
+    finally:
+        run.task.with_config(task=config)
+
+
+def _tokens(run: LoadedRun, line: str) -> int:
+    return len(run.task.folder.tokenizer().encode(line))
 
 
 def test_a_piece_that_ends_a_line_does_not_break_alignment(run: LoadedRun) -> None:

@@ -185,6 +185,12 @@ def test_validation_split_and_few_sentences(tmp_path: Path, tiny_data: DataFolde
     assert "the first 7 lines of each direction" in console.export_text()
 
 
+def test_sources_that_were_cut_are_named(tmp_path: Path, tiny_data: DataFolder) -> None:
+    run = make_run(tmp_path, tiny_data, "dense", directions=("en-de",), model={"max_positions": 10})
+    notes = evaluate(config(run, max_sentences=2)).notes
+    assert "en-de, sources, lines 1 and 2: cut to the model's 10 tokens, tag and end included" in notes
+
+
 def test_results_go_where_out_says_and_elsewhere_from_a_run_that_cannot_be_written(
     tmp_path: Path, tiny_data: DataFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
