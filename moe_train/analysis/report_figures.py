@@ -38,11 +38,12 @@ def auxiliary_curves(train: Lines) -> str:
 
 
 def speed_curve(train: Lines) -> str:
-    """Words per second over updates."""
+    """Words, or images, per second over updates."""
+    unit = "images" if any("images_per_second" in line for line in train) else "words"
     figure, axes = _figure()
-    drawn = _plot(axes, train, "words_per_second", "")
+    drawn = _plot(axes, train, f"{unit}_per_second", "")
     axes.set_ylim(bottom=0)
-    axes.set_ylabel("words/s")
+    axes.set_ylabel(f"{unit}/s")
     return _svg(figure, "speed") if drawn else ""
 
 

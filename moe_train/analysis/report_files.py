@@ -20,6 +20,7 @@ from moe_train.analysis.report_table import (
     ranked,
     run_cells,
     score_cells,
+    unused_speeds,
 )
 from moe_train.safe_text import for_csv, for_markdown
 
@@ -28,7 +29,8 @@ def to_csv(runs: Sequence[RunReport], comparisons: Comparisons) -> str:
     """A row per run, numbers unrounded; empty where there is none."""
     groups = present_groups(runs)
     header = ["run", "path", "strategy", "overrides", "status", "cause", "updates", "parameters", "active_parameters"]
-    header += ["flops_per_token", "training_flops_per_token", "words_per_second", "valid_nll_loss", "baseline"]
+    header += ["flops_per_token", "training_flops_per_token", "words_per_second", "images_per_second"]
+    header += ["valid_nll_loss", "baseline"]
     header += [*(name.replace(" ", "_") for name in SETS[1:]), "problems"]
     for group in groups:
         name = group.replace(" ", "_")
@@ -47,7 +49,7 @@ def to_csv(runs: Sequence[RunReport], comparisons: Comparisons) -> str:
             run.update,
         ]
         row += [run.parameters, run.active_parameters, run.flops_per_token, run.training_flops_per_token]
-        row += [run.words_per_second, run.loss]
+        row += [run.words_per_second, run.images_per_second, run.loss]
         row.append(comparisons.baseline)
         found = set_cells(run)
         row += [*(found.get(name) for name in SETS[1:]), "; ".join(run.problems)]
@@ -86,7 +88,8 @@ def directions_csv(runs: Sequence[RunReport], comparisons: Comparisons) -> str:
 def to_markdown(runs: Sequence[RunReport], comparisons: Comparisons) -> str:
     """Both tables, failures and the explanation."""
     told = settings(runs)
-    columns = [name for name in COLUMNS if name != "settings" or any(told.values())]
+    unused = [*unused_speeds(runs), *([] if any(told.values()) else ["settings"])]
+    columns = [name for name in COLUMNS if name not in unused]
     table = [[run_cells(run, told[run.name])[name] for name in columns] for run in ranked(runs)]
     parts = ["# Leaderboard", "", *_markdown(columns, table)]
     rows = []

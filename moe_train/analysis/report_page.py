@@ -8,7 +8,7 @@ from typing import Any
 from moe_train.analysis import report_figures as figures
 from moe_train.analysis.report_runs import RunReport
 from moe_train.analysis.report_sets import set_cells
-from moe_train.analysis.report_table import run_cells
+from moe_train.analysis.report_table import run_cells, unused_speeds
 from moe_train.evaluation.averages import tier_of
 from moe_train.evaluation.results import BASELINES, Results
 from moe_train.safe_text import for_html
@@ -32,6 +32,7 @@ _FACTS = {
     "FLOPs per token, forward": "FLOPs/tok forward",
     "FLOPs per token, training": "FLOPs/tok training",
     "words per second": "words/s",
+    "images per second": "images/s",
 }
 
 
@@ -65,7 +66,9 @@ def _section(title: str, content: Sequence[str]) -> list[str]:
 
 def _facts(run: RunReport) -> str:
     found = run_cells(run)
-    rows = {"run": str(run.path), **{name: found[column] for name, column in _FACTS.items()}}
+    unused = unused_speeds([run])
+    facts = {name: found[column] for name, column in _FACTS.items() if column not in unused}
+    rows = {"run": str(run.path), **facts}
     if run.loss is not None:
         rows["lowest valid nll"] = f"{run.loss:.4f} nats per token"
     world: Mapping[str, Any] = run.info.get("world", {})

@@ -87,8 +87,16 @@ class RunReport:
 
     @property
     def words_per_second(self) -> float | None:
-        """The median of the log lines: the first ones warm up."""
-        speeds = [line["words_per_second"] for line in self.train if "words_per_second" in line]
+        """The median of the log lines: the first ones warm up. None for a run on images."""
+        return None if self.images_per_second is not None else self._median("words_per_second")
+
+    @property
+    def images_per_second(self) -> float | None:
+        """As :attr:`words_per_second`, of a run on images; None for others."""
+        return self._median("images_per_second")
+
+    def _median(self, name: str) -> float | None:
+        speeds = [line[name] for line in self.train if name in line]
         return statistics.median(speeds) if speeds else None
 
     @property

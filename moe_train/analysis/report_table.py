@@ -18,7 +18,8 @@ from moe_train.evaluation.averages import TIERS
 from moe_train.safe_text import for_terminal
 
 GROUPS = ("all", "from English", "into English", "between others", *(f"{tier} resource" for tier in TIERS))
-_RESULTS = ("run", "strategy", "status", "updates", "words/s", "valid nll")
+SPEEDS = ("words/s", "images/s")
+_RESULTS = ("run", "strategy", "status", "updates", *SPEEDS, "valid nll")
 _COSTS = ("run", "strategy", "params", "active", "FLOPs/tok forward", "FLOPs/tok training")
 _SETTINGS = ("run", "settings")
 _NAME = 20  # columns of the screen for a run's name
@@ -54,13 +55,23 @@ def run_cells(run: RunReport, told: Sequence[str] = ()) -> dict[str, str]:
         "settings": " ".join(told),
         "status": run.status,
         "updates": f"{run.update:,}",
-        "words/s": "-" if run.words_per_second is None else f"{run.words_per_second:,.0f}",
+        **{name: "-" if speed is None else f"{speed:,.0f}" for name, speed in _speeds(run).items()},
         "valid nll": "-" if run.loss is None else f"{run.loss:.4f}",
         "params": _amount(run.parameters),
         "active": _amount(run.active_parameters),
         "FLOPs/tok forward": _amount(run.flops_per_token),
         "FLOPs/tok training": _amount(run.training_flops_per_token),
     }
+
+
+def _speeds(run: RunReport) -> dict[str, float | None]:
+    return dict(zip(SPEEDS, (run.words_per_second, run.images_per_second), strict=True))
+
+
+def unused_speeds(runs: Sequence[RunReport]) -> list[str]:
+    """The columns of :data:`SPEEDS` that no run has; that of words stays where there is no speed at all."""
+    unused = [name for name in SPEEDS if all(_speeds(run)[name] is None for run in runs)]
+    return unused if len(unused) < len(SPEEDS) else list(SPEEDS[1:])
 
 
 def _amount(value: float | None) -> str:
@@ -88,7 +99,9 @@ def score_cells(run: RunReport, group: str, comparisons: Comparisons) -> tuple[s
 def run_tables(runs: Sequence[RunReport]) -> list[Table]:
     """For 80 columns: what runs are and how far they came, what they cost, and the settings in which they differ."""
     told = settings(runs)
-    tables = {columns: _table(columns) for columns in (_RESULTS, _COSTS, _SETTINGS)}
+    unused = unused_speeds(runs)
+    results = tuple(name for name in _RESULTS if name not in unused)
+    tables = {columns: _table(columns) for columns in (results, _COSTS, _SETTINGS)}
     for run in ranked(runs):
         found = {**run_cells(run, told[run.name]), "run": _folded(run.name)}
         for columns, table in tables.items():

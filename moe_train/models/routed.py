@@ -67,6 +67,22 @@ class Routed(nn.Module):
             stack.recompute = recompute
 
 
+def block_names(model: nn.Module) -> dict[int, str]:
+    """Where each sparse block stands, by its number: ``encoder layer 1``; layers count from 0, as in the config.
+
+    A block that is inserted is named by the layer that it follows (``after encoder layer 1``).
+    """
+    names: dict[int, str] = {}
+    for stack in stacks(model):
+        side = "decoder" if isinstance(stack, DecoderStack) else "encoder"
+        for index, layer in enumerate(stack.layers):
+            place = f"{side} layer {index}"
+            for name, block in layer.named_modules():
+                if isinstance(block, Block) and (number := int(getattr(block, "layer", -1))) >= 0:
+                    names[number] = f"after {place}" if name.startswith("inserted") else place
+    return names
+
+
 def stacks(model: nn.Module) -> Iterator[EncoderStack | DecoderStack]:
     """The stacks of layers of a model."""
     for module in model.modules():

@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
-from types import TracebackType
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType, TracebackType
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 LOG = logging.getLogger("moe_train")
+_NAMED = 3  # layers whose experts without tokens are counted by name
 _SPEED_PERIOD = 3600.0  # seconds of which the time left is reckoned: after Rich's 30 a slow update has no time left
 
 
 class Display:
-    """Shows progress on rank 0 and says the same to the log file on every rank. ``console`` None: no screen."""
+    """Shows progress on rank 0 and says the same to the log file on every rank.
 
-    def __init__(self, total: int, done: int, console: Console | None) -> None:
-        self._console = console
+    Args:
+        console: None: no screen.
+        blocks: where the sparse blocks stand, by their numbers (:func:`moe_train.models.routed.block_names`).
+    """
+
+    def __init__(
+        self, total: int, done: int, console: Console | None, blocks: Mapping[int, str] = MappingProxyType({})
+    ) -> None:
+        self._console, self._blocks = console, blocks
         self._total, self._first = total, done
         self._started = time.monotonic()
         self._bar: Progress | None = None
@@ -55,7 +63,7 @@ class Display:
 
     def trained(self, line: Mapping[str, Any]) -> None:
         """After a line of train.jsonl."""
-        text = f"update {line['update']}/{self._total}: {training_text(line)}"
+        text = f"update {line['update']}/{self._total}: {training_text(line, self._blocks)}"
         self.say(text if self._bar is not None else f"{text}, {self._left(line['update'])} left")
 
     def say(self, text: str) -> None:
@@ -71,17 +79,22 @@ class Display:
         return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
 
 
-def training_text(line: Mapping[str, Any]) -> str:
-    """The figures of a training line, short."""
+def training_text(line: Mapping[str, Any], blocks: Mapping[int, str] = MappingProxyType({})) -> str:
+    """The figures of a training line, short.
+
+    Args:
+        blocks: as of :class:`Display`.
+    """
     parts = [f"loss {line['loss']:.3f}"]
     if line.get("ppl") is not None:
         parts.append(f"ppl {line['ppl']:.2f}")
     parts.append(f"lr {line['lr']:.2e}")
-    parts.append(f"{line['words_per_second']:,.0f} words/s")
+    unit = "images" if "images_per_second" in line else "words"
+    parts.append(f"{line[f'{unit}_per_second']:,.0f} {unit}/s")
     if line.get("load_max_over_mean"):
         parts.append(f"load max/mean {max(line['load_max_over_mean'].values()):.2f}")
         if line["dead_experts"]:
-            parts.append(f"{line['dead_experts']} dead experts")
+            parts.append(_without_tokens(line["load"], blocks))
         if line["dropped"]:
             parts.append(f"dropped {line['dropped_fraction']:.1%}")
     if line.get("exchange_dropped"):
@@ -89,6 +102,16 @@ def training_text(line: Mapping[str, Any]) -> str:
     if line.get("skipped"):
         parts.append(f"{line['skipped']} skipped")
     return ", ".join(parts)
+
+
+def _without_tokens(loads: Mapping[str, Sequence[float]], blocks: Mapping[int, str]) -> str:
+    """How many experts of how many were given no token, and where most of them are."""
+    dead = {layer: sum(share == 0 for share in load) for layer, load in loads.items()}
+    worst = sorted((layer for layer in dead if dead[layer]), key=lambda layer: (-dead[layer], int(layer)))
+    places = [f"{blocks.get(int(layer), f'sparse block {layer}')} ({dead[layer]})" for layer in worst[:_NAMED]]
+    places += [f"{len(worst) - _NAMED} more"] if len(worst) > _NAMED else []
+    count, total = sum(dead.values()), sum(map(len, loads.values()))
+    return f"{count} of {total} experts without tokens: {', '.join(places)}"
 
 
 def validation_text(line: Mapping[str, Any], best: bool) -> str:

@@ -14,6 +14,7 @@ from rich.markup import escape
 
 from moe_train.config import RunConfig
 from moe_train.errors import TrainingError
+from moe_train.models.routed import block_names
 from moe_train.parallel.layout import ExpertLayout
 from moe_train.parallel.ranks import ProcessRanks
 from moe_train.routing.context import Alone, Ranks
@@ -144,7 +145,7 @@ def _assemble(given: _Parts) -> Loop:
         validator=Validator(task, criterion, engine, world, ranks),
         keeper=keeper,
         records=Records(folder, config, world.main, state.update, state.pending),
-        display=Display(config.training.max_updates, state.update, given.screen),
+        display=Display(config.training.max_updates, state.update, given.screen, block_names(engine.module)),
         interval=interval,
         counters=layout.counters,
         validate_bleu=given.validate_bleu,

@@ -328,3 +328,28 @@ def test_pages_can_be_left_out(tmp_path: Path) -> None:
     run = trained(tmp_path / "run")
     make_report(ReportConfig((str(run),), html=False), Console(quiet=True))
     assert (run / "leaderboard.csv").is_file() and not (run / "report.html").exists()
+
+
+def test_images_and_words_have_columns_of_their_own(tmp_path: Path) -> None:
+    trained(tmp_path / "words")
+    images = trained(tmp_path / "images", "soft_moe")
+    log = images / "train.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    log.write_text(
+        "".join(json.dumps({**line, "images_per_second": line["words_per_second"]}) + "\n" for line in lines)
+    )
+    screen = io.StringIO()
+    make_report(ReportConfig((str(tmp_path),), samples=50), Console(file=screen, width=80))
+    rows = {row["run"]: row for row in csv.DictReader(io.StringIO((tmp_path / "leaderboard.csv").read_text()))}
+    speeds = {name: (row["words_per_second"], row["images_per_second"]) for name, row in rows.items()}
+    assert speeds == {"words": ("2000.0", ""), "images": ("", "2000.0")}
+    table = screen.getvalue().splitlines()[:8]
+    assert {"words/s", "images/s"} <= set(" ".join(table).split()) and max(map(len, table)) <= 80
+    (head,) = [line for line in (tmp_path / "leaderboard.md").read_text().splitlines() if "words/s" in line]
+    assert "| words/s | images/s |" in head
+    page = (images / "report.html").read_text()
+    assert "images/s" in page and "words/s" not in page and "images per second" in page
+    assert "images/s" not in (tmp_path / "words" / "report.html").read_text()
+    alone = io.StringIO()
+    make_report(ReportConfig((str(images),), html=False, out=str(tmp_path / "out")), Console(file=alone, width=80))
+    assert "images/s" in alone.getvalue() and "words/s" not in alone.getvalue()

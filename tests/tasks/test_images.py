@@ -166,6 +166,8 @@ def test_moe_train_learns_images_and_resumes_bit_for_bit(squares: Path, tmp_path
     train, valid = (json.loads(line) for line in last.values())
     assert valid["accuracy"] > 0.9 and valid["directions"]["valid"]["sentences"] == 30
     assert valid["images_per_second"] > 0 and train["images_per_second"] > 0
+    said = (tmp_path / "whole" / "logs" / "rank_0.log").read_text()
+    assert " images/s" in said and "words/s" not in said
     for updates in (20, 40):
         assert here(command(squares, tmp_path / "parts", updates, *soft), tmp_path)[0] == 0
     assert_same_bits(final_tensors(tmp_path / "whole"), final_tensors(tmp_path / "parts"))

@@ -28,6 +28,7 @@ def train() -> None:
     """Two updates of a run of many, with all that a log line can have."""
     line = {"loss": 6.725, "ppl": 820.8, "lr": 3.5e-7, "words_per_second": 19486.0, "skipped": 3}
     loads = {"load_max_over_mean": {"0": 1.5}, "dead_experts": 18, "dropped": 3, "dropped_fraction": 0.11}
+    loads |= {"load": {"0": [1 / 46] * 46 + [0.0] * 18}}
     with Display(100_000, 12_345, Console()) as display:
         for update in (12_346, 12_347):
             display.trained({"update": update, **line, **loads})
@@ -63,3 +64,26 @@ def test_a_preparation_fits_a_terminal_of_80_columns() -> None:
     bars = [line for line in shown_lines(terminal) if "━━━" in line]
     assert re.fullmatch(r"cleaning and de-duplicating +━+ 9999998/9999998 \d:\d\d:\d\d \d:\d\d:\d\d", bars[-1])
     assert all(len(line) <= 80 and "…" not in line for line in bars)
+
+
+def test_experts_without_tokens_are_counted_where_they_are() -> None:
+    line = {"loss": 2.5, "lr": 1e-3, "words_per_second": 1234.0, "load_max_over_mean": {"0": 1.5}, "dropped": 0}
+    loads = {
+        "0": [0.5, 0.5, 0.0, 0.0],
+        "1": [1.0, 0.0, 0.0, 0.0],
+        "2": [0.3, 0.7, 0.0, 0.0],
+        "10": [0.5, 0.5, 0.0, 0.0],
+    }
+    names = {0: "encoder layer 1", 1: "decoder layer 1", 2: "decoder layer 3"}
+    said = training_text({**line, "load": loads, "dead_experts": 9}, names)
+    assert said.endswith(
+        "9 of 16 experts without tokens: decoder layer 1 (3), encoder layer 1 (2), decoder layer 3 (2), 1 more"
+    )
+    few = {"0": [0.5, 0.5], "7": [1.0, 0.0]}
+    said = training_text({**line, "load": few, "dead_experts": 1}, names)
+    assert said.endswith("1 of 4 experts without tokens: sparse block 7 (1)")
+
+
+def test_images_are_counted_as_images() -> None:
+    line = {"loss": 2.5, "lr": 1e-3, "words_per_second": 1234.0, "images_per_second": 1234.0}
+    assert training_text(line) == "loss 2.500, lr 1.00e-03, 1,234 images/s"
