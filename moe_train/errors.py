@@ -13,6 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from moe_train.safe_text import for_terminal
+
 _SPELLINGS = {"k": "top_k"}  # what papers and documents call a key, too far from its name to be found as a near word
 
 
@@ -88,7 +90,7 @@ def located(where: str) -> Iterator[None]:
 def note(text: str) -> None:
     """Tells the user, on standard error, what is no error; nothing depends on whether that can be written."""
     with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, full, or not there
-        print(f"note: {text}", file=sys.stderr, flush=True)
+        print(f"note: {for_terminal(text)}", file=sys.stderr, flush=True)
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:

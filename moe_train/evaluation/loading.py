@@ -130,13 +130,12 @@ def open_run(
     opened = open_data(config)
     if not isinstance(checkpoint, Path):
         checkpoint = CheckpointStore(folder.checkpoints, world).resolve(checkpoint)
-    if not handed_out:
-        _check_size(config, opened, checkpoint, folder)
     task = build_task(config, opened)
     trained: tuple[str, ...] | None = None
     if not handed_out:
         main = world is None or world.main
         verify_data(opened, task, verify, world, training=False)
+        _check_size(config, opened, checkpoint, folder)
         known = RunData.of_run(folder, (opened, task), keep=main)
         known.check_vocabulary(task, folder.path)
         if data is None:

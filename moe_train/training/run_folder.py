@@ -268,7 +268,7 @@ class RunFolder:
 
     def forget_start(self) -> None:
         """Removes what :meth:`begin` and the ranks have put into a folder that was :attr:`unused`; the lock stays."""
-        for path in (self.path / CONFIG, self.path / ALIVE, *self.logs.glob("rank_*.log")):
+        for path in (self.path / CONFIG, self.path / DATA_FILES, self.path / ALIVE, *self.logs.glob("rank_*.log")):
             path.unlink(missing_ok=True)
         for folder in (self.checkpoints, self.logs):
             with suppress(OSError):  # something else has come into it
