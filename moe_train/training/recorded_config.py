@@ -51,8 +51,8 @@ def with_defaults(config: RunConfig) -> dict[str, Any]:
 def note_ignored_keys(mapping: Mapping[str, Any], where: Path) -> None:
     """Logs one warning that names the recorded keys which this version does not have; nothing where there are none."""
     ignored = list(without_unknown(RunConfig, mapping)[1])
-    routing = mapping.get("routing", {})
-    if target := find_strategy(str(routing.get("name"))):
+    routing = mapping.get("routing")
+    if isinstance(routing, Mapping) and (target := find_strategy(str(routing.get("name")))):
         ignored += without_unknown(target.config, routing, "routing")[1]
     if ignored:
         LOG.warning("%s: ignored keys that this version of moe_train does not have: %s", where, ", ".join(ignored))
