@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -17,6 +19,7 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 
+from moe_train.commands import plan
 from moe_train.commands._app import plain
 from moe_train.commands._overrides import check_overrides
 from moe_train.config import build
@@ -24,7 +27,8 @@ from moe_train.config.corpus import PrepareConfig
 from moe_train.config.evaluation import EvaluateConfig, ExportConfig, ReportConfig, TranslateConfig
 from moe_train.config.paths import configs_directory
 from moe_train.launch.schemas import forget_foreign_schemas
-from moe_train.routing import RoutingConfig, strategies
+from moe_train.plugins import USER_DIR
+from moe_train.routing import RoutingConfig, registry, strategies
 from moe_train.routing.token_choice import TokenChoiceConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -174,25 +178,84 @@ def test_the_table_of_costs_is_what_the_accounting_says() -> None:
         assert [f"{value / 1e6:.1f}" for value in figures] == stated, name
 
 
-CONFTEST = """
-import language_gate  # stands for the line in moe_train/routing/__init__.py
-import yaml
-from moe_train.routing import routing_config
+CHECKED = (
+    "tests/routing/test_language_gate.py",
+    "tests/routing/test_configs.py",
+    "tests/routing/test_every_strategy.py",
+    "tests/layers/test_every_strategy.py",
+    "tests/test_rooms.py",
+    "tests/test_docs.py::test_a_strategy_has_a_section_a_figure_and_its_own_keys",
+    "tests/test_docs.py::test_every_strategy_has_a_figure_from_the_script",
+    "tests/test_docs.py::test_the_table_of_costs_is_what_the_accounting_says",
+)
 
-assert routing_config(yaml.safe_load(open("language_gate.yaml"))) == routing_config({"name": "language_gate"})
-"""
 
-
-def test_the_worked_example_runs(tmp_path: Path) -> None:
-    text = (ROOT / "docs" / "add-a-strategy.md").read_text(encoding="utf-8")
+def follow_the_page(root: Path) -> None:
+    """Takes every step of docs/add-a-strategy.md in a copy of the project."""
+    text = (ROOT / "docs" / "add-a-strategy.md").read_text(encoding="utf-8").partition("## From outside")[0]
     code, test = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     (config,) = re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)
-    files = {f"{NEW}.py": code, f"{NEW}.yaml": config, f"test_{NEW}.py": test, "conftest.py": CONFTEST}
-    for name, content in files.items():
-        (tmp_path / name).write_text(content, encoding="utf-8")
-    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"}
-    options = ["-q", "-p", "no:cacheprovider", f"--rootdir={tmp_path}"]
-    command = [sys.executable, "-m", "pytest", *options, f"test_{NEW}.py"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "3 passed" in done.stdout
+    (described,) = re.findall(r"```markdown\n(.*?)```", text, flags=re.DOTALL)
+    case, cost, figure = re.findall(rf'^    ((?:"{NEW}"|\| `{NEW}` ).*)$', text, flags=re.MULTILINE)
+    for name, content in {
+        f"moe_train/routing/{NEW}.py": code,
+        f"configs/routing/{NEW}.yaml": config,
+        f"tests/routing/test_{NEW}.py": test,
+    }.items():
+        (root / name).write_text(content, encoding="utf-8")
+    put_before(root / "moe_train/routing/__init__.py", "random,", f"{NEW}, ")
+    put_before(root / "moe_train/routing/__init__.py", '"random",', f'"{NEW}",\n    ')
+    put_before(root / "tests/routing/test_every_strategy.py", '"hash": {', f"{case}\n    ")
+    put_before(root / "docs/strategies.md", "| `soft_moe` |", f"{cost}\n")
+    put_before(root / "scripts/draw_strategies.py", '"hash": Figure(', f"{figure}\n    ")
+    with (root / "docs/strategies.md").open("a", encoding="utf-8") as page:
+        page.write(f"\n{described}")
+
+
+def put_before(path: Path, mark: str, text: str) -> None:
+    before, found, after = path.read_text(encoding="utf-8").partition(mark)
+    assert found, f"{path}: {mark}"
+    path.write_text(before + text + found + after, encoding="utf-8")
+
+
+def test_the_worked_example_passes_every_test_of_strategies(tmp_path: Path) -> None:
+    for name in ("moe_train", "configs", "tests", "docs", "scripts", "hydra_plugins"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "old_runs"))
+    for name in ("pyproject.toml", "CONTRIBUTING.md", "README.md"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    follow_the_page(tmp_path)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+
+    def run(*words: str) -> str:
+        command = [sys.executable, "-m", *words]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    run("scripts.draw_strategies")
+    run("ruff", "format", "-q", "moe_train", "scripts")
+    run("ruff", "check", "-q", "moe_train", "tests/routing", "scripts")
+    run("ruff", "format", "--check", "-q", "moe_train", f"tests/routing/test_{NEW}.py")
+    # Of tests that take all strategies in turn, those of the new one.
+    chosen = f"{NEW} or rooms or test_configs or figure_from or costs"
+    said = run("pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, *CHECKED)
+    assert int(re.findall(r"(\d+) passed", said)[0]) > 50, said
+
+
+def test_the_worked_example_works_from_a_folder_of_the_user_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (ROOT / "docs" / "add-a-strategy.md").read_text(encoding="utf-8")
+    (config,) = re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)
+    (tmp_path / "configs" / "routing").mkdir(parents=True)
+    (tmp_path / f"{NEW}.py").write_text(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)[0], encoding="utf-8")
+    (tmp_path / "configs" / "routing" / f"{NEW}.yaml").write_text(config, encoding="utf-8")
+    monkeypatch.setattr(registry, "_STRATEGIES", dict(registry._STRATEGIES))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv(USER_DIR, "")
+    words = [f"routing={NEW}", "model=tiny", "layout.world=2", "json=-", f"user_dir={tmp_path}"]
+    monkeypatch.setattr(sys, "argv", ["moe-plan", *words])
+    plan.main()
+    sys.modules.pop(NEW)
+    typed = json.loads(capsys.readouterr().out)["train_words"]
+    assert f"routing={NEW}" in typed and f"user_dir={tmp_path}" in typed

@@ -9,6 +9,7 @@ from typing import Any
 
 from moe_train.commands._app import run_app
 from moe_train.commands._hydra import group_choices, overrides
+from moe_train.plugins import user_dir
 
 
 def run(mapping: Mapping[str, Any]) -> None:
@@ -26,6 +27,7 @@ def run(mapping: Mapping[str, Any]) -> None:
     config = build(PlanConfig, mapping)
     plan = make_plan(config)
     words = train_words(plan, group_choices(), overrides())
+    words += [f"user_dir={outside}"] if (outside := user_dir()) else []
     content = json.dumps({**as_mapping(plan), "train_words": words}, indent=2)
     if config.json == "-":
         print(content)
