@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ def run(mapping: Mapping[str, Any]) -> None:
     config = build(PlanConfig, mapping)
     plan = make_plan(config)
     words = train_words(plan, group_choices(), overrides())
-    words += [f"user_dir={outside}"] if (outside := user_dir()) else []
+    words += [f"user_dir={shlex.quote(outside)}"] if (outside := user_dir()) else []
     content = json.dumps({**as_mapping(plan), "train_words": words}, indent=2)
     if config.json == "-":
         print(content)
