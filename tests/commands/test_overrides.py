@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -126,39 +125,3 @@ def test_a_mapping_adds_its_keys(word: str, key: str, found: object) -> None:
     with initialize_config_dir(str(configs_directory()), version_base="1.3"):
         config = compose("prepare", overrides=words)
     assert OmegaConf.select(config, key) == found
-
-
-@pytest.mark.parametrize(
-    ("word", "message"),
-    [
-        ("training.lr=1e-3", r"did you mean 'training\.optimizer\.lr'\?$"),
-        ("lr=1e-3", r"did you mean 'training\.optimizer\.lr'\?$"),
-        ("+training.lr=1e-3", r"'training\.optimizer\.lr'"),
-        ("training.dropout=0.1", r"did you mean 'model\.dropout'\?$"),
-        ("training.name=cosine", r"did you mean 'training\.optimizer\.name' or 'training\.schedule\.name'\?$"),
-        ("schedule=cosine", r"did you mean 'training\.schedule\.name'\?$"),
-        ("training.schedule=cosine", r"must be a group of keys.*write training\.schedule\.name=cosine"),
-        ("out=x", r"did you mean 'hydra\.run\.dir', in short 'run'\?$"),
-        ("run.dir=x", r"did you mean 'hydra\.run\.dir', in short 'run'\?$"),
-    ],
-)
-def test_a_key_whose_last_part_stands_elsewhere_is_suggested(word: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=f"(?i){message}"):
-        content = composed(*check_overrides("train", [word]))
-        build(RunConfig, {key: value for key, value in content.items() if key != "experiment"})
-
-
-def test_the_run_folder_has_a_short_name() -> None:
-    assert check_overrides("train", ["run='a b'", "data=x"]) == ["hydra.run.dir='a b'", "data=x"]
-    assert check_overrides("train", ["run=x"], multirun=True) == ["hydra.sweep.dir=x"]
-    assert check_overrides("evaluate", ["run=x"]) == ["run=x"]  # a key of its own there
-    with pytest.raises(ConfigError, match="(?i)did you mean 'runs'"):
-        check_overrides("report", ["run=x"])
-
-
-def test_an_option_of_a_folder_that_is_named(tmp_path: Path) -> None:
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "mine.yaml").write_text("embed_dim: 8\n")
-    assert check_overrides("train", ["model=mine"], str(tmp_path)) == ["model=mine"]
-    with pytest.raises(ConfigError, match="--config-dir .*: the folder does not exist"):
-        check_overrides("train", ["model=mine"], str(tmp_path / "nowhere"))
