@@ -145,6 +145,8 @@ def check_initial_vocabulary(source: str, task: TrainingTask) -> None:
     """
     run = run_of(source)
     if run is None:
+        if not Path(source).exists():
+            return  # whoever reads the weights says so
         note(f"{source} is in no run folder: whether its vocabulary is that of the data cannot be told")
         return
     RunData.of_run(run).check_vocabulary(task, run.path)
