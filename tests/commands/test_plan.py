@@ -62,7 +62,7 @@ def trained_with(words: list[str]) -> RunConfig:
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         config = OmegaConf.to_container(compose("train", overrides=["data=DIR", *words]), resolve=True)
     assert isinstance(config, dict)
-    return build(RunConfig, {str(key): value for key, value in config.items() if key != "experiment"})
+    return build(RunConfig, {str(key): value for key, value in config.items() if key not in ("experiment", "user_dir")})
 
 
 def test_one_rank_is_told_as_one(tmp_path: Path) -> None:

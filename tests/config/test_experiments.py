@@ -50,7 +50,7 @@ def composed(name: str, *more: str) -> RunConfig:
     with initialize_config_dir(str(configs_directory()), version_base="1.3"):
         config = compose("train", overrides=["data=somewhere", f"experiment={name}", *more])
     plain: Any = OmegaConf.to_container(config, resolve=True)
-    return build(RunConfig, {key: value for key, value in plain.items() if key != "experiment"})
+    return build(RunConfig, {key: value for key, value in plain.items() if key not in ("experiment", "user_dir")})
 
 
 def model_of(config: RunConfig, entries: int) -> nn.Module:

@@ -58,7 +58,7 @@ def settings(corpus: Path, out: Path, *words: str) -> PrepareConfig:
     with initialize_config_dir(str(configs_directory()), version_base="1.3"):
         composed = compose("prepare", overrides=[*given, "vocabulary.character_coverage=1.0", *words])
     plain: Any = OmegaConf.to_container(composed, resolve=True)
-    return build(PrepareConfig, plain)
+    return build(PrepareConfig, {key: value for key, value in plain.items() if key != "user_dir"})
 
 
 @pytest.fixture(scope="module")

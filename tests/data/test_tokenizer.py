@@ -112,7 +112,7 @@ def test_no_text_at_all_is_said(tmp_path: Path, lines: list[str]) -> None:
 
 
 def test_a_size_beyond_all_bounds_is_refused() -> None:
-    with pytest.raises(ConfigError, match="at most 10,000,000"):
+    with pytest.raises(ConfigError, match="must be 10000000 or less"):
         VocabularyConfig(size=2**31 - 1)
 
 

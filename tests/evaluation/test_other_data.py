@@ -218,11 +218,11 @@ def test_a_direction_with_test_text_only_is_zero_shot(partly: DataFolder, tmp_pa
     named = evaluate(EvaluateConfig(str(run), directions=("en-fr", "de-fr"), search=SEARCH))
     assert [name for name, result in named.directions.items() if result.zero_shot] == ["en-fr"]
     assert "en-fr: not trained in this run (zero-shot)" in named.notes
-    assert read_results(run / "test.json") == named
-    assert named.groups["trained"] == ["de-fr", "fr-de"] and named.groups["zero-shot"] == ["en-fr"]
+    assert read_results(run / "test.only-de-fr,en-fr.json") == named
+    assert named.groups["trained"] == ["de-fr"] and named.groups["zero-shot"] == ["en-fr"]
     shown = io.StringIO()
     show(named, Console(file=shown, width=200))
-    assert "en-fr (zero-shot)" in shown.getvalue() and "trained (2)" in shown.getvalue()
+    assert "en-fr (zero-shot)" in shown.getvalue() and "trained (1)" in shown.getvalue()
 
 
 def test_an_older_run_is_told_by_its_data(partly: DataFolder, tmp_path: Path) -> None:
