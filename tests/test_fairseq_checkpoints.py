@@ -5,16 +5,18 @@ from __future__ import annotations
 import copy
 import sys
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hydra.core.config_store import ConfigStore
 from torch import nn
 
 from moe_train.commands.fairseq import main, register
 from moe_train.errors import CheckpointError
+from moe_train.launch.schemas import forget_foreign_schemas
 
 DATA = Path(__file__).with_name("old_runs") / "data"
 CODE = "__import__('os').mkdir('ran')"
@@ -153,7 +155,7 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
     "convolutions": (architecture("wav2vec2", conv_feature_layers="[(1000000, 1000, 1)] * 3"), "more than"),
     "a huge list": (legacy(arch="fconv", encoder_layers="[(512, 3)] * 1000000"), NO_VALUE),
     "moe layers": (current(model__moe_config=f"{MODEL} model.encoder_layers=1000000000"), "encoder_layers"),
-    "moe width": (current(model__moe_config=f"{MODEL} model.embed_dim=1600000000"), "more than"),
+    "moe width": (current(model__moe_config=f"{MODEL} model.embed_dim=1600000000"), "must be 131072 or less"),
     # what is no checkpoint of fairseq
     "no options": (state(), "Neither args nor cfg"),
     "a list as config": (state(cfg=[1, 2]), "cannot load"),
@@ -163,6 +165,27 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
     "no tensors": (current() | {"model": [1]}, "cannot load"),
     "moe-config's quotes": (current(model__moe_config="model='tiny"), "cannot be read"),
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _schemas_of_fairseq() -> Iterator[None]:
+    """Puts into Hydra's store what importing fairseq puts there: our commands in this process take it out."""
+    from fairseq.dataclass.initialize import hydra_init
+    from fairseq.models import MODEL_DATACLASS_REGISTRY
+    from fairseq.registry import REGISTRIES
+    from fairseq.tasks import TASK_DATACLASS_REGISTRY
+
+    groups = {"task": TASK_DATACLASS_REGISTRY, "model": MODEL_DATACLASS_REGISTRY}
+    groups |= {group: registry["dataclass_registry"] for group, registry in REGISTRIES.items()}
+    hydra_init()
+    for group, dataclasses_of in groups.items():
+        for name, dataclass in dataclasses_of.items():
+            if dataclass is not None:
+                node = dataclass()
+                node._name = name
+                ConfigStore.instance().store(name=name, group=group, node=node, provider="fairseq")
+    yield
+    forget_foreign_schemas()
 
 
 @pytest.fixture(scope="module", autouse=True)

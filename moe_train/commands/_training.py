@@ -23,6 +23,7 @@ from moe_train.launch.failures import WorkerError, failure_of, out_of_memory, wr
 from moe_train.launch.joining import joined_world, logging_to, ranks_per_node, world_size
 from moe_train.launch.local import launch
 from moe_train.launch.requeue import leave_saved
+from moe_train.launch.slurm import is_array_job
 from moe_train.models.accounting import account
 from moe_train.screen import Screen
 from moe_train.tasks import TaskData, build_task, locate_data, open_data
@@ -42,14 +43,16 @@ def train_as_configured(mapping: Mapping[str, Any]) -> float | None:
 
     What ends it otherwise is kept in the run folder, where moe-report finds it. A start that is refused leaves nothing:
     a run that is there keeps its record as it was, and a folder without one does not look like a run afterwards. Only
-    the jobs of a sweep are noted in any case, so that a report on the sweep has all of them.
+    the jobs of a sweep, or of an array of Slurm, are noted in any case, so that a report on the sweep has all of them.
     """
     folder = None if launched_rank() else RunFolder(run_directory())
     before = folder.session if folder else None
     try:
         return _checked_and_trained(mapping, folder)
     except Exception as error:
-        if folder and (not _is_refusal(error, folder, before) or (in_sweep() and not folder.exists)):
+        if folder and (
+            not _is_refusal(error, folder, before) or ((in_sweep() or is_array_job()) and not folder.exists)
+        ):
             with suppress(OSError):  # such as a full disk
                 write_failure(folder.path / FAILURE, 0, error, overrides())
         if out_of_memory(error):  # what to do about it must not be lost in the traceback

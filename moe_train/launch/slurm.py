@@ -177,3 +177,8 @@ def _scontrol(*words: str, tries: int = _TRIES) -> str:
                 ) from error
             time.sleep(1)
     raise AssertionError(f"{tries} tries")
+
+
+def is_array_job() -> bool:
+    """Whether this process belongs to one job of an array of Slurm."""
+    return "SLURM_ARRAY_TASK_ID" in os.environ

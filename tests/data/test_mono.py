@@ -194,7 +194,7 @@ def test_directions_are_refused_where_there_is_nothing_to_translate(tmp_path: Pa
 
 
 def test_rules_that_compare_two_sides_rest() -> None:
-    config = dataclasses.replace(CleaningConfig(), max_ratio=0.5)
+    config = dataclasses.replace(CleaningConfig(), max_ratio=1.0)
     assert Cleaner(config, Single("de"))("Sende %s Nachrichten jetzt") == ("Sende %s Nachrichten jetzt",)
     cleaner = Cleaner(config, Single("de"))
     assert cleaner("1.2.3-4/5.6 (7) x") is None and cleaner.counts["dropped_letters"] == 1
