@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from moe_train.commands._overrides import check_overrides
 from moe_train.config import RunConfig, build
 from moe_train.errors import ConfigError
+from moe_train.launch.schemas import forget_foreign_schemas
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -59,6 +60,7 @@ def test_it_prints_tables_and_writes_json(tmp_path: Path) -> None:
 def trained_with(words: list[str]) -> RunConfig:
     """What moe-train makes of words."""
     check_overrides("train", words)
+    forget_foreign_schemas()  # of fairseq, which another test may have imported
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         config = OmegaConf.to_container(compose("train", overrides=["data=DIR", *words]), resolve=True)
     assert isinstance(config, dict)

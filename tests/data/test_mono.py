@@ -27,6 +27,7 @@ from moe_train.data.prepare import prepare
 from moe_train.data.progress import Progress
 from moe_train.data.summary import show
 from moe_train.errors import DataError
+from moe_train.launch.schemas import forget_foreign_schemas
 from moe_train.tasks.storage import SentenceFile
 from tests.data import tiny_corpus
 from tests.tasks.helpers import make_task as make_translation
@@ -55,6 +56,7 @@ def write_mono(folder: Path) -> Path:
 def settings(corpus: Path, out: Path, *words: str) -> PrepareConfig:
     """What ``moe-prepare corpus=mono`` reads, from its own config files."""
     given = ["corpus=mono", f"corpus.path={corpus}", f"out={out}", "workers=1", "vocabulary.size=430"]
+    forget_foreign_schemas()  # of fairseq, which another test may have imported
     with initialize_config_dir(str(configs_directory()), version_base="1.3"):
         composed = compose("prepare", overrides=[*given, "vocabulary.character_coverage=1.0", *words])
     plain: Any = OmegaConf.to_container(composed, resolve=True)
