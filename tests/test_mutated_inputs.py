@@ -26,6 +26,7 @@ from moe_train.commands import evaluate, export, report, train, translate
 from moe_train.commands._app import plain
 from moe_train.config.paths import configs_directory
 from moe_train.errors import UserError
+from moe_train.launch.schemas import forget_foreign_schemas
 from tests.data.image_files import coloured_squares, write_idx_folder
 from tests.mutations import mutate
 from tests.test_old_runs import OLD, WORDS
@@ -45,6 +46,7 @@ class Inputs:
         """The config of a command; made once for the same words."""
         key = " ".join([command, *words])
         if key not in self.mappings:
+            forget_foreign_schemas()  # of fairseq, which another test may have imported
             with initialize_config_dir(str(configs_directory()), version_base="1.3"):
                 self.mappings[key] = plain(compose(command, overrides=list(words)))
         return dict(self.mappings[key])
