@@ -43,7 +43,7 @@ def register() -> None:
 
 if multiprocessing.current_process().name != "MainProcess":
     # A rank that fairseq has spawned imports this module first and unpickles fairseq's functions next.
-    make_streams_lossy(literal=True)
+    make_streams_lossy()
     register()
 
 
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(f"{__doc__}\ncommands: {', '.join(COMMANDS)} (each with --help)")
         return 0
-    with lossy_streams(vital=words[0] in _PRINTING, literal=True):
+    with lossy_streams(vital=words[0] in _PRINTING):
         try:
             _run(words[0], words[1:])
         except UserError as error:
