@@ -6,7 +6,7 @@
 #   scripts/quickstart.sh routing=top_k seed=2
 #   RUN=outputs/mine scripts/quickstart.sh routing=dense
 #
-# RUN     the run folder (outputs/quickstart), as hydra.run.dir= among the arguments; name another one for other settings
+# RUN     the run folder (outputs/quickstart), as run= or hydra.run.dir= among the arguments; name another one for other settings
 # DATA    where the data folder is made, or is from an earlier time (data-bin/l10n)
 # PYTHON  the interpreter for .venv, see scripts/setup.sh
 # XDG_CACHE_HOME/moe_train/wheels (~/.cache) keeps the 90 MB of wheels that the text comes from
@@ -16,7 +16,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 data=${DATA:-data-bin/l10n}
 run=${RUN:-outputs/quickstart}
 for word in "$@"; do
-    [[ $word == hydra.run.dir=* ]] && run=${word#*=} # as the refusal of other settings advises
+    [[ $word == hydra.run.dir=* || $word == run=* ]] && run=${word#*=} # as the refusal of other settings advises
 done
 summary=()
 

@@ -6,21 +6,23 @@ to stop by a signal, everything saved: the same command goes on; 130 interrupted
 
 from __future__ import annotations
 
+import argparse
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import hydra
-from hydra import compose, initialize_config_dir
+from hydra import compose
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from moe_train.commands._hydra import forget_folder, in_sweep, run_directory
+from moe_train import __version__
+from moe_train.commands._hydra import composing, forget_folder, in_sweep, run_directory
 from moe_train.commands._messages import INTERRUPTED, say_error, say_interrupted
 from moe_train.commands._overrides import check_launcher, check_overrides
 from moe_train.commands._sweeps import KNOWN, SweepErrors, run_sweep
@@ -78,12 +80,13 @@ def _run(config_name: str, callback: Callback) -> None:
             sweeper may minimise.
     """
     forget_foreign_schemas()
-    arguments = get_args_parser().parse_args(sys.argv[1:])
+    arguments = _parse(sys.argv[1:])
+    config_name = arguments.config_name or config_name
+    typed, given = sys.argv, arguments.overrides
     try:
-        typed, given = sys.argv, arguments.overrides
-        words = take_user_dir(given)
+        words = take_user_dir(arguments.overrides)
         import_user_dir()
-        arguments.overrides = check_overrides(arguments.config_name or config_name, words, arguments.config_dir)
+        arguments.overrides = check_overrides(config_name, words, arguments.config_dir, arguments.multirun)
         forget_foreign_schemas()  # of the plugins that Hydra has found by now
         check_launcher(arguments.overrides, arguments.multirun)
         take_place()
@@ -93,10 +96,9 @@ def _run(config_name: str, callback: Callback) -> None:
             return
     except KNOWN as error:
         _leave(error)
-    as_hydra_wants = dict(zip(words, arguments.overrides, strict=True))
-    sys.argv = [as_hydra_wants.get(word, word) for word in typed if word in words or word not in given]
-    if not arguments.multirun:
-        sys.argv += folder_words(arguments.overrides)
+    folder = [] if arguments.multirun else folder_words(arguments.overrides)
+    # Hydra wants the overrides side by side.
+    sys.argv = [typed[0], *arguments.overrides, *folder, *(word for word in typed[1:] if word not in given)]
     errors = SweepErrors()
     job = _job(callback, typed, arguments.overrides, errors)
     app = hydra.main(version_base="1.3", config_path=str(configs_directory()), config_name=config_name)(job)
@@ -180,6 +182,25 @@ def _job(callback: Callback, typed: list[str], words: list[str], errors: SweepEr
     return moe_train_job
 
 
+def _parse(words: Sequence[str]) -> argparse.Namespace:
+    """Hydra's flags, which may stand between the overrides; its ``--version`` tells ours."""
+    parser = get_args_parser()
+    parser.usage = "%(prog)s [flags] key=value … (--help explains)"
+    for action in parser._actions:
+        if "--version" in action.option_strings:
+            action.version = f"moe_train {__version__}"  # type: ignore[attr-defined]
+    given = parser.parse_intermixed_args(words)
+    if given.experimental_rerun is not None:
+        parser.error(
+            "--experimental-rerun reads a pickle, which can run any code: give the words of the command instead"
+        )
+    if sum(map(bool, (given.run, given.multirun, given.cfg, given.info, given.shell_completion))) > 1:
+        parser.error("only one of --run, --multirun, --cfg, --info and --shell-completion can be given")
+    if given.resolve and not given.cfg:
+        parser.error("--resolve needs --cfg")
+    return given
+
+
 def _follow(arguments: Any, config_name: str, callback: Callback) -> None:
     if arguments.cfg or arguments.help or arguments.info is not None:
         return
@@ -188,9 +209,8 @@ def _follow(arguments: Any, config_name: str, callback: Callback) -> None:
             "a sweep cannot run under torchrun or srun",
             remedy="leave it out and set launch.processes=N or hydra/launcher=…",
         )
-    search = [f"hydra.searchpath=[file://{arguments.config_dir}]"] if arguments.config_dir else []
-    with initialize_config_dir(str(configs_directory()), version_base="1.3"):
-        config = compose(arguments.config_name or config_name, overrides=[*arguments.overrides, *search])
+    with composing(arguments.config_dir):
+        config = compose(config_name, overrides=arguments.overrides)
     callback(plain(config))
 
 

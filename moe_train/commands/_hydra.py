@@ -1,12 +1,43 @@
-"""What Hydra knows of the job that it runs: its folder and its words."""
+"""Composing configs, and what Hydra knows of the job that it runs: its folder and its words."""
 
 from __future__ import annotations
 
-from contextlib import suppress
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from hydra import initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
+
+from moe_train.config.paths import configs_directory
+from moe_train.errors import ConfigError
+
+
+@contextmanager
+def composing(config_dir: str | None = None) -> Iterator[ConfigLoaderImpl]:
+    """While entered, ``hydra.compose`` finds our configs, and the user's where a Hydra app does.
+
+    Args:
+        config_dir: a folder of the user's own configs (``--config-dir``).
+
+    Raises:
+        ConfigError: the folder does not exist.
+    """
+    if config_dir is not None and not os.path.isdir(config_dir):
+        raise ConfigError("the folder does not exist", f"--config-dir {config_dir}", "correct the path")
+    with initialize_config_dir(str(configs_directory()), version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        assert isinstance(loader, ConfigLoaderImpl)
+        if config_dir is not None:
+            folder = f"file://{os.path.abspath(config_dir)}"
+            loader.config_search_path.prepend("command-line", folder, SearchPathQuery(provider="schema"))
+            loader.repository.initialize_sources(loader.config_search_path)
+        yield loader
 
 
 def run_directory() -> Path:

@@ -6,25 +6,30 @@ import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
+from itertools import takewhile
 from typing import Any
 
-from hydra import compose, initialize_config_dir
+from hydra import compose
 from hydra.core.config_loader import ConfigLoader
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from moe_train.config.paths import configs_directory
+from moe_train.commands._hydra import composing
 from moe_train.errors import ConfigError, MissingDependency, did_you_mean, spelt_out
 from moe_train.launch.slurm import check_slurm
 
 _NOTHING = "<nothing>"
+RUN, RUN_FOLDER, SWEEP_FOLDER = "run", "hydra.run.dir", "hydra.sweep.dir"
+# What other programs call the folder that they write into.
+_FOLDERS = ("dir", "folder", "log_dir", "logdir", "out", "output", "output_dir", "run_dir", "rundir", "save_dir")
 
 
-def check_overrides(config_name: str, overrides: Sequence[str], config_dir: str | None = None) -> list[str]:
+def check_overrides(
+    config_name: str, overrides: Sequence[str], config_dir: str | None = None, multirun: bool = False
+) -> list[str]:
     """Refuses keys, groups and options that do not exist.
 
     A group that the config leaves empty (``routing: {}``) is open: whoever reads it knows which keys there are.
@@ -32,32 +37,64 @@ def check_overrides(config_name: str, overrides: Sequence[str], config_dir: str 
     Args:
         overrides: the words of the command line, such as ``routing=switch`` or ``training.max_updates=100``.
         config_dir: a folder of the user's own configs (``--config-dir``).
+        multirun: whether it is a sweep.
 
     Returns:
         The words as Hydra wants them: it takes new keys, of an open group or of a mapping such as ``{pt: pt_PT}``, only
-        where a word says that it adds them.
+        where a word says that it adds them. ``run=`` is a short name for the folder of a command that makes one.
 
     Raises:
         ConfigError: names the word, and near spellings.
     """
-    parsed = _parse(overrides)
-    search = [f"hydra.searchpath=[file://{config_dir}]"] if config_dir else []
-    with initialize_config_dir(str(configs_directory()), version_base="1.3"):
-        loader = GlobalHydra.instance().config_loader()
-        compose(config_name, overrides=search)
-        groups = dict(_groups(loader))
+    with composing(config_dir) as loader:
+        plain = compose(config_name, return_hydra_config=True)
+        makes_folder, own = makes_run_folder(plain), groups_of(plain)
+        if makes_folder:
+            sweeps = multirun or "hydra.mode=MULTIRUN" in overrides
+            overrides = [_full_name(word, SWEEP_FOLDER if sweeps else RUN_FOLDER) for word in overrides]
+        parsed = _parse(overrides)
+        groups = {group: options for group, options in _groups(loader) if group in own or "/" in group}
         chosen = [_check_group(override, groups) for override in parsed if override.key_or_group in groups]
-        config = _composed(config_name, [*search, *(word for word in chosen if word)])
+        config = _composed(config_name, [word for word in chosen if word])
         content = OmegaConf.to_container(config, resolve=False)
         keys, opened = sorted(_keys(content)), tuple(f"{key}." for key in _open_groups(content))
         for override in parsed:
             if override.key_or_group not in groups and not _is_known(override, keys, opened):
                 key = override.key_or_group.split("@", 1)[0]
+                if makes_folder and key.rpartition(".")[2] in _FOLDERS:
+                    raise ConfigError(f"unknown key '{key}'", remedy=f"did you mean '{RUN_FOLDER}', in short '{RUN}'?")
                 group = key.partition(".")[0]
-                raise _unknown(key, keys, groups, dict(_with_each(config_name, search, group, groups.get(group, []))))
-            _check_kind(override, config)
+                raise _unknown(key, keys, groups, dict(_with_each(config_name, group, groups.get(group, []))))
+            if override.key_or_group not in groups:
+                _check_kind(override, config)
     maps = {override.input_line for override in parsed if _is_map(override)}
     return [f"++{word}" if word in maps or (opened and word.startswith(opened)) else word for word in overrides]
+
+
+def makes_run_folder(config: DictConfig) -> bool:
+    """Whether a command makes a folder for each run, and has no key ``run`` of its own: others read one.
+
+    Args:
+        config: composed with Hydra's part.
+    """
+    return RUN not in config and config.hydra.run.dir != "."
+
+
+def groups_of(config: DictConfig) -> dict[str, str | None]:
+    """The groups of a command, with the option that is chosen.
+
+    Args:
+        config: composed with Hydra's part.
+    """
+    choices = OmegaConf.to_container(config.hydra.runtime.choices)
+    assert isinstance(choices, dict)
+    return {str(group): option for group, option in choices.items() if not str(group).startswith("hydra/")}
+
+
+def _full_name(word: str, key: str) -> str:
+    """``word``, with ``key`` for the short name of a run's folder."""
+    name, equals, value = word.partition("=")
+    return f"{key}={value}" if equals and name == RUN else word
 
 
 def check_launcher(overrides: Sequence[str], multirun: bool) -> None:
@@ -85,13 +122,11 @@ def check_launcher(overrides: Sequence[str], multirun: bool) -> None:
         check_slurm()
 
 
-def _with_each(
-    config_name: str, search: list[str], group: str, options: Sequence[str]
-) -> Iterator[tuple[str, DictConfig]]:
+def _with_each(config_name: str, group: str, options: Sequence[str]) -> Iterator[tuple[str, DictConfig]]:
     """The config with each option of a group; nothing where this command does not have the group."""
     for option in options:
         with suppress(ConfigError):
-            yield option, _composed(config_name, [*search, f"{group}={option}"])
+            yield option, _composed(config_name, [f"{group}={option}"])
 
 
 def _composed(config_name: str, words: list[str]) -> DictConfig:
@@ -152,6 +187,10 @@ def _check_kind(override: Override, config: DictConfig) -> None:
         raise ConfigError(f"'{key}' must be a list, not {set_to}", remedy=f"write '{key}=[…]'")
     if isinstance(now, DictConfig) and isinstance(set_to, list):
         raise ConfigError(f"'{key}' must be a group of keys, not {set_to}", remedy=f"write '{key}={{KEY: value}}'")
+    if isinstance(now, DictConfig) and isinstance(set_to, str):
+        below = f"its keys are {', '.join(map(str, now))}" if now else f"write {key}.KEY=…"
+        remedy = f"write {key}.name={set_to}" if "name" in now else below
+        raise ConfigError(f"'{key}' must be a group of keys, not '{set_to}'", remedy=remedy)
 
 
 def _is_map(override: Override) -> bool:
@@ -200,19 +239,33 @@ def _unknown(
 
 
 def _near(key: str, keys: Sequence[str], groups: Mapping[str, list[str]]) -> str:
-    """Near spellings of the whole key, then keys whose last part is near, then what stands beside it."""
+    """Keys with the same last part, near spellings of the whole key or of its last part, or what stands beside it."""
     known = [name for name in dict.fromkeys([*keys, *groups]) if not key.startswith(f"{name}.")]
-    last = {known_key: known_key.rsplit(".", 1)[-1] for known_key in known}
-    near = difflib.get_close_matches(key, known, n=3, cutoff=0.75)
+    last = {name: name.rpartition(".")[2] for name in known}
+    word = key.rpartition(".")[2]
+    near = _nearest(key, [name for name in known if last[name] == word])
+    near = near or difflib.get_close_matches(key, known, n=3, cutoff=0.75)
     if not near:
-        words = difflib.get_close_matches(key.rsplit(".", 1)[-1], sorted(set(last.values())), n=3, cutoff=0.75)
-        near = [known_key for known_key in known if last[known_key] in words][:3]
+        words = difflib.get_close_matches(word, sorted(set(last.values())), n=3, cutoff=0.75)
+        near = [name for name in known if last[name] in words][:3]
     if near:
-        return f"did you mean {' or '.join(repr(name) for name in near)}?"
+        # Of a group with options of its own, such as training.optimizer, the name is what is set to one word.
+        full = [f"{name}.name" if f"{name}.name" in keys and name not in groups else name for name in near]
+        return f"did you mean {' or '.join(repr(name) for name in full)}?"
     parent = key.rpartition(".")[0]
     beside = [name for name in keys if parent and name.rpartition(".")[0] == parent]
     beside = beside or sorted({name.split(".", 1)[0] for name in keys})
     return f"known{f' in {parent}' if parent and '.' in beside[0] else ''}: {', '.join(beside)}"
+
+
+def _nearest(key: str, names: Sequence[str]) -> list[str]:
+    """At most three, of those that share the most leading parts with ``key``."""
+
+    def shared(name: str) -> int:
+        parts = zip(key.split("."), name.split("."), strict=False)
+        return len(list(takewhile(lambda pair: pair[0] == pair[1], parts)))
+
+    return [name for name in names if shared(name) == max(map(shared, names))][:3]
 
 
 def _open_groups(content: Any, prefix: str = "") -> Iterator[str]:

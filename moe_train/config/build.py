@@ -33,10 +33,12 @@ def build(cls: type[T], mapping: Mapping[str, Any], where: str = "") -> T:
     """
     cls = getattr(cls, "variant", lambda _: cls)(mapping)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(cls)
     for key in mapping:
         if key not in fields:
-            raise ConfigError(f"unknown key '{_join(where, key)}'", remedy=did_you_mean(str(key), fields))
-    hints = typing.get_type_hints(cls)
+            below = [_join(where, name) for name in _below(hints, str(key))]
+            remedy = f"did you mean {' or '.join(map(repr, below))}?" if below else did_you_mean(str(key), fields)
+            raise ConfigError(f"unknown key '{_join(where, key)}'", remedy=remedy)
     values: dict[str, Any] = {}
     for name, field in fields.items():
         if name in mapping:
@@ -82,6 +84,16 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def _below(hints: Mapping[str, Any], key: str, prefix: str = "") -> list[str]:
+    """Dotted names of the keys called ``key`` in nested dataclasses."""
+    found = []
+    for name, hint in hints.items():
+        if dataclasses.is_dataclass(hint):
+            nested = typing.get_type_hints(hint)
+            found += [f"{prefix}{name}.{key}"] if key in nested else _below(nested, key, f"{prefix}{name}.")
+    return found
+
+
 def _join(where: str, name: str) -> str:
     return f"{where}.{name}" if where else str(name)
 
@@ -97,6 +109,9 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         if isinstance(value, hint):  # type: ignore[arg-type]
             return value
+        if isinstance(value, str) and any(field.name == "name" for field in dataclasses.fields(hint)):
+            remedy = f"write {where}.name={value}"
+            raise ConfigError(f"'{where}' must be a group of keys, not {value!r}", remedy=remedy)
         return build(hint, _expect(Mapping, value, where, "a group of keys"), where)  # type: ignore[arg-type]
     if origin in (tuple, list):
         items = _expect(Sequence, value, where, "a list")

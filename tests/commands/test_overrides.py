@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from omegaconf import OmegaConf
 
 from moe_train.commands._app import plain
 from moe_train.commands._overrides import check_overrides
+from moe_train.commands.plan import main
 from moe_train.config import RunConfig, build
 from moe_train.config.paths import configs_directory
 from moe_train.errors import ConfigError
@@ -125,3 +128,64 @@ def test_a_mapping_adds_its_keys(word: str, key: str, found: object) -> None:
     with initialize_config_dir(str(configs_directory()), version_base="1.3"):
         config = compose("prepare", overrides=words)
     assert OmegaConf.select(config, key) == found
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("training.lr=1e-3", r"did you mean 'training\.optimizer\.lr'\?$"),
+        ("lr=1e-3", r"did you mean 'training\.optimizer\.lr'\?$"),
+        ("+training.lr=1e-3", r"'training\.optimizer\.lr'"),
+        ("training.dropout=0.1", r"did you mean 'model\.dropout'\?$"),
+        ("training.name=cosine", r"did you mean 'training\.optimizer\.name' or 'training\.schedule\.name'\?$"),
+        ("schedule=cosine", r"did you mean 'training\.schedule\.name'\?$"),
+        ("training.schedule=cosine", r"must be a group of keys.*write training\.schedule\.name=cosine"),
+        ("out=x", r"did you mean 'hydra\.run\.dir', in short 'run'\?$"),
+        ("run.dir=x", r"did you mean 'hydra\.run\.dir', in short 'run'\?$"),
+    ],
+)
+def test_a_key_whose_last_part_stands_elsewhere_is_suggested(word: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"(?i){message}"):
+        content = composed(*check_overrides("train", [word]))
+        build(RunConfig, {key: value for key, value in content.items() if key != "experiment"})
+
+
+def test_the_run_folder_has_a_short_name() -> None:
+    assert check_overrides("train", ["run='a b'", "data=x"]) == ["hydra.run.dir='a b'", "data=x"]
+    assert check_overrides("train", ["run=x"], multirun=True) == ["hydra.sweep.dir=x"]
+    assert check_overrides("evaluate", ["run=x"]) == ["run=x"]  # a key of its own there
+    with pytest.raises(ConfigError, match=r"(?i)did you mean 'runs'\?"):
+        check_overrides("report", ["run=x"])
+
+
+def test_an_option_of_a_folder_that_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.yaml").write_text("embed_dim: 8\n")
+    assert check_overrides("train", ["model=mine"], str(tmp_path)) == ["model=mine"]
+    with pytest.raises(ConfigError, match=r"--config-dir .*: the folder does not exist"):
+        check_overrides("train", ["model=mine"], str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["-m", "--cfg", "job"], "only one of"),
+        (["--resolve"], "--resolve needs --cfg"),
+        (["--experimental-rerun", "job.pickle"], "reads a pickle"),
+    ],
+)
+def test_flags_that_cannot_be_are_one_message(
+    words: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["moe-plan", *words])
+    with pytest.raises(SystemExit) as left:
+        main()
+    said = capsys.readouterr().err
+    assert left.value.code == 2 and message in said and said.count("\n") == 2, said
+
+
+def test_flags_may_stand_between_overrides(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["moe-plan", "layout.world=16", "--cfg", "job", "model=big"])
+    main()
+    shown = capsys.readouterr().out
+    assert "world: 16" in shown and "embed_dim: 1024" in shown
