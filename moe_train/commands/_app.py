@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from moe_train import __version__
+from moe_train.commands._help import help_text
 from moe_train.commands._hydra import composing, forget_folder, in_sweep, run_directory
 from moe_train.commands._messages import INTERRUPTED, say_error, say_interrupted
 from moe_train.commands._overrides import check_launcher, check_overrides
@@ -85,6 +86,9 @@ def _run(config_name: str, callback: Callback) -> None:
     typed, given = sys.argv, arguments.overrides
     try:
         words = take_user_dir(arguments.overrides)
+        if arguments.help:
+            print(help_text(config_name, words, arguments.config_dir))
+            return
         import_user_dir()
         arguments.overrides = check_overrides(config_name, words, arguments.config_dir, arguments.multirun)
         forget_foreign_schemas()  # of the plugins that Hydra has found by now

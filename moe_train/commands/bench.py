@@ -1,6 +1,13 @@
-"""``moe-bench``: how fast our layers are on this machine, against bare products, peers, and the dense model.
+"""``moe-bench``: how fast our layers are on this machine.
 
-``moe-bench layer`` times one sparse layer, ``moe-bench inference`` THOR beside the dense model of equal sizes.
+``moe-bench layer`` times one sparse layer against bare products and peers,
+``moe-bench inference`` THOR beside the dense model of equal sizes.
+Each explains its options: ``moe-bench layer --help``.
+
+Examples:
+  moe-bench layer --dtype fp32 --rounds 5
+  moe-bench layer --shape 4096,512,2048,8,2 --peers
+  moe-bench inference --model tiny --experts 8 --out results
 """
 
 from __future__ import annotations
@@ -20,6 +27,7 @@ from omegaconf import OmegaConf
 from rich.progress import track
 from rich.table import Table
 
+from moe_train import __version__
 from moe_train.analysis.bench_layer import DTYPES, BenchRow, bench_layer
 from moe_train.analysis.bench_peers import PEERS
 from moe_train.analysis.bench_shape import SHAPES, LayerShape
@@ -160,43 +168,62 @@ def _tracked(plan: Sequence[Any]) -> Iterable[Any]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="moe-bench", description=__doc__, formatter_class=_Raw)
+    about = (__doc__ or "").replace("``", "")
+    parser = argparse.ArgumentParser(prog="moe-bench", description=about, formatter_class=_Raw)
+    parser.add_argument("--version", action="version", version=f"moe_train {__version__}", help="print the version")
     what = parser.add_subparsers(dest="what", required=True)
-    layer = what.add_parser(
-        "layer", help="a row per shape and type; ratio = time over the bare batched products of the same experts"
+    text = "a row per shape and type; ratio = time over the bare batched products of the same experts"
+    layer = what.add_parser("layer", help=text, description=text, formatter_class=_Help)
+    shapes = (
+        "tokens, width, hidden width, experts, experts per token; may be given several times; without it a list of ours"
     )
+    layer.add_argument("--shape", type=LayerShape.parse, action="append", metavar="T,D,H,E,K", help=shapes)
+    types = list(DTYPES)
     layer.add_argument(
-        "--shape", type=LayerShape.parse, action="append", metavar="T,D,H,E,K", help="tokens,dim,hidden,experts,k"
+        "--dtype", nargs="+", choices=types, default=types, metavar="TYPE", help=f"of {', '.join(types)}"
     )
-    layer.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES))
-    layer.add_argument("--peers", nargs="*", choices=list(PEERS), default=list(PEERS), help="none: --peers")
+    peers, none = list(PEERS), "without a name: none"
+    layer.add_argument(
+        "--peers", nargs="*", choices=peers, default=peers, metavar="PEER", help=f"of {', '.join(peers)}; {none}"
+    )
     layer.set_defaults(run=run_layer)
-    inference = what.add_parser(
-        "inference", help="a row per task, batch and way to draw; ratio = THOR's time over the dense model's"
-    )
+    text = "a row per task, batch and way to draw; ratio = THOR's time over the dense model's"
+    inference = what.add_parser("inference", help=text, description=text, formatter_class=_Help)
     models = sorted(path.stem for path in (configs_directory() / "model").glob("*.yaml"))
-    inference.add_argument("--model", choices=models, default="iwslt")
-    inference.add_argument("--sparse-layers", default="even", help="as model.sparse_layers (default: THOR's even ones)")
-    inference.add_argument("--experts", type=int, default=4)
-    inference.add_argument(
-        "--sentences", type=int, nargs="+", default=[1, 8, 32, 170], help="batch sizes (170: moe-evaluate's)"
-    )
-    inference.add_argument("--length", type=int, default=24, help="tokens of a sentence")
-    inference.add_argument("--beam", type=int, default=4)
-    inference.add_argument("--steps", type=int, default=16, help="tokens that a search writes")
-    inference.add_argument("--vocabulary", type=int, default=8000)
+    named = f"sizes: {', '.join(models)}"
+    inference.add_argument("--model", choices=models, default="iwslt", metavar="NAME", help=named)
+    inference.add_argument("--sparse-layers", default="even", metavar="LAYERS", help="as model.sparse_layers")
+    inference.add_argument("--experts", type=int, default=4, metavar="N", help="experts of a sparse layer")
+    sizes = "sentences of a batch; 170 is moe-evaluate's"
+    inference.add_argument("--sentences", type=int, nargs="+", default=[1, 8, 32, 170], metavar="N", help=sizes)
+    inference.add_argument("--length", type=int, default=24, metavar="N", help="tokens of a sentence")
+    inference.add_argument("--beam", type=int, default=4, metavar="N", help="hypotheses of a search")
+    inference.add_argument("--steps", type=int, default=16, metavar="N", help="tokens that a search writes")
+    inference.add_argument("--vocabulary", type=int, default=8000, metavar="N", help="words of the dictionary")
     inference.set_defaults(run=run_inference)
+    threads = requested_threads() or min(2, os.cpu_count() or 1)
     for each in (layer, inference):
-        each.add_argument("--rounds", type=int, default=15, help="how often each contender runs")
-        threads = requested_threads() or min(2, os.cpu_count() or 1)
-        each.add_argument("--threads", type=int, default=threads, help="default: OMP_NUM_THREADS, else at most 2")
+        each.add_argument("--rounds", type=int, default=15, metavar="N", help="how often each contender runs")
+        each.add_argument(
+            "--threads", type=int, default=threads, metavar="N", help="CPU threads: OMP_NUM_THREADS, else at most 2"
+        )
         each.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
         each.add_argument("--out", type=Path, metavar="FOLDER", help=f"write {'{layer,inference}.{json,md}'} there")
     return parser
 
 
-class _Raw(argparse.RawDescriptionHelpFormatter):
-    """Keeps the description's lines."""
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Tells defaults, and fits 80 columns."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, width=80)
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+class _Raw(_Help, argparse.RawDescriptionHelpFormatter):
+    """Keeps the description's lines, too."""
 
 
 if __name__ == "__main__":

@@ -1,8 +1,12 @@
-"""``moe-fairseq``: fairseq's own command lines, patched, with our task, criterion and models registered.
+"""``moe-fairseq``: fairseq's own command lines with our task, criterion and models.
 
-moe-fairseq train DATA --task moe_translation --arch moe_transformer --moe-config 'model=tiny routing=switch' \\
-    --criterion moe_label_smoothed_cross_entropy --optimizer adam --lr 5e-4 --max-tokens 4096 --save-dir checkpoints
-moe-fairseq generate DATA --task moe_translation --path checkpoints/checkpoint_last.pt --source-lang en --target-lang de
+Examples:
+  moe-fairseq train DATA --task moe_translation --arch moe_transformer \\
+      --moe-config 'model=tiny routing=switch' --optimizer adam --lr 5e-4 \\
+      --criterion moe_label_smoothed_cross_entropy --max-tokens 4096 \\
+      --save-dir checkpoints
+  moe-fairseq generate DATA --task moe_translation \\
+      --path checkpoints/checkpoint_last.pt --source-lang en --target-lang de
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ import multiprocessing
 import sys
 from collections.abc import Sequence
 
+from moe_train import __version__
 from moe_train.commands._messages import INTERRUPTED, say_interrupted
 from moe_train.console import lossy_streams, make_streams_lossy
 from moe_train.errors import CheckpointError, UserError, did_you_mean
@@ -23,7 +28,14 @@ from moe_train.fairseq_values import ValueRefused
 from moe_train.plugins import import_user_dir
 from moe_train.safe_text import for_terminal
 
-COMMANDS = ("train", "generate", "interactive", "validate", "score", "preprocess")
+COMMANDS = {
+    "train": "train a model",
+    "generate": "translate a split with a checkpoint, and score it",
+    "interactive": "translate standard input",
+    "validate": "the loss of a checkpoint on a split",
+    "score": "BLEU of a file of hypotheses",
+    "preprocess": "make a data folder from text",
+}
 _ON_A_CHECKPOINT = ("generate", "interactive", "validate")  # task, model and criterion come from a file
 _PRINTING = ("generate", "interactive", "score")  # what they print is what they are run for
 
@@ -49,13 +61,15 @@ if multiprocessing.current_process().name != "MainProcess":
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs ``moe-fairseq COMMAND …`` and returns the exit code."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    if not words or words[0] in ("-h", "--help"):
-        print(f"{__doc__}\ncommands: {', '.join(COMMANDS)} (each with --help)")
-        return 0
+    words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     with lossy_streams(vital=words[0] in _PRINTING):
         try:
-            _run(words[0], words[1:])
+            if words[0] in ("-h", "--help"):
+                print(_help())
+            elif words[0] == "--version":
+                print(f"moe_train {__version__}")
+            else:
+                _run(words[0], words[1:])
         except UserError as error:
             print(for_terminal(f"moe-fairseq: {error}"), file=sys.stderr)
             return 2
@@ -63,6 +77,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             say_interrupted()
             return INTERRUPTED
     return 0
+
+
+def _help() -> str:
+    commands = (f"  {command:<12} {does}" for command, does in COMMANDS.items())
+    about = (__doc__ or "").replace("``", "")
+    return "\n".join([about, "Commands, each with --help of its own, which is fairseq's:", "", *commands])
 
 
 def _run(command: str, words: Sequence[str]) -> None:
