@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from moe_train import __version__
+from moe_train.commands._completion import candidates
 from moe_train.commands._help import help_text
 from moe_train.commands._hydra import composing, forget_folder, in_sweep, run_directory
 from moe_train.commands._messages import INTERRUPTED, say_error, say_interrupted
@@ -88,6 +90,9 @@ def _run(config_name: str, callback: Callback) -> None:
         words = take_user_dir(arguments.overrides)
         if arguments.help:
             print(help_text(config_name, words, arguments.config_dir))
+            return
+        if arguments.shell_completion:
+            _complete(config_name, words)
             return
         import_user_dir()
         arguments.overrides = check_overrides(config_name, words, arguments.config_dir, arguments.multirun)
@@ -203,6 +208,14 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     if given.resolve and not given.cfg:
         parser.error("--resolve needs --cfg")
     return given
+
+
+def _complete(config_name: str, words: Sequence[str]) -> None:
+    """``-sc install=bash`` and so on are Hydra's; what it then asks for is answered here."""
+    if any(word.startswith("query=") for word in words):
+        print("\n".join(candidates(config_name, os.environ.get("COMP_LINE", ""))))
+    else:
+        hydra.main(version_base="1.3", config_path=str(configs_directory()), config_name=config_name)(lambda _: None)()
 
 
 def _follow(arguments: Any, config_name: str, callback: Callback) -> None:
