@@ -2,6 +2,7 @@
 
 Python raises ``OSError`` where text cannot be written, and ``UnicodeEncodeError`` where the stream's encoding lacks a
 character. Commands print while and after they work for hours, so both are caught at the stream and not at each print.
+So are escape sequences in text from elsewhere, such as in the message of an error that a library raises.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ import select
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
 from moe_train.errors import UserError
+from moe_train.safe_text import for_terminal
 
 _LOG = logging.getLogger("moe_train")
 _NAMES = {1: "standard output", 2: "standard error"}
@@ -26,19 +28,21 @@ class ConsoleStream(io.TextIOWrapper):
     """Standard output or standard error that does not raise.
 
     Text that cannot be written is dropped, and so is all that follows; the first such error is logged. Characters that
-    the encoding lacks are written as escapes such as ``\\u2026``.
+    the encoding lacks are written as escapes such as ``\\u2026``, control characters as :func:`for_terminal` has them;
+    :class:`moe_train.screen.Screen` writes its colours past that.
 
     Args:
         descriptor: 1 or 2.
         before: the stream to stand for; None: it was closed when the process started.
         vital: the stream is what the command is run for: where it cannot be written, the command ends
             (:func:`end_without_output`).
+        literal: control characters are written as they are.
 
     Attributes:
         error: why the stream is lost; None while it is not.
     """
 
-    def __init__(self, descriptor: int, before: TextIO | None, vital: bool = False) -> None:
+    def __init__(self, descriptor: int, before: TextIO | None, vital: bool = False, literal: bool = False) -> None:
         lenient = before is not None and before.errors not in (None, "strict", "surrogateescape")
         super().__init__(
             io.BufferedWriter(io.FileIO(descriptor, "wb", closefd=False)),
@@ -47,11 +51,15 @@ class ConsoleStream(io.TextIOWrapper):
             line_buffering=getattr(before, "line_buffering", True),
             write_through=getattr(before, "write_through", False),
         )
-        self.vital = vital
+        self.vital, self.literal = vital, literal
         self.error = None if before is not None else OSError(errno.EBADF, os.strerror(errno.EBADF))
 
     def write(self, text: str) -> int:
         """Writes, or drops, all of it."""
+        return self.write_styled(text if self.literal else for_terminal(text))
+
+    def write_styled(self, text: str) -> int:
+        """Writes, or drops, text whose control characters are meant."""
         with self._not_raising():
             super().write(text)
         return len(text)
@@ -92,21 +100,37 @@ class ConsoleStream(io.TextIOWrapper):
             _LOG.info("%s: this process goes on without it", _loss(self.fileno(), error))
 
 
-def make_streams_lossy(vital: bool = False) -> None:
+class StyledStream:
+    """A :class:`ConsoleStream` for whoever styles text by control characters."""
+
+    def __init__(self, stream: ConsoleStream) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Writes, or drops, all of it."""
+        return self._stream.write_styled(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def make_streams_lossy(vital: bool = False, literal: bool = False) -> None:
     """From now on ``sys.stdout`` and ``sys.stderr`` do not raise; streams of tests, without a descriptor, stay.
 
     Args:
         vital: of standard output, as in :class:`ConsoleStream`.
+        literal: for libraries that draw bars on standard error and write data to standard output: control characters
+            are shown where standard output is a terminal, and nowhere else.
     """
     _occupy_closed_descriptors()
-    sys.stdout, sys.stderr = _lossy(1, sys.stdout, vital), _lossy(2, sys.stderr, False)
+    sys.stdout, sys.stderr = _lossy(1, sys.stdout, vital, literal), _lossy(2, sys.stderr, False, literal)
 
 
 @contextmanager
-def lossy_streams(vital: bool = False) -> Iterator[None]:
+def lossy_streams(vital: bool = False, literal: bool = False) -> Iterator[None]:
     """While entered, :func:`make_streams_lossy`."""
     before = sys.stdout, sys.stderr
-    make_streams_lossy(vital)
+    make_streams_lossy(vital, literal)
     try:
         yield
     finally:
@@ -173,7 +197,7 @@ def _loss(descriptor: int, error: OSError) -> str:
     return f"{_NAMES[descriptor]} {how}"
 
 
-def _lossy(descriptor: int, stream: TextIO | None, vital: bool) -> TextIO:
+def _lossy(descriptor: int, stream: TextIO | None, vital: bool, literal: bool) -> TextIO:
     if isinstance(stream, ConsoleStream):
         return stream
     if stream is not None:
@@ -184,7 +208,7 @@ def _lossy(descriptor: int, stream: TextIO | None, vital: bool) -> TextIO:
             return stream
         with suppress(OSError):
             stream.flush()
-    return ConsoleStream(descriptor, stream, vital)
+    return ConsoleStream(descriptor, stream, vital, literal and not (descriptor == 1 and os.isatty(1)))
 
 
 def _discard(descriptor: int) -> None:

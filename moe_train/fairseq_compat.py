@@ -157,7 +157,7 @@ def _broadcasts_from_own_ranks() -> None:
 def _ranks_of_one_host_meet_in_a_folder() -> None:
     from fairseq.distributed import utils
 
-    from moe_train.parallel.loopback import LOOPBACK
+    from moe_train.parallel.isolation import LOOPBACK
 
     original = utils._infer_single_node_init
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import IO, Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.text import Text
 
+from moe_train.console import ConsoleStream, StyledStream
 from moe_train.safe_text import for_terminal
 
 
@@ -20,6 +21,16 @@ class Screen(Console):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"markup": False, "emoji": False, **options})
+
+    @property
+    def file(self) -> IO[str]:
+        """Where it writes; control characters from here are meant."""
+        stream = Console.file.fget(self)  # type: ignore[attr-defined]
+        return StyledStream(stream) if isinstance(stream, ConsoleStream) else stream  # type: ignore[return-value]
+
+    @file.setter
+    def file(self, stream: IO[str]) -> None:
+        Console.file.fset(self, stream)  # type: ignore[attr-defined]
 
     def render_str(self, text: str, **options: Any) -> Text:
         """Strings, before their width is measured."""

@@ -42,9 +42,9 @@ from moe_train import MoELayer
 from moe_train.experts import ExpertPool, ExpertSpec
 from moe_train.layers.attention import SelfAttention
 from moe_train.parallel.dispatch_options import DispatchOptions
+from moe_train.parallel.isolation import LOOPBACK
 from moe_train.parallel.layout import ExpertLayout
 from moe_train.parallel.layout_plan import LayoutPlan
-from moe_train.parallel.loopback import LOOPBACK
 from moe_train.parallel.ranks import ProcessRanks
 from moe_train.routing.types import Assignment
 

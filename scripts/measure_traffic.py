@@ -34,7 +34,7 @@ from moe_train.analysis.traffic import (
     predict_layer,
     predict_memory,
 )
-from moe_train.parallel.loopback import LOOPBACK
+from moe_train.parallel.isolation import LOOPBACK
 from moe_train.parallel.traffic import LINKS
 
 WORLD, EXPERTS, MEGA = 4, 16, 1e6

@@ -7,14 +7,17 @@ import io
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
+from rich.progress import Progress
 
 from moe_train.console import ConsoleStream, check_streams, lossy_streams, require_output, write_output
 from moe_train.errors import UserError
+from moe_train.screen import Screen
 from tests.streams import opened, pipe_without_reader, standard_streams
 
 LOST = {opened: "No space left on device", pipe_without_reader: "Broken pipe"}
@@ -174,3 +177,33 @@ def test_streams_of_tests_stay(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_closed_stream_is_named_as_such(tmp_path: Path) -> None:
     stream = ConsoleStream(1, None)
     assert stream.error is not None and stream.error.errno == errno.EBADF
+
+
+def test_text_from_elsewhere_is_shown_and_colours_are_meant(tmp_path: Path) -> None:
+    with opened(str(tmp_path / "out")) as out, standard_streams(out, out), lossy_streams():
+        print("a\x1b[2Jb", flush=True)
+        try:
+            raise ValueError("\x1b]0;owned\x07")
+        except ValueError:
+            traceback.print_exc()
+        Screen(force_terminal=True).print("[bold]strong[/] \x1b[2J", markup=True, highlight=False)
+        with Progress(console=Screen(stderr=True, force_terminal=True, width=60)) as bars:
+            bars.add_task("working", total=1)
+            print("c\x1b[2Jd")
+    text = (tmp_path / "out").read_text()
+    assert text.startswith("a␛[2Jb\n") and "ValueError: ␛]0;owned␇\n" in text
+    assert "\x1b[1mstrong\x1b[0m ␛[2J\n" in text and "working" in text
+    assert "\x1b[2J" not in text and "\x1b]0" not in text
+
+
+def test_data_of_libraries_is_left_alone_but_on_a_terminal(tmp_path: Path) -> None:
+    with opened(str(tmp_path / "out")) as out, standard_streams(out, out), lossy_streams(literal=True):
+        print("H-0\t\x1b[2J", flush=True)
+    assert (tmp_path / "out").read_text() == "H-0\t\x1b[2J\n"
+    leader, follower = os.openpty()
+    with standard_streams(follower, follower), lossy_streams(literal=True):
+        print("H-0 \x1b[2J", flush=True)
+        print("\r10%", file=sys.stderr, flush=True)
+    assert os.read(leader, 100).decode() == "H-0 ␛[2J\r\n\r10%\r\n"
+    os.close(leader)
+    os.close(follower)

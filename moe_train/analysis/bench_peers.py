@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from moe_train.analysis.bench_shape import LayerShape
 from moe_train.layers.moe_layer import MoELayer
-from moe_train.parallel.loopback import LOOPBACK
+from moe_train.parallel.isolation import LOOPBACK
 
 
 class Contender(Protocol):

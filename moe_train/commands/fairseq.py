@@ -55,14 +55,14 @@ def register() -> None:
 
 if multiprocessing.current_process().name != "MainProcess":
     # A rank that fairseq has spawned imports this module first and unpickles fairseq's functions next.
-    make_streams_lossy()
+    make_streams_lossy(literal=True)
     register()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs ``moe-fairseq COMMAND …`` and returns the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    with lossy_streams(vital=words[0] in _PRINTING):
+    with lossy_streams(vital=words[0] in _PRINTING, literal=True):
         try:
             if words[0] in ("-h", "--help"):
                 print(_help())

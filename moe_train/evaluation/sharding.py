@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import queue
+import secrets
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
@@ -26,8 +27,8 @@ from moe_train.errors import LaunchError, UserError
 from moe_train.evaluation.decoding import Job, Outcome, Translator
 from moe_train.evaluation.in_step import decode_in_step, plan_evaluation
 from moe_train.evaluation.loading import OpenedRun, choose_device, open_run
+from moe_train.parallel.isolation import LOOPBACK, SECRET
 from moe_train.parallel.layout_plan import LayoutPlan
-from moe_train.parallel.loopback import LOOPBACK
 from moe_train.parent import children_uninterrupted, die_with
 from moe_train.plugins import import_user_dir
 from moe_train.training.world import World
@@ -39,7 +40,7 @@ Progress = Callable[[int], None]
 class _Recipe:
     """What a process needs to build its own translator; ``plan`` where the processes divide the experts.
 
-    ``parent``: the process that has started it, with which it ends.
+    ``parent``: the process that has started it, with which it ends. ``secret``: by it the processes know one another.
     """
 
     parent: int
@@ -51,6 +52,7 @@ class _Recipe:
     device: str
     threads: int
     plan: LayoutPlan | None = None
+    secret: str = ""
 
     def open(self) -> OpenedRun:
         """The run, whose checkpoint has been verified."""
@@ -148,6 +150,7 @@ def _decode_in_processes(
         launch.device,
         _threads(count),
         plan if divided else None,
+        secrets.token_hex(32),
     )
     context = multiprocessing.get_context("spawn")
     inbox, outbox = context.Queue(), context.Queue()
@@ -213,7 +216,7 @@ def _work_as_rank(recipe: _Recipe, rank: int, jobs: Sequence[Job], meeting: str,
         torch.set_num_threads(recipe.threads)
         device = choose_device(recipe.device, rank)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        os.environ.update(LOOPBACK)
+        os.environ.update(LOOPBACK | {SECRET: recipe.secret})
         store = f"file://{meeting}/store"
         dist.init_process_group(backend, init_method=store, rank=rank, world_size=recipe.plan.world)
         run = recipe.open()

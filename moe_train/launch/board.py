@@ -14,9 +14,10 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from moe_train.errors import LaunchError
-from moe_train.launch.environment import SECRET, has_our_parent, job_folder
+from moe_train.launch.environment import has_our_parent, job_folder
 from moe_train.launch.failures import Failure
 from moe_train.launch.job_store import FolderStore, JobStore, Seal, SignedStore
+from moe_train.parallel.isolation import SECRET
 from moe_train.training.world import World
 
 _PATIENCE = timedelta(seconds=10)

@@ -23,7 +23,6 @@ _REMEDY = (
 )
 _LARGEST = 65535  # ranks of a job and ports
 JOB = "MOE_TRAIN_JOB"  # names the folder of a job to the processes that moe_train.launch.local starts
-SECRET = "MOE_TRAIN_SECRET"  # what the ranks of a job sign their entries of torch's store with
 
 
 def check_environment() -> None:

@@ -21,7 +21,7 @@ from typing import Protocol
 import torch.distributed as dist
 
 from moe_train.errors import LaunchError
-from moe_train.launch.environment import SECRET
+from moe_train.parallel.isolation import SECRET
 
 _SHORTEST = 16  # characters
 _PAUSE = 0.05  # seconds

@@ -36,6 +36,7 @@ from moe_train.launch.leaving import within
 from moe_train.launch.meeting import fresh_store
 from moe_train.launch.standing import FLIGHT_RECORDER, set_time_limit
 from moe_train.launch.watch import MARGIN, watched
+from moe_train.parallel.peers import check_peers
 from moe_train.safe_text import LogFormatter
 from moe_train.training.world import World
 
@@ -115,6 +116,7 @@ def _join(config: LaunchConfig, device: torch.device) -> None:
         agree_on_devices(store, rank, size, device, seal, meeting.total_seconds())
         gpu = device if device.type == "cuda" else None
         dist.init_process_group(backend, timeout=meeting, device_id=gpu, store=store, rank=rank, world_size=size)
+        check_peers()
     except (dist.DistNetworkError, dist.DistStoreError, OSError) as error:
         raise _not_found(error) from error
     except RuntimeError as error:  # gloo's and NCCL's own

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from moe_train.config import LaunchConfig
 from moe_train.errors import LaunchError, UserError
 from moe_train.launch.environment import JOB
 from moe_train.launch.failures import Failure, WorkerError, failure_file, first_failure, read_failure
-from moe_train.parallel.loopback import LOOPBACK
+from moe_train.parallel.isolation import LOOPBACK, SECRET
 from moe_train.training.signals import STOPPING
 
 _POLL, _GRACE = 0.05, 2.0
@@ -47,7 +48,8 @@ def launch(target: str, arguments: Mapping[str, Any], config: LaunchConfig, logs
         _check_locks(job)
         content = json.dumps({"target": target, "arguments": dict(arguments), "command": sys.argv})
         job.joinpath("job.json").write_text(content, encoding="utf-8")
-        workers = [_start(job, rank, config.processes, logs) for rank in range(config.processes)]
+        secret = os.environ.get(SECRET) or secrets.token_hex(32)
+        workers = [_start(job, rank, config.processes, secret, logs) for rank in range(config.processes)]
         try:
             with _passing_on_signals(workers) as received:
                 _stand_by(workers)
@@ -77,7 +79,7 @@ def _check_locks(folder: Path) -> None:
             ) from error
 
 
-def _start(job: Path, rank: int, size: int, logs: Path) -> subprocess.Popen[bytes]:
+def _start(job: Path, rank: int, size: int, secret: str, logs: Path) -> subprocess.Popen[bytes]:
     environment = {
         **{name: value for name, value in os.environ.items() if name not in ("MASTER_ADDR", "MASTER_PORT")},
         "RANK": str(rank),
@@ -86,6 +88,7 @@ def _start(job: Path, rank: int, size: int, logs: Path) -> subprocess.Popen[byte
         "LOCAL_WORLD_SIZE": str(size),
         JOB: str(job),
         **LOOPBACK,
+        SECRET: secret,
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // size))),
     }
     command = [sys.executable, "-m", "moe_train.launch.worker", str(job), str(os.getpid())]

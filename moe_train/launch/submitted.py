@@ -23,10 +23,10 @@ from hydra_plugins.hydra_submitit_launcher.submitit_launcher import BaseSubmitit
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from moe_train.errors import LaunchError
-from moe_train.launch.environment import SECRET
 from moe_train.launch.failures import write_failure
 from moe_train.launch.schemas import forget_foreign_schemas
 from moe_train.launch.slurm import check_slurm
+from moe_train.parallel.isolation import SECRET
 from moe_train.screen import Screen
 
 _COMMON = frozenset(field.name for field in dataclasses.fields(BaseQueueConf))  # the rest is of one executor alone

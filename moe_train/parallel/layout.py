@@ -12,6 +12,7 @@ from moe_train.errors import LaunchError
 from moe_train.parallel.all_to_all import CommGroup
 from moe_train.parallel.dispatch_options import DispatchOptions
 from moe_train.parallel.layout_plan import LayoutPlan
+from moe_train.parallel.peers import check_peers
 from moe_train.parallel.split_sizes import DispatchLevel
 from moe_train.parallel.traffic import TrafficCounters
 
@@ -65,6 +66,7 @@ class ExpertLayout:
             shape = (plan.replicas, plan.nodes_per_group, plan.ranks_per_node)
             names = ("replica", "node", "local")
         mesh = init_device_mesh(device_type, shape, mesh_dim_names=names)
+        check_peers()
         return cls(plan, dist.get_rank(), mesh, TrafficCounters(), force_dispatch, options or DispatchOptions())
 
     @property

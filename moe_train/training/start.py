@@ -16,6 +16,7 @@ from moe_train.config import RunConfig
 from moe_train.errors import TrainingError
 from moe_train.models.routed import block_names
 from moe_train.parallel.layout import ExpertLayout
+from moe_train.parallel.peers import check_peers
 from moe_train.parallel.ranks import ProcessRanks
 from moe_train.routing.context import Alone, Ranks
 from moe_train.training.about import Account, describe_run, summary
@@ -122,6 +123,8 @@ def _assemble(given: _Parts) -> Loop:
     }
     keeping = config.training.checkpoint
     store = CheckpointStore(folder.checkpoints, world_aside(world) if keeping.asynchronous else world)
+    if world.size > 1:
+        check_peers()  # of the engine's groups and the one for checkpoints
     keeper = Keeper(store, engine, keeping, about)
     state = keeper.restore() or RunState()
     with reading_state(store.path(state.update)):

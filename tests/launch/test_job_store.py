@@ -15,10 +15,10 @@ import torch.distributed as dist
 
 from moe_train.errors import LaunchError
 from moe_train.launch.board import Board
-from moe_train.launch.environment import SECRET
 from moe_train.launch.failures import Failure
 from moe_train.launch.job_store import FolderStore, JobStore, Seal, SignedStore
 from moe_train.launch.watch import _Watch
+from moe_train.parallel.isolation import SECRET
 from moe_train.training.world import World
 from tests.distributed.world import Worlds
 from tests.launch import jobs, torchrun

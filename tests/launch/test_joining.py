@@ -13,7 +13,7 @@ import torch.distributed as dist
 from moe_train.config import LaunchConfig
 from moe_train.errors import LaunchError
 from moe_train.launch.joining import joined_world, logging_to, world_size
-from moe_train.parallel.loopback import LOOPBACK
+from moe_train.parallel.isolation import LOOPBACK
 from tests.distributed.world import free_port
 from tests.launch.intruder import listening
 
