@@ -7,6 +7,7 @@ import io
 import os
 import pty
 import select
+import signal
 import struct
 import sys
 import termios
@@ -88,11 +89,20 @@ class Terminal:
         os.write(self._descriptor, keys)
 
     def wait(self) -> int:
-        """The exit code, when all that is shown was read."""
+        """The exit code, when all that is shown was read.
+
+        The terminal stays open until the process has ended: a process that has closed its streams but still runs would
+        be ended by the hang-up otherwise.
+        """
         while self._read():
             pass
+        deadline = time.monotonic() + _PATIENCE
+        while (ended := os.waitpid(self._process, os.WNOHANG))[0] == 0:
+            if time.monotonic() > deadline:
+                os.kill(self._process, signal.SIGKILL)
+            time.sleep(0.01)
         os.close(self._descriptor)
-        return os.waitstatus_to_exitcode(os.waitpid(self._process, 0)[1])
+        return os.waitstatus_to_exitcode(ended[1])
 
     def _read(self) -> bool:
         ready, _, _ = select.select([self._descriptor], [], [], _PATIENCE)
