@@ -1,7 +1,7 @@
 """Pickles that libraries send between ranks, read as data: what they may name is listed here, and code is not.
 
 torch.distributed.checkpoint agrees on its plan by pickles, and fairseq shares statistics and checkpoints so. Our own
-ranks tell one another JSON (:class:`moe_train.training.world.World`).
+ranks tell one another JSON (:class:`moe_train.training.runtime.world.World`).
 """
 
 from __future__ import annotations

@@ -38,16 +38,16 @@ from moe_train.config import (
     ValidationConfig,
 )
 from moe_train.data.folder import DataFolder
-from moe_train.evaluation.beam_search import BeamSearch
-from moe_train.evaluation.decoding import Job, encode
-from moe_train.evaluation.scoring import Scorer
+from moe_train.evaluation.scoring.bleu_chrf import Scorer
+from moe_train.evaluation.search.beam_search import BeamSearch
+from moe_train.evaluation.translator import Job, encode
 from moe_train.fairseq_compat import apply
 from moe_train.models.from_fairseq import convert_state_dict
 from moe_train.tasks import build_task
-from moe_train.training.gradients import clip, gradients, total_norm
-from moe_train.training.optimizer import build_optimizer
-from moe_train.training.schedules import learning_rate
-from moe_train.training.steps import seed_generators
+from moe_train.training.optim.gradient_norm import clip, gradients, total_norm
+from moe_train.training.optim.lr_schedule import learning_rate
+from moe_train.training.optim.optimizer import build_optimizer
+from moe_train.training.step import seed_generators
 
 apply()
 from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEntropyCriterion  # noqa: E402

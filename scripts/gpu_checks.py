@@ -45,7 +45,7 @@ from moe_train.parallel.dispatch_options import DispatchOptions
 from moe_train.parallel.isolation import LOOPBACK
 from moe_train.parallel.layout import ExpertLayout
 from moe_train.parallel.layout_plan import LayoutPlan
-from moe_train.parallel.ranks import ProcessRanks
+from moe_train.parallel.reducers import ProcessRanks
 from moe_train.routing.types import Assignment
 
 SYNC = "called a synchronizing CUDA operation"

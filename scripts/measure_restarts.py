@@ -27,8 +27,8 @@ from typing import Any
 
 import torch
 
-from moe_train.training.checkpoints import CheckpointStore
-from moe_train.training.tensor_files import load_tensors, shapes
+from moe_train.training.checkpoint.dcp import load_tensors, shapes
+from moe_train.training.checkpoint.store import CheckpointStore
 
 MODEL = ["model=tiny", "model.embed_dim=32", "model.ffn_dim=64", "model.num_heads=2", "routing.num_experts=4"]
 TRAINING = ["training.tokens_per_update=600", "training.log_every=1", "training.threads=1"]

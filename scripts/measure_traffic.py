@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
-from moe_train.analysis.traffic import (
+from moe_train.analysis.planner.measured_traffic import (
     COUNTED,
     ModelCase,
     TrafficCase,

@@ -22,13 +22,13 @@ from typing import Any
 
 import yaml
 
-from moe_train.analysis.cost_memory import StateSharding
-from moe_train.analysis.cost_shape import ModelShape, decoder_only
-from moe_train.analysis.cost_time import TimePlan, time_plan
-from moe_train.analysis.cost_traffic import StepTraffic, Workload, block_flows, block_traffic, step_traffic
-from moe_train.analysis.plan import Candidate, describe, make_plan
+from moe_train.analysis.planner.choose_layout import Candidate, describe, make_plan
+from moe_train.analysis.planner.cost_memory import StateSharding
+from moe_train.analysis.planner.cost_shape import ModelShape, decoder_only
+from moe_train.analysis.planner.cost_time import TimePlan, time_plan
+from moe_train.analysis.planner.cost_traffic import StepTraffic, Workload, block_flows, block_traffic, step_traffic
 from moe_train.config import ModelConfig, build
-from moe_train.config.plan import ClusterConfig, PlanConfig
+from moe_train.config.planner import ClusterConfig, PlanConfig
 from moe_train.parallel.layout_plan import LayoutPlan, plan_layout
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,12 @@ hypothesis.settings.register_profile("search", deadline=None, max_examples=1000,
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "moe_train"))
 
 
+def pytest_configure() -> None:
+    """Ctrl-C is tested: a shell's background job ignores it, and processes that tests start would inherit that."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 # Files of a minute or more, longest first: begun last, one of them would keep one worker busy while the others idle.
 LONGEST = (
     "commands/test_train.py",
@@ -29,11 +36,11 @@ LONGEST = (
     "test_fairseq_compat.py",
     "training/test_exact_resume.py",
     "training/test_deepspeed.py",
-    "launch/test_watch.py",
+    "launch/watchdog/test_watchdog.py",
     "network/test_link_drop.py",
     "commands/test_fairseq.py",
-    "evaluation/test_evaluate.py",
-    "analysis/test_report.py",
+    "evaluation/test_evaluate_split.py",
+    "analysis/report/test_build_report.py",
     "commands/test_overrides.py",
     "commands/test_sweeps.py",
     "commands/test_train_deepspeed.py",

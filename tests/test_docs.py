@@ -20,15 +20,15 @@ import yaml
 from hydra import compose, initialize_config_dir
 
 from moe_train.commands import plan
-from moe_train.commands._app import plain
-from moe_train.commands._overrides import check_overrides
+from moe_train.commands.cli.app import plain
+from moe_train.commands.cli.overrides import check_overrides
 from moe_train.config import build
 from moe_train.config.corpus import PrepareConfig
 from moe_train.config.evaluation import EvaluateConfig, ExportConfig, ReportConfig, TranslateConfig
 from moe_train.config.paths import configs_directory
-from moe_train.launch.schemas import forget_foreign_schemas
+from moe_train.launch.hydra_store import forget_foreign_schemas
 from moe_train.plugins import USER_DIR
-from moe_train.routing import RoutingConfig, registry, strategies
+from moe_train.routing import RoutingConfig, registered_strategies, registry
 from moe_train.routing.token_choice import TokenChoiceConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -124,9 +124,9 @@ def test_shared_keys_are_those_of_the_code() -> None:
     assert defaults(token_choice) == own
 
 
-@pytest.mark.parametrize("name", list(strategies()))
+@pytest.mark.parametrize("name", list(registered_strategies()))
 def test_a_strategy_has_a_section_a_figure_and_its_own_keys(name: str) -> None:
-    text, config = section("strategies.md", f"`{name}`"), strategies()[name].config
+    text, config = section("strategies.md", f"`{name}`"), registered_strategies()[name].config
     for part in ("**Equation.**", "**Keys.**", "**Cost.**", "**Choose it**", "**It cannot**", f"(figures/{name}.svg)"):
         assert part in text, part
     shipped = yaml.safe_load((ROOT / "configs" / "routing" / f"{name}.yaml").read_text(encoding="utf-8"))
@@ -160,7 +160,7 @@ def test_every_strategy_has_a_figure_from_the_script(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="figures need the extra 'report'")
     runpy.run_path(str(ROOT / "scripts" / "draw_strategies.py"))["main"](tmp_path)
     drawn = {path.stem for path in tmp_path.glob("*.svg")}
-    assert drawn == set(strategies()) == {path.stem for path in (ROOT / "docs" / "figures").glob("*.svg")}
+    assert drawn == set(registered_strategies()) == {path.stem for path in (ROOT / "docs" / "figures").glob("*.svg")}
 
 
 @pytest.mark.slow
@@ -169,7 +169,7 @@ def test_the_table_of_costs_is_what_the_accounting_says() -> None:
 
     text = section("strategies.md", "Costs side by side")
     rows = re.findall(r"^\| `(\w+)` \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|", text, flags=re.MULTILINE)
-    assert {row[0] for row in rows} == set(strategies())
+    assert {row[0] for row in rows} == set(registered_strategies())
     for name, *stated in rows:
         keys = yaml.safe_load((ROOT / "configs" / "routing" / f"{name}.yaml").read_text(encoding="utf-8"))
         found = accounted(keys, **BASE)
@@ -179,7 +179,7 @@ def test_the_table_of_costs_is_what_the_accounting_says() -> None:
 
 
 CHECKED = (
-    "tests/routing/test_language_gate.py",
+    "tests/routing/strategies/test_language_gate.py",
     "tests/routing/test_configs.py",
     "tests/routing/test_every_strategy.py",
     "tests/layers/test_every_strategy.py",
@@ -198,13 +198,11 @@ def follow_the_page(root: Path) -> None:
     (described,) = re.findall(r"```markdown\n(.*?)```", text, flags=re.DOTALL)
     case, cost, figure = re.findall(rf'^    ((?:"{NEW}"|\| `{NEW}` ).*)$', text, flags=re.MULTILINE)
     for name, content in {
-        f"moe_train/routing/{NEW}.py": code,
+        f"moe_train/routing/strategies/{NEW}.py": code,
         f"configs/routing/{NEW}.yaml": config,
-        f"tests/routing/test_{NEW}.py": test,
+        f"tests/routing/strategies/test_{NEW}.py": test,
     }.items():
         (root / name).write_text(content, encoding="utf-8")
-    put_before(root / "moe_train/routing/__init__.py", "random,", f"{NEW}, ")
-    put_before(root / "moe_train/routing/__init__.py", '"random",', f'"{NEW}",\n    ')
     put_before(root / "tests/routing/test_every_strategy.py", '"hash": {', f"{case}\n    ")
     put_before(root / "docs/strategies.md", "| `soft_moe` |", f"{cost}\n")
     put_before(root / "scripts/draw_strategies.py", '"hash": Figure(', f"{figure}\n    ")
@@ -235,7 +233,7 @@ def test_the_worked_example_passes_every_test_of_strategies(tmp_path: Path) -> N
     run("scripts.draw_strategies")
     run("ruff", "format", "-q", "moe_train", "scripts")
     run("ruff", "check", "-q", "moe_train", "tests/routing", "scripts")
-    run("ruff", "format", "--check", "-q", "moe_train", f"tests/routing/test_{NEW}.py")
+    run("ruff", "format", "--check", "-q", "moe_train", f"tests/routing/strategies/test_{NEW}.py")
     # Of tests that take all strategies in turn, those of the new one.
     chosen = f"{NEW} or rooms or test_configs or figure_from or costs"
     said = run("pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, *CHECKED)

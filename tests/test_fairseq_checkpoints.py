@@ -16,7 +16,7 @@ from torch import nn
 
 from moe_train.commands.fairseq import main, register
 from moe_train.errors import CheckpointError
-from moe_train.launch.schemas import forget_foreign_schemas
+from moe_train.launch.hydra_store import forget_foreign_schemas
 
 DATA = Path(__file__).with_name("old_runs") / "data"
 CODE = "__import__('os').mkdir('ran')"
@@ -277,7 +277,7 @@ def test_code_of_a_model_that_the_command_builds(command: str, capsys: pytest.Ca
 def our_model() -> nn.Module:
     from omegaconf import OmegaConf
 
-    from moe_train.tasks.fairseq_task import FairseqTranslationTask
+    from moe_train.tasks.translation.fairseq_task import FairseqTranslationTask
 
     task = FairseqTranslationTask(OmegaConf.create(CONFIG["task"]))
     model = task.build_model(OmegaConf.create(CONFIG["model"]))

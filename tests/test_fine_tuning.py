@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from moe_train.commands import export, prepare, train
-from moe_train.training.initial import find
-from moe_train.training.tensor_files import read_tensors
+from moe_train.training.checkpoint.dcp import read_tensors
+from moe_train.training.checkpoint.init_from import find
 from tests.data.tiny_corpus import sentence, sentences, write_corpus
 
 PAGE = Path(__file__).parents[1] / "docs" / "fine-tuning.md"

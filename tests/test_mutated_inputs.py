@@ -23,10 +23,10 @@ from hydra import compose, initialize_config_dir
 from safetensors.torch import load_file
 
 from moe_train.commands import evaluate, export, report, train, translate
-from moe_train.commands._app import plain
+from moe_train.commands.cli.app import plain
 from moe_train.config.paths import configs_directory
 from moe_train.errors import UserError
-from moe_train.launch.schemas import forget_foreign_schemas
+from moe_train.launch.hydra_store import forget_foreign_schemas
 from tests.data.image_files import coloured_squares, write_idx_folder
 from tests.mutations import mutate
 from tests.test_old_runs import OLD, WORDS

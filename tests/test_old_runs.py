@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 from moe_train.commands import evaluate, export, report, train, translate
 from moe_train.config import SearchConfig
-from moe_train.evaluation.results import read_results
+from moe_train.evaluation.scoring.results import read_results
 
 OLD = Path(__file__).parent / "old_runs"
 WORDS = [

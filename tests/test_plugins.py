@@ -19,11 +19,11 @@ from moe_train.commands import evaluate, export, plan, prepare, train
 from moe_train.config import TaskConfig, run
 from moe_train.data.corpora import base as corpora
 from moe_train.errors import ConfigError
-from moe_train.evaluation import metrics
-from moe_train.evaluation.results import read_results
+from moe_train.evaluation.scoring import further_metrics
+from moe_train.evaluation.scoring.results import read_results
 from moe_train.routing import registry as strategies
 from moe_train.tasks import registry as tasks
-from moe_train.training import loggers
+from moe_train.training.metrics import loggers
 
 DATA = Path(__file__).parent / "old_runs" / "data"
 SMALL = [
@@ -35,7 +35,7 @@ SMALL = [
 STRATEGY = """
 from dataclasses import dataclass
 from moe_train.routing.registry import register
-from moe_train.routing.switch import SwitchConfig, SwitchRouter
+from moe_train.routing.strategies.switch import SwitchConfig, SwitchRouter
 
 @dataclass(frozen=True)
 class Config(SwitchConfig):
@@ -57,7 +57,7 @@ FILES = {
         from dataclasses import dataclass
         from moe_train.config import TaskConfig
         from moe_train.tasks import register_task
-        from moe_train.tasks.translation import TranslationTask
+        from moe_train.tasks.translation.task import TranslationTask
 
         @dataclass(frozen=True)
         class Config(TaskConfig):
@@ -71,7 +71,7 @@ FILES = {
         """,
     "outside/corpus.py": """
         from moe_train.data.corpora.base import CorpusText, register
-        from moe_train.data.pairs import Pair
+        from moe_train.data.text.pairs import Pair
 
         @register("outside")
         def read(config, progress):
@@ -80,7 +80,7 @@ FILES = {
             return [CorpusText(Pair("en", "de"), None, lambda: iter(lines), ())]
         """,
     "outside/metric.py": """
-        from moe_train.evaluation.metrics import register_metric
+        from moe_train.evaluation.scoring.further_metrics import register_metric
 
         @register_metric("exact")
         def exact(hypotheses, references, language):
@@ -93,7 +93,7 @@ FILES = {
         """,
     "outside/logger.py": """
         import json
-        from moe_train.training.loggers import register_logger
+        from moe_train.training.metrics.loggers import register_logger
 
         @register_logger("outside")
         class Logger:
@@ -148,7 +148,7 @@ FILES = {
 def as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Registries, modules and the environment are as they were when a test ends."""
     registries = [(strategies, "_STRATEGIES"), (tasks, "_TASKS"), (corpora, "_READERS"), (run, "_TASKS")]
-    for module, name in (*registries, (metrics, "_METRICS"), (loggers, "_LOGGERS")):
+    for module, name in (*registries, (further_metrics, "_METRICS"), (loggers, "_LOGGERS")):
         monkeypatch.setattr(module, name, dict(getattr(module, name)))
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setenv(plugins.USER_DIR, "")  # which commands set

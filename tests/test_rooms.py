@@ -1,10 +1,15 @@
-"""The order of the rooms: a room imports only rooms that stand above it, and what needs torch alone imports no more."""
+"""The order of the rooms: a room imports only rooms that stand above it, and what needs torch alone imports no more.
+
+The same holds for the sub-folders of a room. Folders are small, and a file name says which file it is.
+"""
 
 from __future__ import annotations
 
 import ast
 import sys
+from collections import Counter
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -26,10 +31,24 @@ ROOMS = (
     "launch",
     "commands",
 )
+# Sub-folders of a room in the order of CONTRIBUTING.md; "." are the room's own files. A room's __init__ may import all.
+SUBFOLDERS = {
+    "kernels": ("cpu", "."),
+    "routing": (".", "strategies"),
+    "data": ("text", ".", "corpora", "cleaning", "images", "prepare"),
+    "tasks": (".", "translation"),
+    "training": ("runtime", "optim", "engines", "checkpoint", "run", "metrics", "."),
+    "evaluation": ("search", "scoring", "."),
+    "analysis": ("planner", "probe", "bench", "report"),
+    "launch": ("job", "watchdog", "."),
+    "commands": ("cli", "."),
+}
+LARGEST_FOLDER = 16  # files
+SHARED_NAMES = ("__init__", "base", "registry")
 TORCH_ONLY = ("config", "kernels", "routing", "parallel", "experts", "layers")
 # Modules of no room: they stand behind this one.
 _FAIRSEQ = ("fairseq_checkpoints", "fairseq_compat", "fairseq_values")
-_FIRST = ("console", "errors", "parent", "peer_pickles", "plugins", "safe_text", "screen")
+_FIRST = ("console", "errors", "peer_pickles", "plugins", "safe_text", "screen")
 BESIDE = {**dict.fromkeys(_FIRST, -1), **dict.fromkeys(_FAIRSEQ, ROOMS.index("layers"))}
 
 
@@ -96,6 +115,66 @@ def test_rooms_import_only_what_stands_above_them(root: Path) -> None:
     assert not wrong
 
 
+def subfolder(module: str) -> str | None:
+    """The sub-folder of a room that a module stands in; "." for the room's own files, None where there is no order."""
+    parts = module.split(".")
+    room = room_of(module)
+    if room not in SUBFOLDERS or len(parts) < 3:
+        return None
+    return parts[2] if parts[2] in SUBFOLDERS[room] else "."
+
+
+def upward(module: str, source: str) -> list[str]:
+    """Imports of ``module`` (dotted) that reach a sub-folder of the same room further down."""
+    room, own = room_of(module), subfolder(module)
+    if room is None or own is None or module.split(".")[2:] == ["__init__"]:
+        return []
+    order = SUBFOLDERS[room]
+    others = [(other, subfolder(other)) for other in imports(source) if room_of(other) == room]
+    return [other for other, place in others if place is not None and order.index(place) > order.index(own)]
+
+
+def test_sub_folders_import_only_what_stands_above_them(root: Path) -> None:
+    wrong = {}
+    for _, path in sources(root):
+        module = ".".join(path.relative_to(root).with_suffix("").parts)
+        if found := upward(module, path.read_text(encoding="utf-8")):
+            wrong[module] = found
+    assert not wrong
+
+
+def test_every_sub_folder_has_a_place_in_the_guide(root: Path) -> None:
+    guide = (root / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    for room, order in SUBFOLDERS.items():
+        folders = {p.name for p in (root / "moe_train" / room).iterdir() if p.is_dir() and list(p.glob("*.py"))}
+        assert folders == {*order} - {"."}
+        assert f"{room}: " + ", ".join("own files" if name == "." else name for name in order) in guide, room
+
+
+def test_folders_are_small_and_file_names_say_which_file_it_is(root: Path) -> None:
+    files = [path for _, path in sources(root)] + [root / "moe_train" / "__init__.py"]
+    assert not {f: n for f, n in Counter(path.parent for path in files).items() if n > LARGEST_FOLDER}
+    names = Counter(path.stem for path in files if path.stem not in SHARED_NAMES)
+    commands = {path.stem for path in (root / "moe_train" / "commands").glob("*.py")}
+    assert not {name for name, n in names.items() if n > 1 and name not in commands}
+
+
+def test_no_module_imports_itself_by_way_of_others(root: Path) -> None:
+    modules = {
+        ".".join(p.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): p for _, p in sources(root)
+    }
+    graph = {
+        name: {
+            other if other in modules else other.rpartition(".")[0]
+            for other in imports(path.read_text(encoding="utf-8"))
+        }
+        & modules.keys() - {name}
+        for name, path in modules.items()
+        if path.stem != "__init__"
+    }
+    assert list(TopologicalSorter(graph).static_order())
+
+
 @pytest.mark.parametrize("room", TORCH_ONLY)
 def test_rooms_for_torch_alone_import_nothing_else(root: Path, room: str) -> None:
     allowed = {*sys.stdlib_module_names, "torch", "moe_train"}
@@ -109,6 +188,9 @@ def test_the_check_sees_what_it_should() -> None:
     assert violations("models", "def f():\n    import moe_train.tasks.registry")
     assert violations("tasks", "from moe_train import training")
     assert violations("layers", "import moe_train.fairseq_compat")
+    assert upward("moe_train.training.checkpoint.store", "from moe_train.training.trainer import Trainer")
+    assert upward("moe_train.training.optim.optimizer", "import moe_train.training.run.heartbeat")
+    assert not upward("moe_train.training.trainer", "from moe_train.training.checkpoint.store import CheckpointStore")
     assert not violations("tasks", "from moe_train.data.folder import DataFolder")
     assert not violations("models", "from moe_train.errors import ConfigError\nimport moe_train.fairseq_compat")
     assert not violations("models", "if TYPE_CHECKING:\n    from moe_train.tasks import Task")

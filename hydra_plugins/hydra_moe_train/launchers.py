@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 if find_spec("hydra_plugins.hydra_submitit_launcher") is not None:
-    from moe_train.launch.submitted import LocalJobs, SlurmJobs
+    from moe_train.launch.submitit_launcher import LocalJobs, SlurmJobs
 
     class LocalLauncher(LocalJobs):
         """Jobs of a sweep as processes of this host."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 from moe_train.config import RunConfig
 from moe_train.config.evaluation import EvaluateConfig
 from moe_train.errors import ConfigError
-from moe_train.evaluation.evaluate import evaluate
-from moe_train.evaluation.measured import measure, show_measures
-from moe_train.evaluation.table import show
-from moe_train.launch.environment import under_launcher
+from moe_train.evaluation.evaluate_split import evaluate
+from moe_train.evaluation.measure_task import measure, show_measures
+from moe_train.evaluation.scoring.score_table import show
+from moe_train.launch.job.env import under_launcher
 from moe_train.screen import Screen
-from moe_train.training.run_folder import RunFolder
-from moe_train.training.world import World
+from moe_train.training.run.run_folder import RunFolder
+from moe_train.training.runtime.world import World
 
 
 def score(config: EvaluateConfig, world: World) -> float:

@@ -11,29 +11,29 @@ from typing import Any
 
 from rich.markup import escape
 
-from moe_train.commands._app import said_once
-from moe_train.commands._hydra import in_sweep, overrides, run_directory
 from moe_train.commands._scoring import check_scoring, score_when_finished
+from moe_train.commands.cli.app import said_once
+from moe_train.commands.cli.hydra_job import in_sweep, overrides, run_directory
 from moe_train.config import RunConfig, build, to_mapping
 from moe_train.errors import UserError
-from moe_train.launch.devices import check_devices
 from moe_train.launch.elastic import restarted
-from moe_train.launch.environment import launched_rank, under_launcher
-from moe_train.launch.failures import WorkerError, failure_of, out_of_memory, write_failure
-from moe_train.launch.joining import joined_world, logging_to, ranks_per_node, world_size
+from moe_train.launch.job.devices import check_devices
+from moe_train.launch.job.env import launched_rank, under_launcher
+from moe_train.launch.job.failures import WorkerError, failure_of, out_of_memory, write_failure
 from moe_train.launch.local import launch
+from moe_train.launch.process_group import joined_world, logging_to, ranks_per_node, world_size
 from moe_train.launch.requeue import leave_saved
 from moe_train.launch.slurm import is_array_job
 from moe_train.models.accounting import account
 from moe_train.screen import Screen
 from moe_train.tasks import TaskData, build_task, locate_data, open_data
 from moe_train.training import Outcome, RunFolder, World, train
-from moe_train.training.checkpoints import CheckpointStore, everywhere
-from moe_train.training.layouts import plan_run, settle
+from moe_train.training.checkpoint.store import CheckpointStore, everywhere
 from moe_train.training.preflight import check_run
-from moe_train.training.run_data import RunData, check_initial_vocabulary, check_input_files, verify_data
-from moe_train.training.run_folder import FAILURE
-from moe_train.training.session_notes import session_notes
+from moe_train.training.run.resolve_layout import plan_run, settle
+from moe_train.training.run.run_data import RunData, check_initial_vocabulary, check_input_files, verify_data
+from moe_train.training.run.run_folder import FAILURE
+from moe_train.training.run.session_notes import session_notes
 
 TARGET = "moe_train.commands._training:work"
 

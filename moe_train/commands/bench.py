@@ -28,20 +28,20 @@ from rich.progress import track
 from rich.table import Table
 
 from moe_train import __version__
-from moe_train.analysis.bench_layer import DTYPES, BenchRow, bench_layer
-from moe_train.analysis.bench_peers import PEERS
-from moe_train.analysis.bench_shape import SHAPES, LayerShape
-from moe_train.commands._messages import INTERRUPTED, say_error, say_interrupted
+from moe_train.analysis.bench.bench_layer import DTYPES, BenchRow, bench_layer
+from moe_train.analysis.bench.bench_peers import PEERS
+from moe_train.analysis.bench.bench_shape import SHAPES, LayerShape
+from moe_train.commands.cli.messages import INTERRUPTED, say_error, say_interrupted
 from moe_train.config import ModelConfig, build
 from moe_train.config.paths import configs_directory
 from moe_train.console import lossy_streams, require_output
 from moe_train.errors import UserError
 from moe_train.kernels.cpu.amx_mlp import is_supported
 from moe_train.kernels.cpu.cpu_info import processor_maker
-from moe_train.launch.environment import requested_threads
+from moe_train.launch.job.env import requested_threads
 from moe_train.screen import Screen
-from moe_train.training.about import commit
-from moe_train.training.integrity import replace_text
+from moe_train.training.checkpoint.checksums import replace_text
+from moe_train.training.run.run_info import commit
 
 Lines = list[list[str]]
 
@@ -79,7 +79,7 @@ def run_layer(given: argparse.Namespace) -> None:
 
 def run_inference(given: argparse.Namespace) -> None:
     """``moe-bench inference``."""
-    from moe_train.analysis.bench_inference import Workload, bench_inference
+    from moe_train.analysis.bench.bench_inference import Workload, bench_inference
 
     keys = OmegaConf.to_container(OmegaConf.load(configs_directory() / "model" / f"{given.model}.yaml"))
     assert isinstance(keys, dict)

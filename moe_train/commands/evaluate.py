@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
-from moe_train.commands._app import run_app, said_once
-from moe_train.launch.environment import under_launcher
+from moe_train.commands.cli.app import run_app, said_once
+from moe_train.launch.job.env import under_launcher
 
 
 def run(mapping: Mapping[str, Any]) -> float:
@@ -16,10 +16,10 @@ def run(mapping: Mapping[str, Any]) -> float:
     from moe_train.commands._scoring import score
     from moe_train.config import build
     from moe_train.config.evaluation import EvaluateConfig
-    from moe_train.evaluation.in_step import plan_evaluation
-    from moe_train.launch.joining import joined_world, ranks_per_node, world_size
-    from moe_train.training.run_folder import RunFolder
-    from moe_train.training.world import World
+    from moe_train.evaluation.decode_ep import plan_evaluation
+    from moe_train.launch.process_group import joined_world, ranks_per_node, world_size
+    from moe_train.training.run.run_folder import RunFolder
+    from moe_train.training.runtime.world import World
 
     config = build(EvaluateConfig, mapping)
     with said_once():  # before ranks meet, checkpoints are verified and texts are encoded

@@ -19,7 +19,7 @@ import sys
 from collections.abc import Sequence
 
 from moe_train import __version__
-from moe_train.commands._messages import INTERRUPTED, say_interrupted
+from moe_train.commands.cli.messages import INTERRUPTED, say_interrupted
 from moe_train.console import lossy_streams, make_streams_lossy
 from moe_train.errors import CheckpointError, UserError, did_you_mean
 from moe_train.fairseq_checkpoints import said
@@ -49,7 +49,7 @@ def register() -> None:
     """
     apply()
     import_user_dir()
-    for module in ("moe_train.models.fairseq_arch", "moe_train.tasks.fairseq_task"):
+    for module in ("moe_train.models.fairseq_arch", "moe_train.tasks.translation.fairseq_task"):
         importlib.import_module(module)
 
 

@@ -8,22 +8,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moe_train.commands._app import run_app
-from moe_train.commands._hydra import group_choices, overrides
+from moe_train.commands.cli.app import run_app
+from moe_train.commands.cli.hydra_job import group_choices, overrides
 from moe_train.plugins import user_dir
 
 
 def run(mapping: Mapping[str, Any]) -> None:
     """Prints the plan, and writes it where ``json`` says."""
     # torch and fairseq take seconds to import: a misspelt key should not wait for them.
-    from moe_train.analysis.plan import make_plan
-    from moe_train.analysis.plan_tables import as_mapping, show
-    from moe_train.analysis.train_command import train_command, train_words
+    from moe_train.analysis.planner.choose_layout import make_plan
+    from moe_train.analysis.planner.plan_tables import as_mapping, show
+    from moe_train.analysis.planner.train_command import train_command, train_words
     from moe_train.config import build
-    from moe_train.config.plan import PlanConfig
+    from moe_train.config.planner import PlanConfig
     from moe_train.safe_text import for_terminal
     from moe_train.screen import Screen
-    from moe_train.training.integrity import replace_text
+    from moe_train.training.checkpoint.checksums import replace_text
 
     config = build(PlanConfig, mapping)
     plan = make_plan(config)

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from moe_train.commands._app import run_app
+from moe_train.commands.cli.app import run_app
 
 
 def run(mapping: Mapping[str, Any]) -> None:
     """Prepares what the composed config describes and shows what came of it."""
     from moe_train.config import build
     from moe_train.config.corpus import PrepareConfig
-    from moe_train.data.prepare import prepare
-    from moe_train.data.progress import Progress
-    from moe_train.data.summary import show
+    from moe_train.data.prepare.pipeline import prepare
+    from moe_train.data.prepare.summary import show
+    from moe_train.data.stage_progress import Progress
     from moe_train.screen import Screen
 
     console = Screen()

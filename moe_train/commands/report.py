@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from moe_train.commands._app import run_app
+from moe_train.commands.cli.app import run_app
 
 
 def run(mapping: Mapping[str, Any]) -> None:
     """Prints and writes the leaderboard."""
     # torch and fairseq take seconds to import: a misspelt key should not wait for them.
-    from moe_train.analysis.report import make_report
+    from moe_train.analysis.report.build_report import make_report
     from moe_train.config import build
     from moe_train.config.evaluation import ReportConfig
     from moe_train.screen import Screen

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from moe_train.commands._app import run_app
+from moe_train.commands.cli.app import run_app
 
 
 def start(mapping: Mapping[str, Any]) -> float | None:

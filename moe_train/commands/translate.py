@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from moe_train.commands._app import run_app
+from moe_train.commands.cli.app import run_app
 
 
 def run(mapping: Mapping[str, Any]) -> None:
@@ -13,7 +13,7 @@ def run(mapping: Mapping[str, Any]) -> None:
     # torch and fairseq take seconds to import: a misspelt key should not wait for them.
     from moe_train.config import build
     from moe_train.config.evaluation import TranslateConfig
-    from moe_train.evaluation.translate import translate_input
+    from moe_train.evaluation.translate_stream import translate_input
 
     translate_input(build(TranslateConfig, mapping))
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from moe_train.config.build import build, to_mapping
 from moe_train.config.engine import EngineConfig
+from moe_train.config.from_mapping import build, to_mapping
 from moe_train.config.model import ModelConfig
 from moe_train.config.run import (
     LaunchConfig,

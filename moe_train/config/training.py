@@ -29,7 +29,7 @@ class OptimizerConfig:
             ``--optimizer adam`` does; ``adam`` and ``sgd`` add ``weight_decay`` times a parameter to its gradient (L2).
         weight_decay: its coefficient.
         decay: which parameters decay: ``matrices``, or ``all`` as with fairseq, biases and norms too. A parameter with
-            the attribute ``decays`` (:func:`moe_train.training.optimizer.parameter_groups`) keeps to that.
+            the attribute ``decays`` (:func:`moe_train.training.optim.optimizer.parameter_groups`) keeps to that.
     """
 
     name: Literal["adam", "adamw", "sgd"] = "adam"

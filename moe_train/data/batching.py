@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_train.data.cutting import cut, in_length_order
+from moe_train.data.length_buckets import cut, in_length_order
 from moe_train.errors import DataError
 
 Indices = NDArray[np.int64]

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe_train.config.run import DataVerify
-from moe_train.data.languages import offer_direction
-from moe_train.data.lines import read_lines, reading, sha256
 from moe_train.data.manifest import FILE, Manifest
-from moe_train.data.pairs import MASK, SPLITS, Pair, Sides, parse_sides, tag
-from moe_train.data.tokenizer import Tokenizer
+from moe_train.data.text.languages import offer_direction
+from moe_train.data.text.lines import read_lines, reading, sha256
+from moe_train.data.text.pairs import MASK, SPLITS, Pair, Sides, parse_sides, tag
+from moe_train.data.text.tokenizer import Tokenizer
+from moe_train.data.text.vocabulary import dictionary_size, load_dictionary
 from moe_train.data.verification import file_digests
-from moe_train.data.vocabulary import dictionary_size, load_dictionary
 from moe_train.errors import DataError, did_you_mean
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from moe_train.data.languages import is_english, one_code_each
-from moe_train.data.lines import read_lines, reading, sha256
-from moe_train.data.pairs import SPLIT_WORDS, SPLITS, refuse_two_words
+from moe_train.data.text.languages import is_english, one_code_each
+from moe_train.data.text.lines import read_lines, reading, sha256
+from moe_train.data.text.pairs import SPLIT_WORDS, SPLITS, refuse_two_words
 from moe_train.data.verification import InputFiles
 from moe_train.errors import DataError, did_you_mean
 

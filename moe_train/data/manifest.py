@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from moe_train.data.lines import sha256
-from moe_train.data.pairs import LANGUAGE, SPLITS, Pair, parse_sides
+from moe_train.data.text.lines import sha256
+from moe_train.data.text.pairs import LANGUAGE, SPLITS, Pair, parse_sides
 from moe_train.errors import DataError
 from moe_train.utils.atomic_io import sync_folder, write_synced
 

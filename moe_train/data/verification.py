@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from moe_train.config.run import DataVerify
-from moe_train.data.lines import reading, sha256
-from moe_train.data.workers import available_cores
+from moe_train.data.text.lines import reading, sha256
 from moe_train.errors import DataError, note
 from moe_train.utils.atomic_io import replace_text
+from moe_train.utils.process_map import available_cores
 
 _log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moe_train.config import RunConfig
 from moe_train.safe_text import for_markdown
-from moe_train.training.names import EXPERT, MODEL
+from moe_train.training.checkpoint.state_dict import EXPERT, MODEL
 
 
 def readme(exported: Mapping[str, Any], config: RunConfig, tensors: Mapping[str, Tensor], portable: bool) -> str:

@@ -15,14 +15,14 @@ from moe_train.config.evaluation import Inference
 from moe_train.config.run import DataVerify
 from moe_train.errors import CheckpointError, DataError, LaunchError, located
 from moe_train.parallel.layout import ExpertLayout
-from moe_train.routing.after_training import changed, check_draw_seed, evaluation_values
+from moe_train.routing.inference_overrides import changed, check_draw_seed, evaluation_values
 from moe_train.tasks import build_task, open_data
-from moe_train.training.checkpoints import CheckpointStore, check_model, load_model
-from moe_train.training.run_data import RunData, check_input_files, note_changed_folder, verify_data
-from moe_train.training.run_folder import CONFIG, RunFolder
-from moe_train.training.run_folder import EXPORTED_DATA as DATA
-from moe_train.training.tensor_files import shapes
-from moe_train.training.world import World
+from moe_train.training.checkpoint.dcp import shapes
+from moe_train.training.checkpoint.store import CheckpointStore, check_model, load_model
+from moe_train.training.run.run_data import RunData, check_input_files, note_changed_folder, verify_data
+from moe_train.training.run.run_folder import CONFIG, RunFolder
+from moe_train.training.run.run_folder import EXPORTED_DATA as DATA
+from moe_train.training.runtime.world import World
 
 VARIANTS = "variants"  # results of a run that routes otherwise than it was told to
 

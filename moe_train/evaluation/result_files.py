@@ -23,8 +23,8 @@ from itertools import count
 from pathlib import Path
 
 from moe_train.errors import ConfigError, DataError
-from moe_train.evaluation.outputs import OutputFiles, hypotheses_folder
-from moe_train.training.integrity import why_not_writable
+from moe_train.evaluation.hypothesis_files import OutputFiles, hypotheses_folder
+from moe_train.training.checkpoint.checksums import why_not_writable
 
 LOCK = ".evaluate.lock"
 LOG = logging.getLogger("moe_train")

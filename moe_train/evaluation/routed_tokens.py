@@ -11,8 +11,8 @@ from torch import nn
 
 from moe_train.layers import Block, RoutingRecord
 from moe_train.routing.types import RoutingStatistics
-from moe_train.training.journal import describe_routing
-from moe_train.training.statistics import ROUTING, Sums, total
+from moe_train.training.metrics.interval import describe_routing
+from moe_train.training.metrics.sums import ROUTING, Sums, total
 
 
 @contextmanager

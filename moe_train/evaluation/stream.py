@@ -10,8 +10,8 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import IO
 
-from moe_train.data.languages import offer_language
-from moe_train.data.lines import decode_line, split_lines
+from moe_train.data.text.languages import offer_language
+from moe_train.data.text.lines import decode_line, split_lines
 from moe_train.errors import DataError
 from moe_train.safe_text import for_terminal
 

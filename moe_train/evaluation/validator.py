@@ -12,11 +12,11 @@ from torch import nn
 
 from moe_train.config import SearchConfig
 from moe_train.data.folder import DataFolder
-from moe_train.evaluation.decoding import Encoded, InferenceTask, Job, Outcome, Translator, encode
 from moe_train.evaluation.long_lines import cut_note
-from moe_train.evaluation.scoring import Scorer
+from moe_train.evaluation.scoring.bleu_chrf import Scorer
+from moe_train.evaluation.translator import Encoded, InferenceTask, Job, Outcome, Translator, encode
 from moe_train.routing.context import Alone
-from moe_train.training.world import World
+from moe_train.training.runtime.world import World
 
 _log = logging.getLogger(__name__)
 

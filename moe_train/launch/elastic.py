@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moe_train.launch.environment import under_agent
+from moe_train.launch.job.env import under_agent
 
 NOTES = Path("outputs", ".torchrun")
 _KEY = "hydra.run.dir"

@@ -19,10 +19,10 @@ from typing import Any
 
 from moe_train.config import LaunchConfig
 from moe_train.errors import LaunchError, UserError
-from moe_train.launch.environment import JOB
-from moe_train.launch.failures import Failure, WorkerError, failure_file, first_failure, read_failure
+from moe_train.launch.job.env import JOB
+from moe_train.launch.job.failures import Failure, WorkerError, failure_file, first_failure, read_failure
 from moe_train.parallel.isolation import LOOPBACK, SECRET
-from moe_train.training.signals import STOPPING
+from moe_train.training.runtime.signals import STOPPING
 
 _POLL, _GRACE = 0.05, 2.0
 

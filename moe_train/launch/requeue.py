@@ -9,7 +9,7 @@ import sys
 import time
 
 from moe_train.errors import LaunchError
-from moe_train.launch.environment import launched_rank
+from moe_train.launch.job.env import launched_rank
 from moe_train.launch.slurm import job_state, own_job
 from moe_train.safe_text import for_terminal
 

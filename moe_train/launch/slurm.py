@@ -14,8 +14,8 @@ import time
 from collections.abc import Iterator, Mapping
 
 from moe_train.errors import LaunchError
-from moe_train.launch.environment import told_number, under_launcher
-from moe_train.launch.interfaces import interface_between_hosts, interface_towards
+from moe_train.launch.job.env import told_number, under_launcher
+from moe_train.launch.job.network import interface_between_hosts, interface_towards
 
 _FIRST_PORT, _PORTS = 20000, 12000  # below the range from which kernels hand out ports
 _JOBS = 2**40  # more than any job's number

@@ -16,11 +16,11 @@ from typing import Any, NoReturn
 
 from moe_train.console import lossy_streams
 from moe_train.errors import UserError
-from moe_train.launch.failures import failure_file, write_failure
-from moe_train.launch.leaving import leave
-from moe_train.parent import die_with
+from moe_train.launch.job.failures import failure_file, write_failure
+from moe_train.launch.job.hard_exit import leave
 from moe_train.plugins import import_user_dir
 from moe_train.safe_text import current_traceback
+from moe_train.utils.process import die_with
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from moe_train.layers.context import BatchContext
+from moe_train.layers.batch_context import BatchContext
 from moe_train.routing.types import AuxiliaryLoss, Routing, RoutingStatistics
 
 

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_train.kernels.cpu.dropout import dropout
+from moe_train.layers.batch_context import BatchContext
 from moe_train.layers.block import Block, RoutingRecord
-from moe_train.layers.context import BatchContext
 from moe_train.layers.linear import linear
 from moe_train.layers.registry import BlockInputs, register_kind
 from moe_train.routing.base import RoutingConfig

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from moe_train.layers.batch_context import BatchInfo, RoutingSettings, batch_context
 from moe_train.layers.block import RoutingRecord
-from moe_train.layers.context import BatchInfo, RoutingSettings, batch_context
 from moe_train.layers.registry import BlockInputs, build_block
 from moe_train.layers.seeding import seeded
 from moe_train.routing.context import Ranks

@@ -1,7 +1,8 @@
 """Soft MoE's layer: tokens mixed into slots, slots through the experts, their outputs mixed back into tokens.
 
-Puigcerver et al., ICLR 2024, arXiv 2308.00951, §2.1; the mixes are in :mod:`moe_train.routing.soft_moe`. Slots are
-rows of the same pool as any other strategy's tokens: ``token = arange, expert = slot // p, weight = 1``.
+Puigcerver et al., ICLR 2024, arXiv 2308.00951, §2.1; the mixes are in
+:mod:`moe_train.routing.strategies.soft_moe`. Slots are rows of the same pool as any other strategy's
+tokens: ``token = arange, expert = slot // p, weight = 1``.
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ from torch import Tensor
 
 from moe_train.experts import ExpertPool
 from moe_train.experts.parameters import StackedFeedForward, initialise
+from moe_train.layers.batch_context import BatchContext
 from moe_train.layers.block import Block, Observation, RoutingRecord
-from moe_train.layers.context import BatchContext
 from moe_train.layers.registry import BlockInputs, build_pool, register_kind
 from moe_train.routing.base import RoutingConfig
 from moe_train.routing.gate import full_precision
 from moe_train.routing.registry import build_router
-from moe_train.routing.soft_moe import SoftMixes, SoftMoEConfig, SoftMoERouter
+from moe_train.routing.strategies.soft_moe import SoftMixes, SoftMoEConfig, SoftMoERouter
 from moe_train.routing.types import RoutingStatistics, entropy_sum
 
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from moe_train.experts import ExpertPool
+from moe_train.layers.batch_context import BatchContext
 from moe_train.layers.block import Block, RoutingRecord
-from moe_train.layers.context import BatchContext
 from moe_train.layers.feed_forward import FeedForward
 from moe_train.layers.registry import BlockInputs, build_pool, register_kind
 from moe_train.routing.base import Router, RoutingConfig

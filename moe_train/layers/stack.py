@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from moe_train.layers.batch_context import BatchContext
 from moe_train.layers.block import Records
-from moe_train.layers.cache import DecoderCache
-from moe_train.layers.context import BatchContext
+from moe_train.layers.decoder_cache import DecoderCache
 from moe_train.layers.transformer import DecoderLayer, EncoderLayer, LayerShape
 
 

@@ -1,6 +1,7 @@
 """SMoE's block: up to L passes of one pool of experts, each behind a gate, a norm and a residual of its own.
 
-Xu et al., Findings of EMNLP 2023, arXiv 2305.02176, §3 (Eq. 4-7); the routing is in :mod:`moe_train.routing.smoe`.
+Xu et al., Findings of EMNLP 2023, arXiv 2305.02176, §3 (Eq. 4-7); the routing is in
+:mod:`moe_train.routing.strategies.smoe`.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ from torch import Tensor, nn
 
 from moe_train.experts import ExpertPool
 from moe_train.kernels.cpu.dropout import dropout
+from moe_train.layers.batch_context import BatchContext
 from moe_train.layers.block import Block, Observation, RoutingRecord
-from moe_train.layers.context import BatchContext
 from moe_train.layers.registry import BlockInputs, build_pool, register_kind
 from moe_train.routing.base import RoutingConfig
 from moe_train.routing.context import RoutingContext
 from moe_train.routing.registry import build_router
-from moe_train.routing.smoe import SMoERouter
+from moe_train.routing.strategies.smoe import SMoERouter
 from moe_train.routing.types import Routing, RoutingStatistics
 
 

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from moe_train.kernels.cpu.dropout import dropout
 from moe_train.layers.attention import CrossAttention, SelfAttention
+from moe_train.layers.batch_context import BatchContext
 from moe_train.layers.block import Block, Records
-from moe_train.layers.cache import DecoderCache
-from moe_train.layers.context import BatchContext
+from moe_train.layers.decoder_cache import DecoderCache
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from moe_train.models.build import build_model
-from moe_train.models.decoding import DecoderState
+from moe_train.models.builder import build_model
+from moe_train.models.decoder_state import DecoderState
 from moe_train.models.encoder_decoder import TransformerDecoder, TransformerEncoder, TransformerModel
 
 __all__ = ["DecoderState", "TransformerDecoder", "TransformerEncoder", "TransformerModel", "build_model"]

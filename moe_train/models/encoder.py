@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from moe_train.config import ModelConfig
 from moe_train.errors import ConfigError
-from moe_train.layers.context import RoutingSettings
+from moe_train.layers.batch_context import RoutingSettings
 from moe_train.layers.linear import linear
 from moe_train.layers.seeding import seeded
-from moe_train.models.build import block_inputs, encoder_stack
+from moe_train.models.builder import block_inputs, encoder_stack
 from moe_train.models.embedding import TokenEmbedding, Vocabulary, embedding
 from moe_train.models.encoder_decoder import EncoderOut, TransformerEncoder
 from moe_train.models.routed import Parts, Routed

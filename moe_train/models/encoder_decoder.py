@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from moe_train import fairseq_compat
+from moe_train.layers.batch_context import BatchContext, BatchInfo, RoutingSettings, batch_context
 from moe_train.layers.block import Records
-from moe_train.layers.context import BatchContext, BatchInfo, RoutingSettings, batch_context
 from moe_train.layers.linear import linear
 from moe_train.layers.stack import DecoderStack, EncoderStack
-from moe_train.models.decoding import DecoderState, repeat_rows, select_rows
+from moe_train.models.decoder_state import DecoderState, repeat_rows, select_rows
 from moe_train.models.embedding import TokenEmbedding, Vocabulary
 from moe_train.models.routed import Parts, Routed
 

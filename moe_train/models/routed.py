@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from moe_train.layers.batch_context import RoutingSettings
 from moe_train.layers.block import Block
-from moe_train.layers.context import RoutingSettings
 from moe_train.layers.stack import DecoderStack, EncoderStack
 from moe_train.routing.base import Router
 from moe_train.routing.context import Ranks

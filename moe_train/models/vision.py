@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from moe_train.config import ModelConfig
 from moe_train.errors import ConfigError
-from moe_train.layers.context import BatchInfo, RoutingSettings, batch_context
+from moe_train.layers.batch_context import BatchInfo, RoutingSettings, batch_context
 from moe_train.layers.linear import linear
 from moe_train.layers.seeding import seeded
 from moe_train.layers.stack import EncoderStack
-from moe_train.models.build import block_inputs, encoder_stack
+from moe_train.models.builder import block_inputs, encoder_stack
 from moe_train.models.routed import Parts, Routed
 from moe_train.routing.base import RoutingConfig
 

@@ -12,7 +12,7 @@ from moe_train.errors import LaunchError
 from moe_train.parallel.all_to_all import CommGroup
 from moe_train.parallel.dispatch_options import DispatchOptions
 from moe_train.parallel.layout_plan import LayoutPlan
-from moe_train.parallel.peers import check_peers
+from moe_train.parallel.peer_check import check_peers
 from moe_train.parallel.split_sizes import DispatchLevel
 from moe_train.parallel.traffic import TrafficCounters
 

@@ -1,8 +1,10 @@
-"""Routing: tokens → Assignment. One file a strategy; importing this package registers them all. Needs torch alone."""
+"""Routing: tokens → Assignment. Needs torch alone.
+
+Importing this package registers every strategy of :mod:`moe_train.routing.strategies`.
+"""
 
 from __future__ import annotations
 
-from moe_train.routing import dense, expert_choice, hash, random, sam, smoe, soft_moe, switch, thor, top_k, xmoe
 from moe_train.routing.base import Router, RouterInputs, RoutingConfig
 from moe_train.routing.context import Alone, Ranks, RoutingContext
 from moe_train.routing.registry import (
@@ -10,11 +12,12 @@ from moe_train.routing.registry import (
     decoder_config,
     find_strategy,
     register,
+    registered_strategies,
     resolve,
     routing_config,
-    strategies,
     strategy,
 )
+from moe_train.routing.strategies import import_all
 from moe_train.routing.types import Assignment, AuxiliaryLoss, Routing, RoutingStatistics
 
 __all__ = [
@@ -30,21 +33,12 @@ __all__ = [
     "RoutingStatistics",
     "build_router",
     "decoder_config",
-    "dense",
-    "expert_choice",
     "find_strategy",
-    "hash",
-    "random",
     "register",
+    "registered_strategies",
     "resolve",
     "routing_config",
-    "sam",
-    "smoe",
-    "soft_moe",
-    "strategies",
     "strategy",
-    "switch",
-    "thor",
-    "top_k",
-    "xmoe",
 ]
+
+import_all()

@@ -13,7 +13,7 @@ from moe_train.config import check
 from moe_train.config.check import NonNegativeFloat, PositiveInt, Range
 from moe_train.errors import ConfigError
 from moe_train.routing.context import RoutingContext
-from moe_train.routing.expected import Choices
+from moe_train.routing.expected_load import Choices
 from moe_train.routing.types import Routing, RoutingStatistics
 
 Experts = Annotated[int, Range(above=0, most=2**20)]  # or how many of them
@@ -50,7 +50,7 @@ class RoutingConfig:
         layout_keys: keys that may say ``rank`` or ``node`` until :func:`moe_train.routing.registry.resolve` makes them
             the number of these at the first launch.
         evaluation_keys: keys that change nothing of what was trained, so that an evaluation may set them anew
-            (:mod:`moe_train.routing.after_training`).
+            (:mod:`moe_train.routing.inference_overrides`).
         unrecorded: keys, None by default, that earlier versions did not have, with what these did where that is not
             what None means now: so goes on a run that does not record such a key.
     """

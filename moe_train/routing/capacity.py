@@ -7,8 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from moe_train.routing.all_gather import gather_rows, world_order
 from moe_train.routing.context import RoutingContext
-from moe_train.routing.world import gather_rows, world_order
 
 Group = Literal["rank", "global"]
 Rounding = Literal["result", "share"]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from moe_train.config.build import build
+from moe_train.config.from_mapping import build
 from moe_train.errors import ConfigError, spelt_out
 from moe_train.plugins import load_plugin, offer_names
 from moe_train.routing.base import Router, RouterInputs, RoutingConfig
@@ -43,7 +43,7 @@ def register(name: str, config: type[RoutingConfig]) -> Callable[[R], R]:
     return decorate
 
 
-def strategies() -> Mapping[str, Strategy]:
+def registered_strategies() -> Mapping[str, Strategy]:
     """All registered strategies by name; those of entry points are there once they have been looked up."""
     return dict(_STRATEGIES)
 

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from moe_train.config.check import NonNegativeFloat, PositiveFloat, Probability
 from moe_train.errors import ConfigError
+from moe_train.routing.balance_losses import balance_loss, world_load, z_loss
 from moe_train.routing.base import Router, RoutingConfig
 from moe_train.routing.capacity import Group, Rounding, capacity_of_shares, drop, expert_capacity, group_tokens
 from moe_train.routing.context import RoutingContext
-from moe_train.routing.losses import balance_loss, world_load, z_loss
-from moe_train.routing.perturb import mask_outputs
+from moe_train.routing.noise import mask_outputs
 from moe_train.routing.types import AuxiliaryLoss, Routing, assignment_from_choices, count_statistics
 
 Normalise = Literal["none", "before_drop", "after_drop"]
@@ -105,8 +105,9 @@ class TokenChoiceRouter(Router):
         Args:
             choices: [T, k] expert ids, -1 for no choice.
             weights: [T, k] combine weights before normalisation, of left-out choices too.
-            normalise: ``before_drop`` divides by the sum over all k, those that :func:`~moe_train.routing.top_k.
-                skip_second` leaves out or capacity drops included; ``after_drop`` by the sum over what is carried out.
+            normalise: ``before_drop`` divides by the sum over all k, those that
+                :func:`~moe_train.routing.strategies.top_k.skip_second` leaves out or capacity
+                drops included; ``after_drop`` by the sum over what is carried out.
         """
         kept = self.kept(choices, weights, context)
         if normalise == "before_drop":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_train.tasks.drawing import AUGMENTATION, draws
+from moe_train.tasks.seeded_uniform import AUGMENTATION, draws
 
 _FLIP, _DOWN, _RIGHT = range(3)  # columns of the draws
 

@@ -18,11 +18,11 @@ from torch import nn
 
 from moe_train.config import ClassificationConfig, RunConfig
 from moe_train.data.batching import BatchSettings, Indices, WorldBatches
-from moe_train.data.cutting import cut_by_length
 from moe_train.data.folder import DataFolder
 from moe_train.data.labelled import LabelledFile, LabelledTexts
-from moe_train.data.languages import find_english, find_same
-from moe_train.data.tokenizer import OFFSET
+from moe_train.data.length_buckets import cut_by_length
+from moe_train.data.text.languages import find_english, find_same
+from moe_train.data.text.tokenizer import OFFSET
 from moe_train.errors import ConfigError, DataError
 from moe_train.models.encoder import build_text_classifier
 from moe_train.routing import RoutingConfig, routing_config

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_train.layers.losses import label_smoothed_nll
+from moe_train.kernels.cross_entropy import label_smoothed_nll
 from moe_train.tasks.base import Sample
 from moe_train.tasks.criterion import mean_over_layers, symmetric_divergence
 

@@ -29,8 +29,8 @@ import torch
 from torch import Tensor, nn
 
 from moe_train.fairseq_compat import apply
+from moe_train.kernels.cross_entropy import fused_label_smoothed_nll, label_smoothed_nll
 from moe_train.layers import RoutingRecord
-from moe_train.layers.losses import fused_label_smoothed_nll, label_smoothed_nll
 from moe_train.routing.types import AuxiliaryLoss
 from moe_train.tasks.base import Sample
 from moe_train.tasks.flags import MoECriterionFlags

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from moe_train.config import LanguageModelConfig, RunConfig
 from moe_train.data.batching import BatchSettings, Indices, WorldBatches
-from moe_train.data.cutting import cut_by_length
 from moe_train.data.folder import DataFolder
-from moe_train.data.pairs import tag
+from moe_train.data.length_buckets import cut_by_length
+from moe_train.data.text.pairs import tag
 from moe_train.errors import ConfigError
 from moe_train.models.encoder import build_masked_language_model
 from moe_train.routing import RoutingConfig, routing_config

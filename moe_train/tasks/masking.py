@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_train.config.tasks import LanguageModelConfig
-from moe_train.tasks.drawing import MASKED, PIECE, REPLACEMENT, draws
+from moe_train.tasks.seeded_uniform import MASKED, PIECE, REPLACEMENT, draws
 
 Tokens = NDArray[np.int64]
 

@@ -10,11 +10,11 @@ import numpy as np
 
 from moe_train.config.tasks import LanguageModelConfig
 from moe_train.data.folder import DataFolder
-from moe_train.data.languages import find_same
-from moe_train.data.pairs import Sides, Single
+from moe_train.data.text.languages import find_same
+from moe_train.data.text.pairs import Sides, Single
 from moe_train.errors import DataError, did_you_mean
+from moe_train.tasks.indexed_dataset import Indices, SentenceFile
 from moe_train.tasks.packing import PackedFile
-from moe_train.tasks.storage import Indices, SentenceFile
 
 if TYPE_CHECKING:
     from fairseq.data import Dictionary

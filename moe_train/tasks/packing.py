@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_train.fairseq_compat import apply
-from moe_train.tasks.storage import Indices, SentenceFile
+from moe_train.tasks.indexed_dataset import Indices, SentenceFile
 
 # A sentence longer than a block is cut into parts of this share of one: a block is then filled up to less than a part.
 _PARTS = 8

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from moe_train.training.loop import Outcome
-from moe_train.training.run_folder import RunFolder
-from moe_train.training.start import train
-from moe_train.training.world import World
+from moe_train.training.build import train
+from moe_train.training.run.run_folder import RunFolder
+from moe_train.training.runtime.world import World
+from moe_train.training.trainer import Outcome
 
 __all__ = ["Outcome", "RunFolder", "World", "train"]

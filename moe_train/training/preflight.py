@@ -11,14 +11,14 @@ from moe_train.parallel.layout_plan import LayoutPlan
 from moe_train.routing import decoder_config, routing_config
 from moe_train.tasks import TaskData, build_task
 from moe_train.training.engines.deepspeed_library import check_deepspeed
-from moe_train.training.loggers import find_loggers
+from moe_train.training.metrics.loggers import find_loggers
 
 
 def check_run(config: RunConfig, data: TaskData, plan: LayoutPlan) -> None:
     """Refuses what cannot be trained.
 
     Args:
-        config: settled (:func:`moe_train.training.layouts.settle`).
+        config: settled (:func:`moe_train.training.run.resolve_layout.settle`).
         plan: its layout.
 
     Raises:

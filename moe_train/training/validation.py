@@ -17,11 +17,11 @@ import torch
 from torch import nn
 
 from moe_train.routing.context import Alone, Ranks
+from moe_train.training.data_loader import move
 from moe_train.training.engines import Engine
 from moe_train.training.hooks import tell
-from moe_train.training.journal import per_token
-from moe_train.training.samples import move
-from moe_train.training.world import World
+from moe_train.training.metrics.interval import per_token
+from moe_train.training.runtime.world import World
 
 if TYPE_CHECKING:
     from moe_train.tasks.base import TrainingTask

@@ -17,12 +17,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moe_train.analysis.traffic import world_traffic
+from moe_train.analysis.planner.measured_traffic import world_traffic
 from moe_train.layers import MoELayer
 from moe_train.parallel.gradients import reduce_dense_gradients, reduce_expert_gradients
 from moe_train.parallel.layout import ExpertLayout
 from moe_train.parallel.layout_plan import plan_layout
-from moe_train.parallel.ranks import ProcessRanks
+from moe_train.parallel.reducers import ProcessRanks
 
 INTERFACES = {"across": "eth0", "node": "lo"}
 

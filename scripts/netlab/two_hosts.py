@@ -85,7 +85,7 @@ def wait(ranks: Sequence[subprocess.Popen[str]], deadline: float) -> None:
 
 def bytes_report(tokens: int, hidden: int, steps: int) -> dict[str, Any]:
     """Our counters beside the kernel's, for each variant and link; the reductions of gradients by the cost model."""
-    from moe_train.analysis.cost_traffic import gradient_bytes
+    from moe_train.analysis.planner.cost_traffic import gradient_bytes
 
     content = job("bytes", tokens, hidden, steps=steps)
     reduced = gradient_bytes(layers_shape(VARIANTS[0], content), layout(VARIANTS[0]))
@@ -140,7 +140,7 @@ def step_report(tokens: int, hidden: int, rounds: int, rate: str) -> dict[str, A
 
 def machine(median: Mapping[str, float], content: Mapping[str, Any]) -> Any:
     """This machine as moe-plan's cluster: rates from the bare exchanges, FLOP/s from the products alone."""
-    from moe_train.config.plan import ClusterConfig
+    from moe_train.config.planner import ClusterConfig
 
     routing, tokens = content["variants"][0]["routing"], content["sentences"] * content["length"]
     flops = 3 * content["layers"] * tokens * routing["top_k"] * 4.0 * content["dim"] * content["hidden"]
@@ -164,7 +164,7 @@ def machine(median: Mapping[str, float], content: Mapping[str, Any]) -> Any:
 
 def layers_shape(variant: Mapping[str, Any], content: Mapping[str, Any]) -> Any:
     """The sparse layers as the cost model's shape: no attention, no embedding."""
-    from moe_train.analysis.cost_shape import ModelShape, SparseShape, StackShape
+    from moe_train.analysis.planner.cost_shape import ModelShape, SparseShape, StackShape
     from moe_train.config import ModelConfig
     from moe_train.experts import ExpertSpec
     from moe_train.routing import routing_config
@@ -186,9 +186,9 @@ def layout(variant: Mapping[str, Any]) -> Any:
 
 def predict(variant: Mapping[str, Any], content: Mapping[str, Any], cluster: Any) -> float:
     """Seconds of a step by the cost model."""
-    from moe_train.analysis.cost_memory import StateSharding
-    from moe_train.analysis.cost_time import time_plan
-    from moe_train.analysis.cost_traffic import Workload, step_traffic
+    from moe_train.analysis.planner.cost_memory import StateSharding
+    from moe_train.analysis.planner.cost_time import time_plan
+    from moe_train.analysis.planner.cost_traffic import Workload, step_traffic
 
     shape, plan = layers_shape(variant, content), layout(variant)
     work = Workload(content["sentences"] * content["length"], precision="fp32", device="cpu")

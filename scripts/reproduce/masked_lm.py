@@ -23,7 +23,7 @@ import torch
 from measures import Verdict, above
 from study import Budget, Claim, Study, Variant, parsed, parser, wanted
 
-from moe_train.analysis.stability import inter_run_consistency
+from moe_train.analysis.probe.stability import inter_run_consistency
 from moe_train.config import LanguageModelConfig
 from moe_train.data.folder import DataFolder
 from moe_train.data.labelled import LabelledTexts

@@ -23,8 +23,8 @@ from study import machine, plain_word
 from torch import Tensor
 
 from moe_train import MoELayer
-from moe_train.training.about import commit
-from moe_train.training.integrity import replace_text
+from moe_train.training.checkpoint.checksums import replace_text
+from moe_train.training.run.run_info import commit
 
 EXPERTS = (4, 16, 64)
 BOUND = 1.1  # from 4 to 64 experts, the layer's growth over the products'

@@ -22,15 +22,15 @@ import torch
 from measures import Mean, Verdict, rounded, spread
 from page import markdown
 
-from moe_train.analysis.probe import probe_run
+from moe_train.analysis.probe.probing import probe_run
 from moe_train.config import build
 from moe_train.config.evaluation import EvaluateConfig
-from moe_train.evaluation.evaluate import evaluate
-from moe_train.evaluation.measured import measure
+from moe_train.evaluation.evaluate_split import evaluate
+from moe_train.evaluation.measure_task import measure
 from moe_train.evaluation.result_files import ResultFiles, part_name
-from moe_train.training.about import commit, versions
-from moe_train.training.integrity import replace_text
-from moe_train.training.run_folder import INFO, RunFolder
+from moe_train.training.checkpoint.checksums import replace_text
+from moe_train.training.run.run_folder import INFO, RunFolder
+from moe_train.training.run.run_info import commit, versions
 
 Measures = Mapping[str, float | None]
 

@@ -21,8 +21,8 @@ from measures import Verdict, above
 from omegaconf import OmegaConf
 from study import Budget, Claim, Study, Variant, parsed, parser, read_lines, wanted
 
-from moe_train.analysis.report_compare import compare
-from moe_train.analysis.report_runs import read_runs
+from moe_train.analysis.report.compare import compare
+from moe_train.analysis.report.load_runs import read_runs
 from moe_train.evaluation.result_files import part_name
 
 MODELS = Path(__file__).parents[2] / "configs" / "model"

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moe_train.config import RunConfig, TrainingConfig, ValidationConfig
-from moe_train.evaluation.decoding import Translation
 from moe_train.evaluation.result_files import ResultFiles
-from moe_train.evaluation.results import DirectionResult, Results
-from moe_train.evaluation.scoring import Scorer
-from moe_train.training.run_folder import RunFolder
+from moe_train.evaluation.scoring.bleu_chrf import Scorer
+from moe_train.evaluation.scoring.results import DirectionResult, Results
+from moe_train.evaluation.translator import Translation
+from moe_train.training.run.run_folder import RunFolder
 
 WORDS = [f"word{i}" for i in range(80)]
 TIERS = {"de": "high", "sw": "low", "en": "high"}

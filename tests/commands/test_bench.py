@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_train.analysis.bench_layer import LEAST_SKEW
+from moe_train.analysis.bench.bench_layer import LEAST_SKEW
 from moe_train.commands.bench import main
 
 
@@ -52,7 +52,7 @@ def test_thor_beside_the_dense_model_in_both_tasks_and_ways(bench: object) -> No
 
 def test_all_searches_of_a_comparison_are_equally_long(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else one that happened to end early would look fast."""
-    from moe_train.analysis import bench_inference as module
+    from moe_train.analysis.bench import bench_inference as module
     from moe_train.config import ModelConfig
 
     sizes = ModelConfig(encoder_layers=2, decoder_layers=2, embed_dim=16, ffn_dim=32, num_heads=2, sparse_layers="all")

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from moe_train.commands._completion import candidates
+from moe_train.commands.cli.completion import candidates
 from moe_train.commands.train import main
-from moe_train.launch.schemas import forget_foreign_schemas
+from moe_train.launch.hydra_store import forget_foreign_schemas
 from tests.streams import Terminal
 
 

@@ -18,7 +18,7 @@ from moe_train.commands.fairseq import main
 from moe_train.data.folder import DataFolder
 from moe_train.errors import ConfigError
 from moe_train.models.fairseq_arch import composed
-from moe_train.tasks.fairseq_task import FairseqTranslationTask, FolderPieces
+from moe_train.tasks.translation.fairseq_task import FairseqTranslationTask, FolderPieces
 
 MODEL = "model=tiny model.embed_dim=32 model.ffn_dim=64 routing=switch routing.num_experts=4"
 TRAIN = [

@@ -14,9 +14,9 @@ import yaml
 
 from moe_train import __version__
 from moe_train.commands import bench, evaluate, export, fairseq, plan, prepare, report, train, translate
-from moe_train.commands._comments import read_comments
-from moe_train.commands._help import help_text
-from moe_train.commands._overrides import check_overrides
+from moe_train.commands.cli.comments import read_comments
+from moe_train.commands.cli.help_text import help_text
+from moe_train.commands.cli.overrides import check_overrides
 from moe_train.config.paths import configs_directory
 from moe_train.errors import ConfigError
 

@@ -11,13 +11,13 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from moe_train.commands._app import plain
-from moe_train.commands._overrides import check_overrides
+from moe_train.commands.cli.app import plain
+from moe_train.commands.cli.overrides import check_overrides
 from moe_train.commands.plan import main
 from moe_train.config import RunConfig, build
 from moe_train.config.paths import configs_directory
 from moe_train.errors import ConfigError
-from moe_train.launch.schemas import forget_foreign_schemas
+from moe_train.launch.hydra_store import forget_foreign_schemas
 from moe_train.routing import routing_config
 
 

@@ -12,10 +12,10 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from moe_train.commands._overrides import check_overrides
+from moe_train.commands.cli.overrides import check_overrides
 from moe_train.config import RunConfig, build
 from moe_train.errors import ConfigError
-from moe_train.launch.schemas import forget_foreign_schemas
+from moe_train.launch.hydra_store import forget_foreign_schemas
 
 ROOT = Path(__file__).resolve().parents[2]
 

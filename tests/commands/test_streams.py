@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from moe_train.commands import plan, report, train, translate
-from moe_train.commands._app import run_app
+from moe_train.commands.cli.app import run_app
 from moe_train.data.folder import DataFolder
-from moe_train.training.checkpoints import CheckpointStore
+from moe_train.training.checkpoint.store import CheckpointStore
 from tests.analysis.report_folders import trained
 from tests.evaluation.runs import make_run
 from tests.streams import opened, pipe_without_reader, standard_streams

@@ -15,7 +15,7 @@ import yaml
 
 from moe_train.data.folder import DataFolder
 from moe_train.errors import LaunchError
-from moe_train.launch.submitted import SlurmJobs
+from moe_train.launch.submitit_launcher import SlurmJobs
 from moe_train.training import RunFolder
 from tests.commands.test_train import here
 from tests.slurm.runs import keys, until

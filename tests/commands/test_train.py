@@ -17,11 +17,11 @@ from pathlib import Path
 
 import pytest
 
-from moe_train.analysis.report_runs import find_runs, read_run, read_runs
+from moe_train.analysis.report.load_runs import find_runs, read_run, read_runs
 from moe_train.commands.train import main
 from moe_train.data.folder import DataFolder
-from moe_train.training.checkpoints import CheckpointStore
-from moe_train.training.run_folder import recorded_overrides
+from moe_train.training.checkpoint.store import CheckpointStore
+from moe_train.training.run.run_folder import recorded_overrides
 from tests.small_disks import mounted_disk
 from tests.training.toy_run import assert_same_bits, final_tensors, lines
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from moe_train.data.folder import DataFolder
-from moe_train.data.lines import sha256
-from moe_train.training.run_folder import RunFolder
+from moe_train.data.text.lines import sha256
+from moe_train.training.run.run_folder import RunFolder
 from tests.commands.test_train import SMALL, here
 from tests.data.tiny_corpus import prepare_tiny
 from tests.evaluation.runs import make_run

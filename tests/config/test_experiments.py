@@ -12,19 +12,19 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from torch import nn
 
-from moe_train.analysis.cost_shape import model_shape
-from moe_train.analysis.plan import make_plan
-from moe_train.analysis.plan_tables import as_mapping
+from moe_train.analysis.planner.choose_layout import make_plan
+from moe_train.analysis.planner.cost_shape import model_shape
+from moe_train.analysis.planner.plan_tables import as_mapping
 from moe_train.config import ImageConfig, LanguageModelConfig, RunConfig, build
 from moe_train.config.paths import configs_directory
-from moe_train.config.plan import PlanConfig, PlanImages
-from moe_train.launch.schemas import forget_foreign_schemas
+from moe_train.config.planner import PlanConfig, PlanImages
+from moe_train.launch.hydra_store import forget_foreign_schemas
 from moe_train.models import build_model
 from moe_train.models.accounting import Accounting, account
 from moe_train.models.encoder import build_masked_language_model
 from moe_train.models.vision import ImageShape, build_vision_model
 from moe_train.routing import routing_config
-from moe_train.training.optimizer import parameter_groups
+from moe_train.training.optim.optimizer import parameter_groups
 from tests.models.helpers import Words
 
 RECIPES = sorted(path.stem for path in (configs_directory() / "experiment").glob("*.yaml"))

@@ -14,15 +14,15 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from moe_train.config import ClassificationConfig, ImageConfig, LanguageModelConfig, RunConfig, build, check
-from moe_train.config.build import without_unknown
 from moe_train.config.check import Range
 from moe_train.config.corpus import PrepareConfig
 from moe_train.config.evaluation import EvaluateConfig, ExportConfig, Inference, ReportConfig, TranslateConfig
+from moe_train.config.from_mapping import without_unknown
 from moe_train.config.paths import configs_directory
 from moe_train.config.placement import place
-from moe_train.config.plan import PlanConfig
+from moe_train.config.planner import PlanConfig
 from moe_train.errors import ConfigError, UserError
-from moe_train.routing import routing_config, strategies
+from moe_train.routing import registered_strategies, routing_config
 
 CLUSTER = OmegaConf.to_container(OmegaConf.load(configs_directory() / "cluster" / "cpu.yaml"))
 # A config, where its keys stand in messages, and what it cannot be without.
@@ -38,7 +38,7 @@ CONFIGS: dict[str, tuple[type, str, dict[str, Any]]] = {
     "inference": (Inference, "", {}),
     "prepare": (PrepareConfig, "", {"out": "o", "corpus": {"name": "text"}}),
     "plan": (PlanConfig, "", {"cluster": CLUSTER}),
-    **{name: (entry.config, "routing", {"name": name}) for name, entry in strategies().items()},
+    **{name: (entry.config, "routing", {"name": name}) for name, entry in registered_strategies().items()},
 }
 HOSTILE = [float("nan"), float("inf"), -float("inf"), -1, 0, 10**30, -(10**30), 2**63, 1e300, -1e300, 1e-300, 10**400]
 WRONG = ["many", "", True, {}, {"a": 1}, [[1]], [None], b"1"]

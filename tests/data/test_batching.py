@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_train.data.batching import BatchSettings, WorldBatches, split_micro_batch
-from moe_train.data.cutting import SOURCE_SLACK, cut, in_length_order
+from moe_train.data.length_buckets import SOURCE_SLACK, cut, in_length_order
 from moe_train.errors import DataError
 
 

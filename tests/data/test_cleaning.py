@@ -9,11 +9,11 @@ import pytest
 
 from moe_train.config.corpus import CleaningConfig
 from moe_train.data.cleaning import Cleaner, clean_block
-from moe_train.data.cleaning.menders import strip_accelerators, strip_markup
+from moe_train.data.cleaning.normalizers import strip_accelerators, strip_markup
 from moe_train.data.cleaning.placeholders import placeholders
 from moe_train.data.cleaning.scripts import codes_of_language, script_codes
-from moe_train.data.normalisation import normalise
-from moe_train.data.pairs import Pair
+from moe_train.data.text.normalisation import normalise
+from moe_train.data.text.pairs import Pair
 
 
 @pytest.mark.parametrize(

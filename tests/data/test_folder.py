@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from moe_train.data.folder import DataFolder
-from moe_train.data.tokenizer import EOS
+from moe_train.data.text.tokenizer import EOS
 from moe_train.errors import DataError
 from tests.data import tiny_corpus
 

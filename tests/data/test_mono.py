@@ -20,15 +20,15 @@ from moe_train.config.paths import configs_directory
 from moe_train.data.cleaning import Cleaner
 from moe_train.data.corpora import read_corpus
 from moe_train.data.folder import DataFolder
-from moe_train.data.keys import fold
-from moe_train.data.lines import write_lines
-from moe_train.data.pairs import SPLITS, Single
-from moe_train.data.prepare import prepare
-from moe_train.data.progress import Progress
-from moe_train.data.summary import show
+from moe_train.data.prepare.pipeline import prepare
+from moe_train.data.prepare.summary import show
+from moe_train.data.stage_progress import Progress
+from moe_train.data.text.dedup_keys import fold
+from moe_train.data.text.lines import write_lines
+from moe_train.data.text.pairs import SPLITS, Single
 from moe_train.errors import DataError
-from moe_train.launch.schemas import forget_foreign_schemas
-from moe_train.tasks.storage import SentenceFile
+from moe_train.launch.hydra_store import forget_foreign_schemas
+from moe_train.tasks.indexed_dataset import SentenceFile
 from tests.data import tiny_corpus
 from tests.tasks.helpers import make_task as make_translation
 from tests.tasks.test_lm import make_task

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from moe_train.data import verification
-from moe_train.data.lines import sha256
+from moe_train.data.text.lines import sha256
 from moe_train.data.verification import file_digests
 from moe_train.errors import DataError
 

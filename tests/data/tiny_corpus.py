@@ -12,7 +12,7 @@ from pathlib import Path
 
 from moe_train.config.corpus import CleaningConfig, CorpusConfig, PrepareConfig, VocabularyConfig
 from moe_train.data.folder import DataFolder
-from moe_train.data.prepare import prepare
+from moe_train.data.prepare.pipeline import prepare
 
 # Who, does what, to what, when: rows are translations of each other.
 _SUBJECTS = {

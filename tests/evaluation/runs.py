@@ -12,10 +12,10 @@ import torch
 from moe_train.config import ModelConfig, RunConfig, TaskConfig
 from moe_train.data.folder import DataFolder
 from moe_train.tasks import build_task
-from moe_train.training.checkpoints import CheckpointStore
-from moe_train.training.names import model_tensors
-from moe_train.training.run_data import RunData
-from moe_train.training.run_folder import RunFolder
+from moe_train.training.checkpoint.state_dict import model_tensors
+from moe_train.training.checkpoint.store import CheckpointStore
+from moe_train.training.run.run_data import RunData
+from moe_train.training.run.run_folder import RunFolder
 
 MODEL = ModelConfig(
     encoder_layers=2,

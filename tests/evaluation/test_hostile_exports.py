@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from moe_train.errors import CheckpointError, ConfigError, UserError
 from moe_train.evaluation.loading import open_run
-from moe_train.training.checkpoints import read_state
-from moe_train.training.initial import initialise_from
-from moe_train.training.integrity import digest
-from moe_train.training.run_folder import RunFolder
+from moe_train.training.checkpoint.checksums import digest
+from moe_train.training.checkpoint.init_from import initialise_from
+from moe_train.training.checkpoint.store import read_state
+from moe_train.training.run.run_folder import RunFolder
 
 OLD = Path(__file__).parents[1] / "old_runs"
 DEEP = '{"files": ' + "[" * 100_000 + "]" * 100_000 + "}"
@@ -123,7 +123,7 @@ def with_value(folder: Path, key: str, value: Any) -> Path:
 @pytest.mark.parametrize("key", SIZES)
 def test_sizes_that_are_not_the_checkpoints(key: str, export: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before anything is built: no tensor of a model takes memory."""
-    from moe_train.tasks.translation import TranslationTask
+    from moe_train.tasks.translation.task import TranslationTask
 
     build = TranslationTask.build_model
 

@@ -16,18 +16,18 @@ from moe_train.config import RunConfig, SearchConfig, build
 from moe_train.config.corpus import PrepareConfig
 from moe_train.config.evaluation import EvaluateConfig, ExportConfig, TranslateConfig
 from moe_train.data.folder import DataFolder
-from moe_train.data.lines import sha256
-from moe_train.data.prepare import prepare
+from moe_train.data.prepare.pipeline import prepare
+from moe_train.data.text.lines import sha256
 from moe_train.errors import DataError
-from moe_train.evaluation.evaluate import evaluate
-from moe_train.evaluation.export import export_run
+from moe_train.evaluation.evaluate_split import evaluate
+from moe_train.evaluation.export_model import export_run
 from moe_train.evaluation.loading import open_run
-from moe_train.evaluation.measured import measure, show_measures
-from moe_train.evaluation.results import read_results
-from moe_train.evaluation.table import show
-from moe_train.evaluation.translate import translate_input
-from moe_train.training.run_data import check_initial_vocabulary
-from moe_train.training.run_folder import RunFolder
+from moe_train.evaluation.measure_task import measure, show_measures
+from moe_train.evaluation.scoring.results import read_results
+from moe_train.evaluation.scoring.score_table import show
+from moe_train.evaluation.translate_stream import translate_input
+from moe_train.training.run.run_data import check_initial_vocabulary
+from moe_train.training.run.run_folder import RunFolder
 from tests.data.tiny_corpus import prepare_tiny, sentence, sentences, write_corpus
 from tests.evaluation.runs import make_run, make_task_run
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from moe_train.errors import ConfigError, DataError
-from moe_train.evaluation.decoding import Translation
 from moe_train.evaluation.result_files import ResultFiles, part_name, writable_folder, writing
+from moe_train.evaluation.translator import Translation
 
 
 def put(files: ResultFiles, text: str, *directions: str) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from moe_train.config import ModelConfig, SearchConfig
-from moe_train.evaluation.beam_search import BeamSearch
+from moe_train.evaluation.search.beam_search import BeamSearch
 from moe_train.models import build_model
 from moe_train.routing import Router, Routing, RoutingContext, routing_config
 from moe_train.routing.context import Alone

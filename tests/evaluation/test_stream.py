@@ -11,7 +11,7 @@ import pytest
 
 from moe_train.errors import DataError
 from moe_train.evaluation.stream import buffers, check_languages, prompt
-from moe_train.evaluation.translate import _pipe
+from moe_train.evaluation.translate_stream import _pipe
 from moe_train.screen import Screen
 
 
@@ -62,7 +62,7 @@ def test_input_is_opened_as_every_text_is() -> None:
 
 
 def test_a_line_without_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moe_train.data.lines._LONGEST", 1 << 20)
+    monkeypatch.setattr("moe_train.data.text.lines._LONGEST", 1 << 20)
     with pytest.raises(DataError, match="standard input: line 2 is longer than 1 MiB"):
         list(buffers(io.BytesIO(b"one\n" + bytes(3 << 20)), 4))
 

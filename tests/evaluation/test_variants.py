@@ -15,7 +15,7 @@ from moe_train.config import LaunchConfig
 from moe_train.config.evaluation import EvaluateConfig, Inference
 from moe_train.data.folder import DataFolder
 from moe_train.errors import ConfigError
-from moe_train.evaluation.evaluate import evaluate
+from moe_train.evaluation.evaluate_split import evaluate
 from moe_train.evaluation.loading import open_run
 from tests.evaluation.jobs import SEARCH
 from tests.evaluation.runs import make_run

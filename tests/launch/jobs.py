@@ -21,11 +21,11 @@ import torch.distributed as dist
 
 from moe_train.config import LaunchConfig
 from moe_train.errors import DataError, LaunchError
-from moe_train.launch.board import Board, check_same_secret
-from moe_train.launch.failures import Failure
-from moe_train.launch.job_store import Seal
-from moe_train.launch.joining import joined_world
-from moe_train.training.world import World
+from moe_train.launch.job.failures import Failure
+from moe_train.launch.job.job_channel import Board, check_same_secret
+from moe_train.launch.job.job_store import Seal
+from moe_train.launch.process_group import joined_world
+from moe_train.training.runtime.world import World
 from tests.launch import intruder
 
 CONFIG = LaunchConfig(timeout_minutes=0.5)

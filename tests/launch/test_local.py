@@ -17,7 +17,7 @@ import pytest
 
 from moe_train.config import LaunchConfig
 from moe_train.errors import LaunchError, UserError
-from moe_train.launch.failures import Failure, WorkerError, first_failure
+from moe_train.launch.job.failures import Failure, WorkerError, first_failure
 from moe_train.launch.local import launch
 from tests.launch.jobs import in_time
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from moe_train.errors import LaunchError
-from moe_train.launch.interfaces import interface_between_hosts, interface_towards
+from moe_train.launch.job.network import interface_between_hosts, interface_towards
 from moe_train.launch.slurm import job_state, node_address, take_place, tasks_per_node
 
 TOLD = {

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moe_train.layers import MoELayer
-from moe_train.routing import routing_config, strategies
+from moe_train.routing import registered_strategies, routing_config
 
 DIM = 12
 KEYS: dict[str, dict[str, Any]] = {
@@ -21,7 +21,7 @@ KEYS: dict[str, dict[str, Any]] = {
     "thor_ensemble": {"name": "thor", "inference": "ensemble"},
     "smoe_official": {"name": "smoe", "norm": "official", "second_expert": "sampling", "normalise": "after_drop"},
 }
-CASES = [*strategies(), *(name for name in KEYS if name not in strategies())]
+CASES = [*registered_strategies(), *(name for name in KEYS if name not in registered_strategies())]
 every = pytest.mark.parametrize("case", CASES)
 
 

@@ -23,7 +23,7 @@ from moe_train.layers import (
 )
 from moe_train.layers.registry import BlockInputs, build_block
 from moe_train.routing import routing_config
-from moe_train.routing.smoe import expected_visits
+from moe_train.routing.strategies.smoe import expected_visits
 from tests.routing.helpers import on_ranks
 
 DIM = 12

@@ -10,7 +10,7 @@ from torch import Tensor
 from moe_train.config import ModelConfig
 from moe_train.errors import ConfigError
 from moe_train.models import TransformerModel, build_model
-from moe_train.routing import Router, routing_config, strategies
+from moe_train.routing import Router, registered_strategies, routing_config
 from moe_train.routing.registry import decoder_config
 
 PAD = 1
@@ -45,7 +45,7 @@ _KEYS: dict[str, dict[str, Any]] = {
     "xmoe, torchscale": {"name": "xmoe", "mode": "torchscale"},
     "xmoe, sub-layers": {"name": "xmoe", "expert_sublayers": 3, "gate": "sigmoid"},
 }
-VARIANTS = [name for name in _KEYS if name not in strategies()]
+VARIANTS = [name for name in _KEYS if name not in registered_strategies()]
 
 
 def routing_keys(name: str) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def routing_keys(name: str) -> dict[str, Any]:
 def causal_strategies() -> list[str]:
     """Every registered strategy that a decoder may use."""
     names = []
-    for name in sorted(strategies()):
+    for name in sorted(registered_strategies()):
         try:
             decoder_config(routing_config({**routing_keys(name), "decoder": None}))
         except ConfigError:

@@ -13,7 +13,7 @@ from moe_train.config.paths import configs_directory
 from moe_train.errors import ConfigError
 from moe_train.models.accounting import account
 from moe_train.models.encoder import build_masked_language_model, build_text_classifier
-from moe_train.routing import routing_config, strategies
+from moe_train.routing import registered_strategies, routing_config
 from tests.models.helpers import PAD, Words, routing_keys
 
 SMALL: dict[str, Any] = {
@@ -32,7 +32,7 @@ def language_model(routing: dict[str, Any], **changes: Any) -> Any:
     return build_masked_language_model(ModelConfig(**{**SMALL, **changes}), routing_config(routing), Words(), seed=3)
 
 
-@pytest.mark.parametrize("name", sorted(strategies()))
+@pytest.mark.parametrize("name", sorted(registered_strategies()))
 def test_every_strategy_encodes_a_sentence_whatever_its_batch(name: str) -> None:
     model = language_model(keys(name)).eval()
     with torch.no_grad():

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from moe_train.errors import ConfigError, DataError
 from moe_train.models import TransformerModel
-from moe_train.routing import strategies
+from moe_train.routing import registered_strategies
 from tests.models.helpers import PAD, VARIANTS, causal_strategies, facts, sentences, small_model
 
 CAUSAL = causal_strategies()
 DECODERS = [*CAUSAL, *VARIANTS]
-EVERY = [*sorted(strategies()), *VARIANTS]  # what decoders refuse stands in the encoder
+EVERY = [*sorted(registered_strategies()), *VARIANTS]  # what decoders refuse stands in the encoder
 
 
 def full(model: TransformerModel, source: Tensor, target: Tensor, **who: Tensor) -> Tensor:
@@ -25,7 +25,7 @@ def full(model: TransformerModel, source: Tensor, target: Tensor, **who: Tensor)
 
 
 def test_what_sees_later_tokens_is_not_among_them() -> None:
-    assert set(strategies()) - set(CAUSAL) == {"expert_choice", "soft_moe"}
+    assert set(registered_strategies()) - set(CAUSAL) == {"expert_choice", "soft_moe"}
 
 
 @pytest.mark.parametrize(

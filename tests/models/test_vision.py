@@ -14,7 +14,7 @@ from moe_train.config.paths import configs_directory
 from moe_train.errors import ConfigError
 from moe_train.models.accounting import account
 from moe_train.models.vision import ImageShape, PatchEmbedding, VisionTransformer, build_vision_model
-from moe_train.routing import routing_config, strategies
+from moe_train.routing import registered_strategies, routing_config
 from tests.models.helpers import routing_keys
 
 SHAPE = ImageShape(height=8, width=12, channels=2, classes=5)
@@ -59,7 +59,7 @@ def test_pixels_are_scaled_to_one() -> None:
         torch.testing.assert_close(embed(images), expected)
 
 
-@pytest.mark.parametrize("name", sorted(strategies()))
+@pytest.mark.parametrize("name", sorted(registered_strategies()))
 def test_every_strategy_learns_from_every_image_alone(name: str) -> None:
     """An image's scores do not depend on its batch; every parameter gets a gradient; no images make no trouble."""
     model, images = vision(name), pictures(4)

@@ -11,9 +11,9 @@ from typing import Any
 from moe_train.config import LaunchConfig
 from moe_train.data.batching import Indices
 from moe_train.errors import UserError
-from moe_train.launch.failures import WorkerError
-from moe_train.launch.joining import joined_world
-from moe_train.launch.leaving import leave
+from moe_train.launch.job.failures import WorkerError
+from moe_train.launch.job.hard_exit import leave
+from moe_train.launch.process_group import joined_world
 from moe_train.training import RunFolder, train
 from tests.training.toy import ToyTask, toy_config
 

@@ -17,7 +17,7 @@ from moe_train.layers import MoELayer
 from moe_train.parallel.dispatch_options import DispatchOptions
 from moe_train.parallel.layout import ExpertLayout
 from moe_train.parallel.layout_plan import plan_layout
-from moe_train.parallel.ranks import ProcessRanks
+from moe_train.parallel.reducers import ProcessRanks
 from tests.parallel.pools import Case, Outcome, on_rank
 
 WAITING = {

@@ -9,8 +9,8 @@ import torch.distributed as dist
 
 from moe_train.errors import LaunchError
 from moe_train.parallel.isolation import SECRET
-from moe_train.parallel.peers import check_peers
-from moe_train.training.world import World
+from moe_train.parallel.peer_check import check_peers
+from moe_train.training.runtime.world import World
 
 
 def meet(secret: str) -> tuple[str, float]:

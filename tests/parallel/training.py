@@ -19,7 +19,7 @@ from moe_train.parallel.gradients import (
 )
 from moe_train.parallel.layout import ExpertLayout
 from moe_train.parallel.layout_plan import plan_layout
-from moe_train.parallel.ranks import ProcessRanks
+from moe_train.parallel.reducers import ProcessRanks
 from moe_train.routing import Assignment
 
 TOKENS = 24

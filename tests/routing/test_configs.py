@@ -10,13 +10,13 @@ import yaml
 
 from moe_train.config.paths import configs_directory
 from moe_train.errors import ConfigError
-from moe_train.routing import decoder_config, routing_config, strategies
+from moe_train.routing import decoder_config, registered_strategies, routing_config
 
 FILES = sorted((configs_directory() / "routing").glob("*.yaml"))
 
 
 def test_every_strategy_has_its_file_and_every_file_its_strategy() -> None:
-    assert {f.stem for f in FILES} == set(strategies())
+    assert {f.stem for f in FILES} == set(registered_strategies())
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)

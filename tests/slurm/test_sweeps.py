@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from moe_train.analysis.report import make_report
-from moe_train.analysis.report_runs import RunReport
+from moe_train.analysis.report.build_report import make_report
+from moe_train.analysis.report.load_runs import RunReport
 from moe_train.config.evaluation import ReportConfig
 from moe_train.data.folder import DataFolder
-from moe_train.training.run_folder import RunFolder
+from moe_train.training.run.run_folder import RunFolder
 from tests.slurm.cluster import Cluster
 from tests.slurm.runs import ROOT, ended, holders, keys, moe_train, under_way, until
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from moe_train.data.folder import DataFolder
-from moe_train.training.checkpoints import CheckpointStore
+from moe_train.training.checkpoint.store import CheckpointStore
 from tests.slurm.cluster import Cluster
 from tests.slurm.runs import (
     ROOT,

@@ -13,8 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from moe_train.data.batching import split_micro_batch
 from moe_train.data.folder import DataFolder
-from moe_train.parallel.ranks import ProcessRanks
-from moe_train.tasks.translation import TranslationTask
+from moe_train.parallel.reducers import ProcessRanks
+from moe_train.tasks.translation.task import TranslationTask
 from tests.tasks.helpers import make_task
 
 WORLD = 2

@@ -9,7 +9,7 @@ import torch
 
 from moe_train.config import ModelConfig, RunConfig, TaskConfig, TrainingConfig
 from moe_train.data.folder import DataFolder
-from moe_train.tasks.translation import TranslationTask
+from moe_train.tasks.translation.task import TranslationTask
 
 TINY = ModelConfig(
     encoder_layers=2,

@@ -15,7 +15,7 @@ from moe_train.config import RunConfig
 from moe_train.data.batching import split_micro_batch
 from moe_train.data.folder import DataFolder
 from moe_train.tasks.criterion import mean_over_layers, repeated, symmetric_divergence, unwrapped
-from moe_train.tasks.translation import TranslationTask
+from moe_train.tasks.translation.task import TranslationTask
 from tests.routing.helpers import ThreadRanks, on_ranks
 from tests.tasks.helpers import in_double, make_task
 

@@ -16,9 +16,9 @@ from moe_train.config import ImageConfig, RunConfig, TrainingConfig, build, to_m
 from moe_train.config.evaluation import EvaluateConfig
 from moe_train.data.batching import split_micro_batch
 from moe_train.data.images import open_images
-from moe_train.data.lines import sha256
+from moe_train.data.text.lines import sha256
 from moe_train.errors import ConfigError, DataError
-from moe_train.evaluation.measured import measure
+from moe_train.evaluation.measure_task import measure
 from moe_train.tasks.augmentation import augment
 from moe_train.tasks.classification_criterion import ClassificationCriterion, count_classes, macro_f1
 from moe_train.tasks.images import ImageTask

@@ -20,10 +20,10 @@ from moe_train.config.evaluation import EvaluateConfig, ExportConfig
 from moe_train.data.batching import split_micro_batch
 from moe_train.data.folder import DataFolder
 from moe_train.data.labelled import LabelledTexts
-from moe_train.data.pairs import tag
+from moe_train.data.text.pairs import tag
 from moe_train.errors import ConfigError, DataError
-from moe_train.evaluation.export import export_run
-from moe_train.evaluation.measured import measure, show_measures
+from moe_train.evaluation.export_model import export_run
+from moe_train.evaluation.measure_task import measure, show_measures
 from moe_train.tasks.classification import ClassificationTask
 from moe_train.tasks.lm import LanguageModelTask
 from tests.commands.test_train import here
@@ -53,7 +53,7 @@ def test_a_language_s_text_is_its_sides_of_all_pairs_once(tiny_data: DataFolder)
     tokens, uids, languages = text.tokens(de[:3])
     stored = next(pair for pair in counts if "de" in pair)
     direction = tiny_data.pair_files("train", "en-de")
-    from moe_train.tasks.storage import SentenceFile
+    from moe_train.tasks.indexed_dataset import SentenceFile
 
     file = SentenceFile(direction.target)
     for row in range(3):

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from moe_train.config import CheckpointConfig, EngineConfig, TrainingConfig
 from moe_train.errors import CheckpointError
-from moe_train.training.checkpoints import CheckpointStore
+from moe_train.training.checkpoint.manager import Keeper
+from moe_train.training.checkpoint.store import CheckpointStore
 from moe_train.training.engines import EngineInputs, build_engine
-from moe_train.training.keeper import Keeper
-from moe_train.training.world import World
+from moe_train.training.runtime.world import World
 from tests.training.toy import ToyModel
 from tests.training.toy_run import weights
 

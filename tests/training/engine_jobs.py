@@ -14,12 +14,12 @@ from moe_train.experts import ExpertPool, ExpertSpec
 from moe_train.parallel.layout import ExpertLayout
 from moe_train.parallel.layout_plan import plan_layout
 from moe_train.routing import Assignment
-from moe_train.training.checkpoints import CheckpointStore
+from moe_train.training.checkpoint.manager import Keeper
+from moe_train.training.checkpoint.run_state import RunState
+from moe_train.training.checkpoint.state_dict import model_tensors, optimizer_tensors
+from moe_train.training.checkpoint.store import CheckpointStore
 from moe_train.training.engines import EngineInputs, build_engine
-from moe_train.training.keeper import Keeper
-from moe_train.training.names import model_tensors, optimizer_tensors
-from moe_train.training.state import RunState
-from moe_train.training.world import World
+from moe_train.training.runtime.world import World
 
 TOKENS, EXPERTS, MICRO_BATCHES = 24, 8, 2
 

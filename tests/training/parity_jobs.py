@@ -25,12 +25,12 @@ from moe_train.parallel.dispatch_options import DispatchOptions
 from moe_train.parallel.gradients import is_expert, same_on_replicas
 from moe_train.parallel.layout import ExpertLayout
 from moe_train.parallel.layout_plan import plan_layout
-from moe_train.parallel.ranks import ProcessRanks
+from moe_train.parallel.reducers import ProcessRanks
 from moe_train.routing.context import Alone
-from moe_train.tasks.translation import TranslationTask
+from moe_train.tasks.translation.task import TranslationTask
 from moe_train.training.engines import EngineInputs, build_engine
-from moe_train.training.steps import Stepper
-from moe_train.training.world import World
+from moe_train.training.runtime.world import World
+from moe_train.training.step import Stepper
 
 SMALL = ModelConfig(
     encoder_layers=1,

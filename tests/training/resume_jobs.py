@@ -11,10 +11,10 @@ from moe_train.config import RunConfig, build, to_mapping
 from moe_train.data.folder import DataFolder
 from moe_train.errors import TrainingError
 from moe_train.parallel.gradients import is_expert
-from moe_train.tasks.translation import TranslationTask
+from moe_train.tasks.translation.task import TranslationTask
 from moe_train.training import RunFolder, train
-from moe_train.training.layouts import plan_run, settle
-from moe_train.training.world import World
+from moe_train.training.run.resolve_layout import plan_run, settle
+from moe_train.training.runtime.world import World
 
 MODEL = {
     "encoder_layers": 1,

@@ -10,8 +10,8 @@ from unittest import mock
 from moe_train.data import verification
 from moe_train.data.folder import DataFolder
 from moe_train.errors import DataError
-from moe_train.training.run_data import verify_data
-from moe_train.training.world import World
+from moe_train.training.run.run_data import verify_data
+from moe_train.training.runtime.world import World
 
 
 def verified(path: str, how: Any) -> tuple[list[str], str]:

@@ -13,13 +13,13 @@ import torch
 
 from moe_train.config import CheckpointConfig, EngineConfig, RunConfig, TrainingConfig
 from moe_train.errors import CheckpointError
-from moe_train.training import integrity
-from moe_train.training.background import Background
-from moe_train.training.checkpoints import CheckpointStore, load_model
+from moe_train.training.checkpoint import checksums
+from moe_train.training.checkpoint.async_writer import Background
+from moe_train.training.checkpoint.manager import Keeper
+from moe_train.training.checkpoint.run_state import RunState
+from moe_train.training.checkpoint.store import CheckpointStore, load_model
 from moe_train.training.engines import EngineInputs, build_engine
-from moe_train.training.keeper import Keeper
-from moe_train.training.state import RunState
-from moe_train.training.world import World
+from moe_train.training.runtime.world import World
 from tests.small_disks import mounted_disk
 from tests.training.toy import ToyModel, toy_config
 from tests.training.toy_run import assert_same_bits, final_tensors, lines, start, weights
@@ -42,8 +42,8 @@ class Gate:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.open, self.reached = threading.Event(), threading.Event()
-        self.seal = integrity.write_manifest
-        patch.setattr(integrity, "write_manifest", self)
+        self.seal = checksums.write_manifest
+        patch.setattr(checksums, "write_manifest", self)
 
     def __call__(self, folder: Path, files: Any) -> None:
         self.reached.set()
@@ -93,7 +93,7 @@ def test_a_failure_is_told_and_leaves_what_was_there(
     def full(folder: Path, files: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(integrity, "write_manifest", full)
+    monkeypatch.setattr(checksums, "write_manifest", full)
     kept.save(RunState(update=2))
     with pytest.raises(CheckpointError, match=r"step_2: .*No space left.*step_1 is whole"):
         kept.save(RunState(update=3)) if told == "next save" else kept.finish()

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from moe_train.config import CheckpointConfig, EngineConfig, TrainingConfig
-from moe_train.training.checkpoints import CheckpointStore, load_model, read_state
+from moe_train.training.checkpoint.manager import Keeper
+from moe_train.training.checkpoint.run_state import RunState
+from moe_train.training.checkpoint.store import CheckpointStore, load_model, read_state
 from moe_train.training.engines import EngineInputs, build_engine
-from moe_train.training.keeper import Keeper
-from moe_train.training.state import RunState
-from moe_train.training.world import World
+from moe_train.training.runtime.world import World
 from tests.distributed.world import Worlds
 from tests.small_disks import mounted_disk
 from tests.training.checkpoint_jobs import refused, restore

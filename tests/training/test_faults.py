@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from moe_train.errors import UserError
-from moe_train.launch.failures import WorkerError
+from moe_train.launch.job.failures import WorkerError
 from tests.training.toy import toy_config
 from tests.training.toy_run import assert_same_bits, final_tensors, lines, start
 

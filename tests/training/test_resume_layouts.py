@@ -10,9 +10,9 @@ import torch
 
 from moe_train.config.evaluation import ExportConfig
 from moe_train.data.folder import DataFolder
-from moe_train.evaluation.export import export_run
-from moe_train.training.checkpoints import CheckpointStore
-from moe_train.training.tensor_files import load_tensors, shapes
+from moe_train.evaluation.export_model import export_run
+from moe_train.training.checkpoint.dcp import load_tensors, shapes
+from moe_train.training.checkpoint.store import CheckpointStore
 from tests.distributed.world import Worlds
 from tests.training.resume_jobs import go, go_from, spoilt
 from tests.training.toy_run import lines

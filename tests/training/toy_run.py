@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from moe_train.config import RunConfig, build, to_mapping
 from moe_train.data.batching import Indices
-from moe_train.launch.joining import joined_world
 from moe_train.launch.local import launch
+from moe_train.launch.process_group import joined_world
 from moe_train.training import Outcome, RunFolder, train
-from moe_train.training.checkpoints import CheckpointStore
-from moe_train.training.journal import TIMES
-from moe_train.training.tensor_files import load_tensors, shapes
+from moe_train.training.checkpoint.dcp import load_tensors, shapes
+from moe_train.training.checkpoint.store import CheckpointStore
+from moe_train.training.metrics.interval import TIMES
 from tests.training.toy import ToyTask
 
 TARGET = "tests.training.toy_run:run"

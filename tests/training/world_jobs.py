@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 
 from moe_train.errors import CheckpointError, UserError
-from moe_train.training.checkpoints import everywhere
-from moe_train.training.tensor_files import save_tensors
-from moe_train.training.world import World
+from moe_train.training.checkpoint.dcp import save_tensors
+from moe_train.training.checkpoint.store import everywhere
+from moe_train.training.runtime.world import World
 
 
 class Bomb:

@@ -10,11 +10,11 @@ import numpy as np
 
 from moe_train.config.corpus import CleaningConfig
 from moe_train.data.cleaning.filters import COMPARING, FILTERS, SWITCHES, Side
-from moe_train.data.cleaning.menders import MENDERS
+from moe_train.data.cleaning.normalizers import MENDERS
 from moe_train.data.cleaning.scripts import codes_of_language
-from moe_train.data.keys import line_keys
-from moe_train.data.normalisation import normalise
-from moe_train.data.pairs import Sides
+from moe_train.data.text.dedup_keys import line_keys
+from moe_train.data.text.normalisation import normalise
+from moe_train.data.text.pairs import Sides
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class CleanBlock:
 
     Attributes:
         sides: of each side its lines, each ended by a line feed.
-        keys: uint64 [lines, sides + 1], see :func:`moe_train.data.keys.line_keys`.
+        keys: uint64 [lines, sides + 1], see :func:`moe_train.data.text.dedup_keys.line_keys`.
         counts: ``read``, ``dropped_<filter>`` and ``mended_<mender>``.
     """
 

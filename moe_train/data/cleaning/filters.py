@@ -10,7 +10,7 @@ from types import MappingProxyType
 from moe_train.config.corpus import CleaningConfig
 from moe_train.data.cleaning import scripts
 from moe_train.data.cleaning.placeholders import placeholders, without_placeholders
-from moe_train.data.keys import fold
+from moe_train.data.text.dedup_keys import fold
 
 
 @dataclass(frozen=True)

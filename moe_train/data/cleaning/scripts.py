@@ -5,7 +5,7 @@ from __future__ import annotations
 import unicodedata
 from functools import cache
 
-from moe_train.data.languages import Language
+from moe_train.data.text.languages import Language
 
 # First word of a character's Unicode name -> script code (ISO 15924).
 _BY_NAME = {

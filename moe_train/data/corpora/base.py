@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moe_train.config.corpus import CorpusConfig
-from moe_train.data.compressed import EXPANSION, SUFFIXES
-from moe_train.data.languages import find_english, find_same, one_code_each
-from moe_train.data.lines import read_parallel
-from moe_train.data.pairs import Pair, Sides
-from moe_train.data.progress import Progress
+from moe_train.data.stage_progress import Progress
+from moe_train.data.text.compressed import EXPANSION, SUFFIXES
+from moe_train.data.text.languages import find_english, find_same, one_code_each
+from moe_train.data.text.lines import read_parallel
+from moe_train.data.text.pairs import Pair, Sides
 from moe_train.errors import ConfigError, DataError, did_you_mean
 from moe_train.plugins import load_plugin, offer_names
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from moe_train.config.corpus import CorpusConfig
 from moe_train.data.corpora.base import CorpusText, corpus_folder, files_text, listing, register, say_unread
 from moe_train.data.corpora.text import texts_of_folder
-from moe_train.data.languages import Language, find_same, is_same
-from moe_train.data.pairs import Pair
-from moe_train.data.progress import Progress
+from moe_train.data.stage_progress import Progress
+from moe_train.data.text.languages import Language, find_same, is_same
+from moe_train.data.text.pairs import Pair
 from moe_train.errors import ConfigError, DataError, did_you_mean
 
 LAYOUT = "unpack flores200_dataset.tar.gz there: dev/eng_Latn.dev, devtest/eng_Latn.devtest"

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from moe_train.config.corpus import CorpusConfig
 from moe_train.data.corpora.base import CorpusText, corpus_folder, listing, register, say_unread
-from moe_train.data.lines import read_lines, read_parallel
-from moe_train.data.pairs import Pair
-from moe_train.data.progress import Progress
+from moe_train.data.stage_progress import Progress
+from moe_train.data.text.lines import read_lines, read_parallel
+from moe_train.data.text.pairs import Pair
 from moe_train.errors import DataError
 
 LAYOUT = "unpack the archives XX-en.tgz there: XX-en/train.tags.XX-en.XX and XX-en/IWSLT14.TED.tst2010.XX-en.XX.xml"

@@ -9,12 +9,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from moe_train.config.corpus import CorpusConfig
-from moe_train.data.catalogues import catalogues, messages
 from moe_train.data.corpora.base import CorpusText, register
-from moe_train.data.languages import find_same, is_same
-from moe_train.data.pairs import Pair
-from moe_train.data.progress import Progress
-from moe_train.data.wheels import cache_folder, fetch_wheels
+from moe_train.data.corpora.gettext_catalogues import catalogues, messages
+from moe_train.data.corpora.wheels import cache_folder, fetch_wheels
+from moe_train.data.stage_progress import Progress
+from moe_train.data.text.languages import find_same, is_same
+from moe_train.data.text.pairs import Pair
 from moe_train.errors import ConfigError, DataError, did_you_mean
 
 ENGLISH = "en"

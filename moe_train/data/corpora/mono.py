@@ -11,9 +11,9 @@ from pathlib import Path
 
 from moe_train.config.corpus import CorpusConfig
 from moe_train.data.corpora.base import CorpusText, corpus_folder, listing, named_files, register, say_unread
-from moe_train.data.lines import read_single
-from moe_train.data.pairs import SPLIT_WORDS, Single, refuse_two_words
-from moe_train.data.progress import Progress
+from moe_train.data.stage_progress import Progress
+from moe_train.data.text.lines import read_single
+from moe_train.data.text.pairs import SPLIT_WORDS, Single, refuse_two_words
 from moe_train.errors import DataError
 
 LAYOUT = "name the files train.XX, valid.XX and test.XX, XX being the language; a line is a sentence or a document"

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from moe_train.config.corpus import CorpusConfig
 from moe_train.data.corpora.base import CorpusText, corpus_folder, files_text, listing, register, say_unread
-from moe_train.data.pairs import Pair
-from moe_train.data.progress import Progress
+from moe_train.data.stage_progress import Progress
+from moe_train.data.text.pairs import Pair
 from moe_train.errors import DataError
 
 LAYOUT = "unpack the release there: supervised/de-en/opus.de-en-train.de, …-dev.de, …-test.de; zeroshot/ar-de/…"

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from moe_train.config.corpus import CorpusConfig
-from moe_train.data.compressed import EXPANSION
 from moe_train.data.corpora.base import (
     CorpusText,
     corpus_folder,
@@ -20,8 +19,9 @@ from moe_train.data.corpora.base import (
     register,
     say_unread,
 )
-from moe_train.data.pairs import SPLIT_WORDS, Pair, refuse_two_words
-from moe_train.data.progress import Progress
+from moe_train.data.stage_progress import Progress
+from moe_train.data.text.compressed import EXPANSION
+from moe_train.data.text.pairs import SPLIT_WORDS, Pair, refuse_two_words
 from moe_train.errors import DataError
 
 LAYOUT = (

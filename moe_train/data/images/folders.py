@@ -14,7 +14,7 @@ import numpy as np
 
 from moe_train.config.tasks import ImageConfig
 from moe_train.data.images.base import Images, ImageSet, Indices, Pixels, hold_out
-from moe_train.data.images.decoding import check_depth, decode, has_colours, opened, upright_size
+from moe_train.data.images.pixels import check_depth, decode, has_colours, opened, upright_size
 from moe_train.data.verification import InputFiles
 from moe_train.errors import DataError, did_you_mean
 

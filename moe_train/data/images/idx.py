@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_train.config.tasks import ImageConfig
-from moe_train.data.compressed import DamagedFile, open_bytes
 from moe_train.data.images.base import Images, ImageSet, InMemory, hold_out
-from moe_train.data.lines import sha256
+from moe_train.data.text.compressed import DamagedFile, open_bytes
+from moe_train.data.text.lines import sha256
 from moe_train.data.verification import InputFiles
 from moe_train.errors import DataError
 

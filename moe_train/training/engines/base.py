@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from moe_train.config import EngineConfig, TrainingConfig
 from moe_train.errors import ConfigError, did_you_mean
 from moe_train.parallel.layout import ExpertLayout
-from moe_train.training.world import World
+from moe_train.training.runtime.world import World
 
 
 @dataclass(frozen=True)

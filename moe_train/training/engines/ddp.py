@@ -26,9 +26,9 @@ from moe_train.training.engines.base import (
     named_optimizer_tensors,
     register_engine,
 )
-from moe_train.training.gradients import clip, gradients, total_norm
-from moe_train.training.optimizer import build_optimizer
-from moe_train.training.precision import Precision
+from moe_train.training.optim.gradient_norm import clip, gradients, total_norm
+from moe_train.training.optim.optimizer import build_optimizer
+from moe_train.training.optim.precision import Precision
 
 
 class LocalPeaks:

@@ -29,9 +29,9 @@ from moe_train.training.engines.base import (
 from moe_train.training.engines.deepspeed_experts import divided, experts_apart, experts_made_known
 from moe_train.training.engines.deepspeed_library import deepspeed_config, import_deepspeed
 from moe_train.training.engines.deepspeed_state import gather_optimizer_tensors, load_optimizer_tensors
-from moe_train.training.gradients import clip
-from moe_train.training.optimizer import build_optimizer, parameter_groups
-from moe_train.training.precision import Precision
+from moe_train.training.optim.gradient_norm import clip
+from moe_train.training.optim.optimizer import build_optimizer, parameter_groups
+from moe_train.training.optim.precision import Precision
 
 
 class GradientWatch:

@@ -1,0 +1,1 @@
+"""moe-bench: how fast sparse layers are on this machine."""

@@ -1,0 +1,56 @@
+"""The ``moe-train`` command of a plan: what to type to train the planned model at the layout that was chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from moe_train.analysis.planner.choose_layout import Plan
+
+_GROUPS = ("model", "routing", "engine")
+_TASKS = {"vision_transformer": "image_classification", "encoder": "cross_lingual_lm"}
+
+
+def train_words(plan: Plan, choices: Mapping[str, str], typed: Sequence[str]) -> list[str]:
+    """Words for ``moe-train``.
+
+    Args:
+        choices: the option of each Hydra group that the plan was made with, such as ``{"model": "base"}``.
+        typed: the words of ``moe-plan``'s command line; keys of model, routing and engine are kept.
+    """
+    config, chosen = plan.config, plan.chosen
+    words = [f"{group}={choices[group]}" for group in _GROUPS]
+    words += [word for word in typed if word.lstrip("+").split(".")[0] in _GROUPS and "." in word.partition("=")[0]]
+    if task := _TASKS.get(config.model.name):
+        words.append(f"task={task}")
+    training, layout = config.training, chosen.layout
+    tokens = chosen.work.tokens * chosen.work.micro_batches * layout.world
+    words += [
+        f"training.tokens_per_update={training.tokens_per_update or round(tokens)}",
+        f"training.precision={training.precision}",
+    ]
+    if training.accumulation != 1:
+        words.append(f"training.accumulation={training.accumulation}")
+    if training.recompute:
+        words.append("training.recompute=true")
+    if training.optimizer != "adam":
+        words.append(f"training.optimizer.name={training.optimizer}")
+    if layout.expert_parallel > 1:
+        words.append(f"layout.expert_parallel={layout.expert_parallel}")
+    if layout.two_level:
+        words.append("layout.two_level=true")
+    return words
+
+
+def train_command(plan: Plan, words: Sequence[str]) -> str:
+    """The command line: one process a rank on one host, a Slurm job where the plan needs several.
+
+    Args:
+        words: of :func:`train_words`.
+    """
+    layout = plan.chosen.layout
+    nodes, ranks = layout.world // layout.ranks_per_node, layout.ranks_per_node
+    last = " ".join(["data=DIR", *words])
+    if nodes == 1:
+        return f"moe-train {last}" + (f" launch.processes={ranks}" if ranks > 1 else "")
+    gpus = f" --gpus-per-node={ranks}" if plan.config.cluster.device == "cuda" else ""
+    return f"sbatch --nodes={nodes} --ntasks-per-node={ranks}{gpus} scripts/slurm/train.sbatch {last}"

@@ -1,0 +1,7 @@
+"""What the sparse blocks of a trained model do on held-out data."""
+
+from __future__ import annotations
+
+from moe_train.analysis.probe.probing import probe_run
+
+__all__ = ["probe_run"]

@@ -1,0 +1,1 @@
+"""moe-report: leaderboard, comparison with a baseline, and a page for each run."""

@@ -1,0 +1,97 @@
+"""The report over runs: leaderboard on the screen and on disk, a page for each run."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from rich.console import Console
+
+from moe_train.analysis.report.compare import Comparisons, choose_baseline, compare
+from moe_train.analysis.report.leaderboard import damages, explanation, failures, run_tables, score_table, set_table
+from moe_train.analysis.report.load_runs import RunReport, read_runs
+from moe_train.analysis.report.report_files import directions_csv, to_csv, to_markdown
+from moe_train.analysis.report.run_page import run_page
+from moe_train.config.evaluation import ReportConfig
+from moe_train.errors import ConfigError
+from moe_train.training.checkpoint.checksums import replace_text, why_not_writable
+
+
+def make_report(config: ReportConfig, console: Console) -> list[RunReport]:
+    """Prints the leaderboard, writes ``leaderboard.csv``, ``leaderboard.md`` and ``directions.csv``, and into every run
+    folder ``report.html``.
+
+    Files that cannot be written where they belong, such as the page of a run in somebody else's folder, go elsewhere,
+    which is said: the leaderboard into the working directory, pages beside the leaderboard.
+
+    Returns:
+        The runs, in the order in which they were found.
+
+    Raises:
+        ConfigError: no runs, no such baseline, or nowhere to write.
+        MissingDependency: pages are wanted and matplotlib is not installed.
+    """
+    runs = read_runs(config.runs, config.split, config.part)
+    baseline = choose_baseline(runs, config.baseline)
+    comparisons = compare(runs, baseline, config.samples, config.significance)
+    _print(runs, comparisons, console)
+    out, notes = _leaderboard_folder(config, runs)
+    written = [out / "leaderboard.csv", out / "leaderboard.md", out / "directions.csv"]
+    texts = to_csv(runs, comparisons), to_markdown(runs, comparisons), directions_csv(runs, comparisons)
+    for path, text in zip(written, texts, strict=True):
+        _write(path, text)
+    if config.html:
+        notes += [note for run in runs if (note := _write_page(run, out))]
+        written.append(Path("report.html in every run folder"))
+    for line in (*(f"note: {note}" for note in notes), *(f"written: {path}" for path in written)):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    return runs
+
+
+def _leaderboard_folder(config: ReportConfig, runs: list[RunReport]) -> tuple[Path, list[str]]:
+    expected = Path(config.out) if config.out else _common(runs)
+    reason = why_not_writable(expected)
+    if not reason:
+        return expected, []
+    instead = Path.cwd() / "report"
+    if config.out or why_not_writable(instead):
+        raise ConfigError(f"the leaderboard cannot be written ({reason})", str(expected), "name another folder: out=…")
+    return instead, [f"{expected} cannot be written ({reason}): the leaderboard is in {instead}"]
+
+
+def _write_page(run: RunReport, out: Path) -> str:
+    """Writes a run's page; returns a note where it is not in the run's folder."""
+    page = run_page(run)
+    try:
+        replace_text(run.path / "report.html", page)
+    except OSError as error:
+        instead = out / f"report-{run.name.replace('/', '_')}.html"
+        _write(instead, page)
+        return f"{run.path} cannot be written ({error.strerror or error}): the page is {instead}"
+    return ""
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        replace_text(path, text)
+    except OSError as error:  # such as a full disk
+        raise ConfigError(
+            f"the report cannot be written ({error.strerror or error})", str(path), "name another folder: out=…"
+        ) from error
+
+
+def _common(runs: list[RunReport]) -> Path:
+    """The folder that all runs stand in; of one run, its own."""
+    return runs[0].path if len(runs) == 1 else Path(os.path.commonpath([run.path.parent for run in runs]))
+
+
+def _print(runs: list[RunReport], comparisons: Comparisons, console: Console) -> None:
+    for table in run_tables(runs):
+        console.print(table)
+    if any(run.results for run in runs):
+        console.print(score_table(runs, comparisons))
+        console.print(set_table(runs))
+    for line in (*failures(runs), *damages(runs)):
+        console.print(line, style="red", highlight=False, markup=False, soft_wrap=True)
+    for line in explanation(comparisons):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,275 @@
+"""Run folders as a report sees them: what was trained, how far it came, what it scored, and why it failed if it did."""
+
+from __future__ import annotations
+
+import fcntl
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moe_train.analysis.report.run_records import Reader
+from moe_train.errors import ConfigError, DataError
+from moe_train.evaluation.result_files import ResultFiles
+from moe_train.evaluation.scoring.results import Results, read_results
+from moe_train.routing import routing_config
+from moe_train.training.run.heartbeat import alive
+from moe_train.training.run.run_folder import ALIVE, CONFIG, FAILURE, FINISHED, INFO, TRAIN, VALID, recorded_overrides
+
+_DEPTH = 3  # multirun/date/time/job
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """One run.
+
+    Attributes:
+        name: short and unique among the runs of a report.
+        status: ``finished``, ``stopped_early``, ``interrupted``, ``running``, ``failed``, or ``unknown`` where the file
+            that says it is damaged.
+        cause: why it failed; "" otherwise.
+        passes: over each batch in training (THOR: 2); None where the strategy is not known here.
+        overrides: what its command line set, such as ``routing=switch``.
+        train, valid: the numbers in the lines of ``train.jsonl`` and ``valid.jsonl``.
+        files: where the scores and outputs are that are reported.
+        results: the scores, None where it was not evaluated.
+        validated_on: what decides the set that the validation losses are of, as far as it is known.
+        problems: files of the folder that are damaged, and how.
+    """
+
+    name: str
+    path: Path
+    status: str
+    files: ResultFiles
+    cause: str = ""
+    strategy: str = ""
+    passes: int | None = None
+    overrides: tuple[str, ...] = ()
+    info: Mapping[str, Any] = field(default_factory=dict)
+    train: Sequence[Mapping[str, Any]] = ()
+    valid: Sequence[Mapping[str, Any]] = ()
+    results: Results | None = None
+    validated_on: Mapping[str, Any] = field(default_factory=dict)
+    problems: Sequence[str] = ()
+
+    @property
+    def failed(self) -> bool:
+        """Whether it came to a bad end."""
+        return self.status == "failed"
+
+    @property
+    def update(self) -> int:
+        """Updates done."""
+        logged = max((int(line["update"]) for line in self.train), default=0)
+        return max(int(self.info.get("update") or 0), logged)
+
+    @property
+    def parameters(self) -> int | None:
+        """Parameters in all."""
+        return self.info.get("parameters", {}).get("total")
+
+    @property
+    def active_parameters(self) -> int | None:
+        """Parameters that a token uses."""
+        return self.info.get("parameters", {}).get("active")
+
+    @property
+    def flops_per_token(self) -> float | None:
+        """Forward FLOPs of a token."""
+        return self.info.get("flops_per_token")
+
+    @property
+    def training_flops_per_token(self) -> float | None:
+        """Forward and backward, which is twice the forward pass, as often as training passes over a batch."""
+        forward = self.flops_per_token
+        return None if forward is None or self.passes is None else 3 * forward * self.passes
+
+    @property
+    def words_per_second(self) -> float | None:
+        """The median of the log lines: the first ones warm up. None for a run on images."""
+        return None if self.images_per_second is not None else self._median("words_per_second")
+
+    @property
+    def images_per_second(self) -> float | None:
+        """As :attr:`words_per_second`, of a run on images; None for others."""
+        return self._median("images_per_second")
+
+    def _median(self, name: str) -> float | None:
+        speeds = [line[name] for line in self.train if name in line]
+        return statistics.median(speeds) if speeds else None
+
+    @property
+    def loss(self) -> float | None:
+        """The lowest validation loss, nats per token; the same whatever ``best`` was chosen by."""
+        return min((line["nll_loss"] for line in self.valid if "nll_loss" in line), default=None)
+
+
+def read_runs(paths: Sequence[Path | str], split: str = "test", part: str = "") -> list[RunReport]:
+    """Reads run folders, and all below folders of runs such as a multirun's.
+
+    Args:
+        split, part: whose scores (:class:`~moe_train.evaluation.result_files.ResultFiles`).
+
+    Raises:
+        ConfigError: a path with no run, or none given.
+    """
+    found: list[Path] = []
+    for path in map(Path, paths):
+        below = find_runs(path)
+        if not below:
+            raise ConfigError("there is no run here", str(path), "name run folders, or a folder of runs (a multirun)")
+        found += [run for run in below if run not in found]
+    if not found:
+        raise ConfigError("no runs are given", "runs", "set 'runs=[FOLDER,FOLDER]' or 'runs=[MULTIRUN_FOLDER]'")
+    return [read_run(path, name, split, part) for path, name in zip(found, _names(found), strict=True)]
+
+
+def find_runs(path: Path, depth: int = _DEPTH) -> list[Path]:
+    """The run folders at or below ``path``, jobs of a sweep that failed before they began included.
+
+    Of these ``failure.json`` tells: a folder that Hydra made for a command that was refused is no run.
+    """
+    if (path / CONFIG).is_file() or (path / FAILURE).is_file():
+        return [path.resolve()]
+    if depth == 0 or not path.is_dir():
+        return []
+    try:
+        children = sorted((p for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")), key=_natural)
+    except OSError:  # somebody else's folder
+        return []
+    return [run for child in children for run in find_runs(child, depth - 1)]
+
+
+def _natural(path: Path) -> tuple[int, int, str]:
+    """Job 10 after job 9."""
+    return (0, int(path.name), "") if path.name.isdecimal() else (1, 0, path.name)
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """The last parts of the paths, as many as make them unique."""
+    for parts in range(1, max(len(path.parts) for path in paths) + 1):
+        names = ["/".join(path.parts[-parts:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in paths]
+
+
+def read_run(path: Path, name: str, split: str = "test", part: str = "") -> RunReport:
+    """Reads one run folder; what is missing in it is left out, and so is what is damaged, which ``problems`` says."""
+    reader = Reader(path)
+    info = reader.info(INFO)
+    unreadable = bool(reader.problems)
+    config = reader.inner(CONFIG, content := reader.mapping(CONFIG), "config")
+    routing = reader.inner(CONFIG, config, "routing")
+    files = ResultFiles(path, split, part)
+    validation = reader.inner(CONFIG, config, "training", "validation")
+    status, cause = ("unknown", "") if unreadable and not info else _status(reader, info)
+    overrides = recorded_overrides(path)
+    return RunReport(
+        name=name,
+        path=path,
+        status=status,
+        files=files,
+        cause=cause,
+        strategy=str(routing.get("name", "")) or _overridden_strategy(overrides),
+        passes=_passes(routing),
+        overrides=overrides,
+        info=info,
+        train=reader.lines(TRAIN),
+        valid=reader.lines(VALID),
+        results=_results(files, reader),
+        validated_on={
+            "data folder": content.get("data_fingerprint") or None,
+            "vocabulary": info.get("vocabulary"),
+            "task": reader.inner(CONFIG, config, "task").get("name"),
+            "task.directions": reader.inner(CONFIG, config, "task").get("directions"),
+            "model.max_positions": reader.inner(CONFIG, config, "model").get("max_positions"),
+            "training.validation.max_sentences": validation.get("max_sentences"),
+        },
+        problems=list(dict.fromkeys(reader.problems)),
+    )
+
+
+def _passes(routing: Mapping[str, Any]) -> int | None:
+    try:
+        return routing_config(routing).passes
+    except (ConfigError, OverflowError):
+        return None
+
+
+def _results(files: ResultFiles, reader: Reader) -> Results | None:
+    try:
+        results = read_results(files.scores)
+    except DataError as error:
+        reader.problems.append(f"{files.scores.name}: {error.what}")
+        return None
+    if results is not None and results.settings.get("split", files.split) != files.split:
+        reader.problems.append(f"{files.scores.name}: the scores are of split={results.settings['split']}")
+        return None
+    return results
+
+
+def _overridden_strategy(words: Sequence[str]) -> str:
+    """Of a job that ended before it wrote its config."""
+    return next((word.partition("=")[2] for word in words if word.startswith("routing=")), "")
+
+
+# --- how it ended -----------------------------------------------------------------------------------------------------
+
+
+def _status(reader: Reader, info: Mapping[str, Any]) -> tuple[str, str]:
+    """Status and cause. A failure that is older than ``run.json`` is of a session before."""
+    path, status = reader.folder, str(info.get("status", ""))
+    if status in FINISHED:
+        return status, ""
+    if _held(path):
+        return "running", ""
+    failure = reader.mapping(FAILURE)
+    if failure and _changed(path / FAILURE) >= _changed(path / INFO):
+        return "failed", _cause(failure)
+    if status == "interrupted":
+        return status, ""
+    if alive(path / ALIVE):  # on another host, whose lock may not show here
+        return "running", ""
+    return "failed", _last_words(path) or "it ended without a word: killed, or the host went down"
+
+
+def _changed(path: Path) -> float:
+    """When a file was last written; long ago where there is none."""
+    return path.stat().st_mtime if path.is_file() else 0.0
+
+
+def _cause(failure: Mapping[str, Any]) -> str:
+    where = f"{failure['where']}: " if failure.get("where") else ""
+    remedy = f" ({failure['remedy']})" if failure.get("remedy") else ""
+    return f"{where}{failure.get('what', 'unknown')}{remedy}"
+
+
+def _held(path: Path) -> bool:
+    """Whether a process of this host trains in the folder."""
+    lock = path / ".lock"
+    if not lock.is_file():
+        return False
+    try:
+        with lock.open() as stream:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _last_words(path: Path) -> str:
+    """The last line that looks like an error in the ranks' logs, or in those of a job that submitit ran."""
+    logs = [*sorted(path.glob("logs/*.log")), *sorted(path.parent.glob(f".submitit/*_{path.name}/*.err"))]
+    for log in logs:
+        try:
+            lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError:
+            continue
+        for line in reversed(lines):
+            if "Error" in line and not line.startswith(" "):
+                return line.strip()
+    return ""

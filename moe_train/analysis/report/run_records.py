@@ -1,0 +1,112 @@
+"""The small files of a run folder as a report takes them: what is sound of them, and what is not, by the file's name.
+
+A report is over many runs, of which one may lie on a bad disk or be written at this moment: nothing here is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moe_train.errors import DataError
+from moe_train.utils.json_files import finite, parse_object, read_object
+
+_MAPPINGS = ("parameters", "world")  # of run.json
+_NUMBERS = ("update", "flops_per_token")
+_LOGGED = ("update", "nll_loss", "words_per_second")  # of a line
+_LARGEST = 1e24  # of a count: more is damage
+
+
+@dataclass
+class Reader:
+    """Reads the files of one run folder.
+
+    Attributes:
+        problems: what could not be used, each with its file's name.
+    """
+
+    folder: Path
+    problems: list[str] = field(default_factory=list)
+
+    def mapping(self, name: str) -> dict[str, Any]:
+        """A JSON object; empty where there is none."""
+        try:
+            return read_object(self.folder / name) or {}
+        except DataError as error:
+            self.problems.append(f"{name}: {error.what}")
+            return {}
+
+    def inner(self, name: str, content: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+        """A mapping inside of a file's content, by the keys that lead to it; empty where there is none."""
+        found: Any = content
+        for key in keys:
+            found = found.get(key, {})
+            if not isinstance(found, dict):
+                self.problems.append(f"{name}: '{'.'.join(keys)}' is damaged")
+                return {}
+        return dict(found)
+
+    def info(self, name: str) -> dict[str, Any]:
+        """``run.json``, without what has not the type that it must have."""
+        info = self.mapping(name)
+        for key in _MAPPINGS:
+            if key in info:
+                info[key] = self.inner(name, info, key)
+        for holder, keys in ((info, _NUMBERS), (info.get("parameters", {}), ("total", "active"))):
+            for key in keys:
+                if holder.get(key) is not None and not _is_count(holder[key]):
+                    self.problems.append(f"{name}: '{key}' cannot be {holder[key]!r:.40}")
+                    del holder[key]
+        return info
+
+    def lines(self, name: str) -> list[dict[str, Any]]:
+        """JSON lines: their numbers, and ``load``. A last line that is being written, or was cut, is left out."""
+        try:
+            text = (self.folder / name).read_bytes()
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            self.problems.append(f"{name}: the file cannot be read ({error.strerror or error})")
+            return []
+        found, bad = [], []
+        *whole, last = text.split(b"\n")
+        for number, line in enumerate([*whole, *filter(None, [last])], 1):
+            try:
+                content = parse_object(line)
+            except ValueError:
+                content = {}
+            sound = _sound(content)
+            found += [sound] if "update" in sound else []
+            odd = any(not isinstance(content.get(key), float | int | None) for key in _LOGGED)
+            if ("update" not in sound and number <= len(whole)) or odd:
+                bad.append(number)
+        if bad:
+            more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+            self.problems.append(f"{name}: line {bad[0]}{more} cannot be read")
+        return found
+
+
+def _sound(line: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers of a line, and the loads of its experts by layer. A loss that is no number any more is left out."""
+    numbers: dict[str, Any] = {key: number for key, value in line.items() if (number := finite(value)) is not None}
+    if not _is_count(numbers.get("update")):
+        numbers.pop("update", None)
+    load = line.get("load")
+    if isinstance(load, dict):
+        numbers["load"] = {layer: shares for layer, values in load.items() if (shares := _numbers(values))}
+    return numbers
+
+
+def _is_count(value: Any) -> bool:
+    number = finite(value)
+    return number is not None and 0 <= number < _LARGEST
+
+
+def _numbers(values: Any) -> Sequence[float]:
+    """Numbers of a list; none where one of them is none."""
+    if not isinstance(values, list):
+        return []
+    numbers = [number for value in values if (number := finite(value)) is not None]
+    return numbers if len(numbers) == len(values) else []

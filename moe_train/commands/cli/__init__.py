@@ -1,0 +1,1 @@
+"""What all console scripts share: overrides, help, completion, messages."""

@@ -1,0 +1,243 @@
+"""What all configured commands share: a Hydra app whose mistakes come back as one message with a remedy.
+
+Exit codes: 0; 1 a defect of ours or a failed process, with its traceback; 2 a mistake that the user can mend; 75 asked
+to stop by a signal, everything saved: the same command goes on; 130 interrupted by Ctrl-C with nothing to save.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import hydra
+from hydra import compose
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from moe_train import __version__
+from moe_train.commands.cli.completion import candidates
+from moe_train.commands.cli.help_text import help_text
+from moe_train.commands.cli.hydra_job import composing, forget_folder, in_sweep, run_directory
+from moe_train.commands.cli.messages import INTERRUPTED, say_error, say_interrupted
+from moe_train.commands.cli.overrides import check_launcher, check_overrides
+from moe_train.commands.cli.sweep_errors import KNOWN, SweepErrors, run_sweep
+from moe_train.config.paths import configs_directory
+from moe_train.console import lossy_streams, require_output
+from moe_train.errors import ConfigError, UserError
+from moe_train.launch.elastic import folder_words, note_folder
+from moe_train.launch.hydra_store import forget_foreign_schemas
+from moe_train.launch.job.env import check_environment, launched_rank, local_rank, under_launcher
+from moe_train.launch.job.hard_exit import leave
+from moe_train.launch.slurm import take_place
+from moe_train.plugins import USER_DIR, import_user_dir, set_user_dir, take_user_dir, user_dir
+from moe_train.safe_text import current_traceback, show_warnings_as_text
+
+_PATIENCE = 15.0  # seconds; rank 0 finds a mistake some seconds later than others, since it is a Hydra app too
+
+Callback = Callable[[dict[str, Any]], Any]
+
+
+def run_app(config_name: str, callback: Callback) -> None:
+    """Runs a command (:func:`_run`); a rank that fails under a launcher leaves without waiting for the others.
+
+    A training does not fail because its text cannot be written; other commands say so when their work is done.
+    """
+    show_warnings_as_text()
+    with lossy_streams():
+        try:
+            _run(config_name, callback)
+            if config_name != "train":
+                _require_output()
+        except SystemExit as end:
+            if under_launcher() and end.code:
+                leave(end.code if isinstance(end.code, int) else 1)
+            raise
+        except KeyboardInterrupt:
+            say_interrupted()
+            if under_launcher():
+                leave(INTERRUPTED)
+            raise SystemExit(INTERRUPTED) from None
+        except Exception:
+            if not under_launcher():
+                raise
+            print(current_traceback(), file=sys.stderr, end="")
+            leave(1)
+
+
+def _run(config_name: str, callback: Callback) -> None:
+    """Runs ``callback`` on the composed config, as a Hydra 1.3 app (``-m``, ``--cfg job``, ``hydra.*`` and so on work).
+
+    Under torchrun or srun only rank 0 is a Hydra app, with a run folder; the others compose the config and no more.
+
+    Args:
+        config_name: a file of ``configs/``, without its suffix.
+        callback: gets the composed config as nested dicts and lists; what it returns is the job's result, which a
+            sweeper may minimise.
+    """
+    forget_foreign_schemas()
+    arguments = _parse(sys.argv[1:])
+    config_name = arguments.config_name or config_name
+    typed, given = sys.argv, arguments.overrides
+    try:
+        words = take_user_dir(arguments.overrides)
+        if arguments.help:
+            print(help_text(config_name, words, arguments.config_dir))
+            return
+        if arguments.shell_completion:
+            _complete(config_name, words)
+            return
+        import_user_dir()
+        arguments.overrides = check_overrides(config_name, words, arguments.config_dir, arguments.multirun)
+        forget_foreign_schemas()  # of the plugins that Hydra has found by now
+        check_launcher(arguments.overrides, arguments.multirun)
+        take_place()
+        check_environment()
+        if launched_rank():
+            _follow(arguments, config_name, callback)
+            return
+    except KNOWN as error:
+        _leave(error)
+    folder = [] if arguments.multirun else folder_words(arguments.overrides)
+    # Hydra wants the overrides side by side.
+    sys.argv = [typed[0], *arguments.overrides, *folder, *(word for word in typed[1:] if word not in given)]
+    errors = SweepErrors()
+    job = _job(callback, typed, arguments.overrides, errors)
+    app = hydra.main(version_base="1.3", config_path=str(configs_directory()), config_name=config_name)(job)
+    if arguments.multirun or "hydra.mode=MULTIRUN" in arguments.overrides:
+        run_sweep(app, errors)
+    else:
+        app()
+
+
+@contextmanager
+def said_once() -> Iterator[None]:
+    """What a launcher's ranks all find wrong alike is said by the first of each host.
+
+    The first end makes an agent of torchrun end the other ranks: the rest wait for it, and speak where it never comes.
+    """
+    try:
+        yield
+    except UserError:
+        if under_launcher() and local_rank():
+            time.sleep(_PATIENCE)
+        raise
+
+
+def plain(config: DictConfig) -> dict[str, Any]:
+    """The composed config as nested dicts and lists.
+
+    Raises:
+        ConfigError: a mandatory key without a value, or an interpolation that leads nowhere.
+    """
+    try:
+        content = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        key = str(error.full_key or error.key)
+        raise ConfigError(f"the key '{key}' has no value", remedy=f"set {key}=…") from None
+    except OmegaConfBaseException as error:
+        raise ConfigError(str(error).splitlines()[0], str(error.full_key or "")) from None
+    assert isinstance(content, dict)
+    if (named := content.pop("user_dir", user_dir())) != user_dir():
+        raise ConfigError(
+            f"a config file names the folder {named}, and no file may name code to import",
+            "user_dir",
+            f"write user_dir=… on the command line, or set the variable {USER_DIR}",
+        )
+    return {str(key): value for key, value in content.items()}
+
+
+def log_to_stderr() -> None:
+    """Moves the log lines that Hydra has sent to standard output: there stand results, such as translations."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.StreamHandler) and handler.stream in (sys.stdout, sys.__stdout__):
+            handler.setStream(sys.stderr)
+
+
+def _job(callback: Callback, typed: list[str], words: list[str], errors: SweepErrors) -> Callable[[DictConfig], Any]:
+    outside = user_dir()  # travels with the job, which another host may run
+
+    def moe_train_job(config: DictConfig) -> Any:
+        sys.argv = typed  # what the user typed, for whoever records it
+        log_to_stderr()
+        try:
+            take_place()  # where submitit has started this process: every rank is a Hydra job then
+            check_environment()
+            set_user_dir(outside)
+            import_user_dir()
+            if not in_sweep():
+                note_folder(words, run_directory())
+            return callback(plain(config))
+        except Exception as error:
+            if in_sweep():
+                errors.note(int(HydraConfig.get().job.num), error)
+            if in_sweep() or not isinstance(error, KNOWN):
+                raise  # Hydra lets a sweep's other jobs run
+            forget_folder()
+            return _leave(error)
+        except (SystemExit, KeyboardInterrupt):
+            forget_folder()
+            raise
+        finally:
+            forget_foreign_schemas()
+
+    return moe_train_job
+
+
+def _parse(words: Sequence[str]) -> argparse.Namespace:
+    """Hydra's flags, which may stand between the overrides; its ``--version`` tells ours."""
+    parser = get_args_parser()
+    parser.usage = "%(prog)s [flags] key=value … (--help explains)"
+    for action in parser._actions:
+        if "--version" in action.option_strings:
+            action.version = f"moe_train {__version__}"  # type: ignore[attr-defined]
+    given = parser.parse_intermixed_args(words)
+    if given.experimental_rerun is not None:
+        parser.error(
+            "--experimental-rerun reads a pickle, which can run any code: give the words of the command instead"
+        )
+    if sum(map(bool, (given.run, given.multirun, given.cfg, given.info, given.shell_completion))) > 1:
+        parser.error("only one of --run, --multirun, --cfg, --info and --shell-completion can be given")
+    if given.resolve and not given.cfg:
+        parser.error("--resolve needs --cfg")
+    return given
+
+
+def _complete(config_name: str, words: Sequence[str]) -> None:
+    """``-sc install=bash`` and so on are Hydra's; what it then asks for is answered here."""
+    if any(word.startswith("query=") for word in words):
+        print("\n".join(candidates(config_name, os.environ.get("COMP_LINE", ""))))
+    else:
+        hydra.main(version_base="1.3", config_path=str(configs_directory()), config_name=config_name)(lambda _: None)()
+
+
+def _follow(arguments: Any, config_name: str, callback: Callback) -> None:
+    if arguments.cfg or arguments.help or arguments.info is not None:
+        return
+    if arguments.multirun:
+        raise ConfigError(
+            "a sweep cannot run under torchrun or srun",
+            remedy="leave it out and set launch.processes=N or hydra/launcher=…",
+        )
+    with composing(arguments.config_dir):
+        config = compose(config_name, overrides=arguments.overrides)
+    callback(plain(config))
+
+
+def _require_output() -> None:
+    try:
+        require_output()
+    except UserError as error:
+        _leave(error)
+
+
+def _leave(error: Exception) -> NoReturn:
+    say_error(error)
+    raise SystemExit(2 if isinstance(error, UserError) else 1)

@@ -1,0 +1,284 @@
+"""Overrides of the command line, checked before Hydra sees them: its own messages assume that one knows its insides."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from importlib.util import find_spec
+from itertools import takewhile
+from typing import Any
+
+from hydra import compose
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from moe_train.commands.cli.hydra_job import composing
+from moe_train.errors import ConfigError, MissingDependency, did_you_mean, spelt_out
+from moe_train.launch.slurm import check_slurm
+
+_NOTHING = "<nothing>"
+RUN, RUN_FOLDER, SWEEP_FOLDER = "run", "hydra.run.dir", "hydra.sweep.dir"
+# What other programs call the folder that they write into.
+_FOLDERS = ("dir", "folder", "log_dir", "logdir", "out", "output", "output_dir", "run_dir", "rundir", "save_dir")
+
+
+def check_overrides(
+    config_name: str, overrides: Sequence[str], config_dir: str | None = None, multirun: bool = False
+) -> list[str]:
+    """Refuses keys, groups and options that do not exist.
+
+    A group that the config leaves empty (``routing: {}``) is open: whoever reads it knows which keys there are.
+
+    Args:
+        overrides: the words of the command line, such as ``routing=switch`` or ``training.max_updates=100``.
+        config_dir: a folder of the user's own configs (``--config-dir``).
+        multirun: whether it is a sweep.
+
+    Returns:
+        The words as Hydra wants them: it takes new keys, of an open group or of a mapping such as ``{pt: pt_PT}``, only
+        where a word says that it adds them. ``run=`` is a short name for the folder of a command that makes one.
+
+    Raises:
+        ConfigError: names the word, and near spellings.
+    """
+    with composing(config_dir) as loader:
+        plain = compose(config_name, return_hydra_config=True)
+        makes_folder, own = makes_run_folder(plain), groups_of(plain)
+        if makes_folder:
+            sweeps = multirun or "hydra.mode=MULTIRUN" in overrides
+            overrides = [_full_name(word, SWEEP_FOLDER if sweeps else RUN_FOLDER) for word in overrides]
+        parsed = _parse(overrides)
+        groups = {group: options for group, options in _groups(loader) if group in own or "/" in group}
+        chosen = [_check_group(override, groups) for override in parsed if override.key_or_group in groups]
+        config = _composed(config_name, [word for word in chosen if word])
+        content = OmegaConf.to_container(config, resolve=False)
+        keys, opened = sorted(_keys(content)), tuple(f"{key}." for key in _open_groups(content))
+        for override in parsed:
+            if override.key_or_group not in groups and not _is_known(override, keys, opened):
+                key = override.key_or_group.split("@", 1)[0]
+                if makes_folder and key.rpartition(".")[2] in _FOLDERS:
+                    raise ConfigError(f"unknown key '{key}'", remedy=f"did you mean '{RUN_FOLDER}', in short '{RUN}'?")
+                group = key.partition(".")[0]
+                raise _unknown(key, keys, groups, dict(_with_each(config_name, group, groups.get(group, []))))
+            if override.key_or_group not in groups:
+                _check_kind(override, config)
+    maps = {override.input_line for override in parsed if _is_map(override)}
+    return [f"++{word}" if word in maps or (opened and word.startswith(opened)) else word for word in overrides]
+
+
+def makes_run_folder(config: DictConfig) -> bool:
+    """Whether a command makes a folder for each run, and has no key ``run`` of its own: others read one.
+
+    Args:
+        config: composed with Hydra's part.
+    """
+    return RUN not in config and config.hydra.run.dir != "."
+
+
+def groups_of(config: DictConfig) -> dict[str, str | None]:
+    """The groups of a command, with the option that is chosen.
+
+    Args:
+        config: composed with Hydra's part.
+    """
+    choices = OmegaConf.to_container(config.hydra.runtime.choices)
+    assert isinstance(choices, dict)
+    return {str(group): option for group, option in choices.items() if not str(group).startswith("hydra/")}
+
+
+def _full_name(word: str, key: str) -> str:
+    """``word``, with ``key`` for the short name of a run's folder."""
+    name, equals, value = word.partition("=")
+    return f"{key}={value}" if equals and name == RUN else word
+
+
+def check_launcher(overrides: Sequence[str], multirun: bool) -> None:
+    """Refuses a launcher that would not be asked, and one that is not installed.
+
+    Raises:
+        ConfigError: ``hydra/launcher=…`` without ``-m``.
+        MissingDependency: submitit's launchers without submitit.
+        LaunchError: submitit's launcher for Slurm without Slurm.
+    """
+    chosen = [word.partition("=")[2] for word in overrides if word.startswith("hydra/launcher=")]
+    if not chosen or chosen[-1] == "basic":
+        return
+    if not multirun and "hydra.mode=MULTIRUN" not in overrides:
+        raise ConfigError(
+            "a launcher is only asked in a sweep", f"hydra/launcher={chosen[-1]}", "add -m, for one job too"
+        )
+    if chosen[-1].startswith("submitit") and find_spec("submitit") is None:
+        raise MissingDependency(
+            "submitit is not installed",
+            f"hydra/launcher={chosen[-1]}",
+            "run scripts/setup.sh, or pip install submitit hydra-submitit-launcher",
+        )
+    if chosen[-1] == "submitit_slurm":
+        check_slurm()
+
+
+def _with_each(config_name: str, group: str, options: Sequence[str]) -> Iterator[tuple[str, DictConfig]]:
+    """The config with each option of a group; nothing where this command does not have the group."""
+    for option in options:
+        with suppress(ConfigError):
+            yield option, _composed(config_name, [f"{group}={option}"])
+
+
+def _composed(config_name: str, words: list[str]) -> DictConfig:
+    try:
+        return compose(config_name, overrides=words)
+    except HydraException as error:  # such as a group that only other commands have
+        reason = str(error).splitlines()[0]
+        raise ConfigError(reason, "command line", f"see what there is in configs/{config_name}.yaml") from None
+
+
+def _parse(overrides: Sequence[str]) -> list[Override]:
+    parser = OverridesParser.create()
+    parsed = []
+    for word in overrides:
+        try:
+            parsed.append(parser.parse_override(word))
+        except (HydraException, ValueError) as error:  # ValueError: numbers of thousands of digits
+            reason = str(error).splitlines()[0]
+            raise ConfigError(
+                f"cannot read '{word if len(word) < 200 else f'{word[:200]}…'}' ({reason})",
+                "command line",
+                "write key=value, and quote what has special characters",
+            ) from None
+    return [override for override in parsed if not _is_hydras(override.key_or_group)]
+
+
+def _is_hydras(key: str) -> bool:
+    return key == "hydra" or key.startswith(("hydra.", "hydra/"))
+
+
+def _groups(loader: ConfigLoader, parent: str = "") -> Iterator[tuple[str, list[str]]]:
+    """Group -> its options, for all of ours."""
+    for name in loader.list_groups(parent):
+        path = f"{parent}/{name}" if parent else name
+        if not _is_hydras(path):
+            yield path, loader.get_group_options(path, ObjectType.CONFIG)
+            yield from _groups(loader, path)
+
+
+def _check_group(override: Override, groups: Mapping[str, list[str]]) -> str | None:
+    """Refuses unknown options; gives the override that chooses the first one, to compose with."""
+    group, options = override.key_or_group, groups[override.key_or_group]
+    if override.is_delete():
+        return None
+    values = [str(value) for value in _values(override) if value is not None]
+    for value in values:
+        if value not in options:
+            raise ConfigError(f"there is no {group} '{value}'", remedy=did_you_mean(value, options))
+    return f"{'+' if override.is_add() else ''}{group}={values[0]}" if values else None
+
+
+def _check_kind(override: Override, config: DictConfig) -> None:
+    """Refuses a list for a group of keys, and the other way round, which Hydra cannot merge."""
+    key = override.key_or_group
+    set_to = None if override.is_sweep_override() or override.is_delete() else override.value()
+    now = OmegaConf.select(config, key, default=None, throw_on_missing=False)
+    if isinstance(now, ListConfig) and isinstance(set_to, dict):
+        raise ConfigError(f"'{key}' must be a list, not {set_to}", remedy=f"write '{key}=[…]'")
+    if isinstance(now, DictConfig) and isinstance(set_to, list):
+        raise ConfigError(f"'{key}' must be a group of keys, not {set_to}", remedy=f"write '{key}={{KEY: value}}'")
+    if isinstance(now, DictConfig) and isinstance(set_to, str):
+        below = f"its keys are {', '.join(map(str, now))}" if now else f"write {key}.KEY=…"
+        remedy = f"write {key}.name={set_to}" if "name" in now else below
+        raise ConfigError(f"'{key}' must be a group of keys, not '{set_to}'", remedy=remedy)
+
+
+def _is_map(override: Override) -> bool:
+    """Whether a key is set to a mapping, which adds to what is there; those who read it refuse keys that cannot be."""
+    set_to = None if override.is_sweep_override() or override.is_delete() else override.value()
+    return isinstance(set_to, dict) and not (override.is_add() or override.is_force_add())
+
+
+def _values(override: Override) -> Iterable[Any]:
+    if override.is_sweep_override():
+        return override.sweep_iterator() if override.is_discrete_sweep() else ()
+    value = override.value()
+    return value if isinstance(value, list) else [value]
+
+
+def _is_known(override: Override, keys: Sequence[str], opened: tuple[str, ...]) -> bool:
+    """Whether the key exists, is to be added, or belongs to an open group."""
+    key = override.key_or_group.split("@", 1)[0]
+    added = override.is_add() or override.is_force_add()
+    return added or key in keys or key.startswith(opened) or any(known.startswith(f"{key}.") for known in keys)
+
+
+def _unknown(
+    key: str, keys: Sequence[str], groups: Mapping[str, list[str]], options: Mapping[str, DictConfig]
+) -> ConfigError:
+    """What to say of a key that is not there.
+
+    Args:
+        options: the config with each option of the key's group.
+    """
+    group = key.partition(".")[0]
+    full = ".".join([*key.split(".")[:-1], spelt_out(key.rpartition(".")[2])])
+    if full != key and full in keys:
+        return ConfigError(f"unknown key '{key}'", remedy=f"did you mean '{full}'?")
+    owners = [name for name, config in options.items() if OmegaConf.select(config, full, default=_NOTHING) != _NOTHING]
+    if owners:
+        what = "it" if full == key else f"'{full}'"
+        return ConfigError(
+            f"unknown key '{key}': {what} belongs to {', '.join(f'{group}={name}' for name in owners)}",
+            remedy=f"leave it out, or choose {'one of these' if len(owners) > 1 else f'{group}={owners[0]}'}",
+        )
+    values = [known for known in keys if not any(other.startswith(f"{known}.") for other in keys)]
+    if parent := next((known for known in values if key.startswith(f"{known}.")), ""):
+        return ConfigError(f"unknown key '{key}'", remedy=f"'{parent}' is a value, not a group: set {parent}=…")
+    return ConfigError(f"unknown key '{key}'", remedy=_near(key, keys, groups))
+
+
+def _near(key: str, keys: Sequence[str], groups: Mapping[str, list[str]]) -> str:
+    """Keys with the same last part, near spellings of the whole key or of its last part, or what stands beside it."""
+    known = [name for name in dict.fromkeys([*keys, *groups]) if not key.startswith(f"{name}.")]
+    last = {name: name.rpartition(".")[2] for name in known}
+    word = key.rpartition(".")[2]
+    near = _nearest(key, [name for name in known if last[name] == word])
+    near = near or difflib.get_close_matches(key, known, n=3, cutoff=0.75)
+    if not near:
+        words = difflib.get_close_matches(word, sorted(set(last.values())), n=3, cutoff=0.75)
+        near = [name for name in known if last[name] in words][:3]
+    if near:
+        # Of a group with options of its own, such as training.optimizer, the name is what is set to one word.
+        full = [f"{name}.name" if f"{name}.name" in keys and name not in groups else name for name in near]
+        return f"did you mean {' or '.join(repr(name) for name in full)}?"
+    parent = key.rpartition(".")[0]
+    beside = [name for name in keys if parent and name.rpartition(".")[0] == parent]
+    beside = beside or sorted({name.split(".", 1)[0] for name in keys})
+    return f"known{f' in {parent}' if parent and '.' in beside[0] else ''}: {', '.join(beside)}"
+
+
+def _nearest(key: str, names: Sequence[str]) -> list[str]:
+    """At most three, of those that share the most leading parts with ``key``."""
+
+    def shared(name: str) -> int:
+        parts = zip(key.split("."), name.split("."), strict=False)
+        return len(list(takewhile(lambda pair: pair[0] == pair[1], parts)))
+
+    return [name for name in names if shared(name) == max(map(shared, names))][:3]
+
+
+def _open_groups(content: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted names of the groups that are empty."""
+    for name, value in content.items() if isinstance(content, dict) else ():
+        if value == {}:
+            yield f"{prefix}{name}"
+        yield from _open_groups(value, f"{prefix}{name}.")
+
+
+def _keys(content: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted names of all values and groups."""
+    if isinstance(content, (dict, DictConfig)):
+        for name, value in content.items():
+            yield f"{prefix}{name!s}"
+            yield from _keys(value, f"{prefix}{name!s}.")

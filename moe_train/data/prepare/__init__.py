@@ -1,0 +1,1 @@
+"""The stages of moe-prepare, from a corpus to a data folder."""

@@ -1,0 +1,79 @@
+"""Overlap of the held-out files that the user gave with training text: reported, and removed only on request."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from moe_train.data.corpora.base import CorpusText
+from moe_train.data.prepare.splits import Keys, Selection, union
+from moe_train.data.text.dedup_keys import line_keys
+from moe_train.errors import DataError
+
+Report = dict[str, dict[str, dict[str, int]]]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A held-out file or file pair of the user, as it is.
+
+    Attributes:
+        lines: (source, target) or (line,), untouched.
+        keys: uint64 [sentences, sides + 1].
+    """
+
+    text: CorpusText
+    lines: list[tuple[str, ...]]
+    keys: np.ndarray
+
+    @classmethod
+    def read(cls, text: CorpusText) -> HeldOut:
+        """Reads it.
+
+        Raises:
+            DataError: no line in it, or blank ones alone.
+        """
+        lines = list(text.read())
+        if not any(side.strip() for line in lines for side in line):
+            raise DataError(
+                f"the split '{text.split}' of {text.sides.name} is empty",
+                str(text.inputs[0]) if text.inputs else text.name,
+                "give it lines, or take its files away",
+            )
+        return cls(text, lines, line_keys(lines, len(tuple(text.sides))))
+
+    @property
+    def has_text(self) -> np.ndarray:
+        """Lines in which no side is blank. bool [sentences]."""
+        return np.array([all(side.strip() for side in line) for line in self.lines])
+
+
+def held_out_keys(sets: Sequence[HeldOut]) -> Keys:
+    """All their sentences, by language."""
+    return union((language, s.keys[s.has_text, column]) for s in sets for column, language in enumerate(s.text.sides))
+
+
+def measure(sets: Sequence[HeldOut], selections: Sequence[Selection], keys: Keys) -> Report:
+    """Counts held-out sentences that training text (as selected) contains in the same language.
+
+    Two sentences are the same if their letters are.
+
+    Returns:
+        split -> pair -> {"sentences": n, <language>: how many of them occur in training}.
+    """
+    found = union(
+        (language, np.intersect1d(selection.text.keys[selection.train, column], keys[language]))
+        for selection in selections
+        for column, language in enumerate(selection.text.sides)
+        if language in keys
+    )
+    report: Report = {}
+    for held in sets:
+        counts = {"sentences": len(held.lines)}
+        for column, language in enumerate(held.text.sides):
+            inside = np.isin(held.keys[:, column], found.get(language, np.empty(0, np.uint64))) & held.has_text
+            counts[language] = int(inside.sum())
+        report.setdefault(held.text.split or "", {})[held.text.sides.name] = counts
+    return report

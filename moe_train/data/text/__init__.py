@@ -1,0 +1,1 @@
+"""Text: lines, language pairs, normalisation, tokenizer and vocabulary."""

@@ -1,0 +1,166 @@
+"""Reading text line by line, exactly and in one way for all text of users: a line ends at a line feed and nowhere else.
+
+Python's ``splitlines`` also breaks at U+2028, form feeds and more, which silently shifts parallel text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import IO
+
+from moe_train.data.text.compressed import EXPANSION, DamagedFile, open_bytes
+from moe_train.errors import DataError
+
+_BOM = b"\xef\xbb\xbf"
+_LONGEST = 64 << 20  # bytes of a line
+_UTF16 = (b"\xff\xfe", b"\xfe\xff")
+_PACKED = {b"\x1f\x8b": ".gz", b"\xfd7zXZ": ".xz", b"BZh": ".bz2", b"\x28\xb5\x2f\xfd": ".zst"}
+
+
+def read_lines(path: Path, *, nul: bool = False, expansion: int = EXPANSION) -> Iterator[str]:
+    """Yields the lines of a UTF-8 file without their ends; a carriage return before the line feed goes too, and so does
+    a byte order mark at the start.
+
+    Args:
+        nul: lines may hold NUL characters. Text of users may not: it is UTF-16 then, or no text.
+        expansion: as in :func:`moe_train.data.text.compressed.open_bytes`.
+
+    Raises:
+        DataError: the file cannot be read; a line is not UTF-8, holds NUL or is endless (file and line are named); a
+            compressed file is damaged, or unpacks to too much.
+    """
+    return (
+        decode_line(line, number, str(path), nul=nul) for number, line in enumerate(_byte_lines(path, expansion), 1)
+    )
+
+
+def split_lines(stream: IO[bytes]) -> Iterator[bytes]:
+    """The lines of a stream with their ends; of one that is too long, pieces, so that memory is bounded."""
+    return iter(partial(stream.readline, _LONGEST), b"")
+
+
+def decode_line(line: bytes, number: int, where: str, *, nul: bool = False) -> str:
+    """A line of bytes, with its end, as :func:`read_lines` yields it.
+
+    Args:
+        number: of the line, from 1.
+        where: the file that it comes from, for messages.
+
+    Raises:
+        DataError: it is not UTF-8, holds NUL, or is as long as :func:`split_lines` lets it be.
+    """
+    if len(line) >= _LONGEST and not line.endswith(b"\n"):
+        what = f"line {number} is longer than {_LONGEST >> 20} MiB"
+        raise DataError(what, where, "give text whose lines end with line feeds")
+    if number == 1:
+        line = line.removeprefix(_BOM)
+    if line.endswith(b"\n"):
+        line = line[:-2] if line.endswith(b"\r\n") else line[:-1]
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        what = f"line {number} is not UTF-8 (byte 0x{line[error.start]:02x} at position {error.start})"
+        raise DataError(what, where, _remedy(line if number == 1 else b"")) from error
+    if not nul and "\0" in text:
+        what = f"line {number} holds a NUL character, as UTF-16 and binary files do"
+        raise DataError(what, where, "convert the file, e.g. `iconv -f utf-16 -t utf-8`, or take the character out")
+    return text
+
+
+def _remedy(start: bytes) -> str:
+    """What to do about a file that begins with these bytes and is not UTF-8."""
+    suffix = next((suffix for magic, suffix in _PACKED.items() if start.startswith(magic)), "")
+    if suffix:
+        return f"it is a compressed file: let its name end in {suffix}"
+    encoding = "utf-16" if start.startswith(_UTF16) else "latin1"
+    return f"convert the file, e.g. `iconv -f {encoding} -t utf-8`"
+
+
+def _byte_lines(path: Path, expansion: int = EXPANSION) -> Iterator[bytes]:
+    """The lines of a file with their ends, as bytes."""
+    number = 0
+    try:
+        with open_bytes(path, expansion) as stream:
+            for line in split_lines(stream):
+                number += 1
+                yield line
+    except DamagedFile as error:
+        what = f"the compressed file is damaged after line {number} ({error})"
+        raise DataError(what, str(path), "fetch it again") from error
+    except OSError as error:
+        what = f"the file cannot be read ({error.strerror or error})"
+        raise DataError(what, str(path), "look after its permissions and its disk") from error
+
+
+def count_lines(path: Path, expansion: int = EXPANSION) -> int:
+    """How many lines :func:`read_lines` yields; bytes need not be UTF-8 here.
+
+    Raises:
+        DataError: as :func:`read_lines`, apart from what is in a line.
+    """
+    return sum(1 for _ in _byte_lines(path, expansion))
+
+
+def read_parallel(source: Path, target: Path, expansion: int = EXPANSION) -> Iterator[tuple[str, str]]:
+    """Yields line-aligned pairs.
+
+    Raises:
+        DataError: the files have different numbers of lines (both are named with their counts), or as
+            :func:`read_lines`.
+    """
+    left, right = (read_lines(path, expansion=expansion) for path in (source, target))
+    for line in left:
+        other = next(right, None)
+        if other is None:
+            raise _unequal(source, target, expansion)
+        yield line, other
+    if next(right, None) is not None:
+        raise _unequal(source, target, expansion)
+
+
+def _unequal(source: Path, target: Path, expansion: int) -> DataError:
+    return DataError(
+        f"parallel files differ in length: {source.name} has {count_lines(source, expansion)} lines, "
+        f"{target.name} has {count_lines(target, expansion)}",
+        str(source.parent),
+        "line n of one must translate line n of the other: repair or fetch the files again",
+    )
+
+
+def read_single(path: Path, expansion: int = EXPANSION) -> Iterator[tuple[str]]:
+    """Yields the lines of a file as pairs are yielded, with one side each.
+
+    Raises:
+        DataError: as :func:`read_lines`.
+    """
+    return ((line,) for line in read_lines(path, expansion=expansion))
+
+
+def write_lines(path: Path, lines: list[str]) -> None:
+    """Writes lines, each ended by a line feed."""
+    with path.open("w", encoding="utf-8", newline="\n") as stream:
+        stream.writelines(f"{line}\n" for line in lines)
+
+
+def sha256(path: Path) -> str:
+    """Checksum of a file, in hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """What the system says against reading a file or folder inside becomes a message about the user's data.
+
+    Raises:
+        DataError: it is gone, or may not be read, or its disk fails.
+    """
+    try:
+        yield
+    except OSError as error:
+        what = f"it cannot be read ({error.strerror or error})"
+        raise DataError(what, str(error.filename or path), "restore the data, or say where it is: data=…") from error

@@ -1,0 +1,140 @@
+"""A trained model as one directory that needs nothing else: safetensors, config, dictionaries, SentencePiece.
+
+    OUT/
+      model.safetensors      or model-00001-of-00003.safetensors … and model.safetensors.index.json
+      config.json            the run's config, and what it was exported from
+      data/                  dict.txt, dict.XX.txt, spm.model and their manifest (languages, directions)
+      README.md              the names of the tensors
+      manifest.json          sha256 of every file
+
+Tensors keep the names of checkpoints, so the directory is a checkpoint too: any number of ranks can read it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import Tensor
+
+import moe_train
+from moe_train.config import to_mapping
+from moe_train.config.evaluation import ExportConfig
+from moe_train.data.folder import DataFolder
+from moe_train.data.manifest import describe_files
+from moe_train.errors import ConfigError
+from moe_train.evaluation.export_readme import readme
+from moe_train.evaluation.loading import LoadedRun, open_run
+from moe_train.training.checkpoint import checksums
+from moe_train.training.checkpoint.state_dict import model_tensors
+from moe_train.training.checkpoint.store import STATE, read_state
+from moe_train.training.run.run_data import RunData
+from moe_train.training.run.run_folder import CONFIG
+from moe_train.training.run.run_folder import EXPORTED_DATA as DATA
+from moe_train.utils.replace_folder import replacing_folder
+
+INDEX = "model.safetensors.index.json"
+
+
+def export_run(config: ExportConfig) -> Path:
+    """Writes the export of a run's checkpoint and returns its folder, which appears whole or not at all.
+
+    Raises:
+        ConfigError: no run folder, or the target is there already.
+        CheckpointError: no such checkpoint, or a damaged one.
+        DataError: the run's data folder, which has the dictionaries, is missing or damaged.
+    """
+    out = Path(config.out)
+    _check_free(out)
+    run = open_run(config.run, config.checkpoint, config.data, verify=config.data_verify).load()
+    try:
+        with replacing_folder(out) as replacement:
+            _check_free(out)
+            _write(run, replacement.begin(), config.shard_mb)
+            replacement.finish()
+    except (OSError, SafetensorError) as error:
+        what = f"the export could not be written ({getattr(error, 'strerror', None) or error})"
+        where = str(getattr(error, "filename", None) or out)
+        raise ConfigError(what, where, "look after space and permissions, or choose another out=…") from error
+    return out
+
+
+def _check_free(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError("the export's folder is there already, and not empty", str(out), "choose another out=…")
+
+
+def _write(run: LoadedRun, folder: Path, shard_mb: float) -> None:
+    tensors = model_tensors(run.model)
+    _write_tensors(tensors, folder, int(shard_mb * 10**6))
+    portable = _write_data(run.data, folder / DATA)
+    described = _described(run, DATA if portable else run.config.data)
+    checksums.write_synced(folder / CONFIG, json.dumps(described, indent=1) + "\n")
+    checksums.write_synced(folder / "README.md", readme(described["exported"], run.config, tensors, portable))
+    files = describe_files(folder)
+    for manifest in folder.glob(f"*/{checksums.MANIFEST}"):
+        files[manifest.relative_to(folder).as_posix()] = checksums.digest(manifest)
+    checksums.write_manifest(folder, files)
+    checksums.sync_folder(folder)
+
+
+def _write_tensors(tensors: Mapping[str, Tensor], folder: Path, limit: int) -> None:
+    from safetensors.torch import save_file
+
+    shards = list(_shards(tensors, limit))
+    names = ["model.safetensors"]
+    if len(shards) > 1:
+        names = [f"model-{n + 1:05}-of-{len(shards):05}.safetensors" for n in range(len(shards))]
+    for name, shard in zip(names, shards, strict=True):
+        # Experts are views of one stack; safetensors wants each tensor to own its memory.
+        save_file({key: tensor.clone() for key, tensor in shard.items()}, folder / name, metadata={"format": "pt"})
+    if len(shards) > 1:
+        places = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
+        checksums.write_synced(folder / INDEX, json.dumps(index, indent=1) + "\n")
+
+
+def _shards(tensors: Mapping[str, Tensor], limit: int) -> Iterator[dict[str, Tensor]]:
+    """In order, each below ``limit`` bytes unless one tensor alone is larger."""
+    shard: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in tensors.items():
+        if shard and size + tensor.nbytes > limit:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = tensor
+        size += tensor.nbytes
+    yield shard
+
+
+def _write_data(data: Any, folder: Path) -> bool:
+    """Dictionaries and tokenizer as a data folder without sentences; False where the task has none."""
+    if not isinstance(data, DataFolder):
+        return False
+    folder.mkdir()
+    for path in (data.path / "spm.model", *sorted(data.path.glob("dict*.txt"))):
+        shutil.copyfile(path, folder / path.name)
+    manifest = dataclasses.replace(data.manifest, counts={}, cleaning={}, overlap={}, files=describe_files(folder))
+    manifest.write(folder)
+    return True
+
+
+def _described(run: LoadedRun, data: str) -> dict[str, Any]:
+    """``config.json`` as a run folder has it, and where the export comes from."""
+    state = read_state(run.checkpoint) if (run.checkpoint / STATE).is_file() else {}
+    config = dataclasses.replace(run.config, data=data)
+    exported = {
+        "run": run.folder.path.resolve().name,
+        "checkpoint": run.checkpoint.name,
+        "update": state.get("update"),
+        "moe_train": moe_train.__version__,
+    }
+    about_data = RunData(RunData.of_task(run.task).vocabulary, run.trained).to_json()
+    outside = {"user_dir": run.folder.user_dir} if run.folder.user_dir else {}
+    return {"format": 1, "config": to_mapping(config), "exported": exported, **about_data, **outside}

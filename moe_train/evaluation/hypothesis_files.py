@@ -1,0 +1,93 @@
+"""Hypotheses on disk, so that scores can be checked, compared and tested without the model or the data.
+
+hypotheses/test.en-de.de            the outputs, one line per source line
+hypotheses/test.en-de.de.reference  the references
+hypotheses/test.en-de.en            the sources
+hypotheses/test.en-de.de.scores     a score per line: log-probability over length^penalty
+
+Those of a part of the split stand in a folder of its name: hypotheses/first-3/test.en-de.de
+(:mod:`moe_train.evaluation.result_files`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from moe_train.data.text.lines import read_lines
+from moe_train.errors import DataError
+from moe_train.evaluation.translator import Translation
+from moe_train.training.checkpoint.checksums import replace_text
+
+_LINE_ENDS = {ord(c): " " for c in "\r\n"}
+
+
+def hypotheses_folder(run: Path, part: str = "") -> Path:
+    """Where the outputs of a part of a split lie; "": of all of it."""
+    return run / "hypotheses" / part
+
+
+@dataclass(frozen=True)
+class OutputFiles:
+    """The files of one direction in a run folder."""
+
+    run: Path
+    split: str
+    direction: str
+    part: str = ""
+
+    @property
+    def _stem(self) -> Path:
+        return hypotheses_folder(self.run, self.part) / f"{self.split}.{self.direction}"
+
+    @property
+    def hypotheses(self) -> Path:
+        """The outputs."""
+        return self._with(self.direction.split("-")[1])
+
+    @property
+    def references(self) -> Path:
+        """The references."""
+        return self._with(f"{self.direction.split('-')[1]}.reference")
+
+    @property
+    def sources(self) -> Path:
+        """The sources."""
+        return self._with(self.direction.split("-")[0])
+
+    @property
+    def scores(self) -> Path:
+        """A score per line."""
+        return self._with(f"{self.direction.split('-')[1]}.scores")
+
+    def _with(self, suffix: str) -> Path:
+        return self._stem.with_name(f"{self._stem.name}.{suffix}")
+
+    def write(self, sources: Sequence[str], references: Sequence[str], translations: Sequence[Translation]) -> None:
+        """Writes all four, each as a whole or not at all."""
+        self._stem.parent.mkdir(parents=True, exist_ok=True)
+        _write(self.sources, sources)
+        _write(self.references, references)
+        _write(self.scores, [f"{t.score:.6f}" for t in translations])
+        _write(self.hypotheses, [t.text for t in translations])
+
+    def read(self) -> tuple[list[str], list[str]]:
+        """Hypotheses and references.
+
+        Raises:
+            DataError: one is missing, or they are not aligned.
+        """
+        for path in (self.hypotheses, self.references):
+            if not path.is_file():
+                raise DataError("an output file is missing", str(path), "run moe-evaluate again")
+        # A model that spells in bytes may write a NUL.
+        hypotheses, references = (list(read_lines(path, nul=True)) for path in (self.hypotheses, self.references))
+        if len(hypotheses) != len(references):
+            what = f"{len(hypotheses)} hypotheses for {len(references)} references"
+            raise DataError(what, str(self.hypotheses), "run moe-evaluate again")
+        return hypotheses, references
+
+
+def _write(path: Path, lines: Sequence[str]) -> None:
+    replace_text(path, "".join(f"{line.translate(_LINE_ENDS)}\n" for line in lines))

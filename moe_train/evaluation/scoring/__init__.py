@@ -1,0 +1,1 @@
+"""Scores of hypotheses: BLEU, chrF++, further metrics, averages, and the files and tables that hold them."""

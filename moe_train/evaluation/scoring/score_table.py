@@ -1,0 +1,80 @@
+"""The table of scores that moe-evaluate prints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rich import box
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from moe_train.evaluation.scoring.averages import tier_of
+from moe_train.evaluation.scoring.bleu_chrf import Scores
+from moe_train.evaluation.scoring.results import BASELINES, Results
+
+
+def limit(results: Results) -> str:
+    """What of each direction was left out, for a heading; "" where nothing was."""
+    sentences = results.settings.get("max_sentences")
+    return f", the first {sentences:,} lines of each direction" if sentences else ""
+
+
+def score_table(results: Results) -> Table:
+    """A row per direction and per group of directions; the two baselines beside the model's scores."""
+    title = (
+        f"{results.settings['split']}, {results.settings['checkpoint']}{limit(results)} "
+        "(copy: the source as the output; shuffled: the model's outputs permuted between sentences)"
+    )
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("direction", no_wrap=True)
+    table.add_column("tier")
+    table.add_column("lines", justify="right")
+    for heading in ("BLEU", "chrF++"):
+        table.add_column(heading, justify="right", style="bold", no_wrap=True)
+    for name in BASELINES:
+        for heading in ("BLEU", "chrF++"):
+            table.add_column(f"{name}\n{heading}", justify="right", style="dim", no_wrap=True)
+    for name in results.metrics:
+        table.add_column(name, justify="right", no_wrap=True)
+    for direction, result in results.directions.items():
+        scores = [result.scores, *(result.baselines[name] for name in BASELINES)]
+        tier = tier_of(direction, results.tiers)
+        further = [_further(result.metrics, name) for name in results.metrics]
+        name = f"{direction} (zero-shot)" if result.zero_shot else direction
+        table.add_row(name, tier, f"{result.sentences:,}", *_cells(scores), *further)
+    table.add_section()
+    for group, members in results.groups.items():
+        scores = [results.average(members), *(results.average(members, name) for name in BASELINES)]
+        sentences = sum(results.directions[d].sentences for d in members)
+        label = "average" if group == "all" else group
+        further = [_further(results.average_metrics(members), name) for name in results.metrics]
+        table.add_row(f"{label} ({len(members)})", "", f"{sentences:,}", *_cells(scores), *further)
+    return table
+
+
+def _further(scores: Mapping[str, float], name: str) -> str:
+    return f"{scores[name]:.4g}" if name in scores else "-"
+
+
+def _cells(scores: list[Scores]) -> list[str]:
+    return [f"{value:.1f}" for entry in scores for value in (entry.bleu, entry.chrf)]
+
+
+def summary(results: Results) -> Group:
+    """The table, sacrebleu's signatures, notes and the speed of decoding."""
+    signatures = [f"BLEU    {signature}" for signature in results.signatures["bleu"].values()]
+    signatures.append(f"chrF++  {results.signatures['chrf']}")
+    speed = results.decoding
+    lines = [
+        *signatures,
+        *(f"note    {note}" for note in results.notes),
+        f"decoded {speed['sentences']:,} sentences, {speed['words_per_second']:,.0f} words/s "
+        f"({speed['tokens_per_second']:,.0f} tokens/s), {speed['processes']} process(es)",
+    ]
+    return Group(score_table(results), Text("\n".join(lines)))
+
+
+def show(results: Results, console: Console) -> None:
+    """Prints :func:`summary`."""
+    console.print(summary(results), soft_wrap=True)

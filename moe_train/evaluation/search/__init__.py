@@ -1,0 +1,1 @@
+"""Beam search with the semantics of fairseq's SequenceGenerator."""

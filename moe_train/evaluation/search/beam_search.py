@@ -1,0 +1,236 @@
+"""Batched beam search with the semantics of fairseq's SequenceGenerator, on the model's own decoding path.
+
+At each step a sentence considers its 2k best continuations; those among the first k that end are finished hypotheses
+(score / length^penalty), the k best that do not end go on. A sentence is done with k finished hypotheses, or at its
+longest length, and leaves the batch. Differences from fairseq 0.12.2, so that no result depends on batch mates: the
+longest length follows from the sentence's own source length, not from the batch's, and is never below ``min_length``
+(fairseq ends with an assertion); forced prefix tokens are not scored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from moe_train.config import SearchConfig
+from moe_train.errors import CheckpointError, ConfigError
+from moe_train.evaluation.search.hypotheses import Finished, Hypotheses
+from moe_train.evaluation.search.topk import Candidates, best_candidates, log_probabilities
+from moe_train.routing.context import Ranks
+
+
+class DecoderState(Protocol):
+    """Cached keys and values of N = B·k rows, the beams of a sentence side by side."""
+
+    def reorder(self, rows: Tensor) -> None:
+        """Keeps ``rows`` [N'] int64 of the N, some of them several times; whole sentences may go."""
+
+
+class SearchableModel(Protocol):
+    """What the search needs of a model; ``moe_train.models`` gives it."""
+
+    training: bool
+
+    def eval(self) -> Any:
+        """As in torch."""
+
+    def train(self, mode: bool = True) -> Any:
+        """As in torch."""
+
+    @property
+    def encoder(self) -> Any:
+        """Called with ``net_input`` apart from ``prev_output_tokens``."""
+
+    def start_decoding(self, encoder_out: Any, beam: int, max_length: int) -> DecoderState:
+        """A state of B·beam rows for at most ``max_length`` steps."""
+
+    def decode_step(self, tokens: Tensor, state: DecoderState) -> Tensor:
+        """Next symbols' logits [N, V] after tokens [N]; the search may overwrite them."""
+
+    def max_decoder_positions(self) -> int:
+        """Longest decoder input."""
+
+
+class SpecialSymbols(Protocol):
+    """The part of fairseq's Dictionary that the search uses."""
+
+    def pad(self) -> int:
+        """Number of the padding symbol."""
+
+    def eos(self) -> int:
+        """Number of the end symbol."""
+
+    def unk(self) -> int:
+        """Number of the symbol for unknown words."""
+
+    def __len__(self) -> int: ...
+
+
+@dataclass
+class _Beams:
+    """The live part of a search: S sentences that are not done, k beams each.
+
+    ``sentence`` [S] rows of the batch, ``scores`` [S, k], ``tokens`` [S, k, room], ``limit`` [S] longest lengths;
+    ``stops`` are all values of the limits, known to the host so that most steps need not look.
+    """
+
+    sentence: Tensor
+    scores: Tensor
+    tokens: Tensor
+    limit: Tensor
+    stops: frozenset[int]
+
+
+class BeamSearch:
+    """Finds translations of a batch.
+
+    Args:
+        model: see :class:`SearchableModel`; used in eval mode and given back as it was.
+        dictionary: the target dictionary.
+        config: beam, penalties, shortest and longest length.
+        company: the ranks that hold the model's experts among them. All then search at the same time, and one that is
+            done (or has no sentences) goes on with no rows until all are, since experts must be asked by all together.
+            None: the model is here as a whole.
+
+    Raises:
+        ConfigError: ``search.min_length`` is beyond the model's positions.
+    """
+
+    def __init__(
+        self, model: SearchableModel, dictionary: SpecialSymbols, config: SearchConfig, company: Ranks | None = None
+    ) -> None:
+        self.model, self.config, self.company = model, config, company
+        self.pad, self.eos, self.unk = dictionary.pad(), dictionary.eos(), dictionary.unk()
+        if config.min_length >= (positions := model.max_decoder_positions()):
+            raise ConfigError(
+                f"search.min_length={config.min_length} is more than the model's {positions} positions hold",
+                remedy=f"set search.min_length to {positions - 1} or less",
+            )
+        self.beam = min(config.beam, len(dictionary) - 1)
+
+    @torch.no_grad()
+    def __call__(self, net_input: Mapping[str, Any]) -> Hypotheses:
+        """Searches for a batch.
+
+        Args:
+            net_input: ``src_tokens`` [B, S] and whatever else the encoder takes, and ``prev_output_tokens`` [B, P],
+                with which every hypothesis starts: the end symbol or a language tag, then forced tokens if P > 1.
+
+        Raises:
+            CheckpointError: the model gives numbers that are not finite.
+        """
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            return self._search(dict(net_input))
+        finally:
+            self.model.train(was_training)
+
+    def _search(self, net_input: dict[str, Any]) -> Hypotheses:
+        prefix = net_input.pop("prev_output_tokens")
+        sentences, device = prefix.shape[0], prefix.device
+        limit = self._limits(net_input["src_tokens"], prefix.shape[1])
+        longest = int(limit.max()) if sentences else 0
+        finished = Finished(sentences, self.beam, max(longest, 1), self.pad, device)
+        if sentences == 0 and self.company is None:
+            return finished.sorted()
+        state = self.model.start_decoding(self.model.encoder(**net_input), self.beam, longest + prefix.shape[1])
+        inputs = self._force(prefix, state)
+        beams = self._start(sentences, limit, longest, device)
+        step = 0
+        while self._anyone(beams):
+            logits = self.model.decode_step(inputs, state)
+            if beams.sentence.numel():
+                inputs = self._step(logits, beams, finished, state, step)
+            step += 1
+        return finished.sorted()
+
+    def _anyone(self, beams: _Beams) -> bool:
+        """Whether any rank has sentences that are not done."""
+        if self.company is None:
+            return beams.sentence.numel() > 0
+        return bool(self.company.max(torch.tensor(beams.sentence.numel(), device=beams.sentence.device)) > 0)
+
+    def _step(self, logits: Tensor, beams: _Beams, finished: Finished, state: DecoderState, step: int) -> Tensor:
+        """Extends, finishes and reorders the beams; returns the tokens [N'] to feed next."""
+        candidates = self._candidates(log_probabilities(logits), beams, step)
+        going_on = self._finish(candidates, beams, finished, step)
+        if going_on is not None:
+            self._keep_sentences(beams, going_on)
+            candidates = candidates.select(going_on)
+        rows = self._advance(candidates, beams, step, going_on)
+        if (self.beam > 1 or going_on is not None) and (rows.numel() or self.company is not None):
+            state.reorder(rows)
+        return beams.tokens[:, :, step].reshape(-1)
+
+    def _limits(self, src_tokens: Tensor, prefix: int) -> Tensor:
+        """[B] longest hypothesis of each sentence, end symbol not counted."""
+        lengths = src_tokens.ne(self.pad).sum(1).double()
+        shortest = max(1, self.config.min_length)
+        room = max(shortest, self.model.max_decoder_positions() - prefix)
+        limit = lengths * self.config.max_length_ratio + self.config.max_length_offset
+        return limit.clamp(min=shortest, max=room).long()  # before it becomes a whole number: a huge one would overflow
+
+    def _force(self, prefix: Tensor, state: DecoderState) -> Tensor:
+        """Feeds all but the last forced token; returns the last, [N]."""
+        columns = prefix.repeat_interleave(self.beam, dim=0).unbind(1)
+        for column in columns[:-1]:
+            self.model.decode_step(column, state)
+        return columns[-1]
+
+    def _start(self, sentences: int, limit: Tensor, longest: int, device: torch.device) -> _Beams:
+        # All beams start alike, so only the first one counts at the first step.
+        scores = torch.full((sentences, self.beam), -torch.inf, device=device)
+        scores[:, 0] = 0.0
+        tokens = torch.full((sentences, self.beam, longest + 1), self.pad, dtype=torch.int64, device=device)
+        return _Beams(torch.arange(sentences, device=device), scores, tokens, limit, frozenset(limit.tolist()))
+
+    def _candidates(self, log_probs: Tensor, beams: _Beams, step: int) -> Candidates:
+        log_probs[:, self.pad] = -torch.inf
+        log_probs[:, self.unk] -= self.config.unk_penalty
+        if step < self.config.min_length:
+            log_probs[:, self.eos] = -torch.inf
+        if step in beams.stops:
+            rows = (beams.limit == step).repeat_interleave(self.beam)
+            ends = log_probs[rows, self.eos]
+            log_probs[rows] = -torch.inf
+            log_probs[rows, self.eos] = ends
+        candidates = best_candidates(log_probs, beams.scores, 2 * self.beam)
+        if bool(candidates.score.isnan().any()):
+            raise CheckpointError(
+                "the model's output is not a number", remedy="choose an earlier checkpoint: the training diverged"
+            )
+        return candidates
+
+    def _finish(self, candidates: Candidates, beams: _Beams, finished: Finished, step: int) -> Tensor | None:
+        """Collects hypotheses that end; returns the sentences [S'] that go on, or None if all do."""
+        first = (slice(None), slice(self.beam))
+        ended = (candidates.token[first] == self.eos) & (candidates.score[first] > -torch.inf)
+        if bool(ended.any()):
+            scores = candidates.score[first] / (step + 1) ** self.config.length_penalty
+            finished.add(beams.sentence, ended, candidates.beam[first], scores, beams.tokens[:, :, :step])
+        elif step not in beams.stops:
+            return None
+        done = (finished.count[beams.sentence] >= self.beam) | (beams.limit <= step)
+        return (~done).nonzero().squeeze(1) if bool(done.any()) else None
+
+    @staticmethod
+    def _keep_sentences(beams: _Beams, kept: Tensor) -> None:
+        beams.sentence, beams.limit = beams.sentence[kept], beams.limit[kept]
+        beams.tokens = beams.tokens[kept]
+
+    def _advance(self, candidates: Candidates, beams: _Beams, step: int, kept: Tensor | None) -> Tensor:
+        """Makes the k best candidates that do not end the new beams; returns the old rows [N'] that they continue."""
+        ends = candidates.token == self.eos
+        order = ends.to(torch.int8).argsort(dim=1, stable=True)[:, : self.beam]
+        beam = candidates.beam.gather(1, order)
+        # Where a tiny vocabulary leaves too few that go on, the rest of the beams die.
+        beams.scores = candidates.score.gather(1, order).masked_fill_(ends.gather(1, order), -torch.inf)
+        beams.tokens[:, :, :step] = beams.tokens[:, :, :step].gather(1, beam.unsqueeze(-1).expand(-1, -1, step))
+        beams.tokens[:, :, step] = candidates.token.gather(1, order)
+        old = torch.arange(beam.shape[0], device=beam.device) if kept is None else kept
+        return (old.unsqueeze(1) * self.beam + beam).reshape(-1)

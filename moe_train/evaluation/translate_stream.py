@@ -1,0 +1,120 @@
+"""Translating standard input with a trained run."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+import torch
+from rich.console import Console
+from rich.progress import Progress, ProgressColumn, Task, TimeElapsedColumn
+from rich.text import Text
+
+from moe_train.config.evaluation import TranslateConfig
+from moe_train.console import write_output
+from moe_train.errors import DataError, plural
+from moe_train.evaluation.loading import choose_device, open_run
+from moe_train.evaluation.long_lines import cut_note, join_parts, name_lines, sentence_parts
+from moe_train.evaluation.stream import buffers, check_languages, prompt
+from moe_train.evaluation.translator import Translation, Translator
+from moe_train.safe_text import for_terminal
+from moe_train.screen import Screen
+
+
+def translate_input(config: TranslateConfig) -> None:
+    """Standard input to standard output, line by line (blank lines stay blank); a prompt where both are a terminal.
+
+    Everything that is not a translation goes to standard error.
+
+    Raises:
+        ConfigError, CheckpointError: as :func:`moe_train.evaluation.loading.open_run`.
+        DataError: a language that the model does not know; input that is closed, cannot be read or is not UTF-8.
+        KeyboardInterrupt: Ctrl-C, at the prompt too.
+        SystemExit: the output cannot be written (:func:`moe_train.console.end_without_output`).
+    """
+    if sys.stdin is None:  # so Python says that it was closed
+        raise DataError("standard input is closed", remedy="give it text: moe-translate … < FILE")
+    console = Screen(stderr=True, highlight=False)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    run = open_run(config.run, config.checkpoint, config.data, config.inference, verify=config.data_verify)
+    source, target = config.source, config.target
+    check_languages(source, target, run.data.languages)
+    if f"{source}-{target}" not in run.trained:
+        console.print(f"note: {source}-{target} was not trained in this run (zero-shot)")
+    device = choose_device(config.device)
+    translator = Translator(run.task, run.load(device).model, config.search, device)
+
+    def say(note: str) -> None:
+        console.print(f"note: {note}", markup=False, soft_wrap=True)
+
+    translate = LineTranslator(translator, source, target, say, split=config.long_lines == "split")
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        console.print(f"{run.checkpoint.name}: type a sentence, or Ctrl-D to leave")
+        prompt(lambda line: translate([line])[0], source, target)
+    else:
+        _pipe(translate, config.buffer, console)
+
+
+class LineTranslator:
+    """Translates lines that come in buffers, and says which of them are longer than the model's longest source.
+
+    Args:
+        say: takes a note on some lines, by their numbers in the whole input.
+        split: such lines are translated in parts that end with sentences; else only their beginning is.
+    """
+
+    def __init__(
+        self, translator: Translator, source: str, target: str, say: Callable[[str], None], split: bool
+    ) -> None:
+        self._translator, self._source, self._target, self._say, self._split = translator, source, target, say, split
+        self._room = translator.task.source_room(f"{source}-{target}")
+        self._done = 0  # lines of earlier buffers
+        self._offered = False
+
+    def __call__(self, lines: Sequence[str], progress: Callable[[int], None] | None = None) -> list[str]:
+        """A translation per line; blank ones stay blank. ``progress`` as in :meth:`Translator.translate`."""
+        parts = [self._parts(line) for line in lines]
+        flat = [part for own in parts for part in own]
+        rest = iter(self._translator.translate(flat, self._source, self._target, progress))
+        found = [[next(rest) for _ in own] for own in parts]
+        self._tell(found)
+        self._done += len(lines)
+        return [join_parts([part.text for part in own]) for own in found]
+
+    def _parts(self, line: str) -> list[str]:
+        if not self._split or self._fits(line):
+            return [line]
+        return sentence_parts(line, self._fits)
+
+    def _fits(self, text: str) -> bool:
+        return len(self._translator.task.folder.tokenizer().encode(text)) <= self._room
+
+    def _tell(self, found: Sequence[Sequence[Translation]]) -> None:
+        longest = self._translator.task.max_positions()[0]
+        numbered = list(enumerate(found, self._done + 1))
+        if several := [number for number, own in numbered if len(own) > 1]:
+            self._say(f"{name_lines(several)}: beyond the model's {longest} tokens, translated in parts")
+        if cut := [number for number, own in numbered if any(part.cut for part in own)]:
+            remedy = ""
+            if self._split:
+                remedy = " (no sentence ends there)"
+            elif not self._offered:
+                remedy, self._offered = "; long_lines=split translates such lines in parts, at sentence ends", True
+            self._say(f"{cut_note(cut, longest)}{remedy}")
+
+
+class _Translated(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"translated {plural(int(task.completed), 'sentence')}")
+
+
+def _pipe(translate: LineTranslator, size: int, console: Console) -> None:
+    columns = _Translated(), TimeElapsedColumn()
+    with Progress(*columns, console=console, redirect_stdout=False) as progress:
+        task = progress.add_task("", total=None)
+        for buffer in buffers(sys.stdin.buffer, size):
+            lines = translate(buffer, lambda count: progress.advance(task, count))
+            if sys.stdout.isatty():
+                lines = [for_terminal(line) for line in lines]
+            write_output("".join(f"{line}\n" for line in lines).encode("utf-8"))

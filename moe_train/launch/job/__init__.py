@@ -1,0 +1,1 @@
+"""What every process of a job has: environment, device, network, job store, failure reports."""

@@ -1,0 +1,187 @@
+"""A process joins its world: device, threads, process group, log file. The same for every launcher."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from moe_train.config import LaunchConfig
+from moe_train.console import check_streams
+from moe_train.errors import LaunchError
+from moe_train.launch.job.devices import agree_on_devices, device_of_rank
+from moe_train.launch.job.env import (
+    agent_holds_store,
+    has_our_parent,
+    job_folder,
+    launched_per_host,
+    launched_world,
+    local_world,
+    requested_threads,
+    under_agent,
+    under_launcher,
+)
+from moe_train.launch.job.failures import WorkerError, failure_of, is_echo, leave_failure, lost, out_of_memory
+from moe_train.launch.job.hard_exit import within
+from moe_train.launch.job.job_channel import Board
+from moe_train.launch.job.job_store import Seal
+from moe_train.launch.rendezvous import fresh_store
+from moe_train.launch.watchdog.status import FLIGHT_RECORDER, set_time_limit
+from moe_train.launch.watchdog.watchdog import MARGIN, watched
+from moe_train.parallel.peer_check import check_peers
+from moe_train.safe_text import LogFormatter
+from moe_train.training.runtime.world import World
+
+_ECHO_PATIENCE = 3.0  # seconds: whoever has failed first is told of before those that it has torn along
+_MEETING = 120.0  # seconds, at least, for processes to find each other, however short the time limit is
+_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+def world_size(config: LaunchConfig) -> int:
+    """How many processes will train: the launcher's number, or ``launch.processes``."""
+    return launched_world() or config.processes
+
+
+def ranks_per_node(config: LaunchConfig) -> int:
+    """How many of them stand on each host."""
+    return launched_per_host() or world_size(config)
+
+
+@contextmanager
+def joined_world(config: LaunchConfig, threads: int = 0) -> Iterator[World]:
+    """Joins the process group that the environment describes (one process where it describes none), and leaves it.
+
+    Args:
+        threads: CPU threads of this process; 0: OMP_NUM_THREADS where the user has set it, else this host's cores
+            divided by its processes.
+
+    Raises:
+        LaunchError: the others cannot be found.
+    """
+    device = device_of_rank(config)
+    before = torch.get_num_threads()
+    share = max(1, len(os.sched_getaffinity(0)) // local_world())
+    torch.set_num_threads(threads or requested_threads() or share)
+    try:
+        if not under_launcher():
+            yield World.current(device)
+            return
+        _join(config, device)
+        world = World.current(device)
+        board = Board.of(world)
+        limits = config.timeout_minutes * 60, config.silent_minutes * 60
+        watch = watched(world, board, *limits) if world.size > 1 else nullcontext()
+        with watch, _told(world, board):
+            yield world
+        # Not after an error: leaving would break the others' connections, and their complaints would come first.
+        dist.destroy_process_group()
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _told(world: World, board: Board) -> Iterator[None]:
+    """An error that is raised inside is told to the other ranks; an echo of another's becomes that one's."""
+    try:
+        yield
+    except Exception as error:
+        failure = failure_of(world.rank, error)
+        if is_echo(error):
+            failure = within(2 * _ECHO_PATIENCE, lambda: board.cause(_ECHO_PATIENCE)) or lost(world.rank, error)
+        else:
+            within(_ECHO_PATIENCE, lambda: board.tell(failure))
+        leave_failure(failure if failure.rank == world.rank else failure.retold(), world.rank)
+        if is_echo(error):
+            raise WorkerError(failure, None) from error
+        raise
+
+
+def _join(config: LaunchConfig, device: torch.device) -> None:
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    limit = config.timeout_minutes * 60
+    os.environ.setdefault(FLIGHT_RECORDER, "256")  # collectives remembered: for the name of one that does not end
+    try:
+        meeting = timedelta(seconds=max(limit, _MEETING))
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        seal = Seal.from_environment()
+        store = _rendezvous(rank, size, meeting, seal)
+        agree_on_devices(store, rank, size, device, seal, meeting.total_seconds())
+        gpu = device if device.type == "cuda" else None
+        dist.init_process_group(backend, timeout=meeting, device_id=gpu, store=store, rank=rank, world_size=size)
+        check_peers()
+    except (dist.DistNetworkError, dist.DistStoreError, OSError) as error:
+        raise _not_found(error) from error
+    except RuntimeError as error:  # gloo's and NCCL's own
+        if out_of_memory(error):
+            raise
+        if str(error).startswith("Timeout waiting for key"):  # of a FileStore
+            raise _not_found(error) from error
+        raise LaunchError(
+            f"the processes have met but cannot connect ({str(error).splitlines()[0]})",
+            f"GLOO_SOCKET_IFNAME={os.environ.get('GLOO_SOCKET_IFNAME', '')}",
+            "name the interface that reaches the other hosts: GLOO_SOCKET_IFNAME, with GPUs NCCL_SOCKET_IFNAME too",
+        ) from error
+    set_time_limit(set(), timedelta(seconds=limit + MARGIN))
+
+
+def _not_found(error: Exception) -> LaunchError:
+    reason = f"the other processes cannot be found ({str(error).splitlines()[0]})"
+    if has_our_parent():
+        return LaunchError(reason, str(job_folder()), "look into logs/rank_N.log of the run folder")
+    address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    remedy = "check that rank 0 runs, that the port is free and that no firewall stands between the hosts"
+    return LaunchError(reason, address, remedy)
+
+
+def _rendezvous(rank: int, size: int, limit: timedelta, seal: Seal) -> dist.Store:
+    """The store where the ranks meet: a file of our own launcher's, torchrun's agent's, or rank 0's."""
+    if has_our_parent():
+        store: dist.Store = dist.FileStore(str(job_folder() / "rendezvous"), size)
+    elif under_agent() and agent_holds_store():
+        return fresh_store(rank, size, limit, seal)
+    elif rank == 0 and not agent_holds_store() and _is_loopback(os.environ["MASTER_ADDR"]):
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        listener = socket.create_server((address, port), family=family)  # torch alone would take all interfaces
+        store = dist.TCPStore(address, port, size, True, limit, master_listen_fd=listener.detach())
+    else:
+        store, *_ = next(dist.rendezvous("env://", timeout=limit))
+    store.set_timeout(limit)
+    return store
+
+
+def _is_loopback(address: str) -> bool:
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return address == "localhost"
+
+
+@contextmanager
+def logging_to(folder: Path, rank: int) -> Iterator[Path]:
+    """While entered, our log messages and Python's warnings go to ``folder/rank_N.log``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"rank_{rank}.log"
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(LogFormatter(_FORMAT))
+    logger = logging.getLogger("moe_train")
+    level, propagate = logger.level, logger.propagate
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    logger.addHandler(handler)
+    check_streams()
+    try:
+        yield path
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate
+        handler.close()

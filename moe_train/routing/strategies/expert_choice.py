@@ -1,0 +1,128 @@
+"""``routing=expert_choice``: experts choose tokens (Zhou et al., NeurIPS 2022, arXiv 2202.09368).
+
+``S = softmax(X W)`` over experts; each expert takes the C tokens with the highest ``S[:, e]``, ``C = c · T / E``, and
+``y_t = Σ over the experts that took t of S[t, e] f_e(x_t)``. Loads are equal by construction, so no auxiliary loss; a
+token may be taken by no expert or by all. A token's experts depend on later tokens, so decoders refuse it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from moe_train.config.check import NonNegativeFloat, PositiveFloat
+from moe_train.routing.all_gather import gather_rows, world_order
+from moe_train.routing.base import Router, RouterInputs, RoutingConfig
+from moe_train.routing.capacity import Group, shared_by_ranks
+from moe_train.routing.context import RoutingContext
+from moe_train.routing.expected_load import Choices
+from moe_train.routing.gate import LinearGate, linear_init
+from moe_train.routing.noise import score_noise
+from moe_train.routing.registry import register
+from moe_train.routing.types import Routing, assignment_from_choices, count_statistics
+
+HalfRounding = Literal["half_up", "half_even"]
+
+
+@dataclass(frozen=True)
+class ExpertChoiceConfig(RoutingConfig):
+    """Keys of expert choice.
+
+    Attributes:
+        capacity_factor: c, experts per token on average.
+        scope: the tokens that an expert chooses from: those of a ``sentence`` or of the ``batch`` (the paper's, where a
+            sentence's output depends on its batch mates).
+        capacity_rounding: of c · T / E where it ends in a half: ``half_up``, or ``half_even`` to the even neighbour, as
+            V-MoE's code.
+        score_noise: in training N(0, (score_noise / E)²) is added to the logits (V-MoE's code: 1).
+        capacity_group: what a batch is: a ``rank``'s tokens or the ``global`` micro-batch.
+    """
+
+    name: str = "expert_choice"
+    capacity_factor: PositiveFloat = 2.0
+    scope: Literal["sentence", "batch"] = "sentence"
+    capacity_group: Group = "rank"
+    capacity_rounding: HalfRounding = "half_up"
+    score_noise: NonNegativeFloat = 0.0
+
+
+@register("expert_choice", ExpertChoiceConfig)
+class ExpertChoiceRouter(Router):
+    """Each expert takes its C best tokens."""
+
+    causal: ClassVar[bool] = False
+
+    def __init__(self, config: ExpertChoiceConfig, inputs: RouterInputs) -> None:
+        super().__init__(config, inputs)
+        self.config: ExpertChoiceConfig = config
+        self.gate = LinearGate(inputs.dim, config.num_experts, linear_init)
+
+    def forward(self, x: Tensor, context: RoutingContext) -> Routing:
+        """Routes x [T, d]. ``choices`` has E columns, best first, -1 where no more experts took the token."""
+        logits = self.gate(x)
+        if self.config.score_noise:
+            logits = score_noise(logits, self.config.score_noise, context)
+        scores = torch.softmax(logits, dim=-1)
+        taken = self.taken(scores.detach(), context)
+        _, experts = torch.where(taken, scores.detach(), -1.0).sort(dim=-1, descending=True, stable=True)
+        kept = taken.gather(1, experts)
+        choices = torch.where(kept, experts, -1)
+        return Routing(
+            assignment=assignment_from_choices(experts, scores.gather(1, experts), kept),
+            choices=choices,
+            kept=kept,
+            losses={},
+            statistics=count_statistics(choices, None, self.num_experts, scores),
+        )
+
+    def taken(self, scores: Tensor, context: RoutingContext) -> Tensor:
+        """[T, E] bool: which expert took which token."""
+        factor, rounding = self.config.capacity_factor, self.config.capacity_rounding
+        if self.config.scope == "sentence":
+            return take(scores, context.sentence, context.num_sentences, factor, rounding)
+        if not shared_by_ranks(context, self.config.capacity_group):
+            return take(scores, torch.zeros_like(context.sentence), 1, factor, rounding)
+        world = world_order(context)
+        everyone, _ = gather_rows(scores, context.ranks)
+        ordered = take(everyone[world.order], torch.zeros_like(world.order), 1, factor, rounding)
+        taken = torch.empty_like(ordered)
+        taken[world.order] = ordered
+        return taken[world.own]
+
+    @classmethod
+    def experts_per_token(cls, config: RoutingConfig) -> float:
+        """c, up to the rounding of C and short sentences."""
+        assert isinstance(config, ExpertChoiceConfig)
+        return min(config.capacity_factor, float(config.num_experts))
+
+    @classmethod
+    def expected_choices(cls, config: RoutingConfig) -> tuple[Choices, ...]:
+        """Each expert takes c / E of the tokens, whatever others take."""
+        return (Choices(1.0, 0, config.num_experts, cls.experts_per_token(config), independent=True),)
+
+
+def take(scores: Tensor, group: Tensor, num_groups: int, factor: float, rounding: HalfRounding = "half_up") -> Tensor:
+    """Each expert's best tokens within each group of tokens.
+
+    Args:
+        scores: [T, E].
+        group: [T] int64, non-decreasing, in 0 .. num_groups - 1.
+        factor: an expert takes ``factor · T_g / E`` tokens of a group of T_g, rounded, at least 1 and at most T_g.
+        rounding: where halves go.
+
+    Returns:
+        [T, E] bool. Of equal scores the earlier token is taken.
+    """
+    sizes = group.new_zeros(num_groups).scatter_add(0, group, torch.ones_like(group))
+    column = torch.arange(scores.shape[0], device=group.device) - (sizes.cumsum(0) - sizes)[group]
+    longest = int(sizes.max()) if num_groups else 0
+    table = scores.new_full((num_groups, scores.shape[1], longest), float("-inf"))
+    table[group, :, column] = scores
+    order = table.argsort(dim=2, descending=True, stable=True)
+    place = torch.empty_like(order).scatter_(2, order, torch.arange(longest, device=group.device).expand_as(order))
+    wanted = factor * sizes.to(torch.float64) / scores.shape[1]
+    capacity = wanted.round() if rounding == "half_even" else torch.floor(wanted + 0.5)
+    return place[group, :, column] < capacity.clamp(min=1)[group].unsqueeze(1)

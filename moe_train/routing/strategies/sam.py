@@ -1,0 +1,223 @@
+"""``routing=sam``: switch and mixture routing (SAM, Jiang et al., 2021, arXiv 2110.07431).
+
+Experts stand in G groups of E/G. A switch router picks one group per token, a mixture router picks k experts inside it,
+so that all k stand on one device and communication does not grow with k. No official code is public; these are our
+equations, after the paper's abstract and a third party's implementation (docs/strategies.md says which is which):
+
+    shared matrix: p = softmax(W x + b) over all E, P_g = Σ_{e in g} p_e          weight of e: p_e
+    two matrices:  P = softmax(W_s x) over groups, q = softmax(W_m x) inside g    weight of e: P_g q_e
+    g* = argmax P,  S = top-k of p inside g*,  y = Σ_{e in S} p_e f_e(x)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from moe_train.config.check import NonNegativeFloat, PositiveFloat
+from moe_train.errors import ConfigError
+from moe_train.routing.balance_losses import WorldLoad, balance_loss, world_load, z_loss
+from moe_train.routing.base import Experts, RouterInputs, RoutingConfig, Spread
+from moe_train.routing.capacity import drop, expert_capacity, group_tokens
+from moe_train.routing.context import RoutingContext
+from moe_train.routing.expected_load import Choices
+from moe_train.routing.gate import LinearGate, linear_init
+from moe_train.routing.noise import jitter
+from moe_train.routing.registry import register
+from moe_train.routing.token_choice import Scores, TokenChoiceConfig, TokenChoiceRouter, best_experts, check_top_k
+from moe_train.routing.types import AuxiliaryLoss, Routing
+
+
+@dataclass(frozen=True)
+class SamConfig(TokenChoiceConfig):
+    """Keys beyond those of all token-choice strategies.
+
+    Attributes:
+        top_k: k, experts per token, all in one group.
+        num_groups: G, a number of the model; ``rank`` and ``node`` become their number at the first launch.
+        matrices: ``shared`` or ``two``.
+        group_balance_weight: of the balance loss over groups.
+        alignment_weight: of the loss that punishes experts outside the group which beat a chosen one.
+        alignment_gradient: ``outside`` treats the weakest chosen probability as a constant; ``both`` raises it as well.
+        group_capacity_factor: a group takes at most ceil(factor · T / G) tokens in training; None: all.
+    """
+
+    layout_keys: ClassVar[tuple[str, ...]] = ("num_groups",)
+    name: str = "sam"
+    top_k: Experts = 2
+    num_groups: Experts | Literal["rank", "node"] = 4
+    matrices: Literal["shared", "two"] = "shared"
+    group_balance_weight: NonNegativeFloat = 0.01
+    alignment_weight: NonNegativeFloat = 0.01
+    alignment_gradient: Literal["outside", "both"] = "outside"
+    group_capacity_factor: PositiveFloat | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.num_groups, int):
+            if self.num_experts % self.num_groups:
+                raise ConfigError(
+                    f"routing.num_groups={self.num_groups} does not divide routing.num_experts={self.num_experts}",
+                    remedy="choose a number of groups that divides the experts",
+                )
+            check_top_k(
+                self.top_k, self.group_size, "the experts of a group (routing.num_experts / routing.num_groups)"
+            )
+
+    def layout_warning(self, spread: Spread) -> str | None:
+        """Where a group is torn over ranks, a token no longer travels once."""
+        return spread.split_groups(self.num_experts, self.groups)
+
+    @property
+    def groups(self) -> int:
+        """G.
+
+        Raises:
+            ConfigError: it still says ``rank`` or ``node``.
+        """
+        if isinstance(self.num_groups, int):
+            return self.num_groups
+        raise ConfigError(
+            f"routing.num_groups={self.num_groups} has no number yet", remedy="set routing.num_groups to a number"
+        )
+
+    @property
+    def expert_groups(self) -> int:
+        """G."""
+        return self.groups
+
+    @property
+    def group_size(self) -> int:
+        """E / G."""
+        return self.num_experts // self.groups
+
+
+@dataclass(frozen=True)
+class Levels:
+    """Attributes:
+    expert: [T, E] probabilities of all experts; they sum to 1.
+    group: [T, G], the sums inside groups.
+    logits: what the z-loss looks at, one tensor per softmax.
+    """
+
+    expert: Tensor
+    group: Tensor
+    logits: tuple[Tensor, ...]
+
+
+@register("sam", SamConfig)
+class SamRouter(TokenChoiceRouter):
+    """One group per token, k experts inside it."""
+
+    def __init__(self, config: SamConfig, inputs: RouterInputs) -> None:
+        super().__init__(config, inputs)
+        self.config: SamConfig = config
+        self.groups, self.group_size = config.groups, config.group_size
+        if config.matrices == "shared":
+            self.gate = LinearGate(inputs.dim, config.num_experts, nn.init.xavier_uniform_, bias=True)
+        else:
+            self.switch = LinearGate(inputs.dim, self.groups, linear_init)
+            self.mixture = LinearGate(inputs.dim, config.num_experts, linear_init)
+
+    def forward(self, x: Tensor, context: RoutingContext) -> Routing:
+        """Routes x [T, d]."""
+        if self.config.jitter:
+            x = jitter(x, self.config.jitter, context)
+        levels = self.levels(x)
+        group = levels.group.detach().argmax(dim=-1, keepdim=True)
+        inside = self.by_group(levels.expert.detach()).gather(1, group.unsqueeze(2).expand(-1, 1, self.group_size))
+        best = best_experts(inside.squeeze(1), self.config.top_k)
+        choices = group * self.group_size + best
+        weights = levels.expert.gather(1, choices)
+        routing = self.finish(Scores(levels.logits[0], levels.expert), choices, weights, context)
+        return dataclasses.replace(routing, losses=self.both_levels(levels, choices, weights, context))
+
+    def by_group(self, per_expert: Tensor) -> Tensor:
+        """[T, E] as [T, G, E/G]."""
+        return per_expert.view(per_expert.shape[0], self.groups, self.group_size)
+
+    def levels(self, x: Tensor) -> Levels:
+        """Probabilities of experts and groups of x [T, d]."""
+        if self.config.matrices == "shared":
+            logits = self.gate(x)
+            expert = torch.softmax(logits, dim=-1)
+            return Levels(expert, self.by_group(expert).sum(-1), (logits,))
+        switch, mixture = self.switch(x), self.mixture(x)
+        group = torch.softmax(switch, dim=-1)
+        inside = torch.softmax(self.by_group(mixture), dim=-1)
+        return Levels((group.unsqueeze(2) * inside).flatten(1), group, (switch, mixture))
+
+    def kept(self, choices: Tensor, weights: Tensor, context: RoutingContext) -> Tensor | None:
+        """Groups drop first, with all of a token's choices; then experts drop among what is left."""
+        factor = self.config.group_capacity_factor
+        if factor is None or not context.training:
+            return super().kept(choices, weights, context)
+        share = self.config.capacity_group
+        capacity = expert_capacity(factor, group_tokens(choices, context, share), self.groups)
+        priority = weights.sum(-1).detach() if self.config.batch_prioritised else None
+        group = choices[:, :1] // self.group_size
+        entered = drop(group, capacity, self.groups, context, group=share, priority=priority)
+        left = torch.where(entered, choices, -1)
+        kept = super().kept(left, weights, context)
+        return entered.expand_as(choices) if kept is None else kept
+
+    def losses(self, scores: Scores, choices: Tensor, context: RoutingContext) -> dict[str, AuxiliaryLoss]:
+        """None here: :meth:`both_levels` needs more than the scores."""
+        return {}
+
+    def both_levels(
+        self, levels: Levels, choices: Tensor, weights: Tensor, context: RoutingContext
+    ) -> dict[str, AuxiliaryLoss]:
+        """Balance of experts (k at uniform), balance of groups (1 at uniform), alignment, and the z-loss."""
+        config = self.config
+        if not context.training:
+            return {}
+        load = world_load(choices, self.num_experts, context.ranks)
+        groups = WorldLoad(load.fraction.view(self.groups, -1).sum(-1) / config.top_k, load.tokens)
+        outside = alignment(levels.expert, choices, weights, self.group_size, both=config.alignment_gradient == "both")
+        found = {
+            "balance_loss": (config.balance_weight, balance_loss(levels.expert, load)),
+            "group_balance_loss": (config.group_balance_weight, balance_loss(levels.group, groups)),
+            "alignment_loss": (config.alignment_weight, outside.sum() / load.tokens.to(outside.dtype)),
+            "z_loss": (config.z_weight, sum((z_loss(z, load.tokens) for z in levels.logits), torch.zeros(()))),
+        }
+        return {name: AuxiliaryLoss(value, weight) for name, (weight, value) in found.items() if weight}
+
+    @classmethod
+    def experts_per_token(cls, config: RoutingConfig) -> float:
+        """k."""
+        assert isinstance(config, SamConfig)
+        return float(config.top_k)
+
+    @classmethod
+    def expected_choices(cls, config: RoutingConfig) -> tuple[Choices, ...]:
+        """One group, then k experts inside it."""
+        assert isinstance(config, SamConfig)
+        size, share = config.group_size, 1.0 / config.groups
+        return tuple(Choices(share, g * size, size, config.top_k) for g in range(config.groups))
+
+    @classmethod
+    def router_flops_per_token(cls, config: RoutingConfig, dim: int) -> float:
+        """One matrix over the experts, and another over the groups in the two-matrix form."""
+        assert isinstance(config, SamConfig)
+        return 2.0 * dim * (config.num_experts + (config.groups if config.matrices == "two" else 0))
+
+
+def alignment(expert: Tensor, choices: Tensor, weights: Tensor, group_size: int, *, both: bool) -> Tensor:
+    """[T]: Σ over experts outside the chosen group of max(0, p_e - p_(k)), p_(k) the weakest chosen probability.
+
+    Args:
+        expert: [T, E] probabilities.
+        choices, weights: [T, k], the chosen experts and their probabilities.
+        both: whether p_(k) has a gradient too.
+    """
+    weakest = weights.amin(dim=-1, keepdim=True)
+    if not both:
+        weakest = weakest.detach()
+    group = torch.arange(expert.shape[1], device=expert.device) // group_size
+    excess = torch.relu(expert - weakest)
+    return torch.where(group == choices[:, :1] // group_size, 0.0, excess).sum(-1)

@@ -1,0 +1,224 @@
+"""``routing=smoe``: Stratified Mixture of Experts (Xu et al., Findings of EMNLP 2023, arXiv 2305.02176, §3).
+
+The E experts stand in L strata. Stratum i has a gate of its own over E_i, the experts of the strata i … L (Eq. 5). A
+token enters at stratum 1, passes its top-k experts (k = 2), and goes on at the stratum behind that of its first choice,
+even where capacity drops that choice; after an expert of the last stratum it leaves. Tokens thus pass 1 to L times, and
+take as much capacity as they ask for. The passes, their norms and residuals are composed in
+:mod:`moe_train.layers.stratified`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from moe_train.config.check import Range
+from moe_train.errors import ConfigError
+from moe_train.routing.base import Experts, LayerKind, Router, RouterInputs, RoutingConfig
+from moe_train.routing.capacity import group_tokens
+from moe_train.routing.context import Ranks, RoutingContext
+from moe_train.routing.counter_rng import hash_numbers
+from moe_train.routing.expected_load import Choices
+from moe_train.routing.gate import LinearGate, linear_init
+from moe_train.routing.noise import jitter
+from moe_train.routing.registry import register
+from moe_train.routing.strategies.top_k import SecondExpert, select, skip_second
+from moe_train.routing.token_choice import Normalise, Scores, TokenChoiceConfig, TokenChoiceRouter, check_top_k
+from moe_train.routing.types import AuxiliaryLoss, Routing
+
+
+@dataclass(frozen=True)
+class SMoEConfig(TokenChoiceConfig):
+    """Keys beyond those of all token-choice strategies. The official code's choices stand in brackets.
+
+    ``capacity_factor`` c means here, as in the paper, that an expert takes c · k · ⌈T_i / E_i⌉ of the T_i tokens that
+    are active at stratum i; over ranks, T_i is the largest.
+
+    Attributes:
+        strata: their sizes in order; None: two halves.
+        top_k: k.
+        second_expert: how the second expert is chosen in training [sampling].
+        normalise: raw weights (Eq. 6), or over their sum [after_drop].
+        norm: ``paper``: x + experts(LN_i(x)) in every pass (Eq. 4, 7); ``official``: from the second stratum on a
+            token's stream is itself normalised, and once more where it leaves.
+        balance_over: the balance losses of the gates are averaged over all ``strata`` (Eq. 11) or over the passes
+            ``executed``, that is those with a token [executed].
+    """
+
+    name: str = "smoe"
+    strata: Annotated[tuple[int, ...] | None, Range(above=0, most=2**20)] = None
+    top_k: Experts = 2
+    second_expert: SecondExpert = "all"
+    normalise: Normalise = "none"
+    norm: Literal["paper", "official"] = "paper"
+    balance_over: Literal["strata", "executed"] = "strata"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if sum(self.sizes) != self.num_experts:
+            raise ConfigError(
+                f"routing.strata={list(self.sizes)} sum to {sum(self.sizes)}, not to "
+                f"routing.num_experts={self.num_experts}",
+                remedy="choose sizes that sum to the number of experts",
+            )
+        check_top_k(self.top_k, self.sizes[-1], "the experts of the last stratum (routing.num_experts, routing.strata)")
+        if self.second_expert == "random" and self.top_k != 2:
+            raise ConfigError(
+                f"routing.second_expert=random is defined for two experts, not {self.top_k}",
+                remedy="set routing.top_k=2, or routing.second_expert=all or sampling",
+            )
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """n_1 … n_L."""
+        if self.strata is not None:
+            return self.strata
+        half = self.num_experts // 2
+        return (half, self.num_experts - half) if half else (self.num_experts,)
+
+
+class StratumRouter(TokenChoiceRouter):
+    """The gate of one stratum. It sees only active tokens; the expert ids that it gives are global.
+
+    Attributes:
+        first: the first expert that it sees.
+        num_experts: E_i.
+    """
+
+    def __init__(self, config: SMoEConfig, inputs: RouterInputs, stratum: int) -> None:
+        super().__init__(config, inputs)
+        self.config: SMoEConfig = config
+        self.stratum = stratum
+        self.first = sum(config.sizes[:stratum])
+        self.num_experts = config.num_experts - self.first
+        self.gate = LinearGate(inputs.dim, self.num_experts, linear_init)
+
+    def forward(self, x: Tensor, context: RoutingContext) -> Routing:
+        """Routes the T_i active tokens x [T_i, d]."""
+        config = self.config
+        context = context.at_layer(hash_numbers(context.layer, self.stratum))  # every pass draws on its own
+        policy: SecondExpert = config.second_expert if context.training else "all"
+        if config.jitter:
+            x = jitter(x, config.jitter, context)
+        logits = self.gate(x)
+        probabilities = torch.softmax(logits, dim=-1)
+        choices = select(probabilities.detach(), logits.detach(), config.top_k, policy, context)
+        weights = probabilities.gather(1, choices)
+        if policy == "random":
+            choices = skip_second(choices, weights.detach(), config.normalise, context)
+        return self.with_global_ids(
+            self.finish(Scores(logits, probabilities), choices, weights, context, config.normalise)
+        )
+
+    def may_choose_less(self, context: RoutingContext) -> bool:
+        """The random policy leaves second experts out."""
+        return self.config.second_expert == "random" and context.training
+
+    def capacity(self, factor: float, choices: Tensor, context: RoutingContext) -> Tensor:
+        """0-dim: c · k · ⌈T_i / E_i⌉ (§4.3)."""
+        tokens = group_tokens(choices, context, self.config.capacity_group)
+        if context.training and self.config.capacity_group == "rank":
+            tokens = context.ranks.max(tokens)
+        return torch.ceil(factor * choices.shape[1] * torch.ceil(tokens / self.num_experts))
+
+    def with_global_ids(self, routing: Routing) -> Routing:
+        """The same routing, its experts counted from the first stratum on."""
+        assignment, statistics, choices = routing.assignment, routing.statistics, routing.choices
+        pad = (self.first, 0)
+        return dataclasses.replace(
+            routing,
+            assignment=dataclasses.replace(assignment, expert=assignment.expert + self.first),
+            choices=torch.where(choices < 0, -1, choices + self.first),
+            statistics=dataclasses.replace(
+                statistics,
+                load=nn.functional.pad(statistics.load, pad),
+                requested=nn.functional.pad(statistics.requested, pad),
+            ),
+        )
+
+
+@register("smoe", SMoEConfig)
+class SMoERouter(Router):
+    """The gates of all strata.
+
+    Attributes:
+        strata: one :class:`StratumRouter` each.
+        stratum_of: [E] int64, each expert's stratum.
+    """
+
+    layer_kind: ClassVar[LayerKind] = "stratified"
+    strata: Sequence[StratumRouter]
+    stratum_of: Tensor
+
+    def __init__(self, config: SMoEConfig, inputs: RouterInputs) -> None:
+        super().__init__(config, inputs)
+        self.config: SMoEConfig = config
+        self.strata = nn.ModuleList(  # type: ignore[assignment]
+            StratumRouter(config, inputs, i) for i in range(len(config.sizes))
+        )
+        sizes = torch.tensor(config.sizes, device="cpu")
+        stratum_of = torch.arange(len(config.sizes), device="cpu").repeat_interleave(sizes)
+        self.register_buffer("stratum_of", stratum_of, persistent=False)
+
+    def forward(self, x: Tensor, context: RoutingContext, stratum: int = 0) -> Routing:
+        """Routes the tokens x [T_i, d] that are active at ``stratum``, counted from 0."""
+        routing: Routing = self.strata[stratum](x, context)
+        return routing
+
+    def next_stratum(self, choices: Tensor) -> Tensor:
+        """[T] where tokens go on after ``choices`` [T, k], dropped or not; L: they leave."""
+        return self.stratum_of[choices[:, 0]] + 1
+
+    def block_losses(self, passes: Sequence[Routing], ranks: Ranks) -> dict[str, AuxiliaryLoss]:
+        """The mean of each loss over the gates (Eq. 11)."""
+        if not passes[0].losses:
+            return {}
+        count: Tensor | int = len(passes)
+        if self.config.balance_over == "executed":
+            tokens = ranks.sum(torch.stack([p.statistics.tokens for p in passes]))
+            count = (tokens > 0).sum().clamp(min=1)
+        return {
+            name: AuxiliaryLoss(torch.stack([p.losses[name].value for p in passes]).sum() / count, loss.weight)
+            for name, loss in passes[0].losses.items()
+        }
+
+    @classmethod
+    def experts_per_token(cls, config: RoutingConfig) -> float:
+        """k times the passes expected where routing is uniform over the visible experts, as the paper counts FLOPs."""
+        assert isinstance(config, SMoEConfig)
+        return config.top_k * sum(expected_visits(config.sizes))
+
+    @classmethod
+    def expected_choices(cls, config: RoutingConfig) -> tuple[Choices, ...]:
+        """A pass per stratum: those who stop there choose k of the experts that it sees."""
+        assert isinstance(config, SMoEConfig)
+        starts = [sum(config.sizes[:i]) for i in range(len(config.sizes))]
+        return tuple(
+            Choices(visits, first, config.num_experts - first, min(config.top_k, config.num_experts - first), stage=i)
+            for i, (visits, first) in enumerate(zip(expected_visits(config.sizes), starts, strict=True))
+        )
+
+    @classmethod
+    def router_flops_per_token(cls, config: RoutingConfig, dim: int) -> float:
+        """Each gate as often as it is expected to be visited."""
+        assert isinstance(config, SMoEConfig)
+        sizes = config.sizes
+        return sum(v * 2.0 * dim * sum(sizes[i:]) for i, v in enumerate(expected_visits(sizes)))
+
+
+def expected_visits(sizes: Sequence[int]) -> tuple[float, ...]:
+    """How often a token stops at each stratum where routing is uniform; the sum is the paper's mean number of passes.
+
+    Equal strata give the harmonic number H_L.
+    """
+    visits = [1.0] + [0.0] * (len(sizes) - 1)
+    for i in range(len(sizes)):
+        visible = sum(sizes[i:])
+        for j in range(i, len(sizes) - 1):
+            visits[j + 1] += visits[i] * sizes[j] / visible
+    return tuple(visits)

@@ -1,0 +1,179 @@
+"""``routing=soft_moe``: Soft MoE (Puigcerver et al., ICLR 2024, arXiv 2308.00951, §2).
+
+Of each sentence X [m, d], with n experts of p slots each and slot vectors Φ [d, n·p]:
+
+    logits = scale · l2norm(X) l2norm(Φ)       D = softmax over tokens       C = softmax over slots
+    slots = Dᵀ X       outputs = f_{slot // p}(slots)       Y = C · outputs
+
+Every token reaches every slot: nothing is dropped or balanced, and every output depends on the whole sentence, so that
+decoders refuse it. The mixes around the experts are composed in :mod:`moe_train.layers.soft`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from moe_train.config.check import PositiveInt, Range
+from moe_train.errors import ConfigError
+from moe_train.routing.base import Experts, LayerKind, Router, RouterInputs, RoutingConfig
+from moe_train.routing.constant_routing import ungated
+from moe_train.routing.context import RoutingContext
+from moe_train.routing.expected_load import Choices
+from moe_train.routing.gate import full_precision, routing_dtype
+from moe_train.routing.registry import register
+from moe_train.routing.types import Routing
+
+EPSILON = 1e-6
+
+
+@dataclass(frozen=True)
+class SoftMoEConfig(RoutingConfig):
+    """Keys of Soft MoE.
+
+    Attributes:
+        slots_per_expert: p.
+        num_slots: n·p, instead of ``slots_per_expert``.
+        normalisation: ``paper`` divides by ‖x‖ + 1e-6 (Algorithm 2), ``official`` by sqrt(‖x‖² + 1e-6) (the released
+            code), ``none`` takes plain products (Appendix E: softmaxes collapse as d grows). Slot vectors start at
+            length 1, under ``official`` at 1/√n, as the released code draws them.
+        decayed: what weight decay takes of the router: the ``scale`` (the released configs) or the ``slots`` Φ. None:
+            the scale, and the slots in a run that an earlier version has begun.
+        identical_experts: all experts start from the same weights, as in the released configs.
+        expected_tokens: tokens of a usual sentence: for the number of slots where it is not set, and for FLOPs in
+            closed form.
+    """
+
+    unrecorded: ClassVar[Mapping[str, Any]] = {"decayed": "slots"}
+    name: str = "soft_moe"
+    slots_per_expert: Experts | None = None
+    num_slots: Annotated[int | None, Range(above=0, most=2**24)] = None
+    normalisation: Literal["paper", "official", "none"] = "paper"
+    decayed: Literal["scale", "slots"] | None = None
+    identical_experts: bool = False
+    expected_tokens: PositiveInt = 32
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.slots_per_expert is not None and self.num_slots is not None:
+            raise ConfigError(
+                "routing.slots_per_expert and routing.num_slots say the same thing twice",
+                remedy="set one of them to null",
+            )
+        if self.num_slots is not None and self.num_slots % self.num_experts:
+            raise ConfigError(
+                f"routing.num_slots={self.num_slots} is not divisible by routing.num_experts={self.num_experts}",
+                remedy="choose a number of slots that the experts divide",
+            )
+
+    def of_length(self, tokens: int) -> SoftMoEConfig:
+        """With ``expected_tokens`` set to that number."""
+        return dataclasses.replace(self, expected_tokens=tokens)
+
+    @property
+    def p(self) -> int:
+        """Slots per expert: as many as set, else so many that the slots are about ``expected_tokens``, at least 1."""
+        if self.num_slots is not None:
+            return self.num_slots // self.num_experts
+        return self.slots_per_expert or max(1, round(self.expected_tokens / self.num_experts))
+
+    @property
+    def slots(self) -> int:
+        """n·p, slots per sentence."""
+        return self.p * self.num_experts
+
+
+@dataclass(frozen=True)
+class SoftMixes:
+    """Attributes:
+    dispatch: [B, m, s], sums to 1 over real tokens; 0 at padding.
+    combine: [B, m, s], sums to 1 over slots; 0 at padding.
+    """
+
+    dispatch: Tensor
+    combine: Tensor
+
+
+@register("soft_moe", SoftMoEConfig)
+class SoftMoERouter(Router):
+    """Mixes tokens into slots and slots into tokens.
+
+    Attributes:
+        phi: [s, d], a slot per row; the p slots of an expert stand together. Its entries start with standard deviation
+            1/√d, or 1/√(n·d): the released code takes the fan-in of [d, n, p].
+        scale: 0-dim, starts at 1.
+    """
+
+    layer_kind: ClassVar[LayerKind] = "soft"
+    causal: ClassVar[bool] = False
+
+    def __init__(self, config: SoftMoEConfig, inputs: RouterInputs) -> None:
+        super().__init__(config, inputs)
+        self.config: SoftMoEConfig = config
+        fan_in = inputs.dim * (config.num_experts if config.normalisation == "official" else 1)
+        self.phi = nn.Parameter(lecun_normal(torch.empty(config.slots, inputs.dim), fan_in))
+        self.scale = nn.Parameter(torch.ones(()))
+        self.phi.decays = config.decayed == "slots"  # type: ignore[attr-defined]
+        self.scale.decays = not self.phi.decays  # type: ignore[attr-defined]
+
+    def logits(self, x: Tensor) -> Tensor:
+        """[B, m, s] fp32 (fp64 for fp64) of x [B, m, d]."""
+        dtype = routing_dtype(x)
+        with full_precision(x):
+            tokens, slots = self.normalised(x.to(dtype)), self.normalised(self.phi.to(dtype))
+            return (tokens @ slots.t()) * self.scale.to(dtype)
+
+    def normalised(self, x: Tensor) -> Tensor:
+        """Rows of length (nearly) 1."""
+        if self.config.normalisation == "none":
+            return x
+        if self.config.normalisation == "official":
+            return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + EPSILON)
+        norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return x / (norm + EPSILON)
+
+    def mixes(self, x: Tensor, padding: Tensor | None) -> SoftMixes:
+        """The two mixes of x [B, m, d]; ``padding`` [B, m] is true where there is no token."""
+        logits = self.logits(x)
+        combine = torch.softmax(logits, dim=2)
+        if padding is None:
+            return SoftMixes(torch.softmax(logits, dim=1), combine)
+        absent = padding.unsqueeze(2)
+        # A finite floor, not -inf: a sentence of padding alone must not become NaN.
+        dispatch = torch.softmax(logits.masked_fill(absent, torch.finfo(logits.dtype).min), dim=1)
+        return SoftMixes(dispatch.masked_fill(absent, 0.0), combine.masked_fill(absent, 0.0))
+
+    def forward(self, x: Tensor, context: RoutingContext | None = None) -> Routing:
+        """The routing of slots x [B·s, d], all slots of a sentence together: slot i goes to expert i // p, weight 1."""
+        slot = torch.arange(x.shape[0], device=x.device) % self.config.slots
+        return ungated(x, (slot // self.config.p).unsqueeze(1), self.num_experts)
+
+    @classmethod
+    def experts_per_token(cls, config: RoutingConfig) -> float:
+        """Slots per token of a sentence of ``expected_tokens``."""
+        assert isinstance(config, SoftMoEConfig)
+        return config.slots / config.expected_tokens
+
+    @classmethod
+    def expected_choices(cls, config: RoutingConfig) -> tuple[Choices, ...]:
+        """Rows are slots, each for one expert."""
+        return (Choices(cls.experts_per_token(config), 0, config.num_experts, 1),)
+
+    @classmethod
+    def router_flops_per_token(cls, config: RoutingConfig, dim: int) -> float:
+        """Logits, dispatch and combine."""
+        assert isinstance(config, SoftMoEConfig)
+        return 6.0 * dim * config.slots
+
+
+def lecun_normal(weight: Tensor, fan_in: int) -> Tensor:
+    """Truncated normal of std sqrt(1 / fan_in), as flax draws it."""
+    std = math.sqrt(1 / fan_in) / 0.87962566103423978  # std of a standard normal cut at two
+    with torch.no_grad():
+        return nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)

@@ -1,0 +1,59 @@
+"""``routing=switch``: Switch Transformer (Fedus, Zoph and Shazeer, JMLR 2022, arXiv 2101.03961, §2).
+
+``p = softmax(W x)``; the token goes to ``e = argmax p`` and ``y = p_e f_e(x)``. Tokens over capacity keep
+their residual.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe_train.routing.base import RouterInputs, RoutingConfig
+from moe_train.routing.capacity import Rounding
+from moe_train.routing.context import RoutingContext
+from moe_train.routing.gate import LinearGate, switch_init
+from moe_train.routing.noise import jitter
+from moe_train.routing.registry import register
+from moe_train.routing.token_choice import Scores, TokenChoiceConfig, TokenChoiceRouter
+from moe_train.routing.types import Routing
+
+
+@dataclass(frozen=True)
+class SwitchConfig(TokenChoiceConfig):
+    """Keys beyond those of all token-choice strategies.
+
+    Attributes:
+        capacity_rounding: ``result`` takes the paper's factor · T / E and rounds it up; ``share`` is fairseq's
+            floor(factor · ceil(T / E)).
+    """
+
+    name: str = "switch"
+    capacity_rounding: Rounding = "result"
+
+
+@register("switch", SwitchConfig)
+class SwitchRouter(TokenChoiceRouter):
+    """One expert per token, weighted by its probability."""
+
+    def __init__(self, config: SwitchConfig, inputs: RouterInputs) -> None:
+        super().__init__(config, inputs)
+        self.config = config
+        self.capacity_rounding = config.capacity_rounding
+        self.gate = LinearGate(inputs.dim, config.num_experts, switch_init)
+
+    def forward(self, x: Tensor, context: RoutingContext) -> Routing:
+        """Routes x [T, d]."""
+        if self.config.jitter:
+            x = jitter(x, self.config.jitter, context)
+        logits = self.gate(x)
+        probabilities = torch.softmax(logits, dim=-1)
+        weights, choices = probabilities.max(dim=-1, keepdim=True)
+        return self.finish(Scores(logits, probabilities), choices, weights, context)
+
+    @classmethod
+    def experts_per_token(cls, config: RoutingConfig) -> float:
+        """One."""
+        return 1.0

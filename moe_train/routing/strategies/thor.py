@@ -1,0 +1,115 @@
+"""``routing=thor``: Transformer with Stochastic Experts (Zuo et al., ICLR 2022, arXiv 2110.04260).
+
+No gate: experts are drawn at random in training and at inference, with weight 1. Training makes two passes over each
+batch with other experts and adds ``α/2 [KL(p₁‖p₂) + KL(p₂‖p₁)]`` so that the experts agree (``routing.passes=2``,
+``routing.consistency_weight`` = α); the objective belongs to the criterion, and with one expert it is R-Drop's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from moe_train.routing.base import Router, RouterInputs, RoutingConfig, Spread
+from moe_train.routing.constant_routing import ungated
+from moe_train.routing.context import RoutingContext
+from moe_train.routing.counter_rng import counted_integer
+from moe_train.routing.expected_load import Choices
+from moe_train.routing.noise import EXPERT, PARTNER
+from moe_train.routing.registry import register
+from moe_train.routing.types import Routing
+
+Inference = Literal["token", "sentence", "position", "ensemble"]
+
+
+@dataclass(frozen=True)
+class ThorConfig(RoutingConfig):
+    """Keys of THOR.
+
+    Attributes:
+        draw: who shares an expert in training; the paper draws one per layer, pass and ``batch``.
+        pair: the experts of the two passes are ``distinct`` (the paper's pair), or ``independent`` draws, in which the
+            same expert can come twice (the official code).
+        inference: who shares an expert at evaluation: ``token`` and ``sentence`` are the paper's Dispatch(t) and
+            Dispatch(s); ``position`` is what the official code does for sentences (all sentences share the expert of a
+            position); ``ensemble`` averages the outputs of all experts.
+    """
+
+    evaluation_keys: ClassVar[tuple[str, ...]] = ("inference",)
+    name: str = "thor"
+    passes: int = 2
+    consistency_weight: float = 5.0
+    draw: Literal["batch", "sentence", "token"] = "batch"
+    pair: Literal["distinct", "independent"] = "distinct"
+    inference: Inference = "sentence"
+
+    @property
+    def draws_at_inference(self) -> bool:
+        """Unless all experts are averaged."""
+        return self.inference != "ensemble"
+
+    def layout_warning(self, spread: Spread) -> str | None:
+        """One expert for a whole pass keeps one rank busy."""
+        if self.draw != "batch":
+            return None
+        return (
+            "routing.draw=batch sends all tokens of a pass to one expert, and so to one rank of"
+            f" {spread.expert_parallel} while the others wait; routing.draw=sentence or token keeps them all busy"
+        )
+
+
+@register("thor", ThorConfig)
+class ThorRouter(Router):
+    """One random expert per token and pass; no parameters."""
+
+    def __init__(self, config: ThorConfig, inputs: RouterInputs) -> None:
+        super().__init__(config, inputs)
+        self.config: ThorConfig = config
+
+    def forward(self, x: Tensor, context: RoutingContext) -> Routing:
+        """Routes x [T, d], whose values do not matter."""
+        if not context.training and self.config.inference == "ensemble":
+            everyone = torch.arange(self.num_experts, device=x.device).expand(x.shape[0], -1)
+            return ungated(x, everyone, self.num_experts, weight=1 / self.num_experts)
+        return ungated(x, self.drawn(context).unsqueeze(1), self.num_experts)
+
+    def drawn(self, context: RoutingContext) -> Tensor:
+        """The expert [T] of each token, uniform in every pass."""
+        per = self.config.draw if context.training else self.config.inference
+        if not context.training or self.config.pair == "independent" or self.num_experts == 1:
+            return counted_integer(context, EXPERT, self.num_experts, per=per)
+        both = dataclasses.replace(context, pass_index=torch.zeros_like(context.pass_index))
+        first = counted_integer(both, EXPERT, self.num_experts, per=per)
+        step = 1 + counted_integer(both, PARTNER, self.num_experts - 1, per=per)
+        return (first + context.pass_index * step) % self.num_experts
+
+    @classmethod
+    def experts_per_token(cls, config: RoutingConfig) -> float:
+        """One, or all of them for the ensemble."""
+        assert isinstance(config, ThorConfig)
+        return float(config.num_experts) if config.inference == "ensemble" else 1.0
+
+    @classmethod
+    def expected_choices(cls, config: RoutingConfig) -> tuple[Choices, ...]:
+        """One in training, whatever inference does."""
+        return (Choices(1.0, 0, config.num_experts, 1),)
+
+    @classmethod
+    def fullest_share(cls, config: RoutingConfig, parts: int) -> float:
+        """With ``draw=batch`` a pass goes to one expert: both passes to one part, or half the rows to each of two."""
+        assert isinstance(config, ThorConfig)
+        if config.draw != "batch":
+            return 1.0 / parts
+        held = config.num_experts / parts
+        distinct = config.pair == "distinct" and config.num_experts > 1
+        both = (held - 1) / (config.num_experts - 1) if distinct else 1.0 / parts
+        return 1.0 if config.passes == 1 else both + (1.0 - both) / 2
+
+    @classmethod
+    def router_flops_per_token(cls, config: RoutingConfig, dim: int) -> float:
+        """None."""
+        return 0.0

@@ -1,0 +1,197 @@
+"""``routing=top_k``: k experts per token, by default two (GShard, Lepikhin et al., ICLR 2021, arXiv 2006.16668, §2.2).
+
+``p = softmax(W x)``; the token goes to the k experts of highest p and ``y = Σ p_e f_e(x)``, by default with the weights
+renormalised to a sum of 1. Options: GShard's and NLLB's policies for the second expert; sigmoid scores with a balancing
+bias in place of a balance loss (DeepSeek-V3, arXiv 2412.19437, §2.1.2); a shared expert; V-MoE's noise on the
+scores and its losses on the variation of importance and load.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from moe_train.config.check import NonNegativeFloat
+from moe_train.errors import ConfigError
+from moe_train.routing.balance_losses import chance_of_choice, squared_variation
+from moe_train.routing.base import Experts, RouterInputs, RoutingConfig
+from moe_train.routing.capacity import Rounding
+from moe_train.routing.context import RoutingContext
+from moe_train.routing.counter_rng import counted_uniform
+from moe_train.routing.gate import LinearGate, linear_init
+from moe_train.routing.noise import SECOND_EXPERT, gumbel, jitter, score_noise
+from moe_train.routing.registry import register
+from moe_train.routing.token_choice import (
+    Normalise,
+    Scores,
+    TokenChoiceConfig,
+    TokenChoiceRouter,
+    best_experts,
+    check_top_k,
+    normalised,
+)
+from moe_train.routing.types import AuxiliaryLoss, Routing, RoutingStatistics
+
+SecondExpert = Literal["all", "sampling", "random"]
+
+
+@dataclass(frozen=True)
+class TopKConfig(TokenChoiceConfig):
+    """Keys beyond those of all token-choice strategies.
+
+    Attributes:
+        top_k: k.
+        second_expert: how choices after the first are made in training; evaluation always takes ``all``.
+        normalise: weights over their sum, before or after drops.
+        capacity_rounding: ``result`` takes factor · k · T / E and rounds it up; ``share`` is fairseq's
+            floor(factor · k · ceil(T / E)).
+        scores: ``softmax`` or ``sigmoid``.
+        score_noise: in training N(0, (score_noise / E)²) is added to the logits (V-MoE: 1).
+        importance_weight: of V-MoE's loss on the squared variation of experts' summed probabilities.
+        load_weight: of V-MoE's loss on the squared variation of experts' expected loads under the noise.
+        balancing_bias_rate: step of the bias that steers selection (not weights) towards equal loads; 0: no bias.
+        shared_expert: one more expert that every token passes; built by the layer.
+    """
+
+    name: str = "top_k"
+    top_k: Experts = 2
+    second_expert: SecondExpert = "all"
+    normalise: Normalise = "after_drop"
+    capacity_rounding: Rounding = "result"
+    scores: Literal["softmax", "sigmoid"] = "softmax"
+    score_noise: NonNegativeFloat = 0.0
+    importance_weight: NonNegativeFloat = 0.0
+    load_weight: NonNegativeFloat = 0.0
+    balancing_bias_rate: NonNegativeFloat = 0.0
+    shared_expert: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_top_k(self.top_k, self.num_experts, "routing.num_experts")
+        if self.load_weight and (not self.score_noise or self.second_expert != "all" or self.balancing_bias_rate):
+            raise ConfigError(
+                "routing.load_weight needs choices that only noise on the scores makes random",
+                remedy="set routing.score_noise=1.0, routing.second_expert=all and routing.balancing_bias_rate=0",
+            )
+        if self.top_k == 1 and self.normalise != "none":
+            raise ConfigError(
+                "with routing.top_k=1 normalised weights are always 1 and the gate learns nothing",
+                remedy="set routing.normalise=none",
+            )
+        if self.shared_expert and self.expert_sublayers > 1:
+            raise ConfigError(
+                "routing.shared_expert stands beside experts of one sub-layer only",
+                remedy="set routing.expert_sublayers=1",
+            )
+        if self.second_expert == "random" and self.top_k != 2:
+            raise ConfigError(
+                f"routing.second_expert=random is defined for two experts, not {self.top_k}",
+                remedy="set routing.top_k=2, or routing.second_expert=all or sampling",
+            )
+
+    @property
+    def has_shared_expert(self) -> bool:
+        """As ``shared_expert`` says."""
+        return self.shared_expert
+
+
+@register("top_k", TopKConfig)
+class TopKRouter(TokenChoiceRouter):
+    """k experts per token."""
+
+    balancing_bias: Tensor | None
+
+    def __init__(self, config: TopKConfig, inputs: RouterInputs) -> None:
+        super().__init__(config, inputs)
+        self.config: TopKConfig = config
+        self.capacity_rounding = config.capacity_rounding
+        self.gate = LinearGate(inputs.dim, config.num_experts, linear_init)
+        bias = torch.zeros(config.num_experts) if config.balancing_bias_rate else None
+        self.register_buffer("balancing_bias", bias)
+
+    def forward(self, x: Tensor, context: RoutingContext) -> Routing:
+        """Routes x [T, d]."""
+        if self.config.jitter:
+            x = jitter(x, self.config.jitter, context)
+        clean = logits = self.gate(x)
+        if self.config.score_noise:
+            logits = score_noise(clean, self.config.score_noise, context)
+        scores = self.scores(logits)
+        steered = scores.detach() if self.balancing_bias is None else scores.detach() + self.balancing_bias
+        choices = select(steered, logits.detach(), self.config.top_k, self.policy(context), context)
+        weights = scores.gather(1, choices)
+        if self.policy(context) == "random":
+            choices = skip_second(choices, weights.detach(), self.config.normalise, context)
+        probabilities = scores if logits is clean else self.scores(clean)
+        if self.config.scores == "sigmoid":
+            probabilities = normalised(probabilities, None)
+        routing = self.finish(Scores(clean, probabilities), choices, weights, context, self.config.normalise)
+        varied = self.variation(Scores(clean, probabilities), logits, context)
+        return dataclasses.replace(routing, losses={**routing.losses, **varied})
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """[T, E] of logits [T, E]."""
+        return torch.sigmoid(logits) if self.config.scores == "sigmoid" else torch.softmax(logits, dim=-1)
+
+    def variation(self, clean: Scores, noisy: Tensor, context: RoutingContext) -> dict[str, AuxiliaryLoss]:
+        """V-MoE's losses where they have a weight (Riquelme et al., NeurIPS 2021, arXiv 2106.05974, §A.2)."""
+        config, found = self.config, dict[str, AuxiliaryLoss]()
+        if not context.training:
+            return found
+        tokens = noisy.shape[0]
+        if config.importance_weight:
+            value = squared_variation(clean.probabilities.sum(0), tokens, context.ranks)
+            found["importance_loss"] = AuxiliaryLoss(value, config.importance_weight)
+        if config.load_weight:
+            chance = chance_of_choice(clean.logits, noisy, config.top_k, config.score_noise / self.num_experts)
+            value = squared_variation(chance.sum(0), tokens, context.ranks)
+            found["load_loss"] = AuxiliaryLoss(value, config.load_weight)
+        return found
+
+    def policy(self, context: RoutingContext) -> SecondExpert:
+        """The second-expert policy in force: evaluation is deterministic."""
+        return self.config.second_expert if context.training else "all"
+
+    def may_choose_less(self, context: RoutingContext) -> bool:
+        """The random policy leaves second experts out."""
+        return self.policy(context) == "random"
+
+    def after_update(self, statistics: RoutingStatistics) -> None:
+        """Moves the balancing bias by one step towards equal loads (Wang et al., 2024, arXiv 2408.15664, Alg. 1)."""
+        if self.balancing_bias is not None and not self.config.frozen:
+            requested = statistics.requested.to(torch.float64)
+            step = self.config.balancing_bias_rate * torch.sign(requested.mean() - requested)
+            self.balancing_bias += step.to(self.balancing_bias)
+
+    @classmethod
+    def experts_per_token(cls, config: RoutingConfig) -> float:
+        """k; a shared expert is a dense part of the layer and counts there."""
+        assert isinstance(config, TopKConfig)
+        return float(config.top_k)
+
+
+def select(steered: Tensor, logits: Tensor, k: int, policy: SecondExpert, context: RoutingContext) -> Tensor:
+    """The k choices [T, k] of each token.
+
+    Args:
+        steered: [T, E] scores, with the balancing bias where there is one.
+        logits: [T, E]; ``sampling`` draws the later choices without replacement from their softmax (Gumbel top-k).
+    """
+    if policy != "sampling" or k == 1:
+        return best_experts(steered, k)
+    first = steered.argmax(dim=-1, keepdim=True)
+    noisy = (logits + gumbel(context, logits.shape[1])).scatter(1, first, float("-inf"))
+    return torch.cat((first, best_experts(noisy, k - 1)), dim=1)
+
+
+def skip_second(choices: Tensor, weights: Tensor, normalise: Normalise, context: RoutingContext) -> Tensor:
+    """Leaves out the second of two choices unless 2·g₂ > U(0, 1) (GShard, Alg. 1); -1 where it is left out."""
+    second = weights[:, 1]
+    if normalise == "before_drop":
+        second = second / weights.sum(-1).clamp(min=torch.finfo(weights.dtype).eps)
+    taken = 2 * second > counted_uniform(context, SECOND_EXPERT).squeeze(1)
+    return torch.stack((choices[:, 0], torch.where(taken, choices[:, 1], -1)), dim=1)

@@ -1,0 +1,116 @@
+"""One side of a pair of files, read from fairseq's memory-mapped format without a Python object per sentence."""
+
+from __future__ import annotations
+
+import struct
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moe_train.data.text.lines import reading
+from moe_train.errors import DataError
+
+Indices = NDArray[np.int64]
+
+# The index of fairseq's MMapIndexedDataset: magic, version, code of the type, number of sentences N; then N sizes of 32
+# and N byte offsets of 64 bits.
+_MAGIC = b"MMIDIDX\x00\x00"
+_HEADER = struct.Struct("<9sQBQ")
+_TYPES = {1: "u1", 2: "i1", 3: "i2", 4: "i4", 5: "i8", 8: "u2", 9: "u4", 10: "u8"}
+_REMEDY = "the data folder is damaged: restore it, or run moe-prepare again with overwrite=true"
+
+
+class SentenceFile:
+    """The sentences of ``prefix.bin`` and ``prefix.idx``: pieces and an end each.
+
+    Sentences lie one behind the other in the file, so a batch is one gather from a flat array.
+
+    Args:
+        entries: of the dictionary; ids from there on are refused when they are read (None: any is taken).
+
+    Raises:
+        DataError: a file that cannot be read, or an index that is none, or that is not of this ``.bin``.
+    """
+
+    def __init__(self, prefix: Path, entries: int | None = None) -> None:
+        self.prefix, self.entries = prefix, entries
+        self._index, self._data = (prefix.with_name(f"{prefix.name}.{suffix}") for suffix in ("idx", "bin"))
+        self.sizes, self._dtype = self._read_index()
+
+    def _read_index(self) -> tuple[Indices, np.dtype[np.integer]]:
+        with reading(self._index):
+            if self._index.stat().st_size < _HEADER.size:
+                raise self._wrong(f"the index ends within its header of {_HEADER.size} bytes")
+            content = np.memmap(self._index, np.uint8, mode="r")
+        magic, version, code, count = _HEADER.unpack(content[: _HEADER.size].tobytes())
+        if magic != _MAGIC or version != 1 or code not in _TYPES:
+            raise self._wrong("this is no index of fairseq's mmap format with whole numbers")
+        expected = _HEADER.size + count * 12
+        if len(content) != expected:
+            raise self._wrong(f"an index of {count:,} sentences has {expected:,} bytes, this has {len(content):,}")
+        middle = _HEADER.size + count * 4
+        sizes = content[_HEADER.size : middle].view(np.int32).astype(np.int64)
+        if count and sizes.min() < 1:
+            number = int(sizes.argmin())
+            raise self._wrong(f"the sentence {number} has a size of {sizes[number]} tokens: each has an end at least")
+        dtype: np.dtype[np.integer] = np.dtype(_TYPES[code])
+        ends = np.cumsum(sizes) * dtype.itemsize
+        if not np.array_equal(content[middle:].view(np.int64)[1:], ends[:-1]) or content[middle : middle + 8].any():
+            raise self._wrong("sentences do not lie one behind the other: the offsets are not those of the sizes")
+        with reading(self._data):
+            found = self._data.stat().st_size
+        if found != (ends[-1] if count else 0):
+            raise self._wrong(f"the index is of {ends[-1] if count else 0:,} bytes, {self._data.name} has {found:,}")
+        return sizes, dtype
+
+    def _wrong(self, what: str) -> DataError:
+        return DataError(what, str(self._index), _REMEDY)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    @cached_property
+    def _starts(self) -> Indices:
+        return np.cumsum(self.sizes) - self.sizes
+
+    @cached_property
+    def _tokens(self) -> NDArray[np.integer]:
+        if not self.sizes.sum():  # an empty file cannot be mapped
+            return np.empty(0, self._dtype)
+        with reading(self._data):
+            return np.memmap(self._data, dtype=self._dtype, mode="r")
+
+    def sentence(self, number: int) -> NDArray[np.int64]:
+        """[length] dictionary ids, the end included."""
+        start = self._starts[number]
+        return self._checked(self._tokens[start : start + self.sizes[number]])
+
+    def fill(self, table: NDArray[np.int64], rows: Indices, sentences: Indices, column: int = 0) -> None:
+        """Writes ``sentences`` into ``rows`` of ``table`` [B, L], left-aligned at ``column``."""
+        self.copy(table, rows, self._starts[sentences], self.sizes[sentences], column)
+
+    def numbers(self, sentences: Indices) -> Indices:
+        """A number for each sentence: its own."""
+        return sentences
+
+    def copy(self, table: NDArray[np.int64], rows: Indices, starts: Indices, sizes: Indices, column: int) -> None:
+        """Writes stretches of the file, ``sizes`` [B] tokens from ``starts`` [B], into ``rows`` of ``table`` [B, L]."""
+        ends = np.cumsum(sizes)
+        within = np.arange(int(ends[-1]) if len(ends) else 0) - np.repeat(ends - sizes, sizes)
+        tokens = self._checked(self._tokens[np.repeat(starts, sizes) + within])
+        table[np.repeat(rows, sizes), column + within] = tokens
+
+    def _checked(self, tokens: NDArray[np.integer]) -> Indices:
+        """The tokens as they were read, when all are entries of the dictionary.
+
+        Raises:
+            DataError: one is not.
+        """
+        ids = np.asarray(tokens, dtype=np.int64)
+        if self.entries is not None and len(ids) and not 0 <= ids.min() <= ids.max() < self.entries:
+            wrong = ids[(ids < 0) | (ids >= self.entries)][0]
+            what = f"the token id {wrong} is none of the dictionary's {self.entries:,} entries"
+            raise DataError(what, str(self._data), _REMEDY)
+        return ids

@@ -1,0 +1,1 @@
+"""Multilingual translation, in moe-train and on fairseq's own command lines."""

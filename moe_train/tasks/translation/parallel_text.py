@@ -1,0 +1,184 @@
+"""A split of a data folder as items: a sentence in a direction, with its tags, its languages and its own number."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from moe_train.config import TaskConfig
+from moe_train.data.folder import DataFolder
+from moe_train.data.text.pairs import Pair, tag
+from moe_train.errors import DataError
+from moe_train.tasks.base import Sample
+from moe_train.tasks.indexed_dataset import SentenceFile
+
+if TYPE_CHECKING:
+    from fairseq.data import Dictionary
+
+Indices = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Tags:
+    """What a direction adds to its sentences.
+
+    Attributes:
+        source: dictionary id in front of the source, None where there is none.
+        first: the decoder's first input token: the target language's tag, or the end of sentence as in plain fairseq.
+            It stands *in place of* the end, so the target holds no tag: the loss never asks the model to predict a tag
+            that it is always given, and a search starts from this one token. (NLLB feeds the end and then the tag.)
+        source_language, target_language: numbers in the folder's sorted list of languages.
+    """
+
+    source: int | None
+    first: int
+    source_language: int
+    target_language: int
+
+    @classmethod
+    def of(cls, direction: str, task: TaskConfig, languages: Sequence[str], dictionary: Dictionary) -> Tags:
+        """The tags of ``en-de``.
+
+        Raises:
+            DataError: a language of the direction is not one of the folder's.
+        """
+        pair = Pair.parse(direction)
+        for language in pair:
+            if language not in languages or tag(language) not in dictionary.indices:
+                raise DataError(
+                    f"the data folder knows no language '{language}'", direction, f"choose from {', '.join(languages)}"
+                )
+        ids = {name: dictionary.index(tag(code)) for name, code in (("source", pair.source), ("target", pair.target))}
+        return cls(
+            source=ids.get(task.source_tag),
+            first=ids.get(task.target_tag, dictionary.eos()),
+            source_language=languages.index(pair.source),
+            target_language=languages.index(pair.target),
+        )
+
+
+@dataclass(frozen=True)
+class Direction:
+    """One direction's files inside a split.
+
+    Attributes:
+        first_uid: number of its first sentence among all directions that the folder has for the split, whichever of
+            them are chosen: random routing sees the same sentence under the same number in every run.
+    """
+
+    name: str
+    source: SentenceFile
+    target: SentenceFile
+    tags: Tags
+    first_uid: int
+
+    def __len__(self) -> int:
+        return len(self.target)
+
+
+class ParallelText:
+    """The items of some directions, one direction behind the other.
+
+    Attributes:
+        source_lengths, target_lengths: [N] tokens, tag and end included (the target has no tag).
+        sizes: items of each direction.
+    """
+
+    def __init__(self, directions: Sequence[Direction], pad: int) -> None:
+        self.directions = tuple(directions)
+        self.pad = pad
+        self.sizes = [len(d) for d in self.directions]
+        self._first = np.cumsum([0, *self.sizes])
+        self.source_lengths = _joined([d.source.sizes + (d.tags.source is not None) for d in self.directions])
+        self.target_lengths = _joined([d.target.sizes for d in self.directions])
+
+    def __len__(self) -> int:
+        return int(self._first[-1])
+
+    def sample(self, indices: Indices) -> Sample:
+        """The batch of these items, right-padded, in fairseq's form (see :data:`moe_train.tasks.base.Sample`)."""
+        indices = np.asarray(indices, dtype=np.int64)
+        rows = len(indices)
+        source_lengths, target_lengths = self.source_lengths[indices], self.target_lengths[indices]
+        source = np.full((rows, max(1, source_lengths.max(initial=0))), self.pad, np.int64)
+        target = np.full((rows, max(1, target_lengths.max(initial=0))), self.pad, np.int64)
+        first, uid, source_language, target_language = np.zeros((4, rows), np.int64)
+        which = np.searchsorted(self._first, indices, side="right") - 1
+        for number in np.unique(which):
+            direction, here = self.directions[number], np.flatnonzero(which == number)
+            sentences = indices[here] - self._first[number]
+            tags = direction.tags
+            if tags.source is not None:
+                source[here, 0] = tags.source
+            direction.source.fill(source, here, sentences, column=int(tags.source is not None))
+            direction.target.fill(target, here, sentences)
+            first[here], uid[here] = tags.first, direction.first_uid + sentences
+            source_language[here], target_language[here] = tags.source_language, tags.target_language
+        return {
+            "id": torch.from_numpy(indices),
+            "nsentences": rows,
+            "ntokens": int(target_lengths.sum()),
+            "target": torch.from_numpy(target),
+            "net_input": {
+                "src_tokens": torch.from_numpy(source),
+                "src_lengths": torch.from_numpy(source_lengths),
+                "prev_output_tokens": torch.from_numpy(shifted(target, target_lengths, first, self.pad)),
+                "sentence_uid": torch.from_numpy(uid),
+                "src_lang": torch.from_numpy(source_language),
+                "tgt_lang": torch.from_numpy(target_language),
+            },
+        }
+
+
+def shifted(target: Indices, lengths: Indices, first: Indices, pad: int) -> Indices:
+    """The decoder's input [B, T]: ``first`` [B], then the target without its end.
+
+    Args:
+        target: [B, T], right-padded, each row's last token being the end.
+        lengths: [B] tokens of each row.
+    """
+    previous = np.empty_like(target)
+    previous[:, 1:] = target[:, :-1]
+    previous[:, 0] = first
+    shorter = np.flatnonzero(lengths < target.shape[1])
+    previous[shorter, lengths[shorter]] = pad  # the end of a row that is not the longest
+    return previous
+
+
+def open_split(
+    folder: DataFolder, split: str, chosen: Sequence[str], task: TaskConfig, dictionary: Dictionary
+) -> ParallelText:
+    """Opens the chosen directions of a split; those that the split has no sentences for are passed over."""
+    files: dict[str, SentenceFile] = {}  # a pair stored once serves both directions
+
+    def opened(prefix: Path) -> SentenceFile:
+        if prefix.name not in files:
+            files[prefix.name] = SentenceFile(prefix, len(dictionary))
+        return files[prefix.name]
+
+    directions, uid = [], 0
+    for name in folder.directions_of(split):
+        pair = folder.pair_files(split, name)
+        if name in chosen:
+            source, target = opened(pair.source), opened(pair.target)
+            if not len(source) == len(target) == pair.sentences:
+                raise DataError(
+                    f"{len(source)} source and {len(target)} target sentences in {split}.{pair.pair}, of which the "
+                    f"manifest has {pair.sentences}",
+                    str(folder.path),
+                    "run moe-prepare again",
+                )
+            tags = Tags.of(name, task, folder.languages, dictionary)
+            directions.append(Direction(name, source, target, tags, uid))
+        uid += pair.sentences
+    return ParallelText(directions, dictionary.pad())
+
+
+def _joined(parts: Sequence[Indices]) -> Indices:
+    return np.concatenate(parts) if parts else np.empty(0, np.int64)

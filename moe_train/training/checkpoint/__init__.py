@@ -1,0 +1,1 @@
+"""Checkpoints: their files, checksums and names, when they are written, and weights to start from."""

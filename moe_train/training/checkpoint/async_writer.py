@@ -1,0 +1,68 @@
+"""One job at a time beside the training loop: writing a checkpoint while updates go on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moe_train.training.runtime.progress_marker import Pulse
+from moe_train.training.runtime.world import World
+
+
+class Background:
+    """A thread that runs jobs one after the other. What a job raises comes out of the next :meth:`wait`."""
+
+    def __init__(self) -> None:
+        self._thread: ThreadPoolExecutor | None = None
+        self._job: Future[Any] | None = None
+
+    def start(self, job: Callable[[], Any]) -> None:
+        """Begins a job when the one before it is done.
+
+        Raises:
+            Exception: what that one raised; the new job is not begun then.
+        """
+        self.wait()
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._job = self._thread.submit(job)
+
+    def wait(self) -> None:
+        """Until nothing is under way.
+
+        Raises:
+            Exception: what the job raised, once.
+        """
+        job, self._job = self._job, None
+        if job is not None:
+            job.result()
+
+    def close(self) -> None:
+        """Waits and ends the thread. A failure that nobody has waited for is dropped: another one is on its way."""
+        with suppress(Exception):
+            self.wait()
+        if self._thread is not None:
+            self._thread.shutdown()
+
+
+def world_aside(world: World) -> World:
+    """The same processes with a gloo group of their own, for collectives of a thread beside the loop's.
+
+    Every rank calls it, like any maker of groups.
+    """
+    aside = replace(world, device=torch.device("cpu"), pulse=Pulse())
+    if world.size == 1:
+        return aside
+    return replace(aside, group=dist.new_group(backend="gloo"))
+
+
+def staged(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in the host's memory, which the next update does not touch."""
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}

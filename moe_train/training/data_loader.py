@@ -1,0 +1,64 @@
+"""A rank's samples of an update, made in the background while the update before it is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from moe_train.data.batching import Update, split_micro_batch
+from moe_train.training.runtime.world import World
+
+if TYPE_CHECKING:
+    from moe_train.tasks.base import Sample, TrainingTask
+
+Loaded = tuple[Update, "list[Sample]"]
+
+
+class SampleLoader:
+    """Gives update u's samples and starts on those of u + 1. The same u always gives the same samples."""
+
+    def __init__(self, task: TrainingTask, world: World) -> None:
+        self.task, self._world = task, world
+        self.batches = task.train_batches()
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="samples")
+        self._ahead: tuple[int, Future[Loaded]] | None = None
+
+    def get(self, update: int, last: bool = False) -> Loaded:
+        """The plan and this rank's samples of the update after ``update`` finished ones; ``last``: nothing follows."""
+        loaded = self._start(update).result()
+        self._ahead = None
+        if not last:
+            self._ahead = (update + 1, self._pool.submit(self._load, update + 1))
+        return loaded
+
+    def _start(self, update: int) -> Future[Loaded]:
+        if self._ahead is not None and self._ahead[0] == update:
+            return self._ahead[1]
+        return self._pool.submit(self._load, update)
+
+    def _load(self, update: int) -> Loaded:
+        plan = self.batches.update(update)
+        rows = (split_micro_batch(batch, self._world.rank, self._world.size) for batch in plan.micro_batches)
+        return plan, [self.task.train_sample(indices, update) for indices in rows]
+
+    def close(self) -> None:
+        """Ends the background thread."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def move(sample: Any, device: torch.device) -> Any:
+    """The sample with its tensors on ``device``."""
+    if device.type == "cpu":
+        return sample
+    return _map(sample, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def _map(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: _map(item, change) for key, item in value.items()}
+    return value

@@ -1,0 +1,1 @@
+"""Numbers of a training, from the criterion's sums to the log files and the console."""

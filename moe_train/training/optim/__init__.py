@@ -1,0 +1,1 @@
+"""Optimizer, learning rate, precision, and the norm of the gradient."""

@@ -1,0 +1,1 @@
+"""The run folder: its files, what they record, and the layout of the run."""

@@ -1,0 +1,236 @@
+"""What a run knows of the data that it was trained on, and whether other data goes with it.
+
+``run.json`` says ``vocabulary`` (checksums of ``spm.model`` and ``dict.txt``) and ``trained`` (directions or
+languages); an export says the same in its ``config.json``. ``data.json`` has the checksums of input files that no
+manifest lists.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moe_train.config.run import DataVerify
+from moe_train.data.folder import DataFolder
+from moe_train.data.verification import InputFiles, file_digests
+from moe_train.errors import DataError, UserError, note, plural
+from moe_train.tasks import TaskData, TrainingTask, build_task, open_data
+from moe_train.training.checkpoint.store import everywhere
+from moe_train.training.run.run_folder import DATA_FILES, EXPORTED_DATA, RunFolder
+from moe_train.training.runtime.world import World
+from moe_train.utils.atomic_io import replace_text
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What a run says of its data.
+
+    Attributes:
+        vocabulary: file of the data folder -> checksum; None: it cannot be told. Empty where there is no vocabulary.
+        trained: directions or languages; None: it cannot be told.
+    """
+
+    vocabulary: Mapping[str, str] | None = None
+    trained: tuple[str, ...] | None = None
+
+    @classmethod
+    def of_task(cls, task: TrainingTask) -> RunData:
+        """What a run of this task is to say.
+
+        Raises:
+            DataError: the vocabulary cannot be read.
+        """
+        # A task of somebody else's may have neither.
+        vocabulary, trained = getattr(task, "vocabulary", None), getattr(task, "trained", ())
+        return cls({} if vocabulary is None else vocabulary.vocabulary_digests(), tuple(trained))
+
+    @classmethod
+    def said_by(cls, folder: RunFolder) -> RunData:
+        """What is written in the folder of a run or an export; runs of earlier versions say nothing."""
+        content = {**folder.content, **folder.info}
+        vocabulary, trained = content.get("vocabulary"), content.get("trained")
+        return cls(
+            dict(vocabulary) if isinstance(vocabulary, Mapping) else None,
+            tuple(map(str, trained)) if isinstance(trained, list) else None,
+        )
+
+    @classmethod
+    def of_run(
+        cls, folder: RunFolder, opened: tuple[TaskData, TrainingTask] | None = None, keep: bool = True
+    ) -> RunData:
+        """What is known of a run or an export.
+
+        What one of an earlier version does not say is taken from the data that it was trained on, where that is still
+        there, and kept in a finished run, with a note.
+
+        Args:
+            opened: data that may be the same, and a task on it, opened already.
+            keep: write and say that; of several processes, one does.
+        """
+        said = cls.said_by(folder)
+        if said.vocabulary is not None and said.trained is not None:
+            return said
+        is_run = folder.checkpoints.is_dir()  # an export has its own dictionary
+        try:
+            same = opened is not None and opened[0].fingerprint == folder.content["data_fingerprint"]
+            taken = cls.of_task(opened[1] if opened is not None and same else _own_task(folder))
+        except UserError as error:
+            if keep:
+                note(f"{folder.path} does not say what vocabulary it was trained with, and it cannot be told: {error}")
+            return said
+        if keep and is_run:
+            note(f"{folder.path} keeps no checksums of its vocabulary yet: taken from its data folder")
+            if folder.finished:
+                with suppress(OSError):  # not ours to write into
+                    folder.describe(**taken.to_json())
+        return taken
+
+    def to_json(self) -> dict[str, Any]:
+        """Keys of ``run.json``."""
+        return {"vocabulary": dict(self.vocabulary or {}), "trained": list(self.trained or ())}
+
+    def check_vocabulary(self, task: TrainingTask, run: Path) -> None:
+        """Whether the run's weights mean the pieces of this task's vocabulary.
+
+        Raises:
+            DataError: they mean others.
+        """
+        folder: DataFolder | None = getattr(task, "vocabulary", None)
+        if folder is None or not self.vocabulary:
+            return
+        for name, digest in folder.vocabulary_digests().items():
+            if self.vocabulary.get(name) != digest:
+                raise DataError(
+                    f"this is another vocabulary than {run} was trained with: its {name} differs",
+                    str(folder.path / name),
+                    "give the data folder that was trained on, or prepare this text with its vocabulary: "
+                    "moe-prepare vocabulary.reuse=FOLDER",
+                )
+
+
+def _own_task(folder: RunFolder) -> TrainingTask:
+    """The task of a run or an export, on its own data.
+
+    Raises:
+        UserError: the data is not there, or is not what was trained on.
+    """
+    config = folder.config
+    if config.data == EXPORTED_DATA and not folder.checkpoints.is_dir():
+        config = dataclasses.replace(config, data=str(folder.path / EXPORTED_DATA))
+    data = open_data(config)
+    if folder.content.get("data_fingerprint") not in ("", None, data.fingerprint):
+        raise DataError("the data was changed after training", config.data)
+    return build_task(config, data)
+
+
+def run_of(source: str | Path) -> RunFolder | None:
+    """The run or the export that a path means: its folder, or that of one of its checkpoints."""
+    path = Path(source).absolute()
+    for folder in (path, *path.parents[:2]):
+        if RunFolder(folder).exists:
+            return RunFolder(folder)
+    return None
+
+
+def check_initial_vocabulary(source: str, task: TrainingTask) -> None:
+    """Whether ``training.init_from`` has weights for the pieces of this task's vocabulary.
+
+    Raises:
+        DataError: it has them for others.
+    """
+    run = run_of(source)
+    if run is None:
+        if not Path(source).exists():
+            return  # whoever reads the weights says so
+        note(f"{source} is in no run folder: whether its vocabulary is that of the data cannot be told")
+        return
+    RunData.of_run(run).check_vocabulary(task, run.path)
+
+
+def verify_data(
+    data: TaskData, task: TrainingTask | None, how: DataVerify, world: World | None = None, training: bool = True
+) -> None:
+    """Compares a data folder, and the one of the vocabulary, with the checksums of their manifests.
+
+    Every rank calls it. The ranks of a host share the files that it sees.
+
+    Args:
+        training: the sentences that only training reads, too.
+
+    Raises:
+        DataError: on every rank, whichever of them found it; names the file.
+    """
+    world = world or World()
+    vocabulary: DataFolder | None = getattr(task, "vocabulary", None)
+    folders = {id(found): found for found in (data, vocabulary) if isinstance(found, DataFolder)}
+
+    def verify() -> None:
+        for folder in folders.values():
+            folder.verify(how, training and folder is data, (world.local_rank, world.local_size))
+
+    everywhere(world, verify)
+
+
+def check_input_files(folder: RunFolder, data: TaskData, how: DataVerify, keep: bool) -> None:
+    """Compares input files that no manifest lists with those that the run has read; one process calls it.
+
+    Args:
+        keep: keep the checksums where the run has none yet.
+
+    Raises:
+        DataError: a file that is gone or altered; it is named.
+    """
+    inputs: InputFiles = getattr(data, "inputs", InputFiles(data.path))
+    if how == "never" or not inputs.names:
+        return
+    path = folder.path / DATA_FILES
+    before = _read(path) if folder.exists else None  # else it is of a start that came to nothing
+    if before is None:
+        if keep:
+            if folder.exists:
+                note(f"{folder.path} keeps no checksums of its data yet: taken from {inputs.root}")
+            content = {"format": 1, "folder": str(inputs.root.absolute()), "files": _digests(inputs, how)}
+            replace_text(path, json.dumps(content, indent=1) + "\n")
+        return
+    for name in before.keys() - set(inputs.names):
+        raise _altered(inputs, name, "the file is gone", folder)
+    for name, digest in _digests(inputs, how).items():
+        if before.get(name, digest) != digest:
+            raise _altered(inputs, name, "the file was altered", folder)
+    if more := len(set(inputs.names) - before.keys()):
+        note(f"{inputs.root} has {plural(more, 'file')} that {folder.path} has not read in its training")
+
+
+def note_changed_folder(folder: RunFolder, data: TaskData, main: bool) -> None:
+    """Says that a data folder is, by its manifest, not what the run was trained on; ``main``: this rank does so."""
+    if main and isinstance(data, DataFolder) and folder.content["data_fingerprint"] not in ("", data.fingerprint):
+        note(f"{data.path} was prepared anew or altered after {folder.path} was trained on it")
+
+
+def _digests(inputs: InputFiles, how: DataVerify) -> dict[str, str]:
+    return dict(sorted(file_digests(inputs.root, inputs.names, how).items()))
+
+
+def _altered(inputs: InputFiles, name: str, what: str, folder: RunFolder) -> DataError:
+    return DataError(
+        f"{what} since {folder.path} was trained on it",
+        str(inputs.root / name),
+        "restore it, or leave the comparison out: data_verify=never",
+    )
+
+
+def _read(path: Path) -> dict[str, str] | None:
+    """Name -> checksum; None where the run has kept none."""
+    if not path.is_file():
+        return None
+    try:
+        files = json.loads(path.read_text(encoding="utf-8"))["files"]
+        return {str(name): str(digest) for name, digest in files.items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        remedy = "remove it: the next start takes the checksums again"
+        raise DataError(f"the checksums of the run's data cannot be read ({error})", str(path), remedy) from error
