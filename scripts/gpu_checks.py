@@ -45,7 +45,7 @@ from moe_train.parallel.dispatch_options import DispatchOptions
 from moe_train.parallel.isolation import LOOPBACK
 from moe_train.parallel.layout import ExpertLayout
 from moe_train.parallel.layout_plan import LayoutPlan
-from moe_train.parallel.reducers import ProcessRanks
+from moe_train.parallel.reducers import DistReduction
 from moe_train.routing.types import Assignment
 
 SYNC = "called a synchronizing CUDA operation"
@@ -112,7 +112,7 @@ def make(routing: Mapping[str, Any], sizes: Sizes, device: str, options: Dispatc
         layout = ExpertLayout.build(LayoutPlan(1, 1, 1), device, force_dispatch=True, options=options)
     keys = {"num_experts": sizes.num_experts, **routing}
     layer = MoELayer(sizes.dim, sizes.hidden, keys, activation="gelu", layout=layout).to(device).train()
-    layer.set_ranks(ProcessRanks())
+    layer.set_ranks(DistReduction())
     return layer
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from rich.markup import escape
 
 from moe_train.commands._scoring import check_scoring, score_when_finished
-from moe_train.commands.cli.app import said_once
+from moe_train.commands.cli.app import print_error_once
 from moe_train.commands.cli.hydra_job import in_sweep, overrides, run_directory
 from moe_train.config import RunConfig, build, to_mapping
 from moe_train.errors import UserError
@@ -27,10 +27,10 @@ from moe_train.launch.slurm import is_array_job
 from moe_train.models.accounting import account
 from moe_train.screen import Screen
 from moe_train.tasks import TaskData, build_task, locate_data, open_data
-from moe_train.training import Outcome, RunFolder, World, train
-from moe_train.training.checkpoint.store import CheckpointStore, everywhere
+from moe_train.training import RunFolder, RunOutcome, World, train
+from moe_train.training.checkpoint.store import CheckpointStore, run_on_all_ranks
 from moe_train.training.preflight import check_run
-from moe_train.training.run.resolve_layout import plan_run, settle
+from moe_train.training.run.resolve_layout import plan_run, resolve_config
 from moe_train.training.run.run_data import RunData, check_initial_vocabulary, check_input_files, verify_data
 from moe_train.training.run.run_folder import FAILURE
 from moe_train.training.run.session_notes import session_notes
@@ -66,7 +66,7 @@ def _is_refusal(error: Exception, folder: RunFolder, before: tuple[int, int] | N
 
 
 def _checked_and_trained(mapping: Mapping[str, Any], folder: RunFolder | None) -> float | None:
-    with said_once():
+    with print_error_once():
         config = read_config(mapping)
         check_devices(config.launch)
         check_scoring(config)
@@ -104,7 +104,7 @@ def checked(config: RunConfig, folder: RunFolder | None) -> tuple[RunConfig, Tas
     data = open_data(config)
     plan = plan_run(config, world_size(config.launch), ranks_per_node(config.launch))
     before = folder.config if folder is not None and folder.exists else None
-    settled = settle(config, plan, before)
+    settled = resolve_config(config, plan, before)
     task = build_task(settled, data)
     if not under_launcher():  # whose ranks share the work when they have met
         verify_data(data, task, config.data_verify)
@@ -116,16 +116,16 @@ def checked(config: RunConfig, folder: RunFolder | None) -> tuple[RunConfig, Tas
     return settled, data
 
 
-def on_this_host(config: RunConfig, data: TaskData, folder: RunFolder) -> Outcome:
+def on_this_host(config: RunConfig, data: TaskData, folder: RunFolder) -> RunOutcome:
     """Trains here, or in ``launch.processes`` processes; the folder is claimed for as long."""
     with folder.claimed(), _forgotten_if_refused(folder):
         if nothing_to_do := _begin(folder, config, data):
             return nothing_to_do
         mapping, path = to_mapping(config), str(folder.path)
         if config.launch.processes == 1 and config.engine.name != "deepspeed":  # which wants a process group
-            return Outcome(**work(mapping, path))
+            return RunOutcome(**work(mapping, path))
         arguments = {"mapping": mapping, "folder": path}
-        return Outcome(**launch(TARGET, arguments, config.launch, folder.logs)[0])
+        return RunOutcome(**launch(TARGET, arguments, config.launch, folder.logs)[0])
 
 
 def work(mapping: Mapping[str, Any], folder: str) -> dict[str, Any]:
@@ -135,7 +135,7 @@ def work(mapping: Mapping[str, Any], folder: str) -> dict[str, Any]:
         return dataclasses.asdict(_train(config, open_data(config), RunFolder(Path(folder)), world))
 
 
-def joined(mapping: Mapping[str, Any], own: RunFolder | None) -> Outcome:
+def joined(mapping: Mapping[str, Any], own: RunFolder | None) -> RunOutcome:
     """The same under torchrun: rank 0's folder is everybody's, and so are the numbers that it has settled.
 
     Args:
@@ -157,8 +157,8 @@ def joined(mapping: Mapping[str, Any], own: RunFolder | None) -> Outcome:
             done = _begin(folder, dataclasses.replace(config, resume="must") if goes_on else config, data)
             return dataclasses.asdict(done) if done else None
 
-        nothing_to_do = world.broadcast(everywhere(world, ready))
-        outcome = Outcome(**nothing_to_do) if nothing_to_do else _train(config, data, folder, world)
+        nothing_to_do = world.broadcast(run_on_all_ranks(world, ready))
+        outcome = RunOutcome(**nothing_to_do) if nothing_to_do else _train(config, data, folder, world)
         score_when_finished(config, folder, world)
         return outcome
 
@@ -175,13 +175,13 @@ def _forgotten_if_refused(folder: RunFolder) -> Iterator[None]:
         raise
 
 
-def _begin(folder: RunFolder, config: RunConfig, data: TaskData) -> Outcome | None:
+def _begin(folder: RunFolder, config: RunConfig, data: TaskData) -> RunOutcome | None:
     """Checks the folder and readies it; gives an outcome where the run is finished and no more is wanted."""
     folder.check(config, data.fingerprint)
     if folder.exists and folder.finished and not folder.extended_by(config):
         info = folder.info
         Screen().print(f"nothing to do, the run is finished: {folder.path}", highlight=False, soft_wrap=True)
-        return Outcome(info["status"], info["update"], info.get("best"), info.get("best_update", 0))
+        return RunOutcome(info["status"], info["update"], info.get("best"), info.get("best_update", 0))
     if folder.info:
         RunData.of_run(folder, (data, task := build_task(config, data))).check_vocabulary(task, folder.path)
     check_input_files(folder, data, config.data_verify, keep=True)
@@ -191,7 +191,7 @@ def _begin(folder: RunFolder, config: RunConfig, data: TaskData) -> Outcome | No
     return None
 
 
-def _train(config: RunConfig, data: Any, folder: RunFolder, world: World) -> Outcome:
+def _train(config: RunConfig, data: Any, folder: RunFolder, world: World) -> RunOutcome:
     task: Any = build_task(config, data)
     validate_bleu = None
     with logging_to(folder.logs, world.rank):

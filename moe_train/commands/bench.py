@@ -30,7 +30,7 @@ from rich.table import Table
 from moe_train import __version__
 from moe_train.analysis.bench.bench_layer import DTYPES, BenchRow, bench_layer
 from moe_train.analysis.bench.bench_peers import PEERS
-from moe_train.analysis.bench.bench_shape import SHAPES, LayerShape
+from moe_train.analysis.bench.bench_shape import SHAPES, BenchShape
 from moe_train.commands.cli.messages import INTERRUPTED, say_error, say_interrupted
 from moe_train.config import ModelConfig, build
 from moe_train.config.paths import configs_directory
@@ -79,13 +79,13 @@ def run_layer(given: argparse.Namespace) -> None:
 
 def run_inference(given: argparse.Namespace) -> None:
     """``moe-bench inference``."""
-    from moe_train.analysis.bench.bench_inference import Workload, bench_inference
+    from moe_train.analysis.bench.bench_inference import DecodingWorkload, bench_inference
 
     keys = OmegaConf.to_container(OmegaConf.load(configs_directory() / "model" / f"{given.model}.yaml"))
     assert isinstance(keys, dict)
     sizes = {str(key): value for key, value in keys.items()}
     model = build(ModelConfig, {**sizes, "sparse_layers": given.sparse_layers}, "model")
-    work = Workload(length=given.length, beam=given.beam, steps=given.steps, vocabulary=given.vocabulary)
+    work = DecodingWorkload(length=given.length, beam=given.beam, steps=given.steps, vocabulary=given.vocabulary)
     rows = []
     for sentences in _tracked(given.sentences):
         batch = dataclasses.replace(work, sentences=sentences)
@@ -177,7 +177,7 @@ def _parser() -> argparse.ArgumentParser:
     shapes = (
         "tokens, width, hidden width, experts, experts per token; may be given several times; without it a list of ours"
     )
-    layer.add_argument("--shape", type=LayerShape.parse, action="append", metavar="T,D,H,E,K", help=shapes)
+    layer.add_argument("--shape", type=BenchShape.parse, action="append", metavar="T,D,H,E,K", help=shapes)
     types = list(DTYPES)
     layer.add_argument(
         "--dtype", nargs="+", choices=types, default=types, metavar="TYPE", help=f"of {', '.join(types)}"

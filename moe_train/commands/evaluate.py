@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
-from moe_train.commands.cli.app import run_app, said_once
+from moe_train.commands.cli.app import print_error_once, run_app
 from moe_train.launch.job.env import under_launcher
 
 
@@ -22,7 +22,7 @@ def run(mapping: Mapping[str, Any]) -> float:
     from moe_train.training.runtime.world import World
 
     config = build(EvaluateConfig, mapping)
-    with said_once():  # before ranks meet, checkpoints are verified and texts are encoded
+    with print_error_once():  # before ranks meet, checkpoints are verified and texts are encoded
         trained = RunFolder.open(config.run).config
         if trained.task.translates:
             plan_evaluation(trained, config.expert_parallel, world_size(config.launch), ranks_per_node(config.launch))

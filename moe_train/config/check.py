@@ -70,7 +70,7 @@ PositiveInt = Annotated[int, Range(above=0, most=2**31 - 1)]
 NonNegativeInt = Annotated[int, Range(least=0, most=2**31 - 1)]
 Seed = Annotated[int, Range(least=0, most=LARGEST)]
 Probability = Annotated[float, Range(least=0, below=1)]
-Ranks = Annotated[int, Range(least=0, most=2**20)]  # 0: as many as there are
+RankReduction = Annotated[int, Range(least=0, most=2**20)]  # 0: as many as there are
 Threads = Annotated[int, Range(least=0, most=1024)]  # 0: as many as there are cores
 SamplingTemperature = Annotated[float, Range(least=0.05, most=1e12)]  # sizes to the power of 20 stay finite
 # Of factors, weights and ratios: beyond these ends, products of two of them leave what 32 bits hold.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from moe_train.config import check
-from moe_train.config.check import NonNegativeFloat, NonNegativeInt, PositiveInt, Range, Ranks, Seed
+from moe_train.config.check import NonNegativeFloat, NonNegativeInt, PositiveInt, Range, RankReduction, Seed
 from moe_train.config.engine import EngineConfig
 from moe_train.config.model import ModelConfig
 from moe_train.config.training import TrainingConfig
@@ -94,8 +94,8 @@ class LayoutConfig:
     """
 
     name: Literal["data_parallel", "expert_parallel", "node", "two_level"] = "data_parallel"
-    expert_parallel: Ranks = 1
-    ranks_per_node: Ranks = 0
+    expert_parallel: RankReduction = 1
+    ranks_per_node: RankReduction = 0
     two_level: bool = False
     overlap: bool = False
     fixed_rows: NonNegativeInt = 0

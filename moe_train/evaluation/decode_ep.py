@@ -15,11 +15,11 @@ import torch
 from moe_train.config import LayoutConfig, RunConfig, SearchConfig
 from moe_train.errors import ConfigError
 from moe_train.evaluation.loading import OpenedRun
-from moe_train.evaluation.translator import Job, Outcome, Translator
+from moe_train.evaluation.translator import Job, JobResult, Translator
 from moe_train.parallel.layout import ExpertLayout
 from moe_train.parallel.layout_plan import LayoutPlan
-from moe_train.parallel.reducers import ProcessRanks
-from moe_train.routing.context import Ranks
+from moe_train.parallel.reducers import DistReduction
+from moe_train.routing.context import RankReduction
 from moe_train.training.run.resolve_layout import plan_run
 from moe_train.training.runtime.world import World
 
@@ -42,7 +42,7 @@ def plan_evaluation(config: RunConfig, expert_parallel: int, processes: int, ran
 
 def decode_in_step(
     run: OpenedRun, jobs: Sequence[Job], search: SearchConfig, plan: LayoutPlan, device: torch.device
-) -> Iterator[tuple[int, Outcome]]:
+) -> Iterator[tuple[int, JobResult]]:
     """This rank's jobs, as they are done: their numbers and outcomes. Every rank of the default group iterates it."""
     world, layout = World.current(device), ExpertLayout.build(plan, device.type)
     model = run.load(device, layout).model
@@ -55,6 +55,6 @@ def decode_in_step(
             translator.run(Job(jobs[0].source, jobs[0].target, (), ()))
 
 
-def _company(layout: ExpertLayout) -> Ranks | None:
+def _company(layout: ExpertLayout) -> RankReduction | None:
     """The ranks that experts are divided over."""
-    return ProcessRanks(layout.expert_groups[0]) if layout.plan.expert_parallel > 1 else None
+    return DistReduction(layout.expert_groups[0]) if layout.plan.expert_parallel > 1 else None

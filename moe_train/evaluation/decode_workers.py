@@ -26,12 +26,12 @@ from moe_train.config.evaluation import Inference
 from moe_train.errors import LaunchError, UserError
 from moe_train.evaluation.decode_ep import decode_in_step, plan_evaluation
 from moe_train.evaluation.loading import OpenedRun, choose_device, open_run
-from moe_train.evaluation.translator import Job, Outcome, Translator
+from moe_train.evaluation.translator import Job, JobResult, Translator
 from moe_train.parallel.isolation import LOOPBACK, SECRET
 from moe_train.parallel.layout_plan import LayoutPlan
 from moe_train.plugins import import_user_dir
 from moe_train.training.runtime.world import World
-from moe_train.utils.process import children_uninterrupted, die_with
+from moe_train.utils.process import children_uninterrupted, die_with_parent
 
 Progress = Callable[[int], None]
 
@@ -67,7 +67,7 @@ def decode(
     launch: LaunchConfig,
     progress: Progress | None = None,
     expert_parallel: int = 1,
-) -> list[Outcome]:
+) -> list[JobResult]:
     """Does the jobs: on the ranks of the default process group where there is one, else in ``launch.processes``
     processes of its own.
 
@@ -102,7 +102,7 @@ def _decode_as_rank(
     launch: LaunchConfig,
     progress: Progress | None,
     expert_parallel: int,
-) -> list[Outcome]:
+) -> list[JobResult]:
     """Every rank gets all outcomes. ``progress`` hears of this rank's rounds, as if all had done theirs."""
     world = World.current(choose_device(launch.device, World.current().local_rank))
     plan = plan_evaluation(run.config, expert_parallel, world.size, world.local_size)
@@ -113,13 +113,13 @@ def _decode_as_rank(
             first = number - world.rank
             progress(sum(len(job.sentences) for job in jobs[first : first + world.size]))
     shares: list[list[Any]] = world.gather([[number, asdict(outcome)] for number, outcome in done.items()])
-    everyone = {number: Outcome.from_json(outcome) for share in shares for number, outcome in share}
+    everyone = {number: JobResult.from_json(outcome) for share in shares for number, outcome in share}
     return [everyone[number] for number in range(len(jobs))]
 
 
 def _decode_here(
     run: OpenedRun, jobs: Sequence[Job], search: SearchConfig, device: str, progress: Progress | None
-) -> list[Outcome]:
+) -> list[JobResult]:
     place = choose_device(device)
     translator = Translator(run.task, run.load(place).model, search, place)
     outcomes = []
@@ -137,7 +137,7 @@ def _decode_in_processes(
     launch: LaunchConfig,
     progress: Progress | None,
     plan: LayoutPlan,
-) -> list[Outcome]:
+) -> list[JobResult]:
     divided = plan.expert_parallel > 1
     count = plan.world if divided else min(launch.processes, len(jobs))
     recipe = _Recipe(
@@ -178,8 +178,8 @@ def _decode_in_processes(
 
 def _collect(
     jobs: Sequence[Job], outbox: Any, processes: Sequence[BaseProcess], progress: Progress | None
-) -> list[Outcome]:
-    outcomes: dict[int, Outcome] = {}
+) -> list[JobResult]:
+    outcomes: dict[int, JobResult] = {}
     while len(outcomes) < len(jobs):
         dead = [p for p in processes if p.exitcode not in (None, 0)]
         try:
@@ -210,7 +210,7 @@ def _threads(processes: int) -> int:
 
 def _work_as_rank(recipe: _Recipe, rank: int, jobs: Sequence[Job], meeting: str, outbox: Any) -> None:
     """A process that holds a part of the experts: its share of the jobs, in step with the others."""
-    die_with(recipe.parent)
+    die_with_parent(recipe.parent)
     try:
         assert recipe.plan is not None
         torch.set_num_threads(recipe.threads)
@@ -231,7 +231,7 @@ def _work_as_rank(recipe: _Recipe, rank: int, jobs: Sequence[Job], meeting: str,
 
 def _work(recipe: _Recipe, number: int, inbox: Any, outbox: Any) -> None:
     """A process: takes (index, job) until None, gives (index, outcome); what goes wrong travels as (-1, error)."""
-    die_with(recipe.parent)
+    die_with_parent(recipe.parent)
     try:
         torch.set_num_threads(recipe.threads)
         device = choose_device(recipe.device, number)

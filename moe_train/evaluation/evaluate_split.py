@@ -27,16 +27,16 @@ from moe_train.evaluation.routed_tokens import describe_all
 from moe_train.evaluation.scoring.bleu_chrf import AUTO, Scorer, require_tokenizer
 from moe_train.evaluation.scoring.further_metrics import find_metrics, measure_with
 from moe_train.evaluation.scoring.results import DirectionResult, Results, read_results
-from moe_train.evaluation.translator import Encoded, Outcome, Translation, encode
+from moe_train.evaluation.translator import Encoded, JobResult, Translation, encode
 from moe_train.screen import Screen
 from moe_train.training.checkpoint.checksums import MANIFEST, replace_text
-from moe_train.training.checkpoint.store import everywhere
+from moe_train.training.checkpoint.store import run_on_all_ranks
 from moe_train.training.run.run_info import versions
 from moe_train.training.runtime.world import World
 
 
 @dataclass(frozen=True)
-class Held:
+class HeldOutSet:
     """One direction of a split: untouched text, and the sources made ready for decoding."""
 
     direction: str
@@ -68,7 +68,7 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> Results:
     chosen = choose_directions(run, config.split, config.directions)
     everything = chosen == default_directions(run, config.split)
     part = part_name([] if everything else chosen, config.max_sentences)
-    place = everywhere(world, lambda: _place(run, config, part, console) if world.main else None)
+    place = run_on_all_ranks(world, lambda: _place(run, config, part, console) if world.main else None)
     held = [_hold(run, config, name) for name in chosen]
     jobs = [job for entry in held for job in entry.encoded.jobs]
     start = time.perf_counter()
@@ -79,7 +79,7 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> Results:
     def finish() -> Results | None:
         return None if place is None else _scored(run, config, place, held, outcomes, seconds)
 
-    found = everywhere(world, finish)
+    found = run_on_all_ranks(world, finish)
     results = Results.from_json(world.broadcast(found.to_json() if found is not None else {}))
     if place is not None and console is not None:
         console.print(f"written: {place.files.scores}", highlight=False, markup=False, soft_wrap=True)
@@ -106,8 +106,8 @@ def _scored(
     run: OpenedRun,
     config: EvaluateConfig,
     place: _Place,
-    held: Sequence[Held],
-    outcomes: Sequence[Outcome],
+    held: Sequence[HeldOutSet],
+    outcomes: Sequence[JobResult],
     seconds: float,
 ) -> Results:
     """Writes outputs and scores; under a launcher one rank does it."""
@@ -161,16 +161,16 @@ def default_directions(run: OpenedRun, split: str) -> list[str]:
     return sorted({name for name in run.trained if name in known})
 
 
-def _hold(run: OpenedRun, config: EvaluateConfig, direction: str) -> Held:
+def _hold(run: OpenedRun, config: EvaluateConfig, direction: str) -> HeldOutSet:
     source, target = direction.split("-")
     sources, references = run.data.raw(config.split, direction)
     if config.max_sentences:
         sources, references = sources[: config.max_sentences], references[: config.max_sentences]
     encoded = encode(run.task, sources, source, target, config.search.batch_tokens)
-    return Held(direction, sources, references, encoded)
+    return HeldOutSet(direction, sources, references, encoded)
 
 
-def _assemble(held: Sequence[Held], outcomes: Sequence[Outcome]) -> list[list[Translation]]:
+def _assemble(held: Sequence[HeldOutSet], outcomes: Sequence[JobResult]) -> list[list[Translation]]:
     """Outcomes in the order of all jobs → a list per direction."""
     rest = iter(outcomes)
     return [entry.encoded.assemble([next(rest) for _ in entry.encoded.jobs]) for entry in held]
@@ -182,7 +182,7 @@ def _assemble(held: Sequence[Held], outcomes: Sequence[Outcome]) -> list[list[Tr
 def _results(
     run: OpenedRun,
     config: EvaluateConfig,
-    held: Sequence[Held],
+    held: Sequence[HeldOutSet],
     translations: Sequence[Sequence[Translation]],
     speed: dict[str, Any],
 ) -> Results:
@@ -211,8 +211,8 @@ def _results(
     )
 
 
-def _score(scorer: Scorer, entry: Held, hypotheses: list[str], seed: int, zero_shot: bool) -> DirectionResult:
-    shuffled = displaced(hypotheses, f"{seed}/{entry.direction}")
+def _score(scorer: Scorer, entry: HeldOutSet, hypotheses: list[str], seed: int, zero_shot: bool) -> DirectionResult:
+    shuffled = move_earlier_results(hypotheses, f"{seed}/{entry.direction}")
     return DirectionResult(
         scores=scorer.score(hypotheses, entry.references),
         baselines={
@@ -227,7 +227,7 @@ def _score(scorer: Scorer, entry: Held, hypotheses: list[str], seed: int, zero_s
     )
 
 
-def _measured(config: EvaluateConfig, entry: Held, hypotheses: list[str]) -> tuple[dict[str, float], list[str]]:
+def _measured(config: EvaluateConfig, entry: HeldOutSet, hypotheses: list[str]) -> tuple[dict[str, float], list[str]]:
     """Scores of further metrics by name, and notes on those that failed."""
     scores: dict[str, float] = {}
     failed = []
@@ -239,7 +239,7 @@ def _measured(config: EvaluateConfig, entry: Held, hypotheses: list[str]) -> tup
     return scores, failed
 
 
-def displaced(lines: Sequence[str], seed: str) -> list[str]:
+def move_earlier_results(lines: Sequence[str], seed: str) -> list[str]:
     """The lines in a seeded random order in which none stays in its place (Sattolo's algorithm); one line stays."""
     order, draw = list(lines), random.Random(seed)
     for last in range(len(order) - 1, 0, -1):
@@ -252,7 +252,7 @@ def _words(lines: Sequence[str]) -> int:
     return sum(len(line.split()) for line in lines)
 
 
-def _notes(run: OpenedRun, scorer: Scorer, entry: Held) -> list[str]:
+def _notes(run: OpenedRun, scorer: Scorer, entry: HeldOutSet) -> list[str]:
     notes = [scorer.tokenization.note] if scorer.tokenization.note else []
     if entry.encoded.truncated:
         lines = [line + 1 for line in entry.encoded.truncated]
@@ -282,7 +282,7 @@ def _settings(run: OpenedRun, config: EvaluateConfig) -> dict[str, Any]:
 
 
 def _speed(
-    translations: Sequence[Sequence[Translation]], outcomes: Sequence[Outcome], seconds: float, config: EvaluateConfig
+    translations: Sequence[Sequence[Translation]], outcomes: Sequence[JobResult], seconds: float, config: EvaluateConfig
 ) -> dict[str, Any]:
     """Words and tokens per second of decoding: over the summed time of all processes, divided by their number.
 

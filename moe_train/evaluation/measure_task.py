@@ -22,7 +22,7 @@ from moe_train.evaluation.routed_tokens import describe_routed
 from moe_train.training.checkpoint.checksums import MANIFEST, replace_text
 from moe_train.training.data_loader import move
 from moe_train.training.metrics.interval import per_token
-from moe_train.training.metrics.sums import Sums, total
+from moe_train.training.metrics.sums import MetricSums, total
 from moe_train.training.run.run_info import versions
 
 _DECIDING = ("checkpoint_digest", "data_fingerprint", "max_sentences", "routing", "draw_seed")
@@ -98,13 +98,13 @@ def _deciding(text: str | bytes) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _measure_set(run: LoadedRun, split: str, name: str, batches: Sequence[Indices], device: torch.device) -> Sums:
+def _measure_set(run: LoadedRun, split: str, name: str, batches: Sequence[Indices], device: torch.device) -> MetricSums:
     criterion = run.task.build_criterion().eval()
     parts = []
     for batch in batches:
         sample = move(run.task.evaluation_sample(split, name, batch), device)
         sample["world_ntokens"] = torch.tensor(float(sample["ntokens"]), device=device)
-        parts.append(Sums.of(criterion(run.model, sample)[2], device))
+        parts.append(MetricSums.of(criterion(run.model, sample)[2], device))
     return total(parts)
 
 

@@ -12,11 +12,11 @@ from torch import nn
 from moe_train.layers import Block, RoutingRecord
 from moe_train.routing.types import RoutingStatistics
 from moe_train.training.metrics.interval import describe_routing
-from moe_train.training.metrics.sums import ROUTING, Sums, total
+from moe_train.training.metrics.sums import ROUTING, MetricSums, total
 
 
 @contextmanager
-def counting(model: Any) -> Iterator[Callable[[], Sums]]:
+def counting(model: Any) -> Iterator[Callable[[], MetricSums]]:
     """Gives what counts, when it is called, everything that the model's sparse blocks have routed inside."""
     seen: dict[int, list[RoutingStatistics]] = {}
 
@@ -34,16 +34,16 @@ def counting(model: Any) -> Iterator[Callable[[], Sums]]:
             handle.remove()
 
 
-def _sum(seen: Mapping[int, list[RoutingStatistics]]) -> Sums:
+def _sum(seen: Mapping[int, list[RoutingStatistics]]) -> MetricSums:
     device = torch.device("cpu")
     layers = {
-        layer: total([Sums.of({ROUTING: {layer: part}}, device) for part in parts]).routing()[layer]
+        layer: total([MetricSums.of({ROUTING: {layer: part}}, device) for part in parts]).routing()[layer]
         for layer, parts in seen.items()
     }
-    return Sums.of({ROUTING: layers}, device)
+    return MetricSums.of({ROUTING: layers}, device)
 
 
-def describe_routed(sums: Sums) -> dict[str, Any]:
+def describe_routed(sums: MetricSums) -> dict[str, Any]:
     """:func:`describe_routing` and the tokens of each layer; empty without sparse blocks."""
     layers = sums.routing()
     tokens = {str(layer): int(found.tokens) for layer, found in layers.items()}
@@ -51,5 +51,5 @@ def describe_routed(sums: Sums) -> dict[str, Any]:
 
 
 def describe_all(parts: list[Mapping[str, Any]]) -> dict[str, Any]:
-    """:func:`describe_routed` of the sum of what :meth:`Sums.to_json` gave."""
-    return describe_routed(total([Sums.from_json(part, torch.device("cpu")) for part in parts])) if parts else {}
+    """:func:`describe_routed` of the sum of what :meth:`MetricSums.to_json` gave."""
+    return describe_routed(total([MetricSums.from_json(part, torch.device("cpu")) for part in parts])) if parts else {}

@@ -13,8 +13,8 @@ import torch
 from moe_train.config import RunConfig, SearchConfig
 from moe_train.data.folder import DataFolder
 from moe_train.evaluation.routed_tokens import counting
-from moe_train.evaluation.search.beam_search import BeamSearch, SearchableModel
-from moe_train.routing.context import Ranks
+from moe_train.evaluation.search.beam_search import BeamSearch, DecodableModel
+from moe_train.routing.context import RankReduction
 
 _FRAME = 2  # a tag and the end symbol, at most
 _LINE_ENDS = {ord(c): " " for c in "\r\n"}
@@ -67,7 +67,7 @@ class Translation:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class JobResult:
     """A job done: a translation per sentence, and the seconds that it took.
 
     Attributes:
@@ -79,7 +79,7 @@ class Outcome:
     routing: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> Outcome:
+    def from_json(cls, content: Mapping[str, Any]) -> JobResult:
         """The inverse of :func:`dataclasses.asdict`, after a journey as JSON."""
         translations = tuple(Translation(**one) for one in content["translations"])
         return cls(translations, content["seconds"], content["routing"])
@@ -119,7 +119,7 @@ class Encoded:
     total: int
     truncated: tuple[int, ...] = ()
 
-    def assemble(self, outcomes: Sequence[Outcome]) -> list[Translation]:
+    def assemble(self, outcomes: Sequence[JobResult]) -> list[Translation]:
         """One translation per line, in the order of the lines; blank ones stay blank."""
         result = [EMPTY] * self.total
         for lines, outcome in zip(self.lines, outcomes, strict=True):
@@ -160,16 +160,16 @@ class Translator:
     def __init__(
         self,
         task: InferenceTask,
-        model: SearchableModel,
+        model: DecodableModel,
         search: SearchConfig,
         device: torch.device | str = "cpu",
-        company: Ranks | None = None,
+        group: RankReduction | None = None,
     ) -> None:
         self.task, self.config, self.device = task, search, torch.device(device)
         self._model = model
-        self._search = BeamSearch(model, task.target_dictionary, search, company)
+        self._search = BeamSearch(model, task.target_dictionary, search, group)
 
-    def run(self, job: Job) -> Outcome:
+    def run(self, job: Job) -> JobResult:
         """Translates one batch."""
         start = time.perf_counter()
         sample = self.task.inference_sample(job.sentences, job.source, job.target, job.uids)
@@ -181,7 +181,7 @@ class Translator:
             Translation(tokenizer.decode(ids).translate(_LINE_ENDS), round(score, 6), len(ids) + 1)
             for ids, score in zip(found.best(), found.best_scores(), strict=True)
         )
-        return Outcome(translations, time.perf_counter() - start, counted().to_json())
+        return JobResult(translations, time.perf_counter() - start, counted().to_json())
 
     def translate(
         self, lines: Sequence[str], source: str, target: str, progress: Callable[[int], None] | None = None

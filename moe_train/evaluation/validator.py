@@ -14,8 +14,8 @@ from moe_train.config import SearchConfig
 from moe_train.data.folder import DataFolder
 from moe_train.evaluation.long_lines import cut_note
 from moe_train.evaluation.scoring.bleu_chrf import Scorer
-from moe_train.evaluation.translator import Encoded, InferenceTask, Job, Outcome, Translator, encode
-from moe_train.routing.context import Alone
+from moe_train.evaluation.translator import Encoded, InferenceTask, Job, JobResult, Translator, encode
+from moe_train.routing.context import LocalReduction
 from moe_train.training.runtime.world import World
 
 _log = logging.getLogger(__name__)
@@ -51,10 +51,10 @@ def make_bleu_validator(
     def validate(model: nn.Module, between: Callable[[], None] = lambda: None) -> dict[str, float]:
         device = next(model.parameters()).device
         world = World.current(device)
-        company = world if together and world.size > 1 else None
+        group = world if together and world.size > 1 else None
         with _evaluating(model):
-            translator = Translator(task, model, search, device, company)  # type: ignore[arg-type]
-            outcomes = _share(translator, jobs, world, company is not None, between)
+            translator = Translator(task, model, search, device, group)  # type: ignore[arg-type]
+            outcomes = _share(translator, jobs, world, group is not None, between)
         return world.broadcast(_scores(held, outcomes) if world.main else {})
 
     return validate
@@ -76,7 +76,7 @@ def _hold(
 
 def _share(
     translator: Translator, jobs: list[Job], world: World, together: bool, between: Callable[[], None]
-) -> list[Outcome]:
+) -> list[JobResult]:
     """Every n-th job is this rank's; all outcomes on every rank, in the order of the jobs."""
     outcomes = []
     for first in range(0, len(jobs), world.size):
@@ -87,10 +87,10 @@ def _share(
         elif together:
             translator.run(Job(jobs[0].source, jobs[0].target, (), ()))
     shares = world.gather([asdict(outcome) for outcome in outcomes])
-    return [Outcome.from_json(shares[i % world.size][i // world.size]) for i in range(len(jobs))]
+    return [JobResult.from_json(shares[i % world.size][i // world.size]) for i in range(len(jobs))]
 
 
-def _scores(held: dict[str, tuple[Encoded, list[str]]], outcomes: list[Outcome]) -> dict[str, float]:
+def _scores(held: dict[str, tuple[Encoded, list[str]]], outcomes: list[JobResult]) -> dict[str, float]:
     rest = iter(outcomes)
     scores = {}
     for direction, (encoded, references) in held.items():
@@ -106,7 +106,7 @@ def _evaluating(model: Any) -> Iterator[None]:
     if settings is None:
         yield
         return
-    ranks, settings.ranks = settings.ranks, Alone()
+    ranks, settings.ranks = settings.ranks, LocalReduction()
     try:
         yield
     finally:

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from moe_train.experts.hidden_layer import HiddenLayer
 from moe_train.kernels.cpu.grad_pool import gradient_like
-from moe_train.kernels.cpu.matmul import bag_sums, batched, batched_affine
+from moe_train.kernels.cpu.matmul import bag_sums, batched, batched_linear
 
 
 class BatchedFeedForward(torch.autograd.Function):
@@ -26,10 +26,10 @@ class BatchedFeedForward(torch.autograd.Function):
         x = rows.view(w1.shape[0], -1, rows.shape[1])
         scale = hidden_layer.draw(rows, w1.shape[2])
         scale = None if scale is None else scale.view(*x.shape[:2], -1)
-        hidden, kept = hidden_layer.activate(batched_affine(x, w1, b1), scale)
+        hidden, kept = hidden_layer.activate(batched_linear(x, w1, b1), scale)
         ctx.hidden_layer, ctx.biased = hidden_layer, b1 is not None
         ctx.save_for_backward(x, w1, w2, scale, kept)
-        return batched_affine(hidden, w2, b2).flatten(0, 1)
+        return batched_linear(hidden, w2, b2).flatten(0, 1)
 
     @staticmethod
     @once_differentiable

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_train.experts.spec import Activation
-from moe_train.kernels.cpu.matmul import affine
+from moe_train.kernels.cpu.matmul import linear
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class HiddenLayer:
 
     def forward(self, x: Tensor, w: Tensor, b: Tensor | None, scale: Tensor | None) -> tuple[Tensor, Tensor]:
         """scale · act(x w + b), and what backward needs: ReLU's output tells all, GELU needs its input."""
-        before = affine(x, w, b, relu=self.activation == "relu")
+        before = linear(x, w, b, relu=self.activation == "relu")
         return self.dropped(before if self.activation == "relu" else F.gelu(before), scale), before
 
     def activate(self, before: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:

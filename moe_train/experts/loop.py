@@ -18,8 +18,8 @@ from moe_train.experts.hidden_layer import HiddenLayer
 from moe_train.experts.row_plan import RowPlan
 from moe_train.kernels.cpu.grad_pool import gradient_like
 from moe_train.kernels.cpu.huge_pages import empty_like
-from moe_train.kernels.cpu.matmul import affine, affine_into, bag_sums, outer_into
-from moe_train.kernels.cpu.thread_pool import over_parts
+from moe_train.kernels.cpu.matmul import bag_sums, linear, linear_into, weight_grad_into
+from moe_train.kernels.cpu.thread_pool import parallel_for
 
 
 class LoopedFeedForward(torch.autograd.Function):
@@ -48,9 +48,9 @@ class LoopedFeedForward(torch.autograd.Function):
         def work(experts: Iterable[int]) -> None:
             for e in experts:
                 hidden, kept[e] = hidden_layer.forward(x[e], first[e], bias1[e], scales[e])
-                affine_into(y[e], hidden, second[e], bias2[e])
+                linear_into(y[e], hidden, second[e], bias2[e])
 
-        over_parts(work, plan.rows, _flops(w1))
+        parallel_for(work, plan.rows, _flops(w1))
         ctx.plan, ctx.hidden_layer, ctx.biased = plan, hidden_layer, b1 is not None
         ctx.save_for_backward(rows, w1, w2, scale, *kept)
         return out
@@ -70,14 +70,14 @@ class LoopedFeedForward(torch.autograd.Function):
         def work(experts: Iterable[int]) -> None:
             for e in experts:
                 if weights is not None:
-                    outer_into(weights.each_w2[e], hidden_layer.recall(kept[e], scales[e]), gy[e])
-                g = hidden_layer.backward(affine(gy[e], second[e], None), kept[e], scales[e])
+                    weight_grad_into(weights.each_w2[e], hidden_layer.recall(kept[e], scales[e]), gy[e])
+                g = hidden_layer.backward(linear(gy[e], second[e], None), kept[e], scales[e])
                 if weights is not None:
                     weights.first(e, x[e], g)
                 if grad_rows is not None:
-                    affine_into(gx[e], g, first[e])
+                    linear_into(gx[e], g, first[e])
 
-        over_parts(work, plan.rows, 2 * _flops(w1))
+        parallel_for(work, plan.rows, 2 * _flops(w1))
         return grad_rows, *((None,) * 4 if weights is None else weights.all(grad)), None, None
 
 
@@ -103,7 +103,7 @@ class _WeightGradients:
         self.bags = {count: (rows[:count], rows[:1]) for count in set(plan.rows)}
 
     def first(self, e: int, x: Tensor, grad: Tensor) -> None:
-        outer_into(self.each_w1[e], x, grad)
+        weight_grad_into(self.each_w1[e], x, grad)
         if self.b1 is not None:
             self.each_b1[e].copy_(bag_sums(grad, *self.bags[self.plan.rows[e]])[0])
 

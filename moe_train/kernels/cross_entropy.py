@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moe_train.kernels.cpu.matmul import affine, affine_into
+from moe_train.kernels.cpu.matmul import linear, linear_into
 
 
 def label_smoothed_nll(logits: Tensor, target: Tensor, eps: float, ignore: int = -100) -> tuple[Tensor, Tensor]:
@@ -150,7 +150,7 @@ class _FusedLabelSmoothedNll(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=kind) if ctx.needs_input_grad[1] else None
         for start in range(0, features.shape[0], rows):
             x, chunk_target = features[start : start + rows], target[start : start + rows]
-            logits = affine(x, weight.t(), None)
+            logits = linear(x, weight.t(), None)
             chunk = _smoothed(logits, chunk_target, eps, ignore, overwrite=logits.dtype == kind)
             loss += chunk.loss
             nll += chunk.nll
@@ -158,7 +158,7 @@ class _FusedLabelSmoothedNll(torch.autograd.Function):
                 continue
             gradient = _gradient_(chunk.p, chunk.target, chunk.real, eps).to(features.dtype)
             if grad_features is not None:
-                affine_into(grad_features[start : start + rows], gradient, weight)
+                linear_into(grad_features[start : start + rows], gradient, weight)
             if grad_weight is not None:
                 _add_product_(grad_weight, gradient, x)
         ctx.grad_features, ctx.grad_weight, ctx.weight_type = grad_features, grad_weight, weight.dtype

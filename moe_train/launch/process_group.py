@@ -31,11 +31,11 @@ from moe_train.launch.job.env import (
 )
 from moe_train.launch.job.failures import WorkerError, failure_of, is_echo, leave_failure, lost, out_of_memory
 from moe_train.launch.job.hard_exit import within
-from moe_train.launch.job.job_channel import Board
-from moe_train.launch.job.job_store import Seal
+from moe_train.launch.job.job_channel import JobChannel
+from moe_train.launch.job.job_store import MessageSigner
 from moe_train.launch.rendezvous import fresh_store
 from moe_train.launch.watchdog.status import FLIGHT_RECORDER, set_time_limit
-from moe_train.launch.watchdog.watchdog import MARGIN, watched
+from moe_train.launch.watchdog.watchdog import MARGIN, hang_watchdog
 from moe_train.parallel.peer_check import check_peers
 from moe_train.safe_text import LogFormatter
 from moe_train.training.runtime.world import World
@@ -76,10 +76,10 @@ def joined_world(config: LaunchConfig, threads: int = 0) -> Iterator[World]:
             return
         _join(config, device)
         world = World.current(device)
-        board = Board.of(world)
+        channel = JobChannel.of(world)
         limits = config.timeout_minutes * 60, config.silent_minutes * 60
-        watch = watched(world, board, *limits) if world.size > 1 else nullcontext()
-        with watch, _told(world, board):
+        watch = hang_watchdog(world, channel, *limits) if world.size > 1 else nullcontext()
+        with watch, _told(world, channel):
             yield world
         # Not after an error: leaving would break the others' connections, and their complaints would come first.
         dist.destroy_process_group()
@@ -88,16 +88,16 @@ def joined_world(config: LaunchConfig, threads: int = 0) -> Iterator[World]:
 
 
 @contextmanager
-def _told(world: World, board: Board) -> Iterator[None]:
+def _told(world: World, channel: JobChannel) -> Iterator[None]:
     """An error that is raised inside is told to the other ranks; an echo of another's becomes that one's."""
     try:
         yield
     except Exception as error:
         failure = failure_of(world.rank, error)
         if is_echo(error):
-            failure = within(2 * _ECHO_PATIENCE, lambda: board.cause(_ECHO_PATIENCE)) or lost(world.rank, error)
+            failure = within(2 * _ECHO_PATIENCE, lambda: channel.cause(_ECHO_PATIENCE)) or lost(world.rank, error)
         else:
-            within(_ECHO_PATIENCE, lambda: board.tell(failure))
+            within(_ECHO_PATIENCE, lambda: channel.tell(failure))
         leave_failure(failure if failure.rank == world.rank else failure.retold(), world.rank)
         if is_echo(error):
             raise WorkerError(failure, None) from error
@@ -111,7 +111,7 @@ def _join(config: LaunchConfig, device: torch.device) -> None:
     try:
         meeting = timedelta(seconds=max(limit, _MEETING))
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        seal = Seal.from_environment()
+        seal = MessageSigner.from_environment()
         store = _rendezvous(rank, size, meeting, seal)
         agree_on_devices(store, rank, size, device, seal, meeting.total_seconds())
         gpu = device if device.type == "cuda" else None
@@ -141,7 +141,7 @@ def _not_found(error: Exception) -> LaunchError:
     return LaunchError(reason, address, remedy)
 
 
-def _rendezvous(rank: int, size: int, limit: timedelta, seal: Seal) -> dist.Store:
+def _rendezvous(rank: int, size: int, limit: timedelta, seal: MessageSigner) -> dist.Store:
     """The store where the ranks meet: a file of our own launcher's, torchrun's agent's, or rank 0's."""
     if has_our_parent():
         store: dist.Store = dist.FileStore(str(job_folder() / "rendezvous"), size)

@@ -15,13 +15,13 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from moe_train.launch.job.job_store import Seal, ignore
+from moe_train.launch.job.job_store import MessageSigner, ignore
 
 _NAME = "moe_train/life"
 _PAUSE = 0.05
 
 
-def fresh_store(rank: int, size: int, limit: timedelta, seal: Seal) -> dist.Store:
+def fresh_store(rank: int, size: int, limit: timedelta, seal: MessageSigner) -> dist.Store:
     """The agent's store, seen through a name that only this life of the job has. Every rank calls it.
 
     Raises:
@@ -34,7 +34,7 @@ def fresh_store(rank: int, size: int, limit: timedelta, seal: Seal) -> dist.Stor
     return dist.PrefixStore(f"moe_train/{name}", store)
 
 
-def _welcome(store: dist.Store, size: int, deadline: float, seal: Seal) -> str:
+def _welcome(store: dist.Store, size: int, deadline: float, seal: MessageSigner) -> str:
     name = uuid.uuid4().hex
     store.set(_NAME, seal.sign(_NAME, name))
     for rank in range(1, size):
@@ -43,7 +43,7 @@ def _welcome(store: dist.Store, size: int, deadline: float, seal: Seal) -> str:
     return name
 
 
-def _arrive(store: dist.Store, rank: int, deadline: float, seal: Seal) -> str:
+def _arrive(store: dist.Store, rank: int, deadline: float, seal: MessageSigner) -> str:
     word, told = uuid.uuid4().hex, ""
     while time.monotonic() < deadline:
         name = seal.open(_NAME, store.get(_NAME))

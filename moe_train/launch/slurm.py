@@ -37,7 +37,7 @@ def check_slurm() -> None:
         )
 
 
-def take_place() -> None:
+def set_torchrun_env() -> None:
     """Where this process is one task of several, sets torchrun's variables, unless torchrun has.
 
     MASTER_ADDR and MASTER_PORT stay as they are where they are set. GLOO_SOCKET_IFNAME, under torchrun too, stays or

@@ -20,13 +20,13 @@ from moe_train.launch.job.failures import failure_file, write_failure
 from moe_train.launch.job.hard_exit import leave
 from moe_train.plugins import import_user_dir
 from moe_train.safe_text import current_traceback
-from moe_train.utils.process import die_with
+from moe_train.utils.process import die_with_parent
 
 
 def main() -> None:
     """Exit code 0, 2 for a UserError, 1 for anything else."""
     job, parent, rank = Path(sys.argv[1]), int(sys.argv[2]), int(os.environ["RANK"])
-    die_with(parent)
+    die_with_parent(parent)
     try:
         content = json.loads(job.joinpath("job.json").read_text(encoding="utf-8"))
         sys.argv = content["command"]  # what the user typed, for whoever records it

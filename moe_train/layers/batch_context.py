@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from moe_train.routing.context import Alone, Ranks, RoutingContext
+from moe_train.routing.context import LocalReduction, RankReduction, RoutingContext
 
 
 @dataclass
@@ -22,7 +22,7 @@ class RoutingSettings:
 
     seed: int = 1
     update: int = 0
-    ranks: Ranks = field(default_factory=Alone)
+    ranks: RankReduction = field(default_factory=LocalReduction)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from moe_train.layers.batch_context import BatchInfo, RoutingSettings, batch_con
 from moe_train.layers.block import RoutingRecord
 from moe_train.layers.registry import BlockInputs, build_block
 from moe_train.layers.seeding import seeded
-from moe_train.routing.context import Ranks
+from moe_train.routing.context import RankReduction
 from moe_train.routing.registry import routing_config
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class MoELayer(nn.Module):
         """Optimizer updates done so far, for counted draws."""
         self.settings.update = num_updates
 
-    def set_ranks(self, ranks: Ranks) -> None:
+    def set_ranks(self, ranks: RankReduction) -> None:
         """Who shares the micro-batch."""
         self.settings.ranks = ranks
 

@@ -62,7 +62,7 @@ class BlockInputs:
 
 def build_pool(config: RoutingConfig, inputs: BlockInputs) -> ExpertPool:
     """The experts of a block."""
-    most = strategy(config.name).router.most_choices(config)
+    most = strategy(config.name).router.max_experts_per_token(config)
     return ExpertPool(inputs.expert_spec(config), config.num_experts, inputs.layout, most)
 
 

@@ -28,7 +28,7 @@ from torch import nn
 from moe_train.experts import ExpertPool
 from moe_train.layers import CrossAttention, FeedForward, SelfAttention
 from moe_train.layers.block import Block
-from moe_train.models.routed import Routed
+from moe_train.models.routed import RoutedModel
 from moe_train.routing import Router
 
 
@@ -111,7 +111,7 @@ def account(model: nn.Module, experts_per_token: Mapping[int, float] | None = No
     Raises:
         TypeError: another kind of model.
     """
-    if not isinstance(model, Routed):
+    if not isinstance(model, RoutedModel):
         raise TypeError(f"there is no accounting for {type(model).__name__}")
     measured, parts = experts_per_token or {}, model.parts()
     encoder = list(_blocks(parts.encoder, measured))

@@ -20,14 +20,14 @@ from moe_train.layers.seeding import seeded
 from moe_train.models.builder import block_inputs, encoder_stack
 from moe_train.models.embedding import TokenEmbedding, Vocabulary, embedding
 from moe_train.models.encoder_decoder import EncoderOut, TransformerEncoder
-from moe_train.models.routed import Parts, Routed
+from moe_train.models.routed import ModelParts, RoutedModel
 from moe_train.routing.base import RoutingConfig
 
 ARCHITECTURE = "encoder"
 _EMBEDDING, _HEAD = 20, 21
 
 
-class _Encodes(Routed):
+class _Encodes(RoutedModel):
     """What both models share: the encoder, whose weights one hands to the other."""
 
     encoder: TransformerEncoder
@@ -95,10 +95,10 @@ class MaskedLanguageModel(_Encodes):
         """features [..., d] → logits [..., V]."""
         return F.linear(features, self.output_weight)
 
-    def parts(self) -> Parts:
+    def parts(self) -> ModelParts:
         """The layers, and the output of a token that is predicted."""
         output = 2.0 * (self.dense.weight.numel() + self.output_weight.numel())
-        return Parts(self.encoder.stack, None, 0.0, output)
+        return ModelParts(self.encoder.stack, None, 0.0, output)
 
 
 class TextClassifier(_Encodes):
@@ -145,9 +145,9 @@ class TextClassifier(_Encodes):
         real = (~padding).unsqueeze(2)
         return (x * real).sum(1) / real.sum(1).clamp(min=1)
 
-    def parts(self) -> Parts:
+    def parts(self) -> ModelParts:
         """The layers; the head, once a text, is left out."""
-        return Parts(self.encoder.stack, None, 0.0, 0.0)
+        return ModelParts(self.encoder.stack, None, 0.0, 0.0)
 
 
 def build_masked_language_model(

@@ -14,7 +14,7 @@ from moe_train.layers.linear import linear
 from moe_train.layers.stack import DecoderStack, EncoderStack
 from moe_train.models.decoder_state import DecoderState, repeat_rows, select_rows
 from moe_train.models.embedding import TokenEmbedding, Vocabulary
-from moe_train.models.routed import Parts, Routed
+from moe_train.models.routed import ModelParts, RoutedModel
 
 fairseq_compat.apply()
 
@@ -179,7 +179,7 @@ class TransformerDecoder(FairseqIncrementalDecoder):  # type: ignore[misc]
         return self.embed.positions.max_positions
 
 
-class TransformerModel(Routed, FairseqEncoderDecoderModel):  # type: ignore[misc]
+class TransformerModel(RoutedModel, FairseqEncoderDecoderModel):  # type: ignore[misc]
     """Encoder and decoder, what their routers share, and the fast way to decode."""
 
     encoder: TransformerEncoder
@@ -247,9 +247,9 @@ class TransformerModel(Routed, FairseqEncoderDecoderModel):  # type: ignore[misc
         """[V, d], what :meth:`output_layer` multiplies by: the target embedding where they are tied."""
         return self.decoder.output_weight  # type: ignore[no-any-return]
 
-    def parts(self) -> Parts:
+    def parts(self) -> ModelParts:
         """Encoder, decoder, and the output's product."""
-        return Parts(self.encoder.stack, self.decoder.stack, 0.0, 2.0 * self.output_weight.numel())
+        return ModelParts(self.encoder.stack, self.decoder.stack, 0.0, 2.0 * self.output_weight.numel())
 
     def start_decoding(self, encoder_out: EncoderOut, beam: int, max_length: int) -> DecoderState:
         """A state for ``beam`` hypotheses per sentence; ``max_length`` positions are laid out at once.

@@ -11,12 +11,12 @@ from moe_train.layers.batch_context import RoutingSettings
 from moe_train.layers.block import Block
 from moe_train.layers.stack import DecoderStack, EncoderStack
 from moe_train.routing.base import Router
-from moe_train.routing.context import Ranks
+from moe_train.routing.context import RankReduction
 from moe_train.routing.types import RoutingStatistics
 
 
 @dataclass(frozen=True)
-class Parts:
+class ModelParts:
     """What a model's FLOPs are counted by.
 
     Attributes:
@@ -29,12 +29,12 @@ class Parts:
     flops_output: float
 
 
-class Routed(nn.Module):
+class RoutedModel(nn.Module):
     """Mixed into models; ``settings`` is what their routers share."""
 
     settings: RoutingSettings
 
-    def parts(self) -> Parts:
+    def parts(self) -> ModelParts:
         """Its stacks, and the products around them."""
         raise NotImplementedError
 
@@ -46,7 +46,7 @@ class Routed(nn.Module):
         """The seed of counted draws (an evaluation may want its own)."""
         self.settings.seed = seed
 
-    def set_ranks(self, ranks: Ranks) -> None:
+    def set_ranks(self, ranks: RankReduction) -> None:
         """Who shares the micro-batch."""
         self.settings.ranks = ranks
 

@@ -20,7 +20,7 @@ from moe_train.layers.linear import linear
 from moe_train.layers.seeding import seeded
 from moe_train.layers.stack import EncoderStack
 from moe_train.models.builder import block_inputs, encoder_stack
-from moe_train.models.routed import Parts, Routed
+from moe_train.models.routed import ModelParts, RoutedModel
 from moe_train.routing.base import RoutingConfig
 
 ARCHITECTURE = "vision_transformer"
@@ -64,7 +64,7 @@ class PatchEmbedding(nn.Module):
         return grid.reshape(batch, (height // p) * (width // p), p * p * channels)
 
 
-class VisionTransformer(Routed):
+class VisionTransformer(RoutedModel):
     """Images → a score per class."""
 
     def __init__(self, embed: PatchEmbedding, stack: EncoderStack, head: nn.Linear, settings: RoutingSettings) -> None:
@@ -102,10 +102,10 @@ class VisionTransformer(Routed):
         x, records = self.stack(x, context)
         return linear(x.mean(1), self.head.weight, self.head.bias), {"routing": records}
 
-    def parts(self) -> Parts:
+    def parts(self) -> ModelParts:
         """The layers, the product of patches, and a token's part of the head."""
         head = 2.0 * self.head.weight.numel() / self.patches
-        return Parts(self.stack, None, 2.0 * self.embed.project.weight.numel(), head)
+        return ModelParts(self.stack, None, 2.0 * self.embed.project.weight.numel(), head)
 
     @property
     def patches(self) -> int:

@@ -6,8 +6,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-class ProcessRanks:
-    """Implements :class:`moe_train.routing.context.Ranks` with torch.distributed. Results carry no gradient.
+class DistReduction:
+    """Implements :class:`moe_train.routing.context.RankReduction` with torch.distributed. Results carry no gradient.
 
     Args:
         group: the process group; None is the default group.

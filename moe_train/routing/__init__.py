@@ -6,7 +6,7 @@ Importing this package registers every strategy of :mod:`moe_train.routing.strat
 from __future__ import annotations
 
 from moe_train.routing.base import Router, RouterInputs, RoutingConfig
-from moe_train.routing.context import Alone, Ranks, RoutingContext
+from moe_train.routing.context import LocalReduction, RankReduction, RoutingContext
 from moe_train.routing.registry import (
     build_router,
     decoder_config,
@@ -21,10 +21,10 @@ from moe_train.routing.strategies import import_all
 from moe_train.routing.types import Assignment, AuxiliaryLoss, Routing, RoutingStatistics
 
 __all__ = [
-    "Alone",
     "Assignment",
     "AuxiliaryLoss",
-    "Ranks",
+    "LocalReduction",
+    "RankReduction",
     "Router",
     "RouterInputs",
     "Routing",

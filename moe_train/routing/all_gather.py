@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_train.routing.context import Ranks, RoutingContext
+from moe_train.routing.context import RankReduction, RoutingContext
 
 
-def gather_rows(rows: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
+def all_gather_rows(rows: Tensor, ranks: RankReduction) -> tuple[Tensor, Tensor]:
     """The rows of all ranks on every rank, ordered by rank.
 
     A sum over zero-filled tables: adding zeros changes no bit. Not differentiated.
@@ -52,13 +52,13 @@ def world_order(context: RoutingContext) -> WorldOrder:
     first = torch.full((2,), torch.iinfo(torch.int64).max, dtype=torch.int64, device=passes.device)
     first = first.scatter_reduce(0, passes, context.sentence, "amin")
     sentence = (context.sentence - first[passes]) * ranks.size + ranks.rank
-    keys, own = gather_rows(torch.stack((passes, sentence, context.position), dim=1), ranks)
+    keys, own = all_gather_rows(torch.stack((passes, sentence, context.position), dim=1), ranks)
     order = torch.arange(keys.shape[0], device=keys.device)
     for column in (2, 1, 0):  # least significant key first; each sort is stable
         order = order[torch.argsort(keys[order, column], stable=True)]
     return WorldOrder(order, own)
 
 
-def world_tokens(rows: Tensor, ranks: Ranks) -> Tensor:
+def world_tokens(rows: Tensor, ranks: RankReduction) -> Tensor:
     """0-dim int64: rows over all ranks."""
     return ranks.sum(torch.full((), rows.shape[0], device=rows.device))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_train.routing.context import Ranks
+from moe_train.routing.context import RankReduction
 from moe_train.routing.types import count_per_expert
 
 
@@ -26,7 +26,7 @@ class WorldLoad:
     tokens: Tensor
 
 
-def world_load(choices: Tensor, num_experts: int, ranks: Ranks) -> WorldLoad:
+def world_load(choices: Tensor, num_experts: int, ranks: RankReduction) -> WorldLoad:
     """Reduces over the ranks who was chosen, before drops.
 
     Args:
@@ -50,7 +50,7 @@ def balance_loss(probabilities: Tensor, load: WorldLoad) -> Tensor:
     return (probabilities.sum(0) * scale.to(probabilities.dtype)).sum()
 
 
-def squared_variation(amounts: Tensor, tokens: int, ranks: Ranks) -> Tensor:
+def squared_variation(amounts: Tensor, tokens: int, ranks: RankReduction) -> Tensor:
     """Share of ``(std / mean)²`` over experts of amounts summed over the world, 0 where all are equal (V-MoE, §A.2).
 
     It is not linear in a rank's amounts: the share has the gradient of the whole by them, and the value of the whole

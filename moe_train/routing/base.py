@@ -13,14 +13,14 @@ from moe_train.config import check
 from moe_train.config.check import NonNegativeFloat, PositiveInt, Range
 from moe_train.errors import ConfigError
 from moe_train.routing.context import RoutingContext
-from moe_train.routing.expected_load import Choices
+from moe_train.routing.expected_load import ExpectedChoices
 from moe_train.routing.types import Routing, RoutingStatistics
 
 Experts = Annotated[int, Range(above=0, most=2**20)]  # or how many of them
 LayerKind = Literal["dense", "sparse", "stratified", "soft"]
 
 
-class Spread(Protocol):
+class ExpertPlacement(Protocol):
     """What a strategy may know of a layout: :class:`moe_train.parallel.layout_plan.LayoutPlan` is one."""
 
     @property
@@ -75,7 +75,7 @@ class RoutingConfig:
         if self.consistency_weight and self.passes == 1:
             raise ConfigError("routing.consistency_weight compares two passes", remedy="set routing.passes=2")
 
-    def layout_warning(self, spread: Spread) -> str | None:
+    def layout_warning(self, spread: ExpertPlacement) -> str | None:
         """What works under a layout that divides the experts, but perhaps not as it was meant."""
         return None
 
@@ -163,18 +163,18 @@ class Router(nn.Module):
         return 2.0 * dim * config.num_experts
 
     @classmethod
-    def expected_choices(cls, config: RoutingConfig) -> tuple[Choices, ...]:
+    def expected_choices(cls, config: RoutingConfig) -> tuple[ExpectedChoices, ...]:
         """How training's tokens spread over the experts where loads are equal, one forward pass over the batch."""
-        return (Choices(1.0, 0, config.num_experts, round(cls.experts_per_token(config))),)
+        return (ExpectedChoices(1.0, 0, config.num_experts, round(cls.experts_per_token(config))),)
 
     @classmethod
-    def most_choices(cls, config: RoutingConfig) -> int:
+    def max_experts_per_token(cls, config: RoutingConfig) -> int:
         """Experts that a token has at most in training, in one call of the pool."""
         choices = cls.expected_choices(config)
         return max(config.num_experts if c.independent else round(c.picks) for c in choices)
 
     @classmethod
-    def fullest_share(cls, config: RoutingConfig, parts: int) -> float:
+    def max_load_share(cls, config: RoutingConfig, parts: int) -> float:
         """Expected share of a layer's rows that the fullest of ``parts`` equal parts of the experts gets in training.
 
         1 / parts where tokens choose apart from one another.

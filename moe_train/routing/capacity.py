@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from moe_train.routing.all_gather import gather_rows, world_order
+from moe_train.routing.all_gather import all_gather_rows, world_order
 from moe_train.routing.context import RoutingContext
 
 Group = Literal["rank", "global"]
@@ -100,7 +100,7 @@ def drop(
         order = torch.arange(choices.shape[0], device=choices.device)
         return serve(choices, service_order(priority, order), capacity, num_experts)
     world = world_order(context)
-    everyone, _ = gather_rows(choices, context.ranks)
-    scores = None if priority is None else gather_rows(priority.unsqueeze(1), context.ranks)[0].squeeze(1)
+    everyone, _ = all_gather_rows(choices, context.ranks)
+    scores = None if priority is None else all_gather_rows(priority.unsqueeze(1), context.ranks)[0].squeeze(1)
     kept = serve(everyone, service_order(scores, world.order), capacity, num_experts)
     return kept[world.own]

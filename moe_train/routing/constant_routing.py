@@ -9,7 +9,7 @@ from moe_train.routing.gate import routing_dtype
 from moe_train.routing.types import Routing, assignment_from_choices, count_statistics
 
 
-def ungated(x: Tensor, choices: Tensor, num_experts: int, weight: float = 1.0) -> Routing:
+def constant_routing(x: Tensor, choices: Tensor, num_experts: int, weight: float = 1.0) -> Routing:
     """The routing of x [T, d] to choices [T, k], each with the same constant ``weight``."""
     weights = torch.full_like(choices, weight, dtype=routing_dtype(x))
     return Routing(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-class Ranks(Protocol):
+class RankReduction(Protocol):
     """Reductions over the ranks that share the micro-batch. Never differentiated."""
 
     @property
@@ -29,7 +29,7 @@ class Ranks(Protocol):
 
 
 @dataclass(frozen=True)
-class Alone:
+class LocalReduction:
     """One process: reductions are the identity."""
 
     size: int = 1
@@ -78,7 +78,7 @@ class RoutingContext:
     layer: int = 0
     training: bool = False
     first_pass: bool = False
-    ranks: Ranks = field(default_factory=Alone)
+    ranks: RankReduction = field(default_factory=LocalReduction)
     fixed_size: bool = False
 
     def at_layer(self, layer: int, fixed_size: bool = False) -> RoutingContext:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Choices:
+class ExpectedChoices:
     """A part of the tokens that chooses alike: ``picks`` distinct experts among ``count`` consecutive ones.
 
     A strategy is a list of these. Flat top-k is one; SAM is one a group, each with the group's share of the tokens;

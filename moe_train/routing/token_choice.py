@@ -76,7 +76,7 @@ def normalised(weights: Tensor, present: Tensor | None) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Scores:
+class RouterScores:
     """Attributes:
     logits: [T, E].
     probabilities: [T, E], what the balance loss averages.
@@ -98,7 +98,12 @@ class TokenChoiceRouter(Router):
     capacity_rounding: Rounding = "result"
 
     def finish(
-        self, scores: Scores, choices: Tensor, weights: Tensor, context: RoutingContext, normalise: Normalise = "none"
+        self,
+        scores: RouterScores,
+        choices: Tensor,
+        weights: Tensor,
+        context: RoutingContext,
+        normalise: Normalise = "none",
     ) -> Routing:
         """Capacity, final weights, losses and statistics.
 
@@ -145,7 +150,7 @@ class TokenChoiceRouter(Router):
         """Whether choices can be -1."""
         return False
 
-    def losses(self, scores: Scores, choices: Tensor, context: RoutingContext) -> dict[str, AuxiliaryLoss]:
+    def losses(self, scores: RouterScores, choices: Tensor, context: RoutingContext) -> dict[str, AuxiliaryLoss]:
         """The balance loss and the z-loss where they have a weight; evaluation has none (and needs no reduction)."""
         config, losses = self.config, dict[str, AuxiliaryLoss]()
         if not context.training or not (config.balance_weight or config.z_weight):

@@ -5,6 +5,6 @@ from __future__ import annotations
 from moe_train.training.build import train
 from moe_train.training.run.run_folder import RunFolder
 from moe_train.training.runtime.world import World
-from moe_train.training.trainer import Outcome
+from moe_train.training.trainer import RunOutcome
 
-__all__ = ["Outcome", "RunFolder", "World", "train"]
+__all__ = ["RunFolder", "RunOutcome", "World", "train"]

@@ -17,27 +17,27 @@ from moe_train.errors import TrainingError
 from moe_train.models.routed import block_names
 from moe_train.parallel.layout import ExpertLayout
 from moe_train.parallel.peer_check import check_peers
-from moe_train.parallel.reducers import ProcessRanks
-from moe_train.routing.context import Alone, Ranks
-from moe_train.training.checkpoint.async_writer import world_aside
+from moe_train.parallel.reducers import DistReduction
+from moe_train.routing.context import LocalReduction, RankReduction
+from moe_train.training.checkpoint.async_writer import world_for_checkpoints
 from moe_train.training.checkpoint.init_from import initialise_from
-from moe_train.training.checkpoint.manager import Keeper
+from moe_train.training.checkpoint.manager import CheckpointManager
 from moe_train.training.checkpoint.run_state import RunState
 from moe_train.training.checkpoint.store import CheckpointStore, reading_state
-from moe_train.training.data_loader import SampleLoader
+from moe_train.training.data_loader import DataLoader
 from moe_train.training.engines import Engine, EngineInputs, build_engine
 from moe_train.training.hooks import tell
-from moe_train.training.metrics.console_logger import Display
-from moe_train.training.metrics.interval import Interval
-from moe_train.training.metrics.writers import Records
+from moe_train.training.metrics.console_logger import ConsoleLogger
+from moe_train.training.metrics.interval import MetricInterval
+from moe_train.training.metrics.writers import MetricWriter
 from moe_train.training.optim.schedule_extension import run_ends
 from moe_train.training.run.heartbeat import heartbeat
 from moe_train.training.run.resolve_layout import build_layout, layout_warnings, pictures
 from moe_train.training.run.run_folder import ALIVE, RunFolder, config_digest
 from moe_train.training.run.run_info import Account, describe_run, summary
 from moe_train.training.runtime.world import World
-from moe_train.training.step import Stepper
-from moe_train.training.trainer import Loop, Outcome, ValidateBleu
+from moe_train.training.step import TrainStep
+from moe_train.training.trainer import RunOutcome, Trainer, ValidateBleu
 from moe_train.training.validation import Validator
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def train(
     account: Account | None = None,
     console: Console | None = None,
     data: Mapping[str, Any] | None = None,
-) -> Outcome:
+) -> RunOutcome:
     """Trains, or goes on training, in ``folder``. Every rank calls it.
 
     Args:
@@ -64,7 +64,7 @@ def train(
         task: batches, model and criterion.
         world: None: the default process group, on the CPU.
         validate_bleu: scores per direction; every rank calls it at the same updates. It is handed what it should call
-            now and then, on every rank alike: that raises :class:`AskedToStop`.
+            now and then, on every rank alike: that raises :class:`StopRequested`.
         account: what run.json says of the model's size and cost.
         console: rank 0's screen; None: silence.
         data: what run.json says of the data (:class:`moe_train.training.run.run_data.RunData`).
@@ -80,7 +80,7 @@ def train(
         return _run(parts)
 
 
-def _run(parts: _Parts) -> Outcome:
+def _run(parts: _Parts) -> RunOutcome:
     loop = _assemble(parts)
     try:
         return loop.run()
@@ -110,9 +110,9 @@ class _Parts:
     data: Mapping[str, Any] | None
 
 
-def _assemble(given: _Parts) -> Loop:
+def _assemble(given: _Parts) -> Trainer:
     config, task, folder, world = given.config, given.task, given.folder, given.world
-    ranks: Ranks = ProcessRanks(dist.new_group()) if world.size > 1 else Alone()
+    ranks: RankReduction = DistReduction(dist.new_group()) if world.size > 1 else LocalReduction()
     layout = build_layout(config, world)
     engine = _engine(given, ranks, layout)
     criterion = task.build_criterion().to(world.device)
@@ -122,33 +122,33 @@ def _assemble(given: _Parts) -> Loop:
         "expert_parallel": layout.plan.expert_parallel,
     }
     keeping = config.training.checkpoint
-    store = CheckpointStore(folder.checkpoints, world_aside(world) if keeping.asynchronous else world)
+    store = CheckpointStore(folder.checkpoints, world_for_checkpoints(world) if keeping.asynchronous else world)
     if world.size > 1:
         check_peers()  # of the engine's groups and the one for checkpoints
-    keeper = Keeper(store, engine, keeping, about)
-    state = keeper.restore() or RunState()
+    checkpoints = CheckpointManager(store, engine, keeping, about)
+    state = checkpoints.restore() or RunState()
     with reading_state(store.path(state.update)):
-        interval = Interval.from_json(state.interval, world.device)
-    samples = SampleLoader(task, world)
+        interval = MetricInterval.from_json(state.interval, world.device)
+    samples = DataLoader(task, world)
     if world.main:
         describe_run(folder, config, engine.module, world, state.update, given.account, layout.plan, given.data)
-    notes = keeper.notes()
+    notes = checkpoints.notes()
     if given.screen is not None:
         for text in notes:
             given.screen.print(f"[yellow]note:[/] {escape(text)}", highlight=False, markup=True, soft_wrap=True)
         given.screen.print(summary(folder, config, state, samples.batches))
         _say_layout(given, layout)
-    return Loop(
+    return Trainer(
         config=config,
         state=state,
         folder=folder,
         world=world,
-        stepper=Stepper(engine, criterion, world, config.seed, layout.counters),
+        stepper=TrainStep(engine, criterion, world, config.seed, layout.counters),
         samples=samples,
         validator=Validator(task, criterion, engine, world, ranks),
-        keeper=keeper,
-        records=Records(folder, config, world.main, state.update, state.pending),
-        display=Display(config.training.max_updates, state.update, given.screen, block_names(engine.module)),
+        checkpoints=checkpoints,
+        records=MetricWriter(folder, config, world.main, state.update, state.pending),
+        display=ConsoleLogger(config.training.max_updates, state.update, given.screen, block_names(engine.module)),
         interval=interval,
         counters=layout.counters,
         validate_bleu=given.validate_bleu,
@@ -165,7 +165,7 @@ def _say_layout(given: _Parts, layout: ExpertLayout) -> None:
         given.screen.print(f"[yellow]note:[/] {escape(text)}", highlight=False, markup=True)
 
 
-def _engine(given: _Parts, ranks: Ranks, layout: ExpertLayout) -> Engine:
+def _engine(given: _Parts, ranks: RankReduction, layout: ExpertLayout) -> Engine:
     """The model, told who shares its batches, inside its engine.
 
     The ranks of the routers have a communicator of their own: their reductions never interleave with the engine's.
@@ -175,6 +175,6 @@ def _engine(given: _Parts, ranks: Ranks, layout: ExpertLayout) -> Engine:
     tell(module, "set_recompute", config.training.recompute)
     tell(module, "set_ranks", ranks)
     store = CheckpointStore(folder.checkpoints, world)
-    if config.training.init_from is not None and not store.told(store.updates):
+    if config.training.init_from is not None and not store.broadcast_from_rank0(store.updates):
         initialise_from(module, config.training.init_from, world)
     return build_engine(EngineInputs(module, config.engine, config.training, world, layout))

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 Loaded = tuple[Update, "list[Sample]"]
 
 
-class SampleLoader:
+class DataLoader:
     """Gives update u's samples and starts on those of u + 1. The same u always gives the same samples."""
 
     def __init__(self, task: TrainingTask, world: World) -> None:

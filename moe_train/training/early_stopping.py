@@ -9,7 +9,7 @@ from moe_train.config import ValidationConfig
 from moe_train.training.checkpoint.run_state import RunState
 
 
-def judge(state: RunState, result: Mapping[str, Any], config: ValidationConfig) -> bool:
+def update_best(state: RunState, result: Mapping[str, Any], config: ValidationConfig) -> bool:
     """Notes a validation in ``state`` and says whether it is the best so far. A value that is not finite never is."""
     value = float(result[config.metric])
     higher = config.metric != "loss"

@@ -8,7 +8,7 @@ from moe_train.errors import TrainingError
 from moe_train.training.checkpoint.run_state import RunState
 
 
-def note(state: RunState, applied: bool, culprits: Sequence[int], limit: int) -> None:
+def note(state: RunState, applied: bool, blocking_ranks: Sequence[int], limit: int) -> None:
     """Counts a skipped update, and ends the run after ``limit`` of them in a row.
 
     Args:
@@ -24,7 +24,7 @@ def note(state: RunState, applied: bool, culprits: Sequence[int], limit: int) ->
     state.skipped_in_row += 1
     if state.skipped_in_row < limit:
         return
-    ranks = ", ".join(map(str, culprits)) or "none alone, only their sum"
+    ranks = ", ".join(map(str, blocking_ranks)) or "none alone, only their sum"
     raise TrainingError(
         f"{limit} updates in a row had a gradient that is not finite; the last was update {state.update}, rank {ranks}",
         remedy="lower training.optimizer.lr or lengthen the warm-up, try training.precision=bf16 or fp32, "

@@ -18,7 +18,7 @@ def check_run(config: RunConfig, data: TaskData, plan: LayoutPlan) -> None:
     """Refuses what cannot be trained.
 
     Args:
-        config: settled (:func:`moe_train.training.run.resolve_layout.settle`).
+        config: settled (:func:`moe_train.training.run.resolve_layout.resolve_config`).
         plan: its layout.
 
     Raises:

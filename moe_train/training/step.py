@@ -15,7 +15,7 @@ from moe_train.parallel.traffic import TrafficCounters
 from moe_train.training.data_loader import move
 from moe_train.training.engines import Engine, StepOutcome
 from moe_train.training.hooks import tell
-from moe_train.training.metrics.sums import Sums, total
+from moe_train.training.metrics.sums import MetricSums, total
 from moe_train.training.runtime.world import World
 
 if TYPE_CHECKING:
@@ -35,16 +35,16 @@ class UpdateReport:
         traffic: what all ranks have sent for experts on other ranks.
     """
 
-    sums: Sums
+    sums: MetricSums
     outcome: StepOutcome
-    culprits: tuple[int, ...]
+    blocking_ranks: tuple[int, ...]
     stop: bool
     seconds: float
     traffic: TrafficCounters = field(default_factory=TrafficCounters)
 
 
 @dataclass(frozen=True)
-class Stepper:
+class TrainStep:
     """Computes updates. The model's random numbers are seeded anew for every micro-batch.
 
     ``counters``: of this rank's exchanges, taken at the end of each update.
@@ -72,10 +72,10 @@ class Stepper:
             with self.engine.accumulate(last=number == len(samples) - 1):
                 parts.append(self._micro_batch(sample, tokens[number], sum(tokens)))
         outcome = self.engine.step(lr)
-        sums, culprits, stops, traffic = self._share(total(parts), outcome, stop())
+        sums, blocking_ranks, stops, traffic = self._share(total(parts), outcome, stop())
         if outcome.applied:
             tell(self.engine.module, "after_update", sums.routing())
-        return UpdateReport(sums, outcome, culprits, stops, time.monotonic() - started, traffic)
+        return UpdateReport(sums, outcome, blocking_ranks, stops, time.monotonic() - started, traffic)
 
     def _world_tokens(self, samples: list[Sample]) -> list[float]:
         """Target tokens of each micro-batch over all ranks."""
@@ -83,17 +83,17 @@ class Stepper:
         told: list[float] = self.world.sum(torch.tensor(own, dtype=torch.float64, device=self.world.device)).tolist()
         return told
 
-    def _micro_batch(self, sample: Sample, tokens: float, whole: float) -> Sums:
+    def _micro_batch(self, sample: Sample, tokens: float, whole: float) -> MetricSums:
         sample = move(sample, self.world.device)
         sample["world_ntokens"] = torch.tensor(tokens, device=self.world.device)
         with self.engine.autocast():
             loss, _, logging = self.criterion(self.engine.model, sample)
         self.engine.backward(loss / max(whole, 1.0))
-        return Sums.of(logging, self.world.device)
+        return MetricSums.of(logging, self.world.device)
 
     def _share(
-        self, sums: Sums, outcome: StepOutcome, stop: bool
-    ) -> tuple[Sums, tuple[int, ...], bool, TrafficCounters]:
+        self, sums: MetricSums, outcome: StepOutcome, stop: bool
+    ) -> tuple[MetricSums, tuple[int, ...], bool, TrafficCounters]:
         """World sums, whose gradient was not finite, whether anyone must stop, and traffic: in one reduction."""
         size = self.world.size
         flags = torch.zeros(2 * size + 1, dtype=torch.float64, device=self.world.device)
@@ -104,8 +104,8 @@ class Stepper:
         shared: Tensor = self.world.sum(torch.cat([flags, sent, sums.values]))
         told, sent, values = shared.split([len(flags), len(sent), len(sums.values)])
         *dirty, stops = told.tolist()
-        culprits = _ranks(dirty[:size]) or _ranks(dirty[size:])
-        return sums.with_values(values), culprits, stops > 0, TrafficCounters.of_numbers(sent.tolist())
+        blocking_ranks = _ranks(dirty[:size]) or _ranks(dirty[size:])
+        return sums.with_values(values), blocking_ranks, stops > 0, TrafficCounters.of_numbers(sent.tolist())
 
 
 def _ranks(flags: Sequence[float]) -> tuple[int, ...]:

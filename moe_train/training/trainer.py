@@ -12,25 +12,25 @@ from torch import nn
 from moe_train.config import RunConfig
 from moe_train.parallel.traffic import TrafficCounters
 from moe_train.training import early_stopping, nonfinite_guard
-from moe_train.training.checkpoint.manager import Keeper
+from moe_train.training.checkpoint.manager import CheckpointManager
 from moe_train.training.checkpoint.run_state import RunState
-from moe_train.training.data_loader import SampleLoader
-from moe_train.training.metrics.console_logger import Display, validation_text
-from moe_train.training.metrics.interval import Interval
-from moe_train.training.metrics.writers import Records
+from moe_train.training.data_loader import DataLoader
+from moe_train.training.metrics.console_logger import ConsoleLogger, validation_text
+from moe_train.training.metrics.interval import MetricInterval
+from moe_train.training.metrics.writers import MetricWriter
 from moe_train.training.optim.lr_schedule import RunEnd, learning_rate
 from moe_train.training.run.run_folder import RunFolder
 from moe_train.training.run.run_info import Account, measured_flops
-from moe_train.training.runtime.signals import AskedToStop, StopSignals
+from moe_train.training.runtime.signals import StopRequested, StopSignals
 from moe_train.training.runtime.world import World
-from moe_train.training.step import Stepper, UpdateReport
+from moe_train.training.step import TrainStep, UpdateReport
 from moe_train.training.validation import Validator, average_bleu
 
 ValidateBleu = Callable[[nn.Module, Callable[[], None]], Mapping[str, float]]
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RunOutcome:
     """How a run (or this session of it) ended: ``finished``, ``stopped_early`` or ``interrupted`` by a signal."""
 
     status: str
@@ -40,7 +40,7 @@ class Outcome:
 
 
 @dataclass
-class Loop:
+class Trainer:
     """The parts of a run, put together. One object per session; :meth:`run` is called once.
 
     ``counters``: of this rank's exchanges; ``traffic``: what all ranks sent in the ``counted`` updates of this session;
@@ -52,13 +52,13 @@ class Loop:
     state: RunState
     folder: RunFolder
     world: World
-    stepper: Stepper
-    samples: SampleLoader
+    stepper: TrainStep
+    samples: DataLoader
     validator: Validator
-    keeper: Keeper
-    records: Records
-    display: Display
-    interval: Interval
+    checkpoints: CheckpointManager
+    records: MetricWriter
+    display: ConsoleLogger
+    interval: MetricInterval
     counters: TrafficCounters
     validate_bleu: ValidateBleu | None = None
     account: Account | None = None
@@ -68,12 +68,12 @@ class Loop:
     counted: int = 0
     flops: float | None = None
 
-    def run(self) -> Outcome:
+    def run(self) -> RunOutcome:
         """Until the last update, patience, or a signal."""
         with self.signals, self.display:
             status = self._go_on()
             self._leave(status)
-        return Outcome(status, self.state.update, self.state.best, self.state.best_update)
+        return RunOutcome(status, self.state.update, self.state.best, self.state.best_update)
 
     def _go_on(self) -> str:
         """Updates and what follows each of them; gives the reason to leave."""
@@ -94,7 +94,7 @@ class Loop:
         if self.state.pending and not stop:
             try:
                 improved = self._validate()
-            except AskedToStop:
+            except StopRequested:
                 return "interrupted"
             self.state.pending = False
             if early_stopping.patience_spent(self.state, self.config.training.validation):
@@ -102,7 +102,7 @@ class Loop:
             stop = self._asked()
         if stop:
             return "interrupted"
-        if improved or self.keeper.due(self.state.update):
+        if improved or self.checkpoints.due(self.state.update):
             self._save()
         return ""
 
@@ -113,11 +113,11 @@ class Loop:
 
     def _give_way(self) -> None:
         if self._asked():
-            raise AskedToStop
+            raise StopRequested
 
     def close(self) -> None:
         """Ends background threads."""
-        self.keeper.close()
+        self.checkpoints.close()
         self.samples.close()
         self.records.close()
 
@@ -132,7 +132,7 @@ class Loop:
         applied = report.outcome.applied
         self.interval.add(report.sums, report.outcome.grad_norm if applied else None, report.seconds, report.traffic)
         self.traffic, self.counted = self.traffic + report.traffic, self.counted + 1
-        nonfinite_guard.note(self.state, applied, report.culprits, training.nonfinite_limit)
+        nonfinite_guard.note(self.state, applied, report.blocking_ranks, training.nonfinite_limit)
         if self.state.update % training.log_every == 0 or self.state.update == training.max_updates:
             self._log(lr)
         self.display.advance(self.state.update)
@@ -145,7 +145,7 @@ class Loop:
             line["flops_per_token"] = self.flops = flops
         if unit := getattr(self.samples.task, "unit", None):  # one target each
             line[f"{unit}_per_second"] = line["words_per_second"]
-        self.interval = Interval()
+        self.interval = MetricInterval()
         self.records.trained(line)
         self.display.trained(line)
 
@@ -167,7 +167,7 @@ class Loop:
         if self.validate_bleu is not None and self.config.training.validation.bleu:
             scores = dict(self.validate_bleu(self.stepper.engine.module, self._give_way))
             line |= {"bleu": average_bleu(scores), "bleu_by_direction": scores}
-        improved = early_stopping.judge(self.state, line, self.config.training.validation)
+        improved = early_stopping.update_best(self.state, line, self.config.training.validation)
         self.records.validated(line)
         self.display.say(validation_text(line, improved))
         return improved
@@ -175,17 +175,17 @@ class Loop:
     def _save(self) -> None:
         self.world.pulse.mark("saving a checkpoint")
         self.state.interval = self.interval.to_json()
-        self.keeper.save(self.state)
+        self.checkpoints.save(self.state)
         if self.world.main and self.traffic.counted:
             self.folder.describe(traffic={**self.traffic.as_dict(), "updates": self.counted})
 
     def _leave(self, status: str) -> None:
         self._save()
         if status != "interrupted":
-            self.keeper.average(self.state.update)
-            for text in self.keeper.notes():
+            self.checkpoints.average(self.state.update)
+            for text in self.checkpoints.notes():
                 self.display.say(f"note: {text}")
-        self.keeper.finish()
+        self.checkpoints.finish()
         if self.world.main:
             self.folder.describe(
                 status=status, update=self.state.update, best=self.state.best, best_update=self.state.best_update

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from moe_train.routing.context import Alone, Ranks
+from moe_train.routing.context import LocalReduction, RankReduction
 from moe_train.training.data_loader import move
 from moe_train.training.engines import Engine
 from moe_train.training.hooks import tell
@@ -38,7 +38,7 @@ class Validator:
     criterion: nn.Module
     engine: Engine
     world: World
-    ranks: Ranks
+    ranks: RankReduction
 
     def run(self, between: Callable[[], None] = lambda: None) -> dict[str, Any]:
         """Means per target token over all sets, and ``directions``: the same for each set by name.
@@ -51,7 +51,7 @@ class Validator:
         was_training, started = module.training, time.monotonic()
         module.eval()
         self.criterion.eval()
-        tell(module, "set_ranks", Alone())
+        tell(module, "set_ranks", LocalReduction())
         try:
             with torch.no_grad():
                 names, table = self._table(jobs, between)

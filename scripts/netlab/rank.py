@@ -22,7 +22,7 @@ from moe_train.layers import MoELayer
 from moe_train.parallel.gradients import reduce_dense_gradients, reduce_expert_gradients
 from moe_train.parallel.layout import ExpertLayout
 from moe_train.parallel.layout_plan import plan_layout
-from moe_train.parallel.reducers import ProcessRanks
+from moe_train.parallel.reducers import DistReduction
 
 INTERFACES = {"across": "eth0", "node": "lo"}
 
@@ -41,7 +41,7 @@ class Layers(nn.Module):
             for i in range(job["layers"])
         )
         for block in self.blocks:
-            block.set_ranks(ProcessRanks())  # type: ignore[operator]
+            block.set_ranks(DistReduction())  # type: ignore[operator]
         self.optimizer = torch.optim.Adam(self.parameters())
 
     def step(self, x: Tensor) -> None:

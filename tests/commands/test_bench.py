@@ -56,7 +56,7 @@ def test_all_searches_of_a_comparison_are_equally_long(monkeypatch: pytest.Monke
     from moe_train.config import ModelConfig
 
     sizes = ModelConfig(encoder_layers=2, decoder_layers=2, embed_dim=16, ffn_dim=32, num_heads=2, sparse_layers="all")
-    work = module.Workload(sentences=3, length=5, beam=2, steps=4, vocabulary=30)
+    work = module.DecodingWorkload(sentences=3, length=5, beam=2, steps=4, vocabulary=30)
     for routing in ({"name": "dense"}, {"name": "thor", "num_experts": 3}):
         model = module._build(sizes, routing, work)
         found = module._search(model, work)()

@@ -12,14 +12,14 @@ from moe_train.data.folder import DataFolder
 from moe_train.evaluation.evaluate_split import evaluate
 from moe_train.evaluation.validator import make_bleu_validator
 from moe_train.launch.process_group import joined_world
-from moe_train.routing.context import Alone
+from moe_train.routing.context import LocalReduction
 from moe_train.tasks import build_task
 from tests.evaluation.runs import MODEL
 
 SEARCH = SearchConfig(beam=2, max_length_ratio=0.5, max_length_offset=5, batch_tokens=100)
 
 
-class _Watched(Alone):
+class _Watched(LocalReduction):
     """Ranks that must be given back."""
 
 

@@ -24,7 +24,7 @@ from moe_train.config.evaluation import EvaluateConfig
 from moe_train.data.folder import DataFolder
 from moe_train.errors import CheckpointError, ConfigError, DataError, LaunchError
 from moe_train.evaluation.decode_workers import decode
-from moe_train.evaluation.evaluate_split import displaced, evaluate
+from moe_train.evaluation.evaluate_split import evaluate, move_earlier_results
 from moe_train.evaluation.hypothesis_files import OutputFiles
 from moe_train.evaluation.loading import open_run
 from moe_train.evaluation.scoring.averages import groups, tier_of
@@ -80,7 +80,7 @@ def test_scores_are_those_of_the_files(evaluated: Path, tiny_data: DataFolder) -
         assert found.scores.bleu == pytest.approx(sacrebleu.corpus_bleu(hypotheses, [references]).score, abs=1e-3)
         copied = sacrebleu.corpus_chrf(sources, [references], word_order=2).score
         assert found.baselines["copy"].chrf == pytest.approx(copied, abs=1e-3)
-        shuffled = displaced(hypotheses, f"1/{direction}")
+        shuffled = move_earlier_results(hypotheses, f"1/{direction}")
         assert found.baselines["shuffled"].bleu == pytest.approx(
             sacrebleu.corpus_bleu(shuffled, [references]).score, abs=1e-3
         )
@@ -304,11 +304,11 @@ def test_another_tokenizer_is_a_setting(evaluated: Path, tmp_path: Path, monkeyp
 
 def test_shuffling_leaves_no_line_in_its_place() -> None:
     lines = [str(i) for i in range(50)]
-    shuffled = displaced(lines, "seed")
+    shuffled = move_earlier_results(lines, "seed")
     assert sorted(shuffled, key=int) == lines
     assert all(a != b for a, b in zip(lines, shuffled, strict=True))
-    assert displaced(lines, "seed") == shuffled != displaced(lines, "other")
-    assert displaced(["one"], "seed") == ["one"] and displaced([], "seed") == []
+    assert move_earlier_results(lines, "seed") == shuffled != move_earlier_results(lines, "other")
+    assert move_earlier_results(["one"], "seed") == ["one"] and move_earlier_results([], "seed") == []
 
 
 def test_tiers_and_groups() -> None:

@@ -10,7 +10,7 @@ from moe_train.config import ModelConfig, SearchConfig
 from moe_train.evaluation.search.beam_search import BeamSearch
 from moe_train.models import build_model
 from moe_train.routing import Router, Routing, RoutingContext, routing_config
-from moe_train.routing.context import Alone
+from moe_train.routing.context import LocalReduction
 from tests.evaluation.recurrent import dictionary
 
 WORDS = dictionary(600)
@@ -112,7 +112,7 @@ def test_the_sentence_decides_random_routing() -> None:
 def test_in_company_a_search_without_sentences_goes_on() -> None:
     """One that has none of its own, or is done, feeds no rows as long as others need its experts."""
 
-    class Others(Alone):
+    class Others(LocalReduction):
         left = 12
 
         def max(self, value: Tensor) -> Tensor:

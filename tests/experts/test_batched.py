@@ -23,8 +23,8 @@ def always() -> object:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mlp, "padding_worth_a_batch", lambda x, mean: float("inf"))
         calls: list[int] = []
-        product = batched.batched_affine
-        patch.setattr(batched, "batched_affine", lambda *a: calls.append(1) or product(*a))
+        product = batched.batched_linear
+        patch.setattr(batched, "batched_linear", lambda *a: calls.append(1) or product(*a))
         yield calls
 
 
@@ -94,8 +94,8 @@ def test_bf16_takes_it_by_itself_and_sums_in_fp32(monkeypatch: pytest.MonkeyPatc
     """Where our kernel does not serve."""
     monkeypatch.setattr(amx_mlp, "is_supported", lambda *_: False)
     calls = []
-    product = batched.batched_affine
-    monkeypatch.setattr(batched, "batched_affine", lambda *a: calls.append(1) or product(*a))
+    product = batched.batched_linear
+    monkeypatch.setattr(batched, "batched_linear", lambda *a: calls.append(1) or product(*a))
     pool = pool_of(0, 4, torch.bfloat16)
     x = torch.randn(80, 6, dtype=torch.bfloat16)
     assignment = random_assignment(80, 4, 400, 2)

@@ -22,8 +22,8 @@ import torch.distributed as dist
 from moe_train.config import LaunchConfig
 from moe_train.errors import DataError, LaunchError
 from moe_train.launch.job.failures import Failure
-from moe_train.launch.job.job_channel import Board, check_same_secret
-from moe_train.launch.job.job_store import Seal
+from moe_train.launch.job.job_channel import JobChannel, check_same_secret
+from moe_train.launch.job.job_store import MessageSigner
 from moe_train.launch.process_group import joined_world
 from moe_train.training.runtime.world import World
 from tests.launch import intruder
@@ -160,7 +160,7 @@ def besieged() -> dict[str, Any]:
         value = torch.tensor([float(world.rank + 1)])
         dist.all_reduce(value, group=group)
         dist.all_reduce(value, group=dist.new_group())
-        verdict = Board.of(world).verdict()
+        verdict = JobChannel.of(world).verdict()
         return {"sums": [before, float(value)], "listening": listening, "did": did, "verdict": verdict}
 
 
@@ -184,7 +184,7 @@ def secret(own: str) -> str:
     """What a rank hears that was given this secret."""
     os.environ["MOE_TRAIN_SECRET"] = own
     try:
-        check_same_secret(Seal.from_environment(), World.current())
+        check_same_secret(MessageSigner.from_environment(), World.current())
     except LaunchError as error:
         return str(error)
     finally:

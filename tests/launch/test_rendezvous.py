@@ -11,11 +11,11 @@ import pytest
 import torch.distributed as dist
 
 from moe_train.launch.job.hard_exit import within
-from moe_train.launch.job.job_store import Seal
+from moe_train.launch.job.job_store import MessageSigner
 from moe_train.launch.rendezvous import fresh_store
 
 LIMIT = timedelta(seconds=30)
-SEAL = Seal(b"of this job alone")
+SEAL = MessageSigner(b"of this job alone")
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_nobody_takes_a_word_of_the_dead_for_a_new_one(agent: dist.TCPStore) -> 
 def test_rank_0_does_not_come(agent: dist.TCPStore) -> None:
     agent.set("moe_train/life", "old")
     with pytest.raises(dist.DistStoreError, match="rank 0 does not answer"):
-        fresh_store(1, 2, timedelta(seconds=0.5), Seal())
+        fresh_store(1, 2, timedelta(seconds=0.5), MessageSigner())
 
 
 def test_a_question_that_nobody_answers() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from moe_train.errors import LaunchError
 from moe_train.launch.job.network import interface_between_hosts, interface_towards
-from moe_train.launch.slurm import job_state, node_address, take_place, tasks_per_node
+from moe_train.launch.slurm import job_state, node_address, set_torchrun_env, tasks_per_node
 
 TOLD = {
     "SLURM_STEP_NUM_TASKS": "5",
@@ -51,7 +51,7 @@ def test_a_task_of_srun(slurm_around: None, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("MASTER_ADDR", "")
     monkeypatch.delenv("MASTER_ADDR")
     told(monkeypatch, **TOLD)
-    take_place()
+    set_torchrun_env()
     assert [os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")] == list("4501")
     assert os.environ["MASTER_ADDR"] == "127.0.0.1" and 20000 <= int(os.environ["MASTER_PORT"]) < 32000
     assert os.environ.get("GLOO_SOCKET_IFNAME") == interface_between_hosts("127.0.0.1") != "lo"  # of several hosts
@@ -61,7 +61,7 @@ def test_what_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     told(monkeypatch, MASTER_ADDR="10.0.0.1", **TOLD)
     monkeypatch.setenv("MASTER_PORT", "12345")
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib0")
-    take_place()
+    set_torchrun_env()
     found = [os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME")]
     assert found == ["10.0.0.1", "12345", "ib0"] and os.environ["RANK"] == "4"
 
@@ -69,7 +69,7 @@ def test_what_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_one_task_is_none_of_several(monkeypatch: pytest.MonkeyPatch) -> None:
     told(monkeypatch, **{**TOLD, "SLURM_STEP_NUM_TASKS": "1"})
     before = dict(os.environ)
-    take_place()
+    set_torchrun_env()
     assert dict(os.environ) == before
 
 
@@ -78,13 +78,13 @@ def test_torchrun_inside_a_task_has_the_last_word(monkeypatch: pytest.MonkeyPatc
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(name, value)
     before = dict(os.environ)
-    take_place()
+    set_torchrun_env()
     assert dict(os.environ) == {**before, "GLOO_SOCKET_IFNAME": "lo"}
 
 
 def test_the_script_of_a_job_is_no_task(monkeypatch: pytest.MonkeyPatch) -> None:
     told(monkeypatch, SLURM_JOB_ID="1234", SLURM_NTASKS="2", SLURM_PROCID="0", SLURM_NODEID="0", SLURM_LOCALID="0")
-    take_place()
+    set_torchrun_env()
     assert "RANK" not in os.environ
 
 
@@ -93,7 +93,7 @@ def test_a_task_of_submitit_on_this_host(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.delenv("MASTER_ADDR")
     local = {"NTASKS": "2", "GLOBALID": "1", "LOCALID": "1", "JOB_ID": "77"}
     told(monkeypatch, SUBMITIT_EXECUTOR="local", **{f"SUBMITIT_LOCAL_{name}": value for name, value in local.items()})
-    take_place()
+    set_torchrun_env()
     assert [os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")] == list("1212")
     assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("127.0.0.1", "20077")
 
@@ -122,6 +122,6 @@ def test_a_first_host_that_calls_itself_loopback(hosts: int, monkeypatch: pytest
     told(monkeypatch, MASTER_ADDR="127.0.1.1")
     for name, value in {"RANK": "0", "WORLD_SIZE": str(2 * hosts), "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
-    take_place()
+    set_torchrun_env()
     taken = os.environ.get("GLOO_SOCKET_IFNAME")
     assert taken == "lo" if hosts == 1 else taken == interface_between_hosts("127.0.1.1") != "lo"

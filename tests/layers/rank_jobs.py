@@ -16,7 +16,7 @@ SENTENCES, LENGTH, DIM = 32, 16, 6
 
 
 @dataclass(frozen=True)
-class Spread:
+class ExpertPlacement:
     """``load`` [E]: this rank's pairs for each expert; ``rows``: what it has carried out for all ranks; ``expert``:
     uid → [2, LENGTH] experts of a sentence's tokens in both passes."""
 
@@ -25,7 +25,7 @@ class Spread:
     expert: dict[int, torch.Tensor]
 
 
-def two_passes(routing: dict[str, Any], rank: int | None = None, update: int = 3) -> Spread:
+def two_passes(routing: dict[str, Any], rank: int | None = None, update: int = 3) -> ExpertPlacement:
     """A doubled batch of this rank's sentences; those of ``rank`` of four, where no group is there."""
     layout = ExpertLayout.alone()
     if rank is None:
@@ -38,4 +38,4 @@ def two_passes(routing: dict[str, Any], rank: int | None = None, update: int = 3
     _, record = layer.block(torch.randn(2 * SENTENCES, LENGTH, DIM), context)
     expert = record.routing[0].choices.view(2, SENTENCES, LENGTH)
     rows = sum(traffic.returned_rows for traffic in layout.counters.by_link.values())
-    return Spread(record.statistics.load, rows, {int(u): expert[:, i] for i, u in enumerate(uid)})
+    return ExpertPlacement(record.statistics.load, rows, {int(u): expert[:, i] for i, u in enumerate(uid)})

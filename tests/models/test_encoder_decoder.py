@@ -187,12 +187,12 @@ def test_an_empty_batch_passes_through_and_leaves_gradients() -> None:
 
 def test_logits_at_chosen_positions_and_features() -> None:
     model, source, target = small_model("switch"), sentences([5, 3]), sentences([4, 6])
-    everywhere = full(model, source, target)
+    run_on_all_ranks = full(model, source, target)
     real = target.view(-1).ne(PAD).nonzero().squeeze(1)
     chosen, _ = model(source, None, target, logits_at=real)
-    torch.testing.assert_close(chosen, everywhere.view(-1, 40)[real])
+    torch.testing.assert_close(chosen, run_on_all_ranks.view(-1, 40)[real])
     features, _ = model(source, None, target, features_only=True)
-    torch.testing.assert_close(model.output_layer(features), everywhere)
+    torch.testing.assert_close(model.output_layer(features), run_on_all_ranks)
 
 
 def test_sparse_blocks_are_numbered_through_the_model() -> None:

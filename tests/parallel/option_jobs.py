@@ -17,7 +17,7 @@ from moe_train.layers import MoELayer
 from moe_train.parallel.dispatch_options import DispatchOptions
 from moe_train.parallel.layout import ExpertLayout
 from moe_train.parallel.layout_plan import plan_layout
-from moe_train.parallel.reducers import ProcessRanks
+from moe_train.parallel.reducers import DistReduction
 from tests.parallel.pools import Case, Outcome, on_rank
 
 WAITING = {
@@ -76,7 +76,7 @@ def layer(routing: dict[str, Any], options: DispatchOptions, tokens: int, dtype:
     plan = plan_layout(world, world, world, int(routing["num_experts"]))
     layout = ExpertLayout.build(plan, options=options)
     block = MoELayer(12, 16, routing, layout=layout).to(dtype).train()
-    block.set_ranks(ProcessRanks())
+    block.set_ranks(DistReduction())
     generator = torch.Generator().manual_seed(layout.rank)
     x = torch.randn(1, tokens, 12, generator=generator).to(dtype).requires_grad_()
     with as_on_a_gpu() as waits:

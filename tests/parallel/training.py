@@ -19,7 +19,7 @@ from moe_train.parallel.gradients import (
 )
 from moe_train.parallel.layout import ExpertLayout
 from moe_train.parallel.layout_plan import plan_layout
-from moe_train.parallel.reducers import ProcessRanks
+from moe_train.parallel.reducers import DistReduction
 from moe_train.routing import Assignment
 
 TOKENS = 24
@@ -90,7 +90,7 @@ def train(expert_parallel: int | None, with_ddp: bool, steps: int = 10) -> tuple
 
 
 def statistics() -> tuple[int, int, list[int], float, bool]:
-    ranks = ProcessRanks()
+    ranks = DistReduction()
     value = torch.tensor([ranks.rank, 1])
     total = ranks.sum(value)
     assert value[0] == ranks.rank, "the argument must stay as it was"

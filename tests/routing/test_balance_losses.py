@@ -7,13 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_train.routing import Alone
+from moe_train.routing import LocalReduction
 from moe_train.routing.balance_losses import balance_loss, chance_of_choice, squared_variation, world_load, z_loss
 
 
 def test_uniform_loads_and_probabilities_give_one() -> None:
     choices = torch.arange(4).repeat(5)
-    loss = balance_loss(torch.full((20, 4), 0.25), world_load(choices, 4, Alone()))
+    loss = balance_loss(torch.full((20, 4), 0.25), world_load(choices, 4, LocalReduction()))
     assert loss.item() == pytest.approx(1.0)
 
 
@@ -21,7 +21,7 @@ def test_everything_on_one_expert_gives_the_number_of_experts() -> None:
     probabilities = torch.zeros(6, 3)
     probabilities[:, 1] = 1
     assert balance_loss(
-        probabilities, world_load(torch.ones(6, dtype=torch.int64), 3, Alone())
+        probabilities, world_load(torch.ones(6, dtype=torch.int64), 3, LocalReduction())
     ).item() == pytest.approx(3)
 
 
@@ -30,13 +30,13 @@ def test_skew_towards_the_chosen_costs_more_than_one(seed: int, tokens: int, exp
     """f follows the argmax, P the probabilities; with one row of logits for all tokens both are skewed alike."""
     logits = torch.randn(experts, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale
     probabilities = torch.softmax(logits, -1).repeat(tokens, 1)
-    loss = balance_loss(probabilities, world_load(probabilities.argmax(-1), experts, Alone()))
+    loss = balance_loss(probabilities, world_load(probabilities.argmax(-1), experts, LocalReduction()))
     assert loss.item() >= 1 - 1e-12
     assert loss.item() == pytest.approx(experts * probabilities[0].max().item())
 
 
 def test_a_token_without_choice_still_counts_as_a_token() -> None:
-    load = world_load(torch.tensor([0, -1, 1, -1]), 2, Alone())
+    load = world_load(torch.tensor([0, -1, 1, -1]), 2, LocalReduction())
     assert load.fraction.tolist() == [0.25, 0.25]
     assert load.tokens.item() == 4
 
@@ -46,7 +46,7 @@ def test_a_token_without_choice_still_counts_as_a_token() -> None:
 def test_squared_variation_and_its_gradient_are_those_of_the_definition(amounts: list[float]) -> None:
     own = torch.tensor(amounts, dtype=torch.float64, requires_grad=True)
     expected = (own.std(correction=0) / own.mean()) ** 2 if len(set(amounts)) > 1 else own.sum() * 0
-    found = squared_variation(own, 5, Alone())
+    found = squared_variation(own, 5, LocalReduction())
     torch.testing.assert_close(found, expected, atol=1e-9, rtol=1e-9)
     torch.testing.assert_close(
         *(torch.autograd.grad(value, own)[0] for value in (found, expected)), atol=1e-8, rtol=1e-6
@@ -55,7 +55,7 @@ def test_squared_variation_and_its_gradient_are_those_of_the_definition(amounts:
 
 def test_squared_variation_without_tokens_is_zero() -> None:
     nothing = torch.zeros(4, requires_grad=True)
-    loss = squared_variation(nothing, 0, Alone())
+    loss = squared_variation(nothing, 0, LocalReduction())
     assert loss.item() == 0
     assert torch.isfinite(torch.autograd.grad(loss, nothing)[0]).all()
 

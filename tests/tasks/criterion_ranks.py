@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from moe_train.data.batching import split_micro_batch
 from moe_train.data.folder import DataFolder
-from moe_train.parallel.reducers import ProcessRanks
+from moe_train.parallel.reducers import DistReduction
 from moe_train.tasks.translation.task import TranslationTask
 from tests.tasks.helpers import make_task
 
@@ -44,7 +44,7 @@ def alone(task: TranslationTask, batch: np.ndarray) -> list[torch.Tensor]:
 
 def together(task: TranslationTask, batch: np.ndarray, rank: int) -> list[torch.Tensor]:
     inner = task.build_model().double().train()
-    inner.set_ranks(ProcessRanks(dist.group.WORLD))  # type: ignore[operator]
+    inner.set_ranks(DistReduction(dist.group.WORLD))  # type: ignore[operator]
     model = DistributedDataParallel(inner)
     sample = task.train_sample(split_micro_batch(batch, rank, WORLD))
     tokens = torch.tensor(sample["ntokens"])

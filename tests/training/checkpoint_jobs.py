@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moe_train.config import CheckpointConfig, EngineConfig, TrainingConfig
 from moe_train.errors import CheckpointError
-from moe_train.training.checkpoint.manager import Keeper
+from moe_train.training.checkpoint.manager import CheckpointManager
 from moe_train.training.checkpoint.store import CheckpointStore
 from moe_train.training.engines import EngineInputs, build_engine
 from moe_train.training.runtime.world import World
@@ -21,10 +21,10 @@ def restore(folder: str) -> tuple[int, dict[str, Tensor], list[str]]:
     """Goes on from the newest checkpoint that is whole: its update, the weights, and what was said of others."""
     world = World.current()
     engine = build_engine(EngineInputs(ToyModel(0.0), EngineConfig(), TrainingConfig(), world))
-    keeper = Keeper(CheckpointStore(folder, world), engine, CheckpointConfig(damaged="skip"), {})
-    state = keeper.restore()
+    checkpoints = CheckpointManager(CheckpointStore(folder, world), engine, CheckpointConfig(damaged="skip"), {})
+    state = checkpoints.restore()
     assert state is not None
-    return state.update, weights(engine.module), keeper.notes()
+    return state.update, weights(engine.module), checkpoints.notes()
 
 
 def refused(folder: str, megabytes: int) -> tuple[str, int]:

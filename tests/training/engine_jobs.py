@@ -14,7 +14,7 @@ from moe_train.experts import ExpertPool, ExpertSpec
 from moe_train.parallel.layout import ExpertLayout
 from moe_train.parallel.layout_plan import plan_layout
 from moe_train.routing import Assignment
-from moe_train.training.checkpoint.manager import Keeper
+from moe_train.training.checkpoint.manager import CheckpointManager
 from moe_train.training.checkpoint.run_state import RunState
 from moe_train.training.checkpoint.state_dict import model_tensors, optimizer_tensors
 from moe_train.training.checkpoint.store import CheckpointStore
@@ -103,10 +103,12 @@ def run(case: Case) -> Result:
     net = Net(layout)
     training = build(TrainingConfig, {"clip_norm": 0.5, **case.training})
     engine = build_engine(EngineInputs(net, EngineConfig(**case.engine), training, world, layout))
-    keeper = Keeper(CheckpointStore(case.folder, world), engine, CheckpointConfig(), {}) if case.folder else None
+    checkpoints = (
+        CheckpointManager(CheckpointStore(case.folder, world), engine, CheckpointConfig(), {}) if case.folder else None
+    )
     if case.first:
-        assert keeper is not None
-        state = keeper.restore()
+        assert checkpoints is not None
+        state = checkpoints.restore()
         assert state is not None and state.update == case.first
     norms, applied, clean, losses = [], [], [], []
     for update in range(case.first, case.last):
@@ -125,8 +127,8 @@ def run(case: Case) -> Result:
         norms.append(outcome.grad_norm)
         applied.append(outcome.applied)
         clean.append(outcome.clean)
-    if keeper is not None:
-        keeper.save(RunState(update=case.last))
+    if checkpoints is not None:
+        checkpoints.save(RunState(update=case.last))
     tensors = {name: tensor.clone() for name, tensor in model_tensors(net).items()}
     moments = optimizer_tensors(net, engine.optimizer_tensors())
     moments = {name: tensor.clone() for name, tensor in moments.items()}

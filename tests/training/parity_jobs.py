@@ -25,12 +25,12 @@ from moe_train.parallel.dispatch_options import DispatchOptions
 from moe_train.parallel.gradients import is_expert, same_on_replicas
 from moe_train.parallel.layout import ExpertLayout
 from moe_train.parallel.layout_plan import plan_layout
-from moe_train.parallel.reducers import ProcessRanks
-from moe_train.routing.context import Alone
+from moe_train.parallel.reducers import DistReduction
+from moe_train.routing.context import LocalReduction
 from moe_train.tasks.translation.task import TranslationTask
 from moe_train.training.engines import EngineInputs, build_engine
 from moe_train.training.runtime.world import World
-from moe_train.training.step import Stepper
+from moe_train.training.step import TrainStep
 
 SMALL = ModelConfig(
     encoder_layers=1,
@@ -117,8 +117,8 @@ def layout_of(expert_parallel: int, ranks_per_node: int, two_level: bool, option
 
 
 @cache
-def shared_ranks() -> ProcessRanks:
-    return ProcessRanks(dist.new_group())
+def shared_ranks() -> DistReduction:
+    return DistReduction(dist.new_group())
 
 
 def train(path: str, case: Case) -> Result:
@@ -141,12 +141,12 @@ def _train(path: str, case: Case) -> Result:
         layout = layout_of(case.expert_parallel, case.ranks_per_node, case.two_level, case.options)
     task = _task(path, case)
     module: Any = task.build_model(layout).to(case.dtype).train()
-    module.set_ranks(shared_ranks() if together else Alone())
+    module.set_ranks(shared_ranks() if together else LocalReduction())
     if case.skewed:
         _skew(module)
     engine = build_engine(EngineInputs(module, EngineConfig(**case.engine), task.config.training, world, layout))
     layout.counters.clear()
-    stepper = Stepper(engine, task.build_criterion(), world, task.config.seed, layout.counters)
+    stepper = TrainStep(engine, task.build_criterion(), world, task.config.seed, layout.counters)
     updates = [[part for batch in batches for part in _shares(batch, case)] for batches in case.updates]
     outputs: dict[int, Tensor] = {}
     for batch in _shares(case.updates[0][0], case):
@@ -203,7 +203,7 @@ def _outputs(task: TranslationTask, module: Any, batch: tuple[int, ...], world: 
     sample = task.train_sample(_share(batch, world))
     ranks = module.settings.ranks
     module.eval()
-    module.set_ranks(Alone())
+    module.set_ranks(LocalReduction())
     features, _ = module(**sample["net_input"], features_only=True)
     module.train()
     module.set_ranks(ranks)

@@ -13,7 +13,7 @@ from moe_train.errors import TrainingError
 from moe_train.parallel.gradients import is_expert
 from moe_train.tasks.translation.task import TranslationTask
 from moe_train.training import RunFolder, train
-from moe_train.training.run.resolve_layout import plan_run, settle
+from moe_train.training.run.resolve_layout import plan_run, resolve_config
 from moe_train.training.runtime.world import World
 
 MODEL = {
@@ -72,7 +72,7 @@ def go(
     world, run, opened = World.current(), RunFolder(Path(folder)), DataFolder.open(data)
     if world.main:
         plan = plan_run(config, world.size, world.local_size)
-        config = settle(config, plan, run.config if run.exists else None)
+        config = resolve_config(config, plan, run.config if run.exists else None)
         run.check(config, opened.fingerprint)
         run.begin(config, opened.fingerprint)
     config = build(RunConfig, world.broadcast(to_mapping(config)))

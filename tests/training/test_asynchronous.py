@@ -14,8 +14,8 @@ import torch
 from moe_train.config import CheckpointConfig, EngineConfig, RunConfig, TrainingConfig
 from moe_train.errors import CheckpointError
 from moe_train.training.checkpoint import checksums
-from moe_train.training.checkpoint.async_writer import Background
-from moe_train.training.checkpoint.manager import Keeper
+from moe_train.training.checkpoint.async_writer import AsyncWriter
+from moe_train.training.checkpoint.manager import CheckpointManager
 from moe_train.training.checkpoint.run_state import RunState
 from moe_train.training.checkpoint.store import CheckpointStore, load_model
 from moe_train.training.engines import EngineInputs, build_engine
@@ -25,13 +25,13 @@ from tests.training.toy import ToyModel, toy_config
 from tests.training.toy_run import assert_same_bits, final_tensors, lines, start, weights
 
 
-def keeper(folder: Path, **keys: int) -> Keeper:
+def checkpoints(folder: Path, **keys: int) -> CheckpointManager:
     torch.manual_seed(1)
     engine = build_engine(EngineInputs(ToyModel(0.0), EngineConfig(), TrainingConfig(), World()))
-    return Keeper(CheckpointStore(folder), engine, CheckpointConfig(asynchronous=True, **keys), {"world": 1})
+    return CheckpointManager(CheckpointStore(folder), engine, CheckpointConfig(asynchronous=True, **keys), {"world": 1})
 
 
-def step(kept: Keeper) -> None:
+def step(kept: CheckpointManager) -> None:
     logits, _ = kept.engine.module(torch.arange(12))
     kept.engine.backward(logits.square().mean())
     kept.engine.step(0.1)
@@ -52,7 +52,7 @@ class Gate:
 
 
 def test_updates_go_on_and_do_not_leak_into_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    gate, kept = Gate(monkeypatch), keeper(tmp_path)
+    gate, kept = Gate(monkeypatch), checkpoints(tmp_path)
     step(kept)
     before = weights(kept.engine.module)
     path = kept.save(RunState(update=1))
@@ -68,7 +68,7 @@ def test_updates_go_on_and_do_not_leak_into_the_file(tmp_path: Path, monkeypatch
 
 
 def test_the_next_save_waits_for_this_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    gate, kept = Gate(monkeypatch), keeper(tmp_path, keep=2)
+    gate, kept = Gate(monkeypatch), checkpoints(tmp_path, keep=2)
     kept.save(RunState(update=1))
     gate.reached.wait(60)
     second = threading.Thread(target=lambda: [kept.save(RunState(update=n, best_update=1)) for n in (2, 3, 4)])
@@ -86,7 +86,7 @@ def test_the_next_save_waits_for_this_one(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_failure_is_told_and_leaves_what_was_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: str
 ) -> None:
-    kept = keeper(tmp_path)
+    kept = checkpoints(tmp_path)
     kept.save(RunState(update=1))
     kept.finish()
 
@@ -104,7 +104,7 @@ def test_a_failure_is_told_and_leaves_what_was_there(
 
 
 def test_closing_after_another_error_says_nothing(tmp_path: Path) -> None:
-    background = Background()
+    background = AsyncWriter()
     background.start(lambda: 1 / 0)
     background.close()
     background.close()
@@ -145,7 +145,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_disk_that_fills(small_disk: Path) -> None:
-    kept = keeper(small_disk / "checkpoints", keep=100)
+    kept = checkpoints(small_disk / "checkpoints", keep=100)
     with pytest.raises(CheckpointError, match=r"No space left on device.*is whole: the run goes on from it"):
         for update in range(1, 100):
             step(kept)
@@ -153,7 +153,7 @@ def test_a_disk_that_fills(small_disk: Path) -> None:
     written = kept.store.updates()
     assert written and written == list(range(1, written[-1] + 1))
     assert kept.store.resolve("last").name == f"step_{written[-1]}"
-    again = keeper(small_disk / "checkpoints")
+    again = checkpoints(small_disk / "checkpoints")
     state = again.restore()
     assert state is not None and state.update == written[-1]
     kept.close()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from moe_train.config import CheckpointConfig, EngineConfig, TrainingConfig
-from moe_train.training.checkpoint.manager import Keeper
+from moe_train.training.checkpoint.manager import CheckpointManager
 from moe_train.training.checkpoint.run_state import RunState
 from moe_train.training.checkpoint.store import CheckpointStore, load_model, read_state
 from moe_train.training.engines import EngineInputs, build_engine
@@ -24,16 +24,16 @@ from tests.training.toy_run import assert_same_bits, weights
 UNREADABLE = "y" * 300  # no file system takes such a name: what points to it gives an error, not "no such file"
 
 
-def saved(folder: Path, *updates: int, **keys: int) -> tuple[Keeper, list[dict[str, torch.Tensor]]]:
+def saved(folder: Path, *updates: int, **keys: int) -> tuple[CheckpointManager, list[dict[str, torch.Tensor]]]:
     torch.manual_seed(1)
     engine = build_engine(EngineInputs(ToyModel(0.0), EngineConfig(), TrainingConfig(), World()))
-    keeper, snapshots = Keeper(CheckpointStore(folder), engine, CheckpointConfig(**keys), {}), []
+    checkpoints, snapshots = CheckpointManager(CheckpointStore(folder), engine, CheckpointConfig(**keys), {}), []
     for update in updates:
         engine.backward(engine.module(torch.arange(12))[0].square().mean())
         engine.step(0.1)
-        keeper.save(RunState(update=update))
+        checkpoints.save(RunState(update=update))
         snapshots.append(weights(engine.module))
-    return keeper, snapshots
+    return checkpoints, snapshots
 
 
 def spoil(path: Path) -> None:
@@ -71,30 +71,30 @@ def test_ranks_share_the_search_for_a_way_out(worlds: Worlds, tmp_path: Path) ->
 
 def test_what_cannot_be_removed_is_tried_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A mount in an old checkpoint keeps it busy, as a reader on NFS would; the save after it is good all the same."""
-    keeper, _ = saved(tmp_path, 1, keep=1)
+    checkpoints, _ = saved(tmp_path, 1, keep=1)
     old, rest = tmp_path / "step_1", tmp_path / "step_1.removed.partial"
     with mounted_disk(old, "64k"), caplog.at_level(logging.WARNING, "moe_train"):
-        keeper.save(RunState(update=2))
-        assert keeper.store.updates() == [2] and (rest / "disk").is_dir()
+        checkpoints.save(RunState(update=2))
+        assert checkpoints.store.updates() == [2] and (rest / "disk").is_dir()
         assert f"{rest} cannot be removed yet: Device or resource busy" in caplog.text
-        keeper.save(RunState(update=3))
-        assert keeper.store.resolve("last").name == "step_3" and rest.is_dir()
+        checkpoints.save(RunState(update=3))
+        assert checkpoints.store.resolve("last").name == "step_3" and rest.is_dir()
         rest.rename(old)  # where its mount is to be ended
     old.rename(rest)
-    keeper.save(RunState(update=4))
-    assert keeper.store.updates() == [4] and not list(tmp_path.glob("*.partial"))
+    checkpoints.save(RunState(update=4))
+    assert checkpoints.store.updates() == [4] and not list(tmp_path.glob("*.partial"))
 
 
 def test_a_damaged_one_is_left_out_of_the_mean(tmp_path: Path) -> None:
-    keeper, snapshots = saved(tmp_path, 1, 2, 3, average=3)
+    checkpoints, snapshots = saved(tmp_path, 1, 2, 3, average=3)
     spoil(tmp_path / "step_2")
-    path = keeper.average(3)
+    path = checkpoints.average(3)
     assert path is not None and read_state(path)["averaged"] == [1, 3]
-    assert [("step_2" in note and "without it" in note) for note in keeper.notes()] == [True]
+    assert [("step_2" in note and "without it" in note) for note in checkpoints.notes()] == [True]
     model = ToyModel(0.0)
-    load_model(keeper.store.resolve("averaged"), model)
+    load_model(checkpoints.store.resolve("averaged"), model)
     for name, tensor in weights(model).items():
         torch.testing.assert_close(tensor, ((snapshots[0][name].double() + snapshots[2][name].double()) / 2).float())
     spoil(tmp_path / "step_1")
     spoil(tmp_path / "step_3")
-    assert keeper.average(3) is None and len(keeper.notes()) == 3
+    assert checkpoints.average(3) is None and len(checkpoints.notes()) == 3

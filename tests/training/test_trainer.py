@@ -20,7 +20,7 @@ from torch import nn
 
 from moe_train.config import RunConfig, ValidationConfig
 from moe_train.errors import CheckpointError, ConfigError, TrainingError
-from moe_train.training import Outcome, RunFolder, train
+from moe_train.training import RunFolder, RunOutcome, train
 from moe_train.training.checkpoint.run_state import RunState
 from moe_train.training.checkpoint.store import CheckpointStore, load_model
 from moe_train.training.early_stopping import judge, patience_spent
@@ -28,7 +28,7 @@ from tests.training.toy import EXPERTS, ToyModel, ToyTask, toy_config
 from tests.training.toy_run import Trouble, assert_same_bits, final_tensors, lines, start
 
 
-def go(config: RunConfig, path: Path, task: ToyTask | None = None, **keys: Any) -> Outcome:
+def go(config: RunConfig, path: Path, task: ToyTask | None = None, **keys: Any) -> RunOutcome:
     folder = RunFolder(path)
     folder.check(config)
     folder.begin(config)
@@ -39,7 +39,7 @@ def test_the_loss_falls_and_everything_is_written(tmp_path: Path) -> None:
     screen = io.StringIO()
     outcome = go(toy_config(max_updates=60), tmp_path, console=Console(file=screen, width=200))
     trained, validated = lines(tmp_path), lines(tmp_path, "valid.jsonl")
-    assert outcome == Outcome("finished", 60, validated[-1]["loss"], 60)
+    assert outcome == RunOutcome("finished", 60, validated[-1]["loss"], 60)
     assert [line["update"] for line in trained] == list(range(4, 61, 4))
     assert trained[-1]["loss"] < 0.75 * trained[0]["loss"]
     assert all(b["loss"] < a["loss"] for a, b in itertools.pairwise(validated))
@@ -144,7 +144,7 @@ def test_a_signal_while_translating(tmp_path: Path) -> None:
 
     config = toy_config(max_updates=6, validation={"every_updates": 2, "bleu": True, "metric": "bleu"})
     outcome = go(config, tmp_path, validate_bleu=score)
-    assert outcome == Outcome("interrupted", 2, None, 0) and not (tmp_path / "valid.jsonl").exists()
+    assert outcome == RunOutcome("interrupted", 2, None, 0) and not (tmp_path / "valid.jsonl").exists()
     assert go(config, tmp_path, validate_bleu=lambda model, between: {"a-b": 2.0}).status == "finished"
     assert [line["update"] for line in lines(tmp_path, "valid.jsonl")] == [2, 4, 6]
 

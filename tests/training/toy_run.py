@@ -18,7 +18,7 @@ from moe_train.config import RunConfig, build, to_mapping
 from moe_train.data.batching import Indices
 from moe_train.launch.local import launch
 from moe_train.launch.process_group import joined_world
-from moe_train.training import Outcome, RunFolder, train
+from moe_train.training import RunFolder, RunOutcome, train
 from moe_train.training.checkpoint.dcp import load_tensors, shapes
 from moe_train.training.checkpoint.store import CheckpointStore
 from moe_train.training.metrics.interval import TIMES
@@ -98,7 +98,7 @@ def run(
         return dataclasses.asdict(train(config, task, RunFolder(Path(folder)), world=world))
 
 
-def start(config: RunConfig, path: Path, processes: int = 1, minutes: float = 1.0, **switches: Any) -> Outcome:
+def start(config: RunConfig, path: Path, processes: int = 1, minutes: float = 1.0, **switches: Any) -> RunOutcome:
     """Begins or resumes a toy run, with a time limit in minutes."""
     config = dataclasses.replace(config, launch=dataclasses.replace(config.launch, timeout_minutes=minutes))
     folder = RunFolder(path)
@@ -106,9 +106,9 @@ def start(config: RunConfig, path: Path, processes: int = 1, minutes: float = 1.
     folder.begin(config)
     arguments = {"mapping": to_mapping(config), "folder": str(path), **switches}
     if processes == 1:
-        return Outcome(**run(**arguments))
+        return RunOutcome(**run(**arguments))
     launched = dataclasses.replace(config.launch, processes=processes)
-    return Outcome(**launch(TARGET, arguments, launched, folder.logs)[0])
+    return RunOutcome(**launch(TARGET, arguments, launched, folder.logs)[0])
 
 
 def final_tensors(path: Path, which: str = "last") -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from moe_train.errors import CheckpointError, UserError
 from moe_train.training.checkpoint.dcp import save_tensors
-from moe_train.training.checkpoint.store import everywhere
+from moe_train.training.checkpoint.store import run_on_all_ranks
 from moe_train.training.runtime.world import World
 
 
@@ -26,7 +26,7 @@ class Bomb:
         return os.mkdir, (self.path,)
 
 
-def told(value: Any) -> tuple[Any, list[Any]]:
+def broadcast_from_rank0(value: Any) -> tuple[Any, list[Any]]:
     """Rank 0's value, and every rank's."""
     world = World.current()
     return world.broadcast(value if world.main else None), world.gather([world.rank, value])
@@ -45,7 +45,7 @@ def failed(kind: str) -> tuple[type[BaseException], tuple[Any, ...], bool]:
             raise error
 
     try:
-        everywhere(world, act)
+        run_on_all_ranks(world, act)
     except (OSError, UserError) as seen:
         arguments = (seen.errno, seen.filename) if isinstance(seen, OSError) else seen.args
         return type(seen), arguments, seen is error

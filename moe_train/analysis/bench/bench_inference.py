@@ -28,7 +28,7 @@ _UNLIKELY = -1e4  # a logit
 
 
 @dataclass(frozen=True)
-class Workload:
+class DecodingWorkload:
     """What is timed.
 
     Attributes:
@@ -65,7 +65,7 @@ class InferenceRow:
     ratio: float
 
 
-class Words:
+class NumberedWords:
     """A vocabulary of n words with fairseq's first symbols."""
 
     def __init__(self, size: int) -> None:
@@ -87,7 +87,9 @@ class Words:
         return _UNK
 
 
-def bench_inference(model: ModelConfig, num_experts: int, work: Workload, rounds: int = 9) -> list[InferenceRow]:
+def bench_inference(
+    model: ModelConfig, num_experts: int, work: DecodingWorkload, rounds: int = 9
+) -> list[InferenceRow]:
     """Times one batch size.
 
     Args:
@@ -108,14 +110,14 @@ def bench_inference(model: ModelConfig, num_experts: int, work: Workload, rounds
     return rows
 
 
-def _build(config: ModelConfig, routing: Mapping[str, Any], work: Workload) -> TransformerModel:
-    words = Words(work.vocabulary)
+def _build(config: ModelConfig, routing: Mapping[str, Any], work: DecodingWorkload) -> TransformerModel:
+    words = NumberedWords(work.vocabulary)
     built = build_model(config, routing_config(routing), words, words, seed=1)
     assert isinstance(built, TransformerModel)
     return built.eval()
 
 
-def _batch(work: Workload) -> dict[str, Tensor]:
+def _batch(work: DecodingWorkload) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
     shape = (work.sentences, work.length)
     return {
@@ -126,12 +128,12 @@ def _batch(work: Workload) -> dict[str, Tensor]:
     }
 
 
-def _forward(model: TransformerModel, work: Workload) -> Callable[[], object]:
+def _forward(model: TransformerModel, work: DecodingWorkload) -> Callable[[], object]:
     given = _batch(work)
     return lambda: model(**given)
 
 
-def _search(model: TransformerModel, work: Workload) -> Callable[[], object]:
+def _search(model: TransformerModel, work: DecodingWorkload) -> Callable[[], object]:
     given = _batch(work)
     given["prev_output_tokens"] = torch.full((work.sentences, 1), _EOS)
     step = model.decode_step
@@ -143,11 +145,11 @@ def _search(model: TransformerModel, work: Workload) -> Callable[[], object]:
 
     model.decode_step = endless  # type: ignore[method-assign]
     config = SearchConfig(beam=work.beam, max_length_ratio=1e-9, max_length_offset=work.steps)
-    search = BeamSearch(model, Words(work.vocabulary), config)
+    search = BeamSearch(model, NumberedWords(work.vocabulary), config)
     return lambda: search(given)
 
 
-_TASKS: Mapping[str, Callable[[TransformerModel, Workload], Callable[[], object]]] = {
+_TASKS: Mapping[str, Callable[[TransformerModel, DecodingWorkload], Callable[[], object]]] = {
     "forward": _forward,
     "search": _search,
 }
@@ -171,7 +173,9 @@ def _turns(calls: Mapping[str, Callable[[], object]], number: int) -> Iterator[t
     yield from items if number % 2 else reversed(items)
 
 
-def _row(task: str, way: str, num_experts: int, work: Workload, seconds: Mapping[str, Sequence[float]]) -> InferenceRow:
+def _row(
+    task: str, way: str, num_experts: int, work: DecodingWorkload, seconds: Mapping[str, Sequence[float]]
+) -> InferenceRow:
     pairs = zip(seconds[way], seconds["dense"], strict=True)
     median = {"dense": statistics.median(seconds["dense"]) * 1e3, "thor": statistics.median(seconds[way]) * 1e3}
     return InferenceRow(task, way, work.sentences, num_experts, median, statistics.median(a / b for a, b in pairs))

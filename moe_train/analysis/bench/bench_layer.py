@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from moe_train.analysis.bench.bench_peers import PEERS, BareProducts, Contender, Ours
-from moe_train.analysis.bench.bench_shape import LayerShape
+from moe_train.analysis.bench.bench_shape import BenchShape
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LEAST_SKEW = 1.2
@@ -37,7 +37,7 @@ class BenchRow:
         absent: peers that are not here, with the reason.
     """
 
-    shape: LayerShape
+    shape: BenchShape
     dtype: str
     skew: float
     milliseconds: Mapping[str, float]
@@ -48,7 +48,7 @@ class BenchRow:
 
 
 def bench_layer(
-    shape: LayerShape, dtype: str, rounds: int = 9, peers: Sequence[str] = tuple(PEERS), batches: int = 3
+    shape: BenchShape, dtype: str, rounds: int = 9, peers: Sequence[str] = tuple(PEERS), batches: int = 3
 ) -> BenchRow:
     """Times one shape.
 
@@ -78,7 +78,7 @@ def bench_layer(
     return _row(shape, dtype, skew, times, absent)
 
 
-def draw_tokens(shape: LayerShape, gate: Tensor, batches: int) -> tuple[list[Tensor], float]:
+def draw_tokens(shape: BenchShape, gate: Tensor, batches: int) -> tuple[list[Tensor], float]:
     """Batches of x [T, d] whose loads are those of a real router, and their mean skew.
 
     Tokens are noise around centres of Zipf frequency, as words are; the centres move apart until the gate [E, d] is
@@ -97,7 +97,7 @@ def draw_tokens(shape: LayerShape, gate: Tensor, batches: int) -> tuple[list[Ten
     raise AssertionError("no tokens were found whose loads differ enough")
 
 
-def load_skew(logits: Tensor, shape: LayerShape) -> float:
+def load_skew(logits: Tensor, shape: BenchShape) -> float:
     """Rows of the fullest expert over the mean, of logits [T, E]."""
     load = torch.bincount(logits.topk(shape.top_k).indices.reshape(-1), minlength=shape.num_experts)
     return float(load.max() / load.float().mean())
@@ -135,7 +135,7 @@ def _step(contender: Contender, x: Tensor, grad: Tensor) -> float:
 
 
 def _row(
-    shape: LayerShape, dtype: str, skew: float, times: Mapping[str, Sequence[float]], absent: Mapping[str, str]
+    shape: BenchShape, dtype: str, skew: float, times: Mapping[str, Sequence[float]], absent: Mapping[str, str]
 ) -> BenchRow:
     def over(name: str, summary: Callable[[Sequence[float]], float] = statistics.median) -> float:
         return summary([a / b for a, b in zip(times["ours"], times[name], strict=True)])

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_train.analysis.bench.bench_shape import LayerShape
+from moe_train.analysis.bench.bench_shape import BenchShape
 from moe_train.layers.moe_layer import MoELayer
 from moe_train.parallel.isolation import LOOPBACK
 
@@ -44,7 +44,7 @@ class Layer(nn.Module):
 class BareProducts(Layer):
     """``torch.bmm`` of all experts at equal loads: X W1 W2, no activation, no bias, no routing."""
 
-    def __init__(self, shape: LayerShape, dtype: torch.dtype) -> None:
+    def __init__(self, shape: BenchShape, dtype: torch.dtype) -> None:
         super().__init__()
         rows = shape.tokens * shape.top_k // shape.num_experts
         experts, dim, hidden = shape.num_experts, shape.dim, shape.hidden
@@ -61,7 +61,7 @@ class BareProducts(Layer):
 class Ours(Layer):
     """``MoELayer`` with ``routing=top_k``, biases at zero so that peers without them compute the same."""
 
-    def __init__(self, shape: LayerShape, dtype: torch.dtype) -> None:
+    def __init__(self, shape: BenchShape, dtype: torch.dtype) -> None:
         super().__init__()
         routing = {"name": "top_k", "num_experts": shape.num_experts, "top_k": shape.top_k}
         self.layer = MoELayer(shape.dim, shape.hidden, routing).to(dtype)
@@ -88,10 +88,10 @@ class Ours(Layer):
         return y.squeeze(0), record.total_loss
 
 
-class Routed(Layer):
+class RoutedPeer(Layer):
     """A gate of the same weights, top k renormalised, and GShard's balance loss."""
 
-    def __init__(self, shape: LayerShape, ours: Ours) -> None:
+    def __init__(self, shape: BenchShape, ours: Ours) -> None:
         super().__init__()
         self.shape = shape
         self.gate = nn.Parameter(ours.gate.clone())
@@ -113,10 +113,10 @@ class Routed(Layer):
         return y.index_add(0, token, rows * weight.unsqueeze(1)).to(x.dtype)
 
 
-class SortAndLoop(Routed):
+class SortAndLoop(RoutedPeer):
     """Rows sorted by expert, a loop over modules."""
 
-    def __init__(self, shape: LayerShape, ours: Ours) -> None:
+    def __init__(self, shape: BenchShape, ours: Ours) -> None:
         super().__init__(shape, ours)
         weights = zip(ours.experts.fc1_weight, ours.experts.fc2_weight, strict=True)  # type: ignore[arg-type]
         self.experts = nn.ModuleList(_mlp(shape, w1, w2) for w1, w2 in weights)
@@ -129,10 +129,10 @@ class SortAndLoop(Routed):
         return self.combine(x, rows, token, weight), loss
 
 
-class SortAndGroupedMm(Routed):
+class SortAndGroupedMm(RoutedPeer):
     """Rows sorted by expert, ``torch.nn.functional.grouped_mm``; no biases."""
 
-    def __init__(self, shape: LayerShape, ours: Ours) -> None:
+    def __init__(self, shape: BenchShape, ours: Ours) -> None:
         super().__init__(shape, ours)
         if not hasattr(F, "grouped_mm"):
             raise ImportError("this torch has no grouped_mm")
@@ -150,7 +150,7 @@ class SortAndGroupedMm(Routed):
 class DeepSpeedMoE(Layer):
     """DeepSpeed's MoE layer, ``drop_tokens=False``, second expert by score as ours."""
 
-    def __init__(self, shape: LayerShape, ours: Ours) -> None:
+    def __init__(self, shape: BenchShape, ours: Ours) -> None:
         super().__init__()
         moe = _import_deepspeed_moe()
         w1, w2 = ours.experts.fc1_weight, ours.experts.fc2_weight
@@ -176,14 +176,14 @@ class DeepSpeedMoE(Layer):
         return y.squeeze(0), 0.01 * loss
 
 
-PEERS: Mapping[str, Callable[[LayerShape, Ours], Contender]] = {
+PEERS: Mapping[str, Callable[[BenchShape, Ours], Contender]] = {
     "sort_loop": SortAndLoop,
     "sort_grouped_mm": SortAndGroupedMm,
     "deepspeed": DeepSpeedMoE,
 }
 
 
-def _mlp(shape: LayerShape, w1: Tensor, w2: Tensor) -> nn.Sequential:
+def _mlp(shape: BenchShape, w1: Tensor, w2: Tensor) -> nn.Sequential:
     mlp = nn.Sequential(nn.Linear(shape.dim, shape.hidden), nn.ReLU(), nn.Linear(shape.hidden, shape.dim)).to(w1.dtype)
     with torch.no_grad():
         for linear, weight in ((mlp[0], w1), (mlp[2], w2)):

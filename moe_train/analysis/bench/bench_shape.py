@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class LayerShape:
+class BenchShape:
     """Sizes of a layer and its batch."""
 
     tokens: int
@@ -16,7 +16,7 @@ class LayerShape:
     top_k: int
 
     @classmethod
-    def parse(cls, text: str) -> LayerShape:
+    def parse(cls, text: str) -> BenchShape:
         """From ``tokens,dim,hidden,experts,k``.
 
         Raises:
@@ -28,4 +28,4 @@ class LayerShape:
         return f"{self.tokens} x {self.dim}, {self.num_experts} of {self.hidden}, k={self.top_k}"
 
 
-SHAPES = (LayerShape(4096, 512, 1024, 64, 2), LayerShape(2048, 256, 1024, 32, 2), LayerShape(4096, 512, 2048, 8, 2))
+SHAPES = (BenchShape(4096, 512, 1024, 64, 2), BenchShape(2048, 256, 1024, 32, 2), BenchShape(4096, 512, 2048, 8, 2))

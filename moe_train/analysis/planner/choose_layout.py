@@ -53,7 +53,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Plan:
+class LayoutComparison:
     """All candidates, the fastest first, and the chosen one."""
 
     config: PlanConfig
@@ -62,7 +62,7 @@ class Plan:
     reasons: tuple[str, ...]
 
 
-def make_plan(config: PlanConfig) -> Plan:
+def make_plan(config: PlanConfig) -> LayoutComparison:
     """Tries all layouts that the config leaves open.
 
     Raises:
@@ -72,7 +72,7 @@ def make_plan(config: PlanConfig) -> Plan:
     ours = [c for c in candidates if c.same_model]
     fitting = [c for c in ours if c.fits]
     chosen = fitting[0] if fitting else min(ours, key=lambda c: c.memory.total)
-    return Plan(config, tuple(candidates), chosen, tuple(_reasons(config, candidates, chosen)))
+    return LayoutComparison(config, tuple(candidates), chosen, tuple(_reasons(config, candidates, chosen)))
 
 
 def _candidates(config: PlanConfig) -> Iterator[Candidate]:

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 from moe_train.parallel.layout_plan import LayoutPlan
 from moe_train.parallel.traffic import LINKS, LinkType
-from moe_train.routing.expected_load import Choices
+from moe_train.routing.expected_load import ExpectedChoices
 
 Vector = NDArray[np.float64]
 _FIT_STEPS = 200
@@ -55,7 +55,7 @@ class Flow:
 
 
 def expected_flows(
-    plan: LayoutPlan, choices: Sequence[Choices], num_experts: int, load: Sequence[float] | None = None
+    plan: LayoutPlan, choices: Sequence[ExpectedChoices], num_experts: int, load: Sequence[float] | None = None
 ) -> tuple[Flow, ...]:
     """The steps of an exchange: none where no token leaves its rank, two where it goes node by node.
 
@@ -92,7 +92,7 @@ def _flow(rows: Vector, pairs: Vector, peers: dict[LinkType, int]) -> Flow:
 
 
 def expected_rows(
-    choices: Sequence[Choices], num_experts: int, parts: int, load: Sequence[float] | None = None
+    choices: Sequence[ExpectedChoices], num_experts: int, parts: int, load: Sequence[float] | None = None
 ) -> Vector:
     """[parts]: rows per token that each of ``parts`` equal parts of the experts receives."""
     rows = np.zeros(parts)
@@ -104,7 +104,7 @@ def expected_rows(
 
 
 def expected_pairs(
-    choices: Sequence[Choices], num_experts: int, parts: int, load: Sequence[float] | None = None
+    choices: Sequence[ExpectedChoices], num_experts: int, parts: int, load: Sequence[float] | None = None
 ) -> Vector:
     """[parts]: pairs per token that each part carries out."""
     per_expert = np.zeros(num_experts)
@@ -118,8 +118,8 @@ def expected_pairs(
 
 
 def _weighted(
-    choices: Sequence[Choices], num_experts: int, load: Sequence[float] | None
-) -> list[tuple[Choices, Vector | None]]:
+    choices: Sequence[ExpectedChoices], num_experts: int, load: Sequence[float] | None
+) -> list[tuple[ExpectedChoices, Vector | None]]:
     """Each choice with the weights of its experts, None where they are equal; loads also move shares inside a stage."""
     if load is None:
         return [(choice, None) for choice in choices]
@@ -130,14 +130,16 @@ def _weighted(
     mass = {s: sum(float(h.sum()) for c, h in zip(choices, held, strict=True) if c.stage == s) for s in stages}
     return [
         (
-            Choices(share[c.stage] * float(h.sum()) / mass[c.stage], c.first, c.count, c.picks, c.stage, c.independent),
+            ExpectedChoices(
+                share[c.stage] * float(h.sum()) / mass[c.stage], c.first, c.count, c.picks, c.stage, c.independent
+            ),
             None if h.sum() == 0 else sampling_weights(c.picks * h / h.sum()),
         )
         for c, h in zip(choices, held, strict=True)
     ]
 
 
-def _missed(choice: Choices, weights: Vector | None, each: int, low: int, high: int) -> Vector:
+def _missed(choice: ExpectedChoices, weights: Vector | None, each: int, low: int, high: int) -> Vector:
     """[high - low]: probability that a row has no expert in a part, of the parts low … high - 1 of ``each`` experts."""
     edges = np.arange(low, high + 1) * each
     inside = np.clip(edges, choice.first, choice.first + choice.count) - choice.first

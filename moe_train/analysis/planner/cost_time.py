@@ -126,7 +126,7 @@ def fullest(block: SparseShape, parts: int, work: Workload) -> float:
     """Rows of the fullest rank (or node) over the mean: by the strategy, by the given loads, and the given skew."""
     if parts == 1:
         return 1.0
-    factor = work.skew * parts * block.router.fullest_share(block.routing, parts)
+    factor = work.skew * parts * block.router.max_load_share(block.routing, parts)
     if work.load is not None:
         each = block.num_experts // parts
         held = [sum(work.load[part * each : (part + 1) * each]) for part in range(parts)]

@@ -19,7 +19,7 @@ from moe_train.layers import MoELayer
 from moe_train.parallel.gradients import reduce_dense_gradients, reduce_expert_gradients
 from moe_train.parallel.layout import ExpertLayout
 from moe_train.parallel.layout_plan import LayoutPlan, plan_layout
-from moe_train.parallel.reducers import ProcessRanks
+from moe_train.parallel.reducers import DistReduction
 from moe_train.parallel.traffic import LinkType
 from moe_train.routing import routing_config
 
@@ -73,7 +73,7 @@ def measure_layer(case: TrafficCase) -> Measured:
     """Runs one step on this rank; every rank must call it. The result is the same on all."""
     layout = ExpertLayout.build(case.layout(dist.get_world_size()))
     layer = MoELayer(case.dim, case.hidden, case.routing, seed=case.seed, layout=layout).train()
-    layer.set_ranks(ProcessRanks())
+    layer.set_ranks(DistReduction())
     generator = torch.Generator().manual_seed(1000 * case.seed + layout.rank)
     x = torch.randn(case.sentences, case.length, case.dim, generator=generator, requires_grad=True)
     layout.counters.clear()
@@ -151,7 +151,7 @@ def measure_memory(case: ModelCase) -> dict[str, float]:
     layout = ExpertLayout.build(plan_layout(dist.get_world_size(), case.ranks_per_node, case.expert_parallel, experts))
     words = SizedVocabulary(case.vocabulary)
     model: Any = build_model(case.config, routing_config(case.routing), words, words, seed=1, layout=layout)
-    model.set_ranks(ProcessRanks())
+    model.set_ranks(DistReduction())
     model.set_recompute(case.recompute)
     model.train()
     generator = torch.Generator().manual_seed(layout.rank)

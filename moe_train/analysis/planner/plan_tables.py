@@ -10,14 +10,14 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from moe_train.analysis.planner.choose_layout import Candidate, Plan, describe
+from moe_train.analysis.planner.choose_layout import Candidate, LayoutComparison, describe
 from moe_train.errors import plural
 from moe_train.parallel.traffic import LINKS
 
 _PICTURED = 16  # ranks whose experts are drawn
 
 
-def render(plan: Plan) -> Group:
+def render(plan: LayoutComparison) -> Group:
     """What ``moe-plan`` prints."""
     chosen = plan.chosen
     tables: list[Any] = [_model(chosen), _memory(plan), _traffic(chosen), _time(chosen), _layouts(plan)]
@@ -28,12 +28,12 @@ def render(plan: Plan) -> Group:
     return Group(_cluster(plan), *tables, *text)
 
 
-def show(plan: Plan, console: Console) -> None:
+def show(plan: LayoutComparison, console: Console) -> None:
     """Prints the tables."""
     console.print(render(plan))
 
 
-def as_mapping(plan: Plan) -> dict[str, Any]:
+def as_mapping(plan: LayoutComparison) -> dict[str, Any]:
     """Plain values: the config's own numbers, the chosen layout in full, all others in short."""
     return {
         "cluster": dataclasses.asdict(plan.config.cluster),
@@ -74,7 +74,7 @@ def _short(c: Candidate) -> dict[str, Any]:
     }
 
 
-def _cluster(plan: Plan) -> Text:
+def _cluster(plan: LayoutComparison) -> Text:
     """What the figures are for: a plan that does not say so is taken for one of the reader's own machines."""
     cluster, layout = plan.config.cluster, plan.chosen.layout
     nodes, ranks = layout.world // layout.ranks_per_node, layout.ranks_per_node
@@ -101,7 +101,7 @@ def _model(c: Candidate) -> Table:
     return table
 
 
-def _memory(plan: Plan) -> Table:
+def _memory(plan: LayoutComparison) -> Table:
     memory = plan.chosen.memory
     table = _table("Memory of a rank", f"of {plan.config.cluster.memory_gb:g} GB", "GB")
     for field in dataclasses.fields(memory):
@@ -129,7 +129,7 @@ def _time(c: Candidate) -> Table:
     return table
 
 
-def _layouts(plan: Plan) -> Table:
+def _layouts(plan: LayoutComparison) -> Table:
     columns = ("layout", "levels", "groups", "GB", "MB across", "ms exchange", "ms step", "")
     table = _table("Layouts (replicas x expert-parallel), the fastest first; of a rank and step", *columns)
     for c in _shown(plan):
@@ -151,7 +151,7 @@ def _layouts(plan: Plan) -> Table:
     return table
 
 
-def _shown(plan: Plan) -> list[Candidate]:
+def _shown(plan: LayoutComparison) -> list[Candidate]:
     """The first few, and the chosen one wherever it stands."""
     first = list(plan.candidates[: plan.config.alternatives])
     return first if plan.chosen in first else [*first[:-1], plan.chosen]

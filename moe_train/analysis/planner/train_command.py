@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from moe_train.analysis.planner.choose_layout import Plan
+from moe_train.analysis.planner.choose_layout import LayoutComparison
 
 _GROUPS = ("model", "routing", "engine")
 _TASKS = {"vision_transformer": "image_classification", "encoder": "cross_lingual_lm"}
 
 
-def train_words(plan: Plan, choices: Mapping[str, str], typed: Sequence[str]) -> list[str]:
+def train_words(plan: LayoutComparison, choices: Mapping[str, str], typed: Sequence[str]) -> list[str]:
     """Words for ``moe-train``.
 
     Args:
@@ -41,7 +41,7 @@ def train_words(plan: Plan, choices: Mapping[str, str], typed: Sequence[str]) ->
     return words
 
 
-def train_command(plan: Plan, words: Sequence[str]) -> str:
+def train_command(plan: LayoutComparison, words: Sequence[str]) -> str:
     """The command line: one process a rank on one host, a Slurm job where the plan needs several.
 
     Args:

@@ -25,7 +25,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from moe_train import __version__
 from moe_train.commands.cli.completion import candidates
 from moe_train.commands.cli.help_text import help_text
-from moe_train.commands.cli.hydra_job import composing, forget_folder, in_sweep, run_directory
+from moe_train.commands.cli.hydra_job import composing, in_sweep, remove_empty_run_folder, run_directory
 from moe_train.commands.cli.messages import INTERRUPTED, say_error, say_interrupted
 from moe_train.commands.cli.overrides import check_launcher, check_overrides
 from moe_train.commands.cli.sweep_errors import KNOWN, SweepErrors, run_sweep
@@ -36,7 +36,7 @@ from moe_train.launch.elastic import folder_words, note_folder
 from moe_train.launch.hydra_store import forget_foreign_schemas
 from moe_train.launch.job.env import check_environment, launched_rank, local_rank, under_launcher
 from moe_train.launch.job.hard_exit import leave
-from moe_train.launch.slurm import take_place
+from moe_train.launch.slurm import set_torchrun_env
 from moe_train.plugins import USER_DIR, import_user_dir, set_user_dir, take_user_dir, user_dir
 from moe_train.safe_text import current_traceback, show_warnings_as_text
 
@@ -98,7 +98,7 @@ def _run(config_name: str, callback: Callback) -> None:
         arguments.overrides = check_overrides(config_name, words, arguments.config_dir, arguments.multirun)
         forget_foreign_schemas()  # of the plugins that Hydra has found by now
         check_launcher(arguments.overrides, arguments.multirun)
-        take_place()
+        set_torchrun_env()
         check_environment()
         if launched_rank():
             _follow(arguments, config_name, callback)
@@ -118,7 +118,7 @@ def _run(config_name: str, callback: Callback) -> None:
 
 
 @contextmanager
-def said_once() -> Iterator[None]:
+def print_error_once() -> Iterator[None]:
     """What a launcher's ranks all find wrong alike is said by the first of each host.
 
     The first end makes an agent of torchrun end the other ranks: the rest wait for it, and speak where it never comes.
@@ -168,7 +168,7 @@ def _job(callback: Callback, typed: list[str], words: list[str], errors: SweepEr
         sys.argv = typed  # what the user typed, for whoever records it
         log_to_stderr()
         try:
-            take_place()  # where submitit has started this process: every rank is a Hydra job then
+            set_torchrun_env()  # where submitit has started this process: every rank is a Hydra job then
             check_environment()
             set_user_dir(outside)
             import_user_dir()
@@ -180,10 +180,10 @@ def _job(callback: Callback, typed: list[str], words: list[str], errors: SweepEr
                 errors.note(int(HydraConfig.get().job.num), error)
             if in_sweep() or not isinstance(error, KNOWN):
                 raise  # Hydra lets a sweep's other jobs run
-            forget_folder()
+            remove_empty_run_folder()
             return _leave(error)
         except (SystemExit, KeyboardInterrupt):
-            forget_folder()
+            remove_empty_run_folder()
             raise
         finally:
             forget_foreign_schemas()

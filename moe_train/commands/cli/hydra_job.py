@@ -60,7 +60,7 @@ def in_sweep() -> bool:
     return bool(HydraConfig.get().mode == RunMode.MULTIRUN)
 
 
-def forget_folder() -> None:
+def remove_empty_run_folder() -> None:
     """Removes the folder with the time in its name, and the day's, where nothing came into them but a lock.
 
     A folder that was named stays: it may have been there before.

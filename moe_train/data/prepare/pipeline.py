@@ -19,7 +19,7 @@ from moe_train.data.folder import DataFolder
 from moe_train.data.manifest import Manifest, describe_files
 from moe_train.data.prepare.cleaned import CleanedText, clean_text
 from moe_train.data.prepare.contamination import HeldOut, held_out_keys, measure
-from moe_train.data.prepare.preparation_plan import Plan, finished, has_other_files, make_plan
+from moe_train.data.prepare.preparation_plan import PreparationPlan, finished, has_other_files, make_plan
 from moe_train.data.prepare.sampling import sample_sentences
 from moe_train.data.prepare.splits import Selection, select
 from moe_train.data.prepare.writer import FolderWriter
@@ -61,7 +61,7 @@ def prepare(config: PrepareConfig, progress: Progress | None = None) -> DataFold
     return DataFolder.open(out)
 
 
-def _make(config: PrepareConfig, plan: Plan, out: Path, progress: Progress) -> bool:
+def _make(config: PrepareConfig, plan: PreparationPlan, out: Path, progress: Progress) -> bool:
     """Makes the folder, unless another process has made it by now."""
     with replacing_folder(out) as replacement:
         if finished(out, plan, config.overwrite):
@@ -76,7 +76,7 @@ def _make(config: PrepareConfig, plan: Plan, out: Path, progress: Progress) -> b
 class _Preparation:
     """One run of the pipeline into an empty folder."""
 
-    def __init__(self, config: PrepareConfig, plan: Plan, folder: Path, progress: Progress) -> None:
+    def __init__(self, config: PrepareConfig, plan: PreparationPlan, folder: Path, progress: Progress) -> None:
         self.config, self.plan, self.folder, self.progress = config, plan, folder, progress
         self.threads = config.workers or available_cores()
         self.reuse = Path(config.vocabulary.reuse).expanduser() if config.vocabulary.reuse else None

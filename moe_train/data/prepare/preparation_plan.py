@@ -23,7 +23,7 @@ _PLACES = {"path", "train_path", "cache", "max_expansion"}
 
 
 @dataclass(frozen=True)
-class Plan:
+class PreparationPlan:
     """The outcome of looking at config and corpus, before anything is written.
 
     Attributes:
@@ -56,7 +56,7 @@ class Plan:
         return {pair: [s for s in ("valid", "test") if (s, pair) not in there] for pair in unsplit}
 
 
-def make_plan(config: PrepareConfig, progress: Progress) -> Plan:
+def make_plan(config: PrepareConfig, progress: Progress) -> PreparationPlan:
     """Reads the corpus's table of contents.
 
     Raises:
@@ -76,7 +76,7 @@ def make_plan(config: PrepareConfig, progress: Progress) -> Plan:
             f"corpus={config.corpus.name}",
             "add training text (flores200: corpus.train_path=…) or take a data folder's vocabulary: vocabulary.reuse=…",
         )
-    return Plan(tuple(texts), tuple(directions), tuple(languages), _settings(config), _sources(texts))
+    return PreparationPlan(tuple(texts), tuple(directions), tuple(languages), _settings(config), _sources(texts))
 
 
 def _refuse_twins(texts: Sequence[CorpusText]) -> None:
@@ -150,7 +150,7 @@ def _sources(texts: Sequence[CorpusText]) -> dict[str, dict[str, Any]]:
     return sources
 
 
-def finished(out: Path, plan: Plan, overwrite: bool) -> bool:
+def finished(out: Path, plan: PreparationPlan, overwrite: bool) -> bool:
     """Whether ``out`` already holds what the plan would make.
 
     Raises:
@@ -189,7 +189,7 @@ def has_other_files(out: Path) -> bool:
     return any(path.relative_to(out).as_posix() not in listed for path in files)
 
 
-def _differences(manifest: Manifest, plan: Plan) -> list[str]:
+def _differences(manifest: Manifest, plan: PreparationPlan) -> list[str]:
     old, new = dict(_flat(manifest.settings)), dict(_flat(plan.settings))
     changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     return changed + (["the corpus's files"] if dict(manifest.sources) != dict(plan.sources) else [])

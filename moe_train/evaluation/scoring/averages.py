@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from moe_train.data.text.languages import is_english
-from moe_train.evaluation.scoring.bleu_chrf import Scores
+from moe_train.evaluation.scoring.bleu_chrf import CorpusScores
 
 TIERS = ("high", "medium", "low")
 
@@ -31,7 +31,7 @@ def groups(directions: Sequence[str], tiers: Mapping[str, str]) -> dict[str, lis
     return {name: members for name, members in found.items() if members}
 
 
-def mean(scores: Sequence[Scores]) -> Scores:
+def mean(scores: Sequence[CorpusScores]) -> CorpusScores:
     """The mean of each score over directions; every direction counts the same.
 
     Raises:
@@ -40,4 +40,4 @@ def mean(scores: Sequence[Scores]) -> Scores:
     if not scores:
         raise ValueError("no scores to average")
     bleu, chrf = (sum(values) / len(scores) for values in ([s.bleu for s in scores], [s.chrf for s in scores]))
-    return Scores(round(bleu, 4), round(chrf, 4))
+    return CorpusScores(round(bleu, 4), round(chrf, 4))

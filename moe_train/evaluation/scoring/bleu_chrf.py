@@ -100,7 +100,7 @@ def require_tokenizer(name: str) -> None:
 
 
 @dataclass(frozen=True)
-class Scores:
+class CorpusScores:
     """Corpus scores, 0 to 100."""
 
     bleu: float
@@ -117,8 +117,8 @@ class Comparison:
         bleu_p, chrf_p: how often a difference as large would come by chance.
     """
 
-    scores: Scores
-    difference: Scores
+    scores: CorpusScores
+    difference: CorpusScores
     bleu_p: float
     chrf_p: float
 
@@ -158,7 +158,7 @@ class Scorer:
         """sacrebleu's signature; known once something has been scored."""
         return str(self._chrf.get_signature())
 
-    def score(self, hypotheses: Sequence[str], references: Sequence[str]) -> Scores:
+    def score(self, hypotheses: Sequence[str], references: Sequence[str]) -> CorpusScores:
         """Corpus-level scores of line-aligned hypotheses.
 
         Raises:
@@ -167,7 +167,7 @@ class Scorer:
         _check_aligned(len(hypotheses), len(references), self.language)
         bleu = self._bleu.corpus_score(hypotheses, [references]).score
         chrf = self._chrf.corpus_score(hypotheses, [references]).score
-        return Scores(round(float(bleu), 4), round(float(chrf), 4))
+        return CorpusScores(round(float(bleu), 4), round(float(chrf), 4))
 
     def compare(
         self,
@@ -198,8 +198,8 @@ class Scorer:
 
 def _comparison(bleu: Sequence[Any], chrf: Sequence[Any], row: int) -> Comparison:
     """From the columns of sacrebleu's table, whose row 0 is the baseline."""
-    scores = Scores(*(round(float(column[row].score), 4) for column in (bleu, chrf)))
-    difference = Scores(*(round(float(column[row].score - column[0].score), 4) for column in (bleu, chrf)))
+    scores = CorpusScores(*(round(float(column[row].score), 4) for column in (bleu, chrf)))
+    difference = CorpusScores(*(round(float(column[row].score - column[0].score), 4) for column in (bleu, chrf)))
     # sacrebleu gives equal outputs the smallest p value, of which it says so itself; no difference is no finding.
     p_values = [float(column[row].p_value) if column[row].score != column[0].score else 1.0 for column in (bleu, chrf)]
     return Comparison(scores, difference, *p_values)

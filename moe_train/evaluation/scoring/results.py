@@ -11,7 +11,7 @@ from typing import Any
 from moe_train.config import SearchConfig
 from moe_train.errors import DataError
 from moe_train.evaluation.scoring.averages import groups, mean
-from moe_train.evaluation.scoring.bleu_chrf import Scores
+from moe_train.evaluation.scoring.bleu_chrf import CorpusScores
 from moe_train.evaluation.scoring.further_metrics import TAKEN
 from moe_train.utils.json_files import finite, read_object
 
@@ -32,8 +32,8 @@ class DirectionResult:
         zero_shot: the direction was not trained.
     """
 
-    scores: Scores
-    baselines: Mapping[str, Scores]
+    scores: CorpusScores
+    baselines: Mapping[str, CorpusScores]
     sentences: int
     words: int
     reference_words: int
@@ -68,11 +68,11 @@ def _with_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {**settings, "search": {**asdict(SearchConfig()), **settings.get("search", {})}}
 
 
-def _scores(content: Mapping[str, Any]) -> Scores:
+def _scores(content: Mapping[str, Any]) -> CorpusScores:
     bleu, chrf = (finite(content[name]) for name in ("bleu", "chrf"))
     if bleu is None or chrf is None:
         raise ValueError("a score is no number")
-    return Scores(bleu, chrf)
+    return CorpusScores(bleu, chrf)
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Results:
     command: Sequence[str] = ()
     versions: Mapping[str, str] | None = None
 
-    def average(self, names: Sequence[str] | None = None, baseline: str | None = None) -> Scores:
+    def average(self, names: Sequence[str] | None = None, baseline: str | None = None) -> CorpusScores:
         """The mean over directions (all by default) of the model's scores, or of a baseline's."""
         chosen = [self.directions[name] for name in (self.directions if names is None else names)]
         return mean([result.baselines[baseline] if baseline else result.scores for result in chosen])

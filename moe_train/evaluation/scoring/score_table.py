@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moe_train.evaluation.scoring.averages import tier_of
-from moe_train.evaluation.scoring.bleu_chrf import Scores
+from moe_train.evaluation.scoring.bleu_chrf import CorpusScores
 from moe_train.evaluation.scoring.results import BASELINES, Results
 
 
@@ -57,7 +57,7 @@ def _further(scores: Mapping[str, float], name: str) -> str:
     return f"{scores[name]:.4g}" if name in scores else "-"
 
 
-def _cells(scores: list[Scores]) -> list[str]:
+def _cells(scores: list[CorpusScores]) -> list[str]:
     return [f"{value:.1f}" for entry in scores for value in (entry.bleu, entry.chrf)]
 
 

@@ -20,17 +20,17 @@ from moe_train.config import SearchConfig
 from moe_train.errors import CheckpointError, ConfigError
 from moe_train.evaluation.search.hypotheses import Finished, Hypotheses
 from moe_train.evaluation.search.topk import Candidates, best_candidates, log_probabilities
-from moe_train.routing.context import Ranks
+from moe_train.routing.context import RankReduction
 
 
-class DecoderState(Protocol):
+class ReorderableState(Protocol):
     """Cached keys and values of N = B·k rows, the beams of a sentence side by side."""
 
     def reorder(self, rows: Tensor) -> None:
         """Keeps ``rows`` [N'] int64 of the N, some of them several times; whole sentences may go."""
 
 
-class SearchableModel(Protocol):
+class DecodableModel(Protocol):
     """What the search needs of a model; ``moe_train.models`` gives it."""
 
     training: bool
@@ -45,10 +45,10 @@ class SearchableModel(Protocol):
     def encoder(self) -> Any:
         """Called with ``net_input`` apart from ``prev_output_tokens``."""
 
-    def start_decoding(self, encoder_out: Any, beam: int, max_length: int) -> DecoderState:
+    def start_decoding(self, encoder_out: Any, beam: int, max_length: int) -> ReorderableState:
         """A state of B·beam rows for at most ``max_length`` steps."""
 
-    def decode_step(self, tokens: Tensor, state: DecoderState) -> Tensor:
+    def decode_step(self, tokens: Tensor, state: ReorderableState) -> Tensor:
         """Next symbols' logits [N, V] after tokens [N]; the search may overwrite them."""
 
     def max_decoder_positions(self) -> int:
@@ -89,7 +89,7 @@ class BeamSearch:
     """Finds translations of a batch.
 
     Args:
-        model: see :class:`SearchableModel`; used in eval mode and given back as it was.
+        model: see :class:`DecodableModel`; used in eval mode and given back as it was.
         dictionary: the target dictionary.
         config: beam, penalties, shortest and longest length.
         company: the ranks that hold the model's experts among them. All then search at the same time, and one that is
@@ -101,9 +101,13 @@ class BeamSearch:
     """
 
     def __init__(
-        self, model: SearchableModel, dictionary: SpecialSymbols, config: SearchConfig, company: Ranks | None = None
+        self,
+        model: DecodableModel,
+        dictionary: SpecialSymbols,
+        config: SearchConfig,
+        group: RankReduction | None = None,
     ) -> None:
-        self.model, self.config, self.company = model, config, company
+        self.model, self.config, self.group = model, config, group
         self.pad, self.eos, self.unk = dictionary.pad(), dictionary.eos(), dictionary.unk()
         if config.min_length >= (positions := model.max_decoder_positions()):
             raise ConfigError(
@@ -136,7 +140,7 @@ class BeamSearch:
         limit = self._limits(net_input["src_tokens"], prefix.shape[1])
         longest = int(limit.max()) if sentences else 0
         finished = Finished(sentences, self.beam, max(longest, 1), self.pad, device)
-        if sentences == 0 and self.company is None:
+        if sentences == 0 and self.group is None:
             return finished.sorted()
         state = self.model.start_decoding(self.model.encoder(**net_input), self.beam, longest + prefix.shape[1])
         inputs = self._force(prefix, state)
@@ -151,11 +155,11 @@ class BeamSearch:
 
     def _anyone(self, beams: _Beams) -> bool:
         """Whether any rank has sentences that are not done."""
-        if self.company is None:
+        if self.group is None:
             return beams.sentence.numel() > 0
-        return bool(self.company.max(torch.tensor(beams.sentence.numel(), device=beams.sentence.device)) > 0)
+        return bool(self.group.max(torch.tensor(beams.sentence.numel(), device=beams.sentence.device)) > 0)
 
-    def _step(self, logits: Tensor, beams: _Beams, finished: Finished, state: DecoderState, step: int) -> Tensor:
+    def _step(self, logits: Tensor, beams: _Beams, finished: Finished, state: ReorderableState, step: int) -> Tensor:
         """Extends, finishes and reorders the beams; returns the tokens [N'] to feed next."""
         candidates = self._candidates(log_probabilities(logits), beams, step)
         going_on = self._finish(candidates, beams, finished, step)
@@ -163,7 +167,7 @@ class BeamSearch:
             self._keep_sentences(beams, going_on)
             candidates = candidates.select(going_on)
         rows = self._advance(candidates, beams, step, going_on)
-        if (self.beam > 1 or going_on is not None) and (rows.numel() or self.company is not None):
+        if (self.beam > 1 or going_on is not None) and (rows.numel() or self.group is not None):
             state.reorder(rows)
         return beams.tokens[:, :, step].reshape(-1)
 
@@ -175,7 +179,7 @@ class BeamSearch:
         limit = lengths * self.config.max_length_ratio + self.config.max_length_offset
         return limit.clamp(min=shortest, max=room).long()  # before it becomes a whole number: a huge one would overflow
 
-    def _force(self, prefix: Tensor, state: DecoderState) -> Tensor:
+    def _force(self, prefix: Tensor, state: ReorderableState) -> Tensor:
         """Feeds all but the last forced token; returns the last, [N]."""
         columns = prefix.repeat_interleave(self.beam, dim=0).unbind(1)
         for column in columns[:-1]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from moe_train.kernels.cpu.compile import library, library_for
 from moe_train.kernels.cpu.huge_pages import empty
-from moe_train.kernels.cpu.thread_pool import over_parts
+from moe_train.kernels.cpu.thread_pool import parallel_for
 
 LOG = logging.getLogger(__name__)
 
@@ -148,7 +148,7 @@ def _run(
             if function(*calls[e]):
                 raise MemoryError(f"no room for the hidden rows of an expert with {counts[e]} rows of {h} numbers")
 
-    over_parts(work, counts, 8.0 * d * h)
+    parallel_for(work, counts, 8.0 * d * h)
 
 
 @functools.cache

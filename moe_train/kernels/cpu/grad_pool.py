@@ -30,7 +30,7 @@ def gradient_like(weight: Tensor) -> Tensor:
     size = weight.numel() * weight.element_size()
     if size < LARGE or weight.device.type != "cpu" or _get_current_dispatch_mode() is not None:
         return empty_like(weight)
-    lent = _memory().lend(size)
+    lent = _memory().acquire(size)
     return torch.frombuffer(lent, dtype=weight.dtype, count=weight.numel()).view(weight.shape)
 
 
@@ -44,7 +44,7 @@ class _Memory:
         self.free: dict[int, deque[tuple[int, mmap.mmap]]] = {}
         self.loans = 0
 
-    def lend(self, size: int) -> ctypes.Array[ctypes.c_char]:
+    def acquire(self, size: int) -> ctypes.Array[ctypes.c_char]:
         """Memory of so many bytes, which comes back when nobody has it any more."""
         self.loans += 1
         self._give_up_old()

@@ -27,7 +27,7 @@ def has_onednn_linear() -> bool:
 
 
 @functools.cache
-def blas_is_at_home() -> bool:
+def mkl_on_intel() -> bool:
     """Whether the BLAS behind ``torch.mm`` is MKL on a processor of its own maker."""
     return bool(torch.backends.mkl.is_available()) and processor_maker() == "GenuineIntel"
 
@@ -52,7 +52,7 @@ def prefers_onednn_for_experts(like: Tensor) -> bool:
     Measured on 8, 32 and 64 experts: all six products of a step take 1.02 to 1.06 of ``torch.bmm``'s time by MKL, and
     1.18 to 1.30 by oneDNN's linear.
     """
-    return prefers_onednn(like) and not blas_is_at_home()
+    return prefers_onednn(like) and not mkl_on_intel()
 
 
 def row_alignment(like: Tensor, mean_rows: float) -> int:
@@ -94,7 +94,7 @@ def onednn_linear(x: Tensor, w: Tensor, bias: Tensor | None, relu: bool = False)
     return torch.ops.mkldnn._linear_pointwise(x, w.t(), bias, fused, [], "")  # type: ignore[no-any-return]
 
 
-def affine(x: Tensor, w: Tensor, bias: Tensor | None, relu: bool = False) -> Tensor:
+def linear(x: Tensor, w: Tensor, bias: Tensor | None, relu: bool = False) -> Tensor:
     """x @ w + bias, and ReLU of it if asked for. x [n, k], w [k, m], bias [m]."""
     if prefers_onednn_for_experts(x) or (relu and fuses_relu(x)):
         return onednn_linear(x, w, bias, relu)
@@ -102,7 +102,7 @@ def affine(x: Tensor, w: Tensor, bias: Tensor | None, relu: bool = False) -> Ten
     return y.relu_() if relu else y
 
 
-def affine_into(out: Tensor, x: Tensor, w: Tensor, bias: Tensor | None = None) -> None:
+def linear_into(out: Tensor, x: Tensor, w: Tensor, bias: Tensor | None = None) -> None:
     """out [n, m] = x @ w + bias."""
     if prefers_onednn_for_experts(x):
         out.copy_(onednn_linear(x, w, bias))
@@ -112,7 +112,7 @@ def affine_into(out: Tensor, x: Tensor, w: Tensor, bias: Tensor | None = None) -
         torch.addmm(bias, x, w, out=out)
 
 
-def outer_into(out: Tensor, x: Tensor, grad: Tensor) -> None:
+def weight_grad_into(out: Tensor, x: Tensor, grad: Tensor) -> None:
     """out [k, m] = xᵀ @ grad, the gradient of a weight. x [n, k], grad [n, m]."""
     if prefers_onednn_for_experts(x) and x.shape[0] >= _ONEDNN_CONTRACTION:
         out.copy_(onednn_linear(x.t(), grad, None))
@@ -125,7 +125,7 @@ def batched(x: Tensor, w: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.bmm(x, w, out=empty((*x.shape[:2], w.shape[2]), x) if out is None else out)
 
 
-def batched_affine(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+def batched_linear(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
     """x @ w + bias of every expert at once. x [E, n, k], w [E, k, m], bias [E, m]."""
     if bias is None:
         return batched(x, w)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moe_train.kernels.cpu.compile import library, library_for
-from moe_train.kernels.cpu.thread_pool import over_parts
+from moe_train.kernels.cpu.thread_pool import parallel_for
 
 _SOURCE = Path(__file__).with_name("segment_sum.c")
 _COST = 100.0  # of a number in FLOPs of a product, which a thread does in the time: these passes wait for memory
@@ -79,7 +79,7 @@ def _run(name: str, tensors: tuple[Tensor | None, ...], sizes: tuple[int, ...], 
         for part in parts:
             function(*pointers, *sizes, starts[part], min(starts[part] + step, rows), dim)
 
-    over_parts(work, [min(start + step, rows) - start for start in starts], _COST * dim)
+    parallel_for(work, [min(start + step, rows) - start for start in starts], _COST * dim)
 
 
 @functools.cache

@@ -21,7 +21,7 @@ _WORTHWHILE_FLOPS = 1e8  # below this, handing work over costs more than it save
 _UNEVEN = 1.3  # where the fullest thread has more than this times its share, all threads share every product
 
 
-def over_parts(work: Callable[[Iterable[int]], None], rows: Sequence[int], flops_per_row: float) -> None:
+def parallel_for(work: Callable[[Iterable[int]], None], rows: Sequence[int], flops_per_row: float) -> None:
     """Calls ``work`` on all experts (or other pieces) that have rows, in several threads where that pays.
 
     Args:
@@ -32,7 +32,7 @@ def over_parts(work: Callable[[Iterable[int]], None], rows: Sequence[int], flops
     """
     busy = sorted((e for e, count in enumerate(rows) if count), key=lambda e: -rows[e])
     threads = min(_threads(sum(rows) * flops_per_row), len(busy))
-    if threads < 2 or fullest_part(busy, rows, threads) * threads > _UNEVEN * sum(rows):
+    if threads < 2 or largest_part(busy, rows, threads) * threads > _UNEVEN * sum(rows):
         work(busy)
         return
     inference = torch.is_inference_mode_enabled()
@@ -55,7 +55,7 @@ def over_parts(work: Callable[[Iterable[int]], None], rows: Sequence[int], flops
         raise
 
 
-def fullest_part(experts: Sequence[int], rows: Sequence[int], parts: int) -> int:
+def largest_part(experts: Sequence[int], rows: Sequence[int], parts: int) -> int:
     """Rows of the fullest of ``parts`` parts, where each expert in turn goes to the emptiest."""
     filled = [0] * parts
     for e in experts:
@@ -65,8 +65,8 @@ def fullest_part(experts: Sequence[int], rows: Sequence[int], parts: int) -> int
 
 def _threads(flops: float) -> int:
     """How many threads to use: those of torch, unless the work is small or someone watches this thread's operators."""
-    watched = _get_current_dispatch_mode() is not None
-    return 1 if watched or flops < _WORTHWHILE_FLOPS else torch.get_num_threads()
+    hang_watchdog = _get_current_dispatch_mode() is not None
+    return 1 if hang_watchdog or flops < _WORTHWHILE_FLOPS else torch.get_num_threads()
 
 
 @functools.lru_cache(maxsize=4)

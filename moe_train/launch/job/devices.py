@@ -13,7 +13,7 @@ from moe_train.config import LaunchConfig
 from moe_train.errors import LaunchError
 from moe_train.launch.job.env import has_our_parent, local_rank, local_world, under_agent, under_launcher
 from moe_train.launch.job.hard_exit import within
-from moe_train.launch.job.job_store import Seal
+from moe_train.launch.job.job_store import MessageSigner
 
 _HEARING = 10.0  # seconds
 
@@ -59,7 +59,9 @@ def _one_of_its_own() -> bool:
     return bool(told["GPUS_PER_TASK"]) or "gpu" in told["TRES_PER_TASK"] or "single:1" in told["GPU_BIND"]
 
 
-def agree_on_devices(store: dist.Store, rank: int, size: int, device: torch.device, seal: Seal, limit: float) -> None:
+def agree_on_devices(
+    store: dist.Store, rank: int, size: int, device: torch.device, seal: MessageSigner, limit: float
+) -> None:
     """Every rank calls it, before the process group: one with GPUs would wait for those that have none.
 
     Args:
@@ -69,17 +71,17 @@ def agree_on_devices(store: dist.Store, rank: int, size: int, device: torch.devi
         LaunchError: on all ranks, where some have GPUs and others have not; it names the hosts of the latter.
         DistStoreError: a rank does not come.
     """
-    board, deadline = dist.PrefixStore("devices", store), time.monotonic() + limit
-    board.set(str(rank), seal.sign(str(rank), f"{device.type} {socket.gethostname()}"))
+    channel, deadline = dist.PrefixStore("devices", store), time.monotonic() + limit
+    channel.set(str(rank), seal.sign(str(rank), f"{device.type} {socket.gethostname()}"))
     if rank == 0:
-        told = [seal.wait_for(board, str(other), deadline).split() for other in range(size)]
+        told = [seal.wait_for(channel, str(other), deadline).split() for other in range(size)]
         without = [(number, host) for number, (kind, host) in enumerate(told) if kind == "cpu"]
-        board.set("without", seal.sign("without", _complaint(without) if 0 < len(without) < size else "-"))
-    complaint = seal.wait_for(board, "without", deadline)
+        channel.set("without", seal.sign("without", _complaint(without) if 0 < len(without) < size else "-"))
+    complaint = seal.wait_for(channel, "without", deadline)
     if complaint != "-":
-        board.set(f"heard/{rank}", "1")
+        channel.set(f"heard/{rank}", "1")
         if rank == 0:  # whose store the others read it from
-            within(_HEARING, lambda: board.wait([f"heard/{other}" for other in range(size)]))
+            within(_HEARING, lambda: channel.wait([f"heard/{other}" for other in range(size)]))
         raise LaunchError(
             complaint, remedy="set launch.device=cpu, or look there with nvidia-smi; on Slurm give each task one GPU"
         )

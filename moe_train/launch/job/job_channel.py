@@ -16,7 +16,7 @@ import torch.distributed as dist
 from moe_train.errors import LaunchError
 from moe_train.launch.job.env import has_our_parent, job_folder
 from moe_train.launch.job.failures import Failure
-from moe_train.launch.job.job_store import FolderStore, JobStore, Seal, SignedStore
+from moe_train.launch.job.job_store import FolderStore, JobStore, MessageSigner, SignedStore
 from moe_train.parallel.isolation import SECRET
 from moe_train.training.runtime.world import World
 
@@ -24,7 +24,7 @@ _PATIENCE = timedelta(seconds=10)
 _VERDICT, _FAILURE, _SHOWN = "verdict", "failure", "shown"
 
 
-class Board:
+class JobChannel:
     """What the ranks tell one another. Every method raises OSError, RuntimeError or torch's DistError where the store
     has gone."""
 
@@ -32,7 +32,7 @@ class Board:
         self._store = store
 
     @classmethod
-    def of(cls, world: World) -> Board:
+    def of(cls, world: World) -> JobChannel:
         """This world's board. Every rank calls it.
 
         A connection of its own, since a thread that waits for torch's would wait behind the main thread; a name of its
@@ -44,12 +44,12 @@ class Board:
         """
         if has_our_parent():
             return cls(FolderStore(job_folder()))
-        given = Seal.from_environment()
+        given = MessageSigner.from_environment()
         check_same_secret(given, world)
         name, drawn = world.broadcast([f"{time.time_ns()}-{os.getpid()}", secrets.token_hex(32)])
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=_PATIENCE)
-        return cls(SignedStore(store, given if given.secret else Seal(drawn.encode()), name))
+        return cls(SignedStore(store, given if given.secret else MessageSigner(drawn.encode()), name))
 
     def put(self, name: str, text: str) -> None:
         """Replaces what was there."""
@@ -96,7 +96,7 @@ class Board:
         return found
 
 
-def check_same_secret(given: Seal, world: World) -> None:
+def check_same_secret(given: MessageSigner, world: World) -> None:
     """Every rank calls it with the seal that its environment gives.
 
     Raises:

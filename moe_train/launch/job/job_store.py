@@ -82,7 +82,7 @@ class FolderStore:
 
 
 @dataclass(frozen=True)
-class Seal:
+class MessageSigner:
     """Signs what goes into a store that others can write to, and tells what is the job's own when it comes back.
 
     Attributes:
@@ -92,7 +92,7 @@ class Seal:
     secret: bytes = b""
 
     @classmethod
-    def from_environment(cls) -> Seal:
+    def from_environment(cls) -> MessageSigner:
         """With the secret that the job was given.
 
         Raises:
@@ -147,7 +147,7 @@ class SignedStore:
         job: a name that no other job and no earlier start of this one has: signatures hold under it only.
     """
 
-    def __init__(self, store: dist.Store, seal: Seal, job: str) -> None:
+    def __init__(self, store: dist.Store, seal: MessageSigner, job: str) -> None:
         self._store, self._seal, self._job = store, seal, job
         self._own: set[str] = set()  # names under which texts of this job have been seen
         self._logged: set[str] = set()

@@ -25,7 +25,7 @@ import torch
 from torch.distributed import distributed_c10d
 
 from moe_train.launch.job.failures import agents_file
-from moe_train.training.runtime.progress_marker import Pulse
+from moe_train.training.runtime.progress_marker import ProgressMarker
 
 FLIGHT_RECORDER = "TORCH_FR_BUFFER_SIZE"  # torch's own record of collectives; off for gloo unless this is set
 _DEPTH = 16
@@ -34,13 +34,13 @@ _HOMES = (str(Path.cwd()) + os.sep, sysconfig.get_path("purelib") + os.sep, sysc
 
 
 @dataclass(frozen=True)
-class Beat:
+class RankStatus:
     """What a rank says of itself every few seconds.
 
     Attributes:
         number: grows with every beat, from 0 (-1: it was never heard): a process that is stopped or gone falls silent.
         still: seconds without a mark, a collective, or an update; as everything here, at the time of the beat.
-        update, phase: of its :class:`Pulse`.
+        update, phase: of its :class:`ProgressMarker`.
         entered: collectives that it has entered, by name of group.
         pending: the first collective that it has entered and not left; said once it has stood still for some beats.
         stack: ``file:line in function``, innermost first: of the main thread, then of others that do something.
@@ -66,14 +66,16 @@ class Beat:
     altered: bool = False
 
 
-def beat(rank: int, number: int, still: float, pulse: Pulse, counts: dict[str, int], look: bool) -> Beat:
+def rank_status(
+    rank: int, number: int, still: float, pulse: ProgressMarker, counts: dict[str, int], look: bool
+) -> RankStatus:
     """This process's beat.
 
     Args:
         counts: :func:`entered`, by which ``still`` was judged.
         look: whether to ask torch for the pending collective, which costs a millisecond.
     """
-    return Beat(
+    return RankStatus(
         rank=rank,
         number=number,
         still=still,

@@ -1,8 +1,8 @@
 """A rank that hangs is found by a time limit, by a thread of each rank that needs no collective.
 
-Each rank tells the store where the processes met how far it has come (:class:`Beat`), every few seconds. One that has
-stood still for ``launch.timeout_minutes`` reads what the others said. Where somebody is behind, or has fallen silent,
-it passes the verdict to all, and every process ends. Ranks that compute for hours while nobody waits are let be.
+Each rank writes its progress (:class:`RankStatus`) to the job's store every few seconds. A rank without progress for
+``launch.timeout_minutes`` reads the status of the others. Where a rank is behind, or no longer writes, the cause is
+written for all ranks and every process ends. Ranks that compute for hours while no other rank waits are left alone.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ import torch.distributed as dist
 from moe_train.launch.job.env import has_our_parent
 from moe_train.launch.job.failures import Failure, leave_failure, tell_agent
 from moe_train.launch.job.hard_exit import leave, within
-from moe_train.launch.job.job_channel import Board
-from moe_train.launch.watchdog.diagnosis import culprits, failure, failure_of_silent, silent_ranks
-from moe_train.launch.watchdog.status import ALIVE, Beat, beat, born, condition, entered, set_time_limit
+from moe_train.launch.job.job_channel import JobChannel
+from moe_train.launch.watchdog.diagnosis import blocking_ranks, failure, failure_of_silent, silent_ranks
+from moe_train.launch.watchdog.status import ALIVE, RankStatus, born, condition, entered, rank_status, set_time_limit
 from moe_train.safe_text import for_terminal
 from moe_train.training.run.run_folder import FAILURE
 from moe_train.training.runtime.world import World
@@ -43,14 +43,14 @@ _STILL = 3  # beats without progress until a rank says which collective it stand
 
 
 @contextmanager
-def watched(world: World, board: Board, limit: float, silence: float = 0.0) -> Iterator[None]:
+def hang_watchdog(world: World, channel: JobChannel, limit: float, silence: float = 0.0) -> Iterator[None]:
     """While entered, this rank tells how far it has come, and ends with the others when one of them hangs.
 
     Args:
         limit: seconds that a rank may wait for the others.
         silence: seconds that it may wait for one of which nothing is heard; 0: there is no such limit.
     """
-    thread = _Watch(world, board, limit, silence)
+    thread = _Watchdog(world, channel, limit, silence)
     thread.say()  # so that nobody is unknown to the others, whatever happens next
     thread.start()
     try:
@@ -60,10 +60,10 @@ def watched(world: World, board: Board, limit: float, silence: float = 0.0) -> I
         thread.join(_SLOWEST)
 
 
-class _Watch(threading.Thread):
-    def __init__(self, world: World, board: Board, limit: float, silence: float = 0.0) -> None:
+class _Watchdog(threading.Thread):
+    def __init__(self, world: World, channel: JobChannel, limit: float, silence: float = 0.0) -> None:
         super().__init__(name="watch", daemon=True)
-        self.world, self.board, self.limit, self.silence = world, board, limit, silence
+        self.world, self.channel, self.limit, self.silence = world, channel, limit, silence
         # Thousands of ranks share one store: each speaks less often then.
         self.pause = max(_QUICKEST, min(_SLOWEST, min(limit, silence or limit) / 20), world.size / 400)
         self.done = threading.Event()
@@ -72,7 +72,7 @@ class _Watch(threading.Thread):
         self.moved, self.progress = time.monotonic(), (-1, dict[str, int]())
         self.limited: set[str] = set()
         # When, and what the others said then: what the next reading is compared with. None unless this rank waits.
-        self.heard: tuple[float, dict[int, Beat]] | None = None
+        self.heard: tuple[float, dict[int, RankStatus]] | None = None
         # The last time that this thread came to look: long ago means that the store or this host was slow, not others.
         self.turn = time.monotonic()
 
@@ -95,18 +95,18 @@ class _Watch(threading.Thread):
     def _verdict(self) -> Failure | None:
         """The verdict that holds, which may be ours."""
         still = self.say()
-        if verdict := self.board.verdict():
+        if verdict := self.channel.verdict():
             return verdict
-        if still > self.limit and (found := self._judge()):
-            return self.board.first_verdict(found)
+        if still > self.limit and (found := self._diagnose()):
+            return self.channel.first_verdict(found)
         if self.silence and (found := self._fallen_silent(still)):
-            return self.board.first_verdict(found)
+            return self.channel.first_verdict(found)
         return None
 
     def _fallen_silent(self, still: float) -> Failure | None:
         """Whether ranks have said nothing for the shorter limit, while this one waited and the store was quick.
 
-        Here silence itself is the fault, so two readings a whole limit apart are compared. :meth:`_judge` knows that
+        Here silence itself is the fault, so two readings a whole limit apart are compared. :meth:`_diagnose` knows that
         its rank has waited for the limit, and only asks who still speaks: two readings seconds apart tell.
         """
         before, self.turn = self.turn, time.monotonic()
@@ -115,11 +115,11 @@ class _Watch(threading.Thread):
             self.heard = None
             return None
         if self.heard is None:
-            self.heard = self.turn, self._beats()
+            self.heard = self.turn, self._statuses()
         since, earlier = self.heard
         if self.turn - since < max(self.silence, 3 * self.pause):
             return None
-        later = self._beats()
+        later = self._statuses()
         self.heard = self.turn, later
         silent = silent_ranks(earlier, later)
         if not silent or self.world.rank in silent or not later[self.world.rank].pending:
@@ -134,32 +134,32 @@ class _Watch(threading.Thread):
             self.moved, self.progress = time.monotonic(), progress
         still = time.monotonic() - self.moved  # after the reset: a beat tells of one moment
         look = still > _STILL * self.pause
-        own = beat(self.world.rank, self.number, still, self.world.pulse, progress[1], look)
+        own = rank_status(self.world.rank, self.number, still, self.world.pulse, progress[1], look)
         self.number += 1
-        self.board.put(f"beat/{own.rank}", json.dumps(asdict(own)))
+        self.channel.put(f"beat/{own.rank}", json.dumps(asdict(own)))
         return still
 
-    def _judge(self) -> Failure | None:
+    def _diagnose(self) -> Failure | None:
         """Reads what all ranks said, twice: who says nothing new in between is silent."""
-        earlier = self._beats()
+        earlier = self._statuses()
         deadline = time.monotonic() + max(_HEARING, 2.5 * self.pause)
         while time.monotonic() < deadline:
             if self.done.wait(self.pause) or self.say() < self.limit:
                 return None
-        later = self._beats()
+        later = self._statuses()
         silent = silent_ranks(earlier, later)
-        guilty = culprits(later, silent)
-        if not guilty or self.world.rank in guilty:
+        blocking = blocking_ranks(later, silent)
+        if not blocking or self.world.rank in blocking:
             return None
-        first = later[guilty[0]]
+        first = later[blocking[0]]
         ago = _age(first) if first.rank in silent else None
-        return failure(later, guilty, self.limit, self._look(first, ago is not None), ago)
+        return failure(later, blocking, self.limit, self._look(first, ago is not None), ago)
 
-    def _beats(self) -> dict[int, Beat]:
-        found = self.board.get_all([f"beat/{rank}" for rank in range(self.world.size)])
-        return {rank: _beat_of(rank, text) for rank, text in enumerate(found)}
+    def _statuses(self) -> dict[int, RankStatus]:
+        found = self.channel.get_all([f"beat/{rank}" for rank in range(self.world.size)])
+        return {rank: _status_of(rank, text) for rank, text in enumerate(found)}
 
-    def _look(self, other: Beat, silent: bool) -> str:
+    def _look(self, other: RankStatus, silent: bool) -> str:
         here = other.host == socket.gethostname() and born(other.pid) in ("", other.born)
         known = condition(other.pid) if here else ""
         if silent and known in ("", ALIVE):
@@ -174,14 +174,14 @@ class _Watch(threading.Thread):
             self._tell(verdict, speaker)
             # The first end makes an agent end the rest, the speaker too.
             if speaker:
-                within(_TELLING, self.board.shown)
+                within(_TELLING, self.channel.shown)
             else:
-                within(2 * _TELLING, lambda: self.board.wait_until_shown(_TELLING))
+                within(2 * _TELLING, lambda: self.channel.wait_until_shown(_TELLING))
             if not has_our_parent() and self.world.rank not in hanging:
-                beats = within(_TELLING, self._beats) or {}
+                statuses = within(_TELLING, self._statuses) or {}
                 for rank in hanging:
-                    if rank in beats:
-                        _put_down(beats[rank], verdict)
+                    if rank in statuses:
+                        kill_process(statuses[rank], verdict)
         finally:
             leave(1)
 
@@ -193,18 +193,18 @@ class _Watch(threading.Thread):
             within(_TELLING, lambda: print(for_terminal(f"Failed: {found.text()}"), file=sys.stderr, flush=True))
 
 
-def _beat_of(rank: int, text: str | None) -> Beat:
+def _status_of(rank: int, text: str | None) -> RankStatus:
     if text:
-        return Beat(**json.loads(text))
-    return Beat(rank, -1, 0.0, 0, "getting ready", altered=text is None)
+        return RankStatus(**json.loads(text))
+    return RankStatus(rank, -1, 0.0, 0, "getting ready", altered=text is None)
 
 
-def _age(last: Beat) -> float:
+def _age(last: RankStatus) -> float:
     """Seconds since a beat was said, by two hosts' clocks."""
     return max(0.0, time.time() - last.said)
 
 
-def _put_down(hanging: Beat, verdict: Failure) -> None:
+def kill_process(hanging: RankStatus, verdict: Failure) -> None:
     """Ends a process of this host that hangs: launchers give it half a minute more, or for ever.
 
     The cause is left in its name: its agent may notice its end before that of those who waited for it.

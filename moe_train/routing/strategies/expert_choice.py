@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from moe_train.config.check import NonNegativeFloat, PositiveFloat
-from moe_train.routing.all_gather import gather_rows, world_order
+from moe_train.routing.all_gather import all_gather_rows, world_order
 from moe_train.routing.base import Router, RouterInputs, RoutingConfig
 from moe_train.routing.capacity import Group, shared_by_ranks
 from moe_train.routing.context import RoutingContext
-from moe_train.routing.expected_load import Choices
+from moe_train.routing.expected_load import ExpectedChoices
 from moe_train.routing.gate import LinearGate, linear_init
 from moe_train.routing.noise import score_noise
 from moe_train.routing.registry import register
@@ -86,7 +86,7 @@ class ExpertChoiceRouter(Router):
         if not shared_by_ranks(context, self.config.capacity_group):
             return take(scores, torch.zeros_like(context.sentence), 1, factor, rounding)
         world = world_order(context)
-        everyone, _ = gather_rows(scores, context.ranks)
+        everyone, _ = all_gather_rows(scores, context.ranks)
         ordered = take(everyone[world.order], torch.zeros_like(world.order), 1, factor, rounding)
         taken = torch.empty_like(ordered)
         taken[world.order] = ordered
@@ -99,9 +99,9 @@ class ExpertChoiceRouter(Router):
         return min(config.capacity_factor, float(config.num_experts))
 
     @classmethod
-    def expected_choices(cls, config: RoutingConfig) -> tuple[Choices, ...]:
+    def expected_choices(cls, config: RoutingConfig) -> tuple[ExpectedChoices, ...]:
         """Each expert takes c / E of the tokens, whatever others take."""
-        return (Choices(1.0, 0, config.num_experts, cls.experts_per_token(config), independent=True),)
+        return (ExpectedChoices(1.0, 0, config.num_experts, cls.experts_per_token(config), independent=True),)
 
 
 def take(scores: Tensor, group: Tensor, num_groups: int, factor: float, rounding: HalfRounding = "half_up") -> Tensor:

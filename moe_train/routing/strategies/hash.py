@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moe_train.routing.base import Router, RouterInputs, RoutingConfig
-from moe_train.routing.constant_routing import ungated
+from moe_train.routing.constant_routing import constant_routing
 from moe_train.routing.context import RoutingContext
 from moe_train.routing.counter_rng import combine, hash_numbers, uniform_from
 from moe_train.routing.registry import register
@@ -62,7 +62,7 @@ class HashRouter(Router):
         expert = self.hashed(torch.where(ids >= 0, ids, -2 - context.position))
         if len(self.table):
             expert = torch.where(in_table, self.table[ids.clamp(0, len(self.table) - 1)], expert)
-        return ungated(x, expert.unsqueeze(1), self.num_experts)
+        return constant_routing(x, expert.unsqueeze(1), self.num_experts)
 
     @classmethod
     def experts_per_token(cls, config: RoutingConfig) -> float:

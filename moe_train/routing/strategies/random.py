@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from moe_train.routing.base import Router, RouterInputs, RoutingConfig
-from moe_train.routing.constant_routing import ungated
+from moe_train.routing.constant_routing import constant_routing
 from moe_train.routing.context import RoutingContext
 from moe_train.routing.counter_rng import counted_integer
 from moe_train.routing.noise import EXPERT
@@ -47,7 +47,7 @@ class RandomRouter(Router):
     def forward(self, x: Tensor, context: RoutingContext) -> Routing:
         """Routes x [T, d], whose values do not matter."""
         expert = counted_integer(context, EXPERT, self.num_experts, per=self.draw)
-        return ungated(x, expert.unsqueeze(1), self.num_experts)
+        return constant_routing(x, expert.unsqueeze(1), self.num_experts)
 
     @classmethod
     def experts_per_token(cls, config: RoutingConfig) -> float:

@@ -21,14 +21,14 @@ from torch import Tensor, nn
 from moe_train.config.check import NonNegativeFloat, PositiveFloat
 from moe_train.errors import ConfigError
 from moe_train.routing.balance_losses import WorldLoad, balance_loss, world_load, z_loss
-from moe_train.routing.base import Experts, RouterInputs, RoutingConfig, Spread
+from moe_train.routing.base import ExpertPlacement, Experts, RouterInputs, RoutingConfig
 from moe_train.routing.capacity import drop, expert_capacity, group_tokens
 from moe_train.routing.context import RoutingContext
-from moe_train.routing.expected_load import Choices
+from moe_train.routing.expected_load import ExpectedChoices
 from moe_train.routing.gate import LinearGate, linear_init
 from moe_train.routing.noise import jitter
 from moe_train.routing.registry import register
-from moe_train.routing.token_choice import Scores, TokenChoiceConfig, TokenChoiceRouter, best_experts, check_top_k
+from moe_train.routing.token_choice import RouterScores, TokenChoiceConfig, TokenChoiceRouter, best_experts, check_top_k
 from moe_train.routing.types import AuxiliaryLoss, Routing
 
 
@@ -68,7 +68,7 @@ class SamConfig(TokenChoiceConfig):
                 self.top_k, self.group_size, "the experts of a group (routing.num_experts / routing.num_groups)"
             )
 
-    def layout_warning(self, spread: Spread) -> str | None:
+    def layout_warning(self, spread: ExpertPlacement) -> str | None:
         """Where a group is torn over ranks, a token no longer travels once."""
         return spread.split_groups(self.num_experts, self.groups)
 
@@ -133,7 +133,7 @@ class SamRouter(TokenChoiceRouter):
         best = best_experts(inside.squeeze(1), self.config.top_k)
         choices = group * self.group_size + best
         weights = levels.expert.gather(1, choices)
-        routing = self.finish(Scores(levels.logits[0], levels.expert), choices, weights, context)
+        routing = self.finish(RouterScores(levels.logits[0], levels.expert), choices, weights, context)
         return dataclasses.replace(routing, losses=self.both_levels(levels, choices, weights, context))
 
     def by_group(self, per_expert: Tensor) -> Tensor:
@@ -165,7 +165,7 @@ class SamRouter(TokenChoiceRouter):
         kept = super().kept(left, weights, context)
         return entered.expand_as(choices) if kept is None else kept
 
-    def losses(self, scores: Scores, choices: Tensor, context: RoutingContext) -> dict[str, AuxiliaryLoss]:
+    def losses(self, scores: RouterScores, choices: Tensor, context: RoutingContext) -> dict[str, AuxiliaryLoss]:
         """None here: :meth:`both_levels` needs more than the scores."""
         return {}
 
@@ -194,11 +194,11 @@ class SamRouter(TokenChoiceRouter):
         return float(config.top_k)
 
     @classmethod
-    def expected_choices(cls, config: RoutingConfig) -> tuple[Choices, ...]:
+    def expected_choices(cls, config: RoutingConfig) -> tuple[ExpectedChoices, ...]:
         """One group, then k experts inside it."""
         assert isinstance(config, SamConfig)
         size, share = config.group_size, 1.0 / config.groups
-        return tuple(Choices(share, g * size, size, config.top_k) for g in range(config.groups))
+        return tuple(ExpectedChoices(share, g * size, size, config.top_k) for g in range(config.groups))
 
     @classmethod
     def router_flops_per_token(cls, config: RoutingConfig, dim: int) -> float:

@@ -21,14 +21,14 @@ from moe_train.config.check import Range
 from moe_train.errors import ConfigError
 from moe_train.routing.base import Experts, LayerKind, Router, RouterInputs, RoutingConfig
 from moe_train.routing.capacity import group_tokens
-from moe_train.routing.context import Ranks, RoutingContext
+from moe_train.routing.context import RankReduction, RoutingContext
 from moe_train.routing.counter_rng import hash_numbers
-from moe_train.routing.expected_load import Choices
+from moe_train.routing.expected_load import ExpectedChoices
 from moe_train.routing.gate import LinearGate, linear_init
 from moe_train.routing.noise import jitter
 from moe_train.routing.registry import register
 from moe_train.routing.strategies.top_k import SecondExpert, select, skip_second
-from moe_train.routing.token_choice import Normalise, Scores, TokenChoiceConfig, TokenChoiceRouter, check_top_k
+from moe_train.routing.token_choice import Normalise, RouterScores, TokenChoiceConfig, TokenChoiceRouter, check_top_k
 from moe_train.routing.types import AuxiliaryLoss, Routing
 
 
@@ -112,7 +112,7 @@ class StratumRouter(TokenChoiceRouter):
         if policy == "random":
             choices = skip_second(choices, weights.detach(), config.normalise, context)
         return self.with_global_ids(
-            self.finish(Scores(logits, probabilities), choices, weights, context, config.normalise)
+            self.finish(RouterScores(logits, probabilities), choices, weights, context, config.normalise)
         )
 
     def may_choose_less(self, context: RoutingContext) -> bool:
@@ -174,7 +174,7 @@ class SMoERouter(Router):
         """[T] where tokens go on after ``choices`` [T, k], dropped or not; L: they leave."""
         return self.stratum_of[choices[:, 0]] + 1
 
-    def block_losses(self, passes: Sequence[Routing], ranks: Ranks) -> dict[str, AuxiliaryLoss]:
+    def block_losses(self, passes: Sequence[Routing], ranks: RankReduction) -> dict[str, AuxiliaryLoss]:
         """The mean of each loss over the gates (Eq. 11)."""
         if not passes[0].losses:
             return {}
@@ -194,12 +194,14 @@ class SMoERouter(Router):
         return config.top_k * sum(expected_visits(config.sizes))
 
     @classmethod
-    def expected_choices(cls, config: RoutingConfig) -> tuple[Choices, ...]:
+    def expected_choices(cls, config: RoutingConfig) -> tuple[ExpectedChoices, ...]:
         """A pass per stratum: those who stop there choose k of the experts that it sees."""
         assert isinstance(config, SMoEConfig)
         starts = [sum(config.sizes[:i]) for i in range(len(config.sizes))]
         return tuple(
-            Choices(visits, first, config.num_experts - first, min(config.top_k, config.num_experts - first), stage=i)
+            ExpectedChoices(
+                visits, first, config.num_experts - first, min(config.top_k, config.num_experts - first), stage=i
+            )
             for i, (visits, first) in enumerate(zip(expected_visits(config.sizes), starts, strict=True))
         )
 

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from moe_train.config.check import PositiveInt, Range
 from moe_train.errors import ConfigError
 from moe_train.routing.base import Experts, LayerKind, Router, RouterInputs, RoutingConfig
-from moe_train.routing.constant_routing import ungated
+from moe_train.routing.constant_routing import constant_routing
 from moe_train.routing.context import RoutingContext
-from moe_train.routing.expected_load import Choices
+from moe_train.routing.expected_load import ExpectedChoices
 from moe_train.routing.gate import full_precision, routing_dtype
 from moe_train.routing.registry import register
 from moe_train.routing.types import Routing
@@ -152,7 +152,7 @@ class SoftMoERouter(Router):
     def forward(self, x: Tensor, context: RoutingContext | None = None) -> Routing:
         """The routing of slots x [B·s, d], all slots of a sentence together: slot i goes to expert i // p, weight 1."""
         slot = torch.arange(x.shape[0], device=x.device) % self.config.slots
-        return ungated(x, (slot // self.config.p).unsqueeze(1), self.num_experts)
+        return constant_routing(x, (slot // self.config.p).unsqueeze(1), self.num_experts)
 
     @classmethod
     def experts_per_token(cls, config: RoutingConfig) -> float:
@@ -161,9 +161,9 @@ class SoftMoERouter(Router):
         return config.slots / config.expected_tokens
 
     @classmethod
-    def expected_choices(cls, config: RoutingConfig) -> tuple[Choices, ...]:
+    def expected_choices(cls, config: RoutingConfig) -> tuple[ExpectedChoices, ...]:
         """Rows are slots, each for one expert."""
-        return (Choices(cls.experts_per_token(config), 0, config.num_experts, 1),)
+        return (ExpectedChoices(cls.experts_per_token(config), 0, config.num_experts, 1),)
 
     @classmethod
     def router_flops_per_token(cls, config: RoutingConfig, dim: int) -> float:

@@ -17,7 +17,7 @@ from moe_train.routing.context import RoutingContext
 from moe_train.routing.gate import LinearGate, switch_init
 from moe_train.routing.noise import jitter
 from moe_train.routing.registry import register
-from moe_train.routing.token_choice import Scores, TokenChoiceConfig, TokenChoiceRouter
+from moe_train.routing.token_choice import RouterScores, TokenChoiceConfig, TokenChoiceRouter
 from moe_train.routing.types import Routing
 
 
@@ -51,7 +51,7 @@ class SwitchRouter(TokenChoiceRouter):
         logits = self.gate(x)
         probabilities = torch.softmax(logits, dim=-1)
         weights, choices = probabilities.max(dim=-1, keepdim=True)
-        return self.finish(Scores(logits, probabilities), choices, weights, context)
+        return self.finish(RouterScores(logits, probabilities), choices, weights, context)
 
     @classmethod
     def experts_per_token(cls, config: RoutingConfig) -> float:

@@ -14,11 +14,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from moe_train.routing.base import Router, RouterInputs, RoutingConfig, Spread
-from moe_train.routing.constant_routing import ungated
+from moe_train.routing.base import ExpertPlacement, Router, RouterInputs, RoutingConfig
+from moe_train.routing.constant_routing import constant_routing
 from moe_train.routing.context import RoutingContext
 from moe_train.routing.counter_rng import counted_integer
-from moe_train.routing.expected_load import Choices
+from moe_train.routing.expected_load import ExpectedChoices
 from moe_train.routing.noise import EXPERT, PARTNER
 from moe_train.routing.registry import register
 from moe_train.routing.types import Routing
@@ -52,7 +52,7 @@ class ThorConfig(RoutingConfig):
         """Unless all experts are averaged."""
         return self.inference != "ensemble"
 
-    def layout_warning(self, spread: Spread) -> str | None:
+    def layout_warning(self, spread: ExpertPlacement) -> str | None:
         """One expert for a whole pass keeps one rank busy."""
         if self.draw != "batch":
             return None
@@ -74,8 +74,8 @@ class ThorRouter(Router):
         """Routes x [T, d], whose values do not matter."""
         if not context.training and self.config.inference == "ensemble":
             everyone = torch.arange(self.num_experts, device=x.device).expand(x.shape[0], -1)
-            return ungated(x, everyone, self.num_experts, weight=1 / self.num_experts)
-        return ungated(x, self.drawn(context).unsqueeze(1), self.num_experts)
+            return constant_routing(x, everyone, self.num_experts, weight=1 / self.num_experts)
+        return constant_routing(x, self.drawn(context).unsqueeze(1), self.num_experts)
 
     def drawn(self, context: RoutingContext) -> Tensor:
         """The expert [T] of each token, uniform in every pass."""
@@ -94,12 +94,12 @@ class ThorRouter(Router):
         return float(config.num_experts) if config.inference == "ensemble" else 1.0
 
     @classmethod
-    def expected_choices(cls, config: RoutingConfig) -> tuple[Choices, ...]:
+    def expected_choices(cls, config: RoutingConfig) -> tuple[ExpectedChoices, ...]:
         """One in training, whatever inference does."""
-        return (Choices(1.0, 0, config.num_experts, 1),)
+        return (ExpectedChoices(1.0, 0, config.num_experts, 1),)
 
     @classmethod
-    def fullest_share(cls, config: RoutingConfig, parts: int) -> float:
+    def max_load_share(cls, config: RoutingConfig, parts: int) -> float:
         """With ``draw=batch`` a pass goes to one expert: both passes to one part, or half the rows to each of two."""
         assert isinstance(config, ThorConfig)
         if config.draw != "batch":

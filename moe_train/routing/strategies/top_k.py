@@ -27,7 +27,7 @@ from moe_train.routing.noise import SECOND_EXPERT, gumbel, jitter, score_noise
 from moe_train.routing.registry import register
 from moe_train.routing.token_choice import (
     Normalise,
-    Scores,
+    RouterScores,
     TokenChoiceConfig,
     TokenChoiceRouter,
     best_experts,
@@ -129,15 +129,15 @@ class TopKRouter(TokenChoiceRouter):
         probabilities = scores if logits is clean else self.scores(clean)
         if self.config.scores == "sigmoid":
             probabilities = normalised(probabilities, None)
-        routing = self.finish(Scores(clean, probabilities), choices, weights, context, self.config.normalise)
-        varied = self.variation(Scores(clean, probabilities), logits, context)
+        routing = self.finish(RouterScores(clean, probabilities), choices, weights, context, self.config.normalise)
+        varied = self.variation(RouterScores(clean, probabilities), logits, context)
         return dataclasses.replace(routing, losses={**routing.losses, **varied})
 
     def scores(self, logits: Tensor) -> Tensor:
         """[T, E] of logits [T, E]."""
         return torch.sigmoid(logits) if self.config.scores == "sigmoid" else torch.softmax(logits, dim=-1)
 
-    def variation(self, clean: Scores, noisy: Tensor, context: RoutingContext) -> dict[str, AuxiliaryLoss]:
+    def variation(self, clean: RouterScores, noisy: Tensor, context: RoutingContext) -> dict[str, AuxiliaryLoss]:
         """V-MoE's losses where they have a weight (Riquelme et al., NeurIPS 2021, arXiv 2106.05974, §A.2)."""
         config, found = self.config, dict[str, AuxiliaryLoss]()
         if not context.training:

@@ -25,7 +25,7 @@ from moe_train.routing.gate import LinearGate, full_precision, linear_init, rout
 from moe_train.routing.noise import jitter
 from moe_train.routing.registry import register
 from moe_train.routing.strategies.top_k import SecondExpert, select, skip_second
-from moe_train.routing.token_choice import Scores, TokenChoiceConfig, TokenChoiceRouter
+from moe_train.routing.token_choice import RouterScores, TokenChoiceConfig, TokenChoiceRouter
 from moe_train.routing.types import Routing
 
 BALANCE_TEMPERATURE = {"softmax": 0.3, "sigmoid": 0.07}  # §4.1
@@ -117,7 +117,7 @@ class XMoERouter(TokenChoiceRouter):
         gates = torch.sigmoid(logits) if self.config.gate == "sigmoid" else torch.softmax(logits, dim=-1)
         choices = cosine.detach().argmax(dim=-1, keepdim=True)
         balanced = torch.softmax(cosine / self.config.tau_0, dim=-1)
-        return self.finish(Scores(logits, balanced), choices, gates.gather(1, choices), context)
+        return self.finish(RouterScores(logits, balanced), choices, gates.gather(1, choices), context)
 
     def scores(self, x: Tensor) -> Tensor:
         """[T, E] of x [T, d]: cosines in [-1, 1]; in torchscale mode these times ‖z‖."""
@@ -140,7 +140,7 @@ class XMoERouter(TokenChoiceRouter):
         weights = gates.gather(1, choices)
         if policy == "random":
             choices = skip_second(choices, weights.detach(), "before_drop", context)
-        return self.finish(Scores(logits, gates), choices, weights, context, "before_drop")
+        return self.finish(RouterScores(logits, gates), choices, weights, context, "before_drop")
 
     def may_choose_less(self, context: RoutingContext) -> bool:
         """Torchscale leaves second experts out at random."""

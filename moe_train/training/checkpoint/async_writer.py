@@ -12,11 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_train.training.runtime.progress_marker import Pulse
+from moe_train.training.runtime.progress_marker import ProgressMarker
 from moe_train.training.runtime.world import World
 
 
-class Background:
+class AsyncWriter:
     """A thread that runs jobs one after the other. What a job raises comes out of the next :meth:`wait`."""
 
     def __init__(self) -> None:
@@ -52,12 +52,12 @@ class Background:
             self._thread.shutdown()
 
 
-def world_aside(world: World) -> World:
+def world_for_checkpoints(world: World) -> World:
     """The same processes with a gloo group of their own, for collectives of a thread beside the loop's.
 
     Every rank calls it, like any maker of groups.
     """
-    aside = replace(world, device=torch.device("cpu"), pulse=Pulse())
+    aside = replace(world, device=torch.device("cpu"), pulse=ProgressMarker())
     if world.size == 1:
         return aside
     return replace(aside, group=dist.new_group(backend="gloo"))

@@ -12,23 +12,23 @@ from torch import Tensor
 
 from moe_train.config import CheckpointConfig
 from moe_train.errors import CheckpointError
-from moe_train.training.checkpoint.async_writer import Background, staged
+from moe_train.training.checkpoint.async_writer import AsyncWriter, staged
 from moe_train.training.checkpoint.dcp import load_tensors, shapes
 from moe_train.training.checkpoint.run_state import RunState
 from moe_train.training.checkpoint.state_dict import empty_optimizer_state, model_tensors, optimizer_tensors
-from moe_train.training.checkpoint.store import CheckpointStore, everywhere, load_model, read_state, reading_state
+from moe_train.training.checkpoint.store import CheckpointStore, load_model, read_state, reading_state, run_on_all_ranks
 from moe_train.training.engines import Engine
 
 
 @dataclass(frozen=True)
-class Keeper:
+class CheckpointManager:
     """Saves and restores a run.
 
     With ``config.asynchronous`` a checkpoint is copied to the host's memory and written by a thread. Nothing else
     changes: it gets its name when all of it is on the disk; what goes wrong is said at the next save or at the end.
 
     Attributes:
-        store: where to; its world must not be the loop's where writing is asynchronous (:func:`world_aside`).
+        store: where to; its world must not be the loop's where writing is asynchronous (:func:`world_for_checkpoints`).
         about: what every checkpoint says of its origin (config digest, world).
         background: the thread.
         aside: what was wrong with checkpoints that :meth:`restore` or :meth:`average` has left out.
@@ -38,7 +38,7 @@ class Keeper:
     engine: Engine
     config: CheckpointConfig
     about: Mapping[str, Any]
-    background: Background = field(default_factory=Background)
+    background: AsyncWriter = field(default_factory=AsyncWriter)
     aside: list[str] = field(default_factory=list)
 
     def due(self, update: int) -> bool:
@@ -90,7 +90,7 @@ class Keeper:
                 self.store.point("best", best)
             self.store.prune(max(self.config.keep, self.config.average))
 
-        everywhere(self.store.world, tidy if self.store.world.main else lambda: None)
+        run_on_all_ranks(self.store.world, tidy if self.store.world.main else lambda: None)
 
     def restore(self) -> RunState | None:
         """Loads the newest checkpoint into model and optimizer; None where there is none.
@@ -113,14 +113,14 @@ class Keeper:
         return state
 
     def _whole(self) -> Path | None:
-        updates = self.store.told(self.store.updates)
+        updates = self.store.broadcast_from_rank0(self.store.updates)
         for number in reversed(updates):
             path = self.store.path(number)
             try:
                 self.store.verify(path)
             except CheckpointError as error:
                 if self.config.damaged == "refuse" or number == updates[0]:
-                    raise CheckpointError(error.what, error.where, self.store.way_out(path)) from None
+                    raise CheckpointError(error.what, error.where, self.store.recovery_hint(path)) from None
                 aside = self.store.set_aside(path)
                 self.aside.append(f"{error.where}: {error.what}; {path.name} was set aside as {aside.name}")
             else:
@@ -149,7 +149,7 @@ class Keeper:
 
     def _worth_averaging(self) -> list[int]:
         whole = []
-        for number in self.store.told(self.store.updates)[-self.config.average :]:
+        for number in self.store.broadcast_from_rank0(self.store.updates)[-self.config.average :]:
             try:
                 self.store.verify(self.store.path(number))
             except CheckpointError as error:

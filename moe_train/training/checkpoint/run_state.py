@@ -20,7 +20,7 @@ class RunState:
         skipped: updates skipped because a gradient was not finite, in all.
         skipped_in_row: the same, since the last good one.
         pending: whether the validation that follows ``update`` is yet to come: a signal has kept it from being done.
-        interval: sums since the last line of train.jsonl; :meth:`moe_train.training.metrics.interval.Interval.to_json`.
+        interval: sums since the last line of train.jsonl, of ``MetricInterval.to_json``.
         engine: what the engine keeps besides tensors.
     """
 

@@ -88,7 +88,7 @@ class CheckpointStore:
         Raises:
             CheckpointError: there is none, or it is damaged (an undamaged one before it is offered).
         """
-        name = self.told(lambda: self._find(str(which)))
+        name = self.broadcast_from_rank0(lambda: self._find(str(which)))
         if name is None:
             known = [p.name for p in (*map(self.path, self.updates()), self.folder / "averaged") if p.is_dir()]
             remedy = f"there are: {', '.join(known)}" if known else "the run has written none yet"
@@ -97,7 +97,7 @@ class CheckpointStore:
         try:
             self.verify(path)
         except CheckpointError as error:
-            raise CheckpointError(error.what, error.where, self.way_out(path)) from None
+            raise CheckpointError(error.what, error.where, self.recovery_hint(path)) from None
         return path
 
     def _find(self, which: str) -> str | None:
@@ -121,13 +121,13 @@ class CheckpointStore:
         Raises:
             CheckpointError: on every rank, whichever of them found it; names the file.
         """
-        files = self.told(lambda: checksums.read_manifest(path))
+        files = self.broadcast_from_rank0(lambda: checksums.read_manifest(path))
         mine = dict(sorted(files.items())[self.world.rank :: self.world.size])
-        everywhere(self.world, lambda: checksums.check_files(path, mine))
+        run_on_all_ranks(self.world, lambda: checksums.check_files(path, mine))
 
-    def way_out(self, damaged: Path) -> str:
+    def recovery_hint(self, damaged: Path) -> str:
         """What to do about a damaged checkpoint: the newest one before it that is whole. Every rank calls it."""
-        for update in reversed(self.told(self.updates)):
+        for update in reversed(self.broadcast_from_rank0(self.updates)):
             earlier = self.path(update)
             if damaged.name == earlier.name or (damaged.name[5:].isdigit() and update > int(damaged.name[5:])):
                 continue
@@ -141,13 +141,13 @@ class CheckpointStore:
             )
         return "no other checkpoint of this run is whole: train again in another run folder"
 
-    def told(self, look: Callable[[], T]) -> T:
+    def broadcast_from_rank0(self, look: Callable[[], T]) -> T:
         """What rank 0 sees, on every rank: hosts may see a shared folder differently for a while.
 
         Args:
             look: gives what JSON holds.
         """
-        seen = everywhere(self.world, look if self.world.main else lambda: None)
+        seen = run_on_all_ranks(self.world, look if self.world.main else lambda: None)
         return self.world.broadcast(seen)  # type: ignore[return-value]
 
     # -- writing ---------------------------------------------------------------------------------------------------
@@ -166,7 +166,7 @@ class CheckpointStore:
         final, partial = self.folder / name, self.folder / f"{name}.partial"
         try:
             self._on_main(lambda: _fresh(partial))
-            everywhere(self.world, lambda: save_tensors(partial, tensors, self.world.group), collective=True)
+            run_on_all_ranks(self.world, lambda: save_tensors(partial, tensors, self.world.group), collective=True)
             self._on_main(lambda: checksums.write_synced(partial / STATE, json.dumps(dict(state), indent=1) + "\n"))
             self._seal(partial)
             self._on_main(lambda: _rename(partial, final))
@@ -178,12 +178,12 @@ class CheckpointStore:
     def _seal(self, partial: Path) -> None:
         names = self.world.broadcast(sorted(p.name for p in partial.iterdir()) if self.world.main else [])
         mine = names[self.world.rank :: self.world.size]
-        digests = everywhere(self.world, lambda: {name: checksums.digest(partial / name) for name in mine})
+        digests = run_on_all_ranks(self.world, lambda: {name: checksums.digest(partial / name) for name in mine})
         merged = {name: entry for part in self.world.gather(digests) for name, entry in part.items()}
         self._on_main(lambda: checksums.write_manifest(partial, merged))
 
     def _on_main(self, action: Callable[[], None]) -> None:
-        everywhere(self.world, action if self.world.main else lambda: None)
+        run_on_all_ranks(self.world, action if self.world.main else lambda: None)
 
     def _failed(self, final: Path, error: OSError) -> CheckpointError:
         latest = self.latest()
@@ -212,7 +212,7 @@ class CheckpointStore:
             os.rename(path, aside)
             return aside.name
 
-        return path.with_name(self.told(rename))
+        return path.with_name(self.broadcast_from_rank0(rename))
 
     def prune(self, keep: int) -> None:
         """Removes all but the ``keep`` newest checkpoints and the best one. Rank 0 does it.
@@ -291,7 +291,7 @@ def _check_surplus(path: Path, tensors: Mapping[str, Tensor], known: Iterable[st
         raise CheckpointError(what, str(path), "it is of another model")
 
 
-def everywhere(world: World, action: Callable[[], T], collective: bool = False) -> T:
+def run_on_all_ranks(world: World, action: Callable[[], T], collective: bool = False) -> T:
     """Runs ``action`` on every rank; where it fails on one, all raise that error, so that none is left waiting.
 
     Args:

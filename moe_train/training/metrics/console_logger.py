@@ -16,7 +16,7 @@ _NAMED = 3  # layers whose experts without tokens are counted by name
 _SPEED_PERIOD = 3600.0  # seconds of which the time left is reckoned: after Rich's 30 a slow update has no time left
 
 
-class Display:
+class ConsoleLogger:
     """Shows progress on rank 0 and says the same to the log file on every rank.
 
     Args:
@@ -45,7 +45,7 @@ class Display:
             )
             self._task = self._bar.add_task("update", total=total, completed=done)
 
-    def __enter__(self) -> Display:
+    def __enter__(self) -> ConsoleLogger:
         if self._bar is not None:
             self._bar.start()
         return self
@@ -83,7 +83,7 @@ def training_text(line: Mapping[str, Any], blocks: Mapping[int, str] = MappingPr
     """The figures of a training line, short.
 
     Args:
-        blocks: as of :class:`Display`.
+        blocks: as of :class:`ConsoleLogger`.
     """
     parts = [f"loss {line['loss']:.3f}"]
     if line.get("ppl") is not None:

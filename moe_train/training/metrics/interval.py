@@ -10,24 +10,26 @@ import torch
 
 from moe_train.parallel.traffic import TrafficCounters
 from moe_train.routing.types import RoutingStatistics
-from moe_train.training.metrics.sums import Sums
+from moe_train.training.metrics.sums import MetricSums
 
 COUNTS = ("ntokens", "nsentences", "sample_size")
 # Fields that tell of the clock: all others are the same in a run that was interrupted and resumed.
 TIMES = ("words_per_second", "images_per_second")
 
 
-class Interval:
+class MetricInterval:
     """World sums since the last line."""
 
     def __init__(self) -> None:
-        self._sums: Sums | None = None
+        self._sums: MetricSums | None = None
         self._norms: list[float] = []
         self._traffic = TrafficCounters()
         # Of this process: a rate must not count what was done before a resume.
         self._tokens, self._seconds = 0.0, 0.0
 
-    def add(self, sums: Sums, grad_norm: float | None, seconds: float, traffic: TrafficCounters | None = None) -> None:
+    def add(
+        self, sums: MetricSums, grad_norm: float | None, seconds: float, traffic: TrafficCounters | None = None
+    ) -> None:
         """An update's world sums, ``grad_norm`` None where it was skipped, its time, and what all ranks have sent."""
         self._sums = sums if self._sums is None else self._sums + sums
         if grad_norm is not None:
@@ -61,11 +63,11 @@ class Interval:
         return {"sums": self._sums.to_json(), "norms": self._norms, "traffic": self._traffic.numbers()}
 
     @classmethod
-    def from_json(cls, content: Mapping[str, Any], device: torch.device) -> Interval:
+    def from_json(cls, content: Mapping[str, Any], device: torch.device) -> MetricInterval:
         """The inverse of :meth:`to_json`."""
         interval = cls()
         if content:
-            interval._sums = Sums.from_json(content["sums"], device)
+            interval._sums = MetricSums.from_json(content["sums"], device)
             interval._norms = [float(n) for n in content["norms"]]
             interval._traffic += TrafficCounters.of_numbers(content.get("traffic", interval._traffic.numbers()))
         return interval

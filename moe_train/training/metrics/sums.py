@@ -20,7 +20,7 @@ Layout = tuple[tuple[str, tuple[int, ...]], ...]
 
 
 @dataclass(frozen=True)
-class Sums:
+class MetricSums:
     """Named additive numbers. Routing statistics stand under ``routing/<layer>/<field>``.
 
     Attributes:
@@ -32,7 +32,7 @@ class Sums:
     values: Tensor
 
     @classmethod
-    def of(cls, logging: Mapping[str, Any], device: torch.device) -> Sums:
+    def of(cls, logging: Mapping[str, Any], device: torch.device) -> MetricSums:
         """From a criterion's logging output."""
         named = {name: value for name, value in logging.items() if name != ROUTING}
         for layer, statistics in dict(logging.get(ROUTING, {})).items():
@@ -42,14 +42,14 @@ class Sums:
         flat = [t.reshape(-1).double() for t in tensors]
         return cls(layout, torch.cat(flat) if flat else torch.zeros(0, dtype=torch.float64, device=device))
 
-    def __add__(self, other: Sums) -> Sums:
+    def __add__(self, other: MetricSums) -> MetricSums:
         if self.layout != other.layout:
             raise ValueError(f"a criterion reported other names than before: {_difference(self.layout, other.layout)}")
-        return Sums(self.layout, self.values + other.values)
+        return MetricSums(self.layout, self.values + other.values)
 
-    def with_values(self, values: Tensor) -> Sums:
+    def with_values(self, values: Tensor) -> MetricSums:
         """The same names with other numbers (after a reduction)."""
-        return Sums(self.layout, values)
+        return MetricSums(self.layout, values)
 
     def named(self) -> dict[str, Tensor]:
         """Name → fp64 tensor in its shape."""
@@ -74,13 +74,13 @@ class Sums:
         return {"layout": [[name, list(shape)] for name, shape in self.layout], "values": self.values.tolist()}
 
     @classmethod
-    def from_json(cls, content: Mapping[str, Any], device: torch.device) -> Sums:
+    def from_json(cls, content: Mapping[str, Any], device: torch.device) -> MetricSums:
         """The inverse of :meth:`to_json`."""
         layout = tuple((str(name), tuple(int(n) for n in shape)) for name, shape in content["layout"])
         return cls(layout, torch.tensor(content["values"], dtype=torch.float64, device=device))
 
 
-def total(parts: Sequence[Sums]) -> Sums:
+def total(parts: Sequence[MetricSums]) -> MetricSums:
     """Their sum; at least one."""
     result = parts[0]
     for part in parts[1:]:

@@ -14,7 +14,7 @@ from moe_train.training.run.run_folder import RunFolder
 LOG = logging.getLogger("moe_train")
 
 
-class Records:
+class MetricWriter:
     """The run's logs; other ranks than 0 write nothing.
 
     Args:

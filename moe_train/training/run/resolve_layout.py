@@ -71,7 +71,7 @@ def _any(spec: Any, layers: int, key: str) -> bool:
     return bool(where.replaced or where.inserted_after)
 
 
-def settle(config: RunConfig, plan: LayoutPlan, before: RunConfig | None) -> RunConfig:
+def resolve_config(config: RunConfig, plan: LayoutPlan, before: RunConfig | None) -> RunConfig:
     """The config with the layout's numbers in it, and those that belong to the model from its first launch on.
 
     Args:

@@ -20,7 +20,7 @@ from moe_train.data.folder import DataFolder
 from moe_train.data.verification import InputFiles, file_digests
 from moe_train.errors import DataError, UserError, note, plural
 from moe_train.tasks import TaskData, TrainingTask, build_task, open_data
-from moe_train.training.checkpoint.store import everywhere
+from moe_train.training.checkpoint.store import run_on_all_ranks
 from moe_train.training.run.run_folder import DATA_FILES, EXPORTED_DATA, RunFolder
 from moe_train.training.runtime.world import World
 from moe_train.utils.atomic_io import replace_text
@@ -173,7 +173,7 @@ def verify_data(
         for folder in folders.values():
             folder.verify(how, training and folder is data, (world.local_rank, world.local_size))
 
-    everywhere(world, verify)
+    run_on_all_ranks(world, verify)
 
 
 def check_input_files(folder: RunFolder, data: TaskData, how: DataVerify, keep: bool) -> None:

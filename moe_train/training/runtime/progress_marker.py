@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 @dataclass
-class Pulse:
+class ProgressMarker:
     """Marked by the loop, read by :mod:`moe_train.launch.watchdog.watchdog` from another thread.
 
     Attributes:

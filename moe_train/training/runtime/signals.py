@@ -10,7 +10,7 @@ from typing import Any
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)  # USR2: submitit's
 
 
-class AskedToStop(Exception):
+class StopRequested(Exception):
     """Breaks a validation off, on every rank at the same place."""
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_train.training.runtime.progress_marker import Pulse
+from moe_train.training.runtime.progress_marker import ProgressMarker
 
 T = TypeVar("T")
 
@@ -21,7 +21,7 @@ class World:
     """Who we are among the processes, and the few collectives that the loop needs.
 
     ``group`` None is the default process group. For reductions inside models there is
-    :class:`moe_train.parallel.reducers.ProcessRanks`.
+    :class:`moe_train.parallel.reducers.DistReduction`.
 
     Attributes:
         rank: 0 .. size - 1; rank 0 writes files and speaks.
@@ -36,7 +36,7 @@ class World:
     local_size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     group: dist.ProcessGroup | None = None
-    pulse: Pulse = field(default_factory=Pulse, compare=False, repr=False)
+    pulse: ProgressMarker = field(default_factory=ProgressMarker, compare=False, repr=False)
 
     @classmethod
     def current(cls, device: torch.device | str = "cpu") -> World:

@@ -24,11 +24,11 @@ from moe_train.analysis.planner.cost_rows import (
 from moe_train.layers import MoELayer
 from moe_train.parallel.layout_plan import plan_layout
 from moe_train.routing import registered_strategies, routing_config
-from moe_train.routing.expected_load import Choices
+from moe_train.routing.expected_load import ExpectedChoices
 
 
-def flat(experts: int, k: int) -> tuple[Choices, ...]:
-    return (Choices(1.0, 0, experts, k),)
+def flat(experts: int, k: int) -> tuple[ExpectedChoices, ...]:
+    return (ExpectedChoices(1.0, 0, experts, k),)
 
 
 def destinations(experts: Iterable[int], each: int) -> set[int]:
@@ -61,12 +61,12 @@ def test_given_loads_are_those_of_the_law_of_largest_entropy(raw: list[float], k
 
 
 def test_equal_given_loads_change_nothing() -> None:
-    for choices in (flat(8, 3), tuple(Choices(0.25, 2 * g, 2, 2) for g in range(4))):
+    for choices in (flat(8, 3), tuple(ExpectedChoices(0.25, 2 * g, 2, 2) for g in range(4))):
         assert expected_rows(choices, 8, 4, [7.0] * 8) == pytest.approx(expected_rows(choices, 8, 4))
 
 
 def test_given_loads_move_shares_between_groups() -> None:
-    groups = tuple(Choices(0.5, 4 * g, 4, 2) for g in range(2))
+    groups = tuple(ExpectedChoices(0.5, 4 * g, 4, 2) for g in range(2))
     assert expected_rows(groups, 8, 2, [3.0] * 4 + [1.0] * 4) == pytest.approx([0.75, 0.25])
 
 
@@ -130,7 +130,7 @@ def test_a_batch_that_draws_one_expert_fills_one_rank() -> None:
     thor = registered_strategies()["thor"].router
 
     def fullest(**keys: Any) -> float:
-        return thor.fullest_share(routing_config({"name": "thor", "num_experts": 8, **keys}), 4)
+        return thor.max_load_share(routing_config({"name": "thor", "num_experts": 8, **keys}), 4)
 
     assert fullest(draw="sentence") == fullest(draw="token") == 0.25
     assert fullest() == pytest.approx(1 / 7 + 6 / 7 / 2)  # the partner is one of 7, of whom 1 stands on the same rank

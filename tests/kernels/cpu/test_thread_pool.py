@@ -31,7 +31,7 @@ def two_threads() -> object:
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=40), st.integers(1, 6))
 def test_the_fullest_part_is_within_one_expert_of_even(rows: list[int], parts: int) -> None:
     busy = sorted((e for e, count in enumerate(rows) if count), key=lambda e: -rows[e])
-    fullest = thread_pool.fullest_part(busy, rows, parts)
+    fullest = thread_pool.largest_part(busy, rows, parts)
     assert sum(rows) / parts <= fullest <= sum(rows) / parts + max(rows)
 
 
@@ -41,7 +41,7 @@ def test_every_busy_expert_is_taken_once_the_fullest_first(
 ) -> None:
     monkeypatch.setattr(thread_pool, "_WORTHWHILE_FLOPS", 0.0)
     parts: list[list[int]] = []
-    thread_pool.over_parts(lambda experts: parts.append(list(experts)), rows, 1.0)
+    thread_pool.parallel_for(lambda experts: parts.append(list(experts)), rows, 1.0)
     assert len(parts) == (2 if threaded else 1)
     assert sorted(e for part in parts for e in part) == [e for e, count in enumerate(rows) if count]
     assert all([rows[e] for e in part] == sorted((rows[e] for e in part), reverse=True) for part in parts)
@@ -68,7 +68,7 @@ def test_nobody_works_on_when_the_call_has_failed(
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(error):
-            thread_pool.over_parts(work, [9] * 40, 1.0)
+            thread_pool.parallel_for(work, [9] * 40, 1.0)
     finally:
         signal.signal(signal.SIGINT, before)
     taken = len(done)
@@ -89,7 +89,7 @@ def spent_asleep():
 
 awake = max(spent_asleep() for _ in range(3))
 thread_pool._WORTHWHILE_FLOPS = 0.0
-thread_pool.over_parts(list, [5, 5], 1.0)
+thread_pool.parallel_for(list, [5, 5], 1.0)
 print(awake, min(spent_asleep() for _ in range(3)))
 """
 
@@ -146,16 +146,16 @@ def test_an_error_in_a_part_is_raised(two_threads: None, monkeypatch: pytest.Mon
         raise ArithmeticError("of a part")
 
     with pytest.raises(ArithmeticError, match="of a part"):
-        thread_pool.over_parts(fail, [5, 5], 1.0)
+        thread_pool.parallel_for(fail, [5, 5], 1.0)
 
 
 def test_a_forked_process_starts_threads_of_its_own(two_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(thread_pool, "_WORTHWHILE_FLOPS", 0.0)
     seen: list[int] = []
-    thread_pool.over_parts(seen.extend, [5, 5], 1.0)
+    thread_pool.parallel_for(seen.extend, [5, 5], 1.0)
     child = os.fork()
     if child == 0:  # with the parent's threads it would wait for ever
         done: list[int] = []
-        thread_pool.over_parts(done.extend, [5, 5], 1.0)
+        thread_pool.parallel_for(done.extend, [5, 5], 1.0)
         os._exit(0 if sorted(done) == [0, 1] else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -13,7 +13,7 @@ from moe_train.config import LaunchConfig
 from moe_train.errors import LaunchError
 from moe_train.launch.job.devices import agree_on_devices, check_devices, device_of_rank
 from moe_train.launch.job.env import JOB
-from moe_train.launch.job.job_store import Seal
+from moe_train.launch.job.job_store import MessageSigner
 
 ONE_EACH = {"SLURM_GPUS_PER_TASK": "1"}
 
@@ -72,7 +72,9 @@ def test_all_ranks_take_the_same_kind(kinds: tuple[str, ...], agree: bool) -> No
     def one(rank: int) -> str:
         store = dist.TCPStore("127.0.0.1", master.port, is_master=False, wait_for_workers=False)
         try:
-            agree_on_devices(store, rank, len(kinds), torch.device(kinds[rank]), Seal(b"of this job alone"), 30.0)
+            agree_on_devices(
+                store, rank, len(kinds), torch.device(kinds[rank]), MessageSigner(b"of this job alone"), 30.0
+            )
         except LaunchError as error:
             return str(error)
         return "agreed"

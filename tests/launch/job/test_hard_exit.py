@@ -21,14 +21,14 @@ ENDS = """
     from moe_train.launch.job.job_channel import Board
     from moe_train.launch.job.failures import Failure
     from moe_train.launch.job.job_store import Seal, SignedStore
-    from moe_train.launch.watchdog.watchdog import _Watch
+    from moe_train.launch.watchdog.watchdog import _Watchdog
     from moe_train.training.runtime.world import World
 
     master = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     patience = timedelta(seconds=5)
     store = dist.TCPStore("127.0.0.1", master.port, is_master=False, wait_for_workers=False, timeout=patience)
     board = Board(SignedStore(store, Seal(b"of this job alone"), "job"))
-    watch = _Watch(World(rank=0, size=2), board, 1.0)
+    watch = _Watchdog(World(rank=0, size=2), board, 1.0)
     verdict = board.verdict
     def last_word():
         global master

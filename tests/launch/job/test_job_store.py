@@ -15,15 +15,15 @@ import torch.distributed as dist
 
 from moe_train.errors import LaunchError
 from moe_train.launch.job.failures import Failure
-from moe_train.launch.job.job_channel import Board
-from moe_train.launch.job.job_store import FolderStore, JobStore, Seal, SignedStore
-from moe_train.launch.watchdog.watchdog import _Watch
+from moe_train.launch.job.job_channel import JobChannel
+from moe_train.launch.job.job_store import FolderStore, JobStore, MessageSigner, SignedStore
+from moe_train.launch.watchdog.watchdog import _Watchdog
 from moe_train.parallel.isolation import SECRET
 from moe_train.training.runtime.world import World
 from tests.distributed.world import Worlds
 from tests.launch import jobs, torchrun
 
-SEAL = Seal(b"of this job alone")
+SEAL = MessageSigner(b"of this job alone")
 HUNG = Failure(1, 5.0, "it hangs")
 
 
@@ -44,8 +44,8 @@ def intruder(server: dist.TCPStore) -> dist.Store:
 
 
 @pytest.fixture
-def board(server: dist.TCPStore) -> Board:
-    return Board(SignedStore(connected(server), SEAL, "job"))
+def channel(server: dist.TCPStore) -> JobChannel:
+    return JobChannel(SignedStore(connected(server), SEAL, "job"))
 
 
 @pytest.mark.parametrize("kind", ["folder", "signed"])
@@ -64,49 +64,51 @@ def test_texts_by_name(kind: str, server: dist.TCPStore, tmp_path: Path) -> None
 def test_a_signature_holds_for_one_entry_of_one_job() -> None:
     signed = SEAL.sign("verdict", "it hangs").encode()
     assert SEAL.open("verdict", signed) == "it hangs"
-    assert SEAL.open("failure", signed) is None and Seal(b"of another job").open("verdict", signed) is None
+    assert SEAL.open("failure", signed) is None and MessageSigner(b"of another job").open("verdict", signed) is None
     for content in (b"", b" ", b"it hangs", b"\xff\xfe", signed[:-1], signed.replace(b"hangs", b"hungs"), signed[1:]):
         assert SEAL.open("verdict", content) is None
 
 
-def test_a_forged_verdict_ends_nothing(intruder: dist.Store, board: Board, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_forged_verdict_ends_nothing(
+    intruder: dist.Store, channel: JobChannel, caplog: pytest.LogCaptureFixture
+) -> None:
     forged = json.dumps(asdict(Failure(0, 1.0, "\x1b]0;owned\x07 all is lost")))
     with caplog.at_level(logging.WARNING, "moe_train"):
         for content in (forged, SEAL.sign("moe_train/earlier-job/verdict", forged), "\x1b[2J"):
             intruder.set("verdict", content)
             intruder.set("failure", content)
-            assert board.verdict() is None and board.cause(0.0) is None
+            assert channel.verdict() is None and channel.cause(0.0) is None
     assert [record.getMessage() for record in caplog.records] == [
         f"the entry '{name}' of the job's store is not from a rank of this job: it is ignored"
         for name in ("verdict", "failure")
     ]
-    assert board.first_verdict(HUNG) == HUNG == board.verdict()  # in place of the forged one
-    board.tell(HUNG)
-    assert board.cause(0.0) == HUNG
+    assert channel.first_verdict(HUNG) == HUNG == channel.verdict()  # in place of the forged one
+    channel.tell(HUNG)
+    assert channel.cause(0.0) == HUNG
     intruder.set("shown", "1")
     before = time.monotonic()
-    board.wait_until_shown(0.2)
+    channel.wait_until_shown(0.2)
     assert time.monotonic() - before >= 0.2
 
 
 @pytest.mark.parametrize("way", ["overwritten", "deleted"])
 def test_a_rank_whose_words_are_taken_does_not_count_as_silent(
-    way: str, intruder: dist.Store, board: Board, monkeypatch: pytest.MonkeyPatch
+    way: str, intruder: dist.Store, channel: JobChannel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Only what a rank itself has failed to say is held against it."""
     monkeypatch.setattr("moe_train.launch.watchdog.watchdog._HEARING", 0.1)
-    watches = [_Watch(World(rank=rank, size=2), board, limit=0.1) for rank in range(2)]
+    watches = [_Watchdog(World(rank=rank, size=2), channel, limit=0.1) for rank in range(2)]
     for watch in watches:
         watch.say()
-    assert [beat.number for beat in watches[0]._beats().values()] == [0, 0]
+    assert [rank_status.number for rank_status in watches[0]._statuses().values()] == [0, 0]
     time.sleep(0.2)
-    heard = watches[0]._judge()
+    heard = watches[0]._diagnose()
     assert heard is not None and heard.rank == 1  # it has said nothing new
     if way == "deleted":
         intruder.delete_key("beat/1")
     else:
         intruder.set("beat/1", "{}")
-    assert watches[0]._judge() is None
+    assert watches[0]._diagnose() is None
 
 
 def test_a_forged_verdict_under_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,9 +127,9 @@ def test_ranks_with_different_secrets(worlds: Worlds) -> None:
 
 
 def test_a_secret_of_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert Seal.from_environment() == Seal()
+    assert MessageSigner.from_environment() == MessageSigner()
     monkeypatch.setenv(SECRET, "0123456789abcdef")
-    assert Seal.from_environment() == Seal(b"0123456789abcdef")
+    assert MessageSigner.from_environment() == MessageSigner(b"0123456789abcdef")
     monkeypatch.setenv(SECRET, "hunter2")
     with pytest.raises(LaunchError, match="MOE_TRAIN_SECRET: the job's secret has 7 characters, at least 16"):
-        Seal.from_environment()
+        MessageSigner.from_environment()

@@ -9,14 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_train.launch.watchdog.diagnosis import culprits, failure, failure_of_silent, names
-from moe_train.launch.watchdog.status import Beat, stacks
+from moe_train.launch.watchdog.diagnosis import blocking_ranks, failure, failure_of_silent, names
+from moe_train.launch.watchdog.status import RankStatus, stacks
 
 WORLD = 4
 GROUPS = st.sets(st.integers(0, WORLD - 1), min_size=2).map(lambda members: tuple(sorted(members)))
 
 
-def stand_still(program: list[tuple[int, ...]], hanging: int, at: int) -> tuple[dict[int, Beat], set[int]]:
+def stand_still(program: list[tuple[int, ...]], hanging: int, at: int) -> tuple[dict[int, RankStatus], set[int]]:
     """Runs a program of collectives, each of a group, until nobody gets on: ``hanging`` stops before number ``at``.
 
     Returns:
@@ -47,35 +47,35 @@ def stand_still(program: list[tuple[int, ...]], hanging: int, at: int) -> tuple[
                     del inside[rank]
                     place[rank] = number + 1
     groups = {str(group): group for group in program}
-    beats = {}
+    statuses = {}
     for rank, own in entered.items():
         counts = {name: own.get(name, 0) for name, members in groups.items() if rank in members}
-        beats[rank] = Beat(rank, 5, 9.0, 1, "computing", counts)
-    return beats, set(inside)
+        statuses[rank] = RankStatus(rank, 5, 9.0, 1, "computing", counts)
+    return statuses, set(inside)
 
 
 @given(st.lists(GROUPS, min_size=1, max_size=12), st.integers(0, WORLD - 1), st.data())
 def test_whoever_others_wait_for_is_found(program: list[tuple[int, ...]], hanging: int, data: st.DataObject) -> None:
     at = data.draw(st.integers(0, len(program) - 1))
-    beats, waiting = stand_still(program, hanging, at)
-    assert culprits(beats, []) == ([hanging] if waiting else [])
+    statuses, waiting = stand_still(program, hanging, at)
+    assert blocking_ranks(statuses, []) == ([hanging] if waiting else [])
 
 
 def test_the_silent_come_first() -> None:
-    beats = {rank: Beat(rank, 1, 9.0, 1, "computing", {"0": 3 - (rank == 1)}) for rank in range(3)}
-    assert culprits(beats, []) == [1]
-    assert culprits(beats, [2]) == [2]
+    statuses = {rank: RankStatus(rank, 1, 9.0, 1, "computing", {"0": 3 - (rank == 1)}) for rank in range(3)}
+    assert blocking_ranks(statuses, []) == [1]
+    assert blocking_ranks(statuses, [2]) == [2]
 
 
 def test_what_the_user_reads() -> None:
     stack = ["a.py:7 in read", "b.py:1 in main"]
-    beats = {
-        0: Beat(
+    statuses = {
+        0: RankStatus(
             0, 9, 61.0, 7, "computing the update", {"0": 5}, "all_reduce 5 of group 0", ["torch/x.py:1 in wait", *stack]
         ),
-        1: Beat(1, 9, 61.0, 7, "reading samples", {"0": 4}, stack=stack, host="node7", pid=12),
+        1: RankStatus(1, 9, 61.0, 7, "reading samples", {"0": 4}, stack=stack, host="node7", pid=12),
     }
-    found = failure(beats, [1], 60.0, "stopped by a signal (SIGSTOP)")
+    found = failure(statuses, [1], 60.0, "stopped by a signal (SIGSTOP)")
     text = found.text()
     assert found.rank == 1 and not found.user
     assert text.startswith(
@@ -85,18 +85,21 @@ def test_what_the_user_reads() -> None:
     assert "    a.py:7 in read\n    b.py:1 in main" in text
     assert "rank 0 waits in all_reduce 5 of group 0: update 7, computing the update, at a.py:7 in read" in text
     assert text.splitlines()[-1].startswith("What to do: See where rank 1 stood") and "(now 1)" in text
-    silent = failure(beats, [1], 60.0, "gone", 17.2).text()
+    silent = failure(statuses, [1], 60.0, "gone", 17.2).text()
     assert "(process 12 on node7, gone): last heard 17 s ago, then at update 7, reading samples, still for" in silent
-    several = failure({**beats, 2: beats[1], 3: beats[1]}, [1, 2, 3], 60.0, "")
+    several = failure({**statuses, 2: statuses[1], 3: statuses[1]}, [1, 2, 3], 60.0, "")
     assert several.beside == [2, 3] and "it hangs (so do ranks 2 and 3): rank 0 has waited" in several.text()
 
 
 def test_a_rank_that_was_never_heard() -> None:
-    beats = {0: Beat(0, 9, 61.0, 0, "getting ready", {"0": 1}, "all_reduce 1"), 1: Beat(1, -1, 0.0, 0, "getting ready")}
-    text = failure(beats, [1], 60.0, "silent: it is stuck", 1.8e9).text()
+    statuses = {
+        0: RankStatus(0, 9, 61.0, 0, "getting ready", {"0": 1}, "all_reduce 1"),
+        1: RankStatus(1, -1, 0.0, 0, "getting ready"),
+    }
+    text = failure(statuses, [1], 60.0, "silent: it is stuck", 1.8e9).text()
     assert "rank 1 was never heard (silent: it is stuck)\nrank 0 waits" in text
     assert "process 0" not in text and "host (:" not in text
-    assert "its host (which it never told) is up" in failure_of_silent(beats, [1], 60.0, "", 1.8e9).text()
+    assert "its host (which it never told) is up" in failure_of_silent(statuses, [1], 60.0, "", 1.8e9).text()
 
 
 def test_names_of_ranks() -> None:

@@ -16,11 +16,11 @@ import pytest
 
 from moe_train.config import LaunchConfig
 from moe_train.launch.job.failures import WorkerError
-from moe_train.launch.job.job_channel import Board
+from moe_train.launch.job.job_channel import JobChannel
 from moe_train.launch.job.job_store import FolderStore
 from moe_train.launch.local import launch
-from moe_train.launch.watchdog.status import Beat
-from moe_train.launch.watchdog.watchdog import _Watch
+from moe_train.launch.watchdog.status import RankStatus
+from moe_train.launch.watchdog.watchdog import _Watchdog
 from moe_train.training.runtime.world import World
 from tests.distributed.world import free_port
 from tests.launch import torchrun
@@ -45,12 +45,12 @@ def hung(text: str, how: str) -> None:
 
 def test_a_beat_tells_of_one_moment(tmp_path: Path) -> None:
     """The seconds of standing still belong to the update and place beside them: none after progress."""
-    world, board = World(), Board(FolderStore(tmp_path))
-    watch = _Watch(world, board, limit=60.0)
+    world, channel = World(), JobChannel(FolderStore(tmp_path))
+    watch = _Watchdog(world, channel, limit=60.0)
 
-    def told() -> Beat:
+    def told() -> RankStatus:
         watch.say()
-        return Beat(**json.loads(board.get_all(["beat/0"])[0] or ""))
+        return RankStatus(**json.loads(channel.get_all(["beat/0"])[0] or ""))
 
     world.pulse.mark("reading samples", 3)
     told()

@@ -18,7 +18,7 @@ from moe_train.config import CheckpointConfig, EngineConfig, TrainingConfig
 from moe_train.errors import CheckpointError
 from moe_train.training.checkpoint import checksums
 from moe_train.training.checkpoint.dcp import load_tensors, shapes
-from moe_train.training.checkpoint.manager import Keeper
+from moe_train.training.checkpoint.manager import CheckpointManager
 from moe_train.training.checkpoint.run_state import RunState
 from moe_train.training.checkpoint.state_dict import empty_optimizer_state, model_tensors, optimizer_tensors
 from moe_train.training.checkpoint.store import STATE, CheckpointStore, load_model, read_state
@@ -29,22 +29,22 @@ from tests.training.toy import EXPERTS, ToyModel
 from tests.training.toy_run import assert_same_bits, weights
 
 
-def keeper(folder: Path, **keys: Any) -> Keeper:
+def checkpoints(folder: Path, **keys: Any) -> CheckpointManager:
     torch.manual_seed(1)
     engine = build_engine(EngineInputs(ToyModel(0.0), EngineConfig(), TrainingConfig(), World()))
-    return Keeper(CheckpointStore(folder), engine, CheckpointConfig(**keys), {"world": 1})
+    return CheckpointManager(CheckpointStore(folder), engine, CheckpointConfig(**keys), {"world": 1})
 
 
-def step(kept: Keeper) -> None:
+def step(kept: CheckpointManager) -> None:
     logits, _ = kept.engine.module(torch.arange(12))
     kept.engine.backward(logits.square().mean())
     kept.engine.step(0.1)
 
 
 @pytest.fixture
-def filled(tmp_path: Path) -> Keeper:
+def filled(tmp_path: Path) -> CheckpointManager:
     """Checkpoints of updates 1, 2 and 3."""
-    kept = keeper(tmp_path / "checkpoints", keep=3)
+    kept = checkpoints(tmp_path / "checkpoints", keep=3)
     for update in (1, 2, 3):
         step(kept)
         kept.save(RunState(update=update, best_update=2, best=0.5))
@@ -55,8 +55,8 @@ def files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
 
 
-def test_what_is_saved_comes_back(filled: Keeper) -> None:
-    again = keeper(filled.store.folder)
+def test_what_is_saved_comes_back(filled: CheckpointManager) -> None:
+    again = checkpoints(filled.store.folder)
     before = weights(again.engine.module)
     state = again.restore()
     assert state is not None and (state.update, state.best, state.best_update) == (3, 0.5, 2)
@@ -67,14 +67,14 @@ def test_what_is_saved_comes_back(filled: Keeper) -> None:
     assert_same_bits(weights(again.engine.module), weights(filled.engine.module))
 
 
-def test_experts_are_stored_one_by_one_under_their_global_ids(filled: Keeper) -> None:
+def test_experts_are_stored_one_by_one_under_their_global_ids(filled: CheckpointManager) -> None:
     names = set(shapes(filled.store.path(3)))
     assert {f"model.experts.@{e}" for e in range(EXPERTS)} <= names
     assert {f"optimizer.experts.@{e}.exp_avg" for e in range(EXPERTS)} <= names
     assert "optimizer.experts.step" in names and "model.experts" not in names
 
 
-def test_a_rank_that_holds_some_experts_reads_those(filled: Keeper) -> None:
+def test_a_rank_that_holds_some_experts_reads_those(filled: CheckpointManager) -> None:
     class Half(ToyModel):
         def __init__(self) -> None:
             super().__init__(0.0)
@@ -93,12 +93,12 @@ def test_a_rank_that_holds_some_experts_reads_those(filled: Keeper) -> None:
     assert float(state["experts"]["step"]) == 3.0
 
 
-def test_no_pickle_in_a_checkpoint(filled: Keeper) -> None:
+def test_no_pickle_in_a_checkpoint(filled: CheckpointManager) -> None:
     kinds = {path.suffix for path in filled.store.path(3).iterdir()}
     assert kinds == {".safetensors", ".json"}
 
 
-def test_links_and_names(filled: Keeper) -> None:
+def test_links_and_names(filled: CheckpointManager) -> None:
     store = filled.store
     assert store.updates() == [1, 2, 3]
     assert os.readlink(store.folder / "last") == "step_3" and os.readlink(store.folder / "best") == "step_2"
@@ -110,7 +110,7 @@ def test_links_and_names(filled: Keeper) -> None:
 
 @pytest.mark.parametrize("links", ["folders", "left out"])
 def test_a_copy_without_links_has_the_same_best_checkpoint_and_goes_on(
-    filled: Keeper, tmp_path: Path, links: str, caplog: pytest.LogCaptureFixture
+    filled: CheckpointManager, tmp_path: Path, links: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """`cp -rL` makes folders of links, other programs leave them out. The newest checkpoint is not the best."""
     folder = tmp_path / "copy"
@@ -118,7 +118,7 @@ def test_a_copy_without_links_has_the_same_best_checkpoint_and_goes_on(
     if links == "left out":
         for name in ("best", "last"):
             (folder / name).unlink()
-    again = keeper(folder, keep=1)
+    again = checkpoints(folder, keep=1)
     assert again.store.resolve("best") == folder / "step_2" and again.store.resolve("last") == folder / "step_3"
     assert (state := again.restore()) is not None and state.best_update == 2
     step(again)
@@ -130,14 +130,16 @@ def test_a_copy_without_links_has_the_same_best_checkpoint_and_goes_on(
         assert "best was a folder and not a link: it is now best.copied" in caplog.text
 
 
-def test_a_folder_that_stands_for_the_best_checkpoint_is_taken_where_there_is_no_other(filled: Keeper) -> None:
+def test_a_folder_that_stands_for_the_best_checkpoint_is_taken_where_there_is_no_other(
+    filled: CheckpointManager,
+) -> None:
     folder = filled.store.folder
     (folder / "best").unlink()
     os.replace(folder / "step_2", folder / "best")
     assert filled.store.resolve("best") == folder / "best"
 
 
-def test_another_checkpoint_does_not_stand_for_the_best_without_a_word(filled: Keeper) -> None:
+def test_another_checkpoint_does_not_stand_for_the_best_without_a_word(filled: CheckpointManager) -> None:
     shutil.rmtree(filled.store.path(2))
     with pytest.raises(CheckpointError, match=r"best: the best checkpoint is step_2, and that is not there.*last"):
         filled.store.resolve("best")
@@ -146,25 +148,25 @@ def test_another_checkpoint_does_not_stand_for_the_best_without_a_word(filled: K
 @pytest.mark.parametrize(
     "content", ["[]", "{", "[" * 100_000, '{"update": "3"}', '{"update": -1}', '{"best": []}', '{"engine": 1}', "\xff"]
 )
-def test_a_damaged_state_is_named(filled: Keeper, content: str) -> None:
+def test_a_damaged_state_is_named(filled: CheckpointManager, content: str) -> None:
     """With a manifest that agrees, as hostile hands would leave it."""
     latest = filled.store.path(3)
     (latest / STATE).write_bytes(content.encode("latin1"))
     names = sorted(path.name for path in latest.iterdir() if path.name != checksums.MANIFEST)
     checksums.write_manifest(latest, {name: checksums.digest(latest / name) for name in names})
     with pytest.raises(CheckpointError, match=r"step_3/state\.json: the checkpoint's state"):
-        keeper(filled.store.folder).restore()
+        checkpoints(filled.store.folder).restore()
 
 
 def test_the_best_and_the_newest_are_kept(tmp_path: Path) -> None:
-    kept = keeper(tmp_path, keep=2)
+    kept = checkpoints(tmp_path, keep=2)
     for update in range(1, 7):
         kept.save(RunState(update=update, best=0.1, best_update=2 if update > 1 else 1))
     assert kept.store.updates() == [2, 5, 6]
 
 
 @pytest.mark.parametrize("damage", ["truncated", "altered", "missing", "no manifest", "broken manifest", "state"])
-def test_damage_is_named_and_the_one_before_is_offered(filled: Keeper, damage: str) -> None:
+def test_damage_is_named_and_the_one_before_is_offered(filled: CheckpointManager, damage: str) -> None:
     folder = filled.store.path(3)
     victim = {"no manifest": folder / "manifest.json", "broken manifest": folder / "manifest.json"}.get(damage)
     victim = victim or (folder / "state.json" if damage == "state" else files(folder)[0])
@@ -185,14 +187,14 @@ def test_damage_is_named_and_the_one_before_is_offered(filled: Keeper, damage: s
 
 
 @pytest.mark.parametrize("damage", ["cut short", "one byte flipped"])
-def test_a_damaged_one_can_be_skipped(filled: Keeper, damage: str) -> None:
+def test_a_damaged_one_can_be_skipped(filled: CheckpointManager, damage: str) -> None:
     """The run goes on from the newest whole one, to the same bits; the damaged one is kept under another name."""
     store = filled.store
     victim = files(store.path(3))[0]
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 1
     victim.write_bytes(bytes(content[:-9]) if damage == "cut short" else bytes(content))
-    again = keeper(store.folder, damaged="skip")
+    again = checkpoints(store.folder, damaged="skip")
     state = again.restore()
     assert state is not None and state.update == 2
     assert store.updates() == [1, 2] and files(store.folder / "step_3.damaged")
@@ -202,13 +204,13 @@ def test_a_damaged_one_can_be_skipped(filled: Keeper, damage: str) -> None:
     assert_same_bits(weights(again.engine.module), weights(filled.engine.module))
 
 
-def test_what_was_set_aside_before_and_folders_of_the_users_stay(filled: Keeper) -> None:
+def test_what_was_set_aside_before_and_folders_of_the_users_stay(filled: CheckpointManager) -> None:
     folder = filled.store.folder
     for name in ("step_3.damaged", "best_so_far.partial", "step_x.partial"):
         (folder / name).mkdir()
         (folder / name / "notes").write_text("mine")
     files(filled.store.path(3))[0].write_bytes(b"")
-    again = keeper(folder, damaged="skip", keep=1)
+    again = checkpoints(folder, damaged="skip", keep=1)
     again.restore()
     assert again.notes()[0].endswith("step_3 was set aside as step_3.damaged1")
     (folder / "step_1.partial").mkdir()
@@ -219,8 +221,8 @@ def test_what_was_set_aside_before_and_folders_of_the_users_stay(filled: Keeper)
         assert (folder / name / "notes").read_text() == "mine"
 
 
-def test_a_mean_that_cannot_be_replaced_stays(filled: Keeper, monkeypatch: pytest.MonkeyPatch) -> None:
-    filled = keeper(filled.store.folder, average=2)
+def test_a_mean_that_cannot_be_replaced_stays(filled: CheckpointManager, monkeypatch: pytest.MonkeyPatch) -> None:
+    filled = checkpoints(filled.store.folder, average=2)
     filled.average(2)
     rename = os.rename
 
@@ -236,14 +238,14 @@ def test_a_mean_that_cannot_be_replaced_stays(filled: Keeper, monkeypatch: pytes
     assert read_state(filled.store.resolve("averaged"))["update"] == 2
 
 
-def test_skipping_never_begins_anew(filled: Keeper) -> None:
+def test_skipping_never_begins_anew(filled: CheckpointManager) -> None:
     for update in (1, 2, 3):
         files(filled.store.path(update))[0].write_bytes(b"")
     with pytest.raises(CheckpointError, match="step_1"):
-        keeper(filled.store.folder, damaged="skip").restore()
+        checkpoints(filled.store.folder, damaged="skip").restore()
 
 
-def test_only_a_whole_one_is_offered(filled: Keeper) -> None:
+def test_only_a_whole_one_is_offered(filled: CheckpointManager) -> None:
     for update in (2, 3):
         files(filled.store.path(update))[0].write_bytes(b"")
     with pytest.raises(CheckpointError, match="step_1, is whole"):
@@ -253,7 +255,7 @@ def test_only_a_whole_one_is_offered(filled: Keeper) -> None:
         filled.store.resolve("last")
 
 
-def test_manifest_cannot_lead_outside(filled: Keeper) -> None:
+def test_manifest_cannot_lead_outside(filled: CheckpointManager) -> None:
     manifest = filled.store.path(3) / "manifest.json"
     content = json.loads(manifest.read_text())
     content["files"]["../step_2/state.json"] = content["files"].pop("state.json")
@@ -262,7 +264,7 @@ def test_manifest_cannot_lead_outside(filled: Keeper) -> None:
         filled.store.resolve("last")
 
 
-def test_another_model_is_refused(filled: Keeper) -> None:
+def test_another_model_is_refused(filled: CheckpointManager) -> None:
     path = filled.store.path(3)
     wider = ToyModel(0.0)
     wider.output = torch.nn.Linear(16, 13)
@@ -291,7 +293,7 @@ def test_tied_parameters_are_stored_once(tmp_path: Path) -> None:
 
 
 def test_the_mean_of_the_last(tmp_path: Path) -> None:
-    kept = keeper(tmp_path, keep=1, average=3)
+    kept = checkpoints(tmp_path, keep=1, average=3)
     snapshots = []
     for update in range(1, 6):
         step(kept)
@@ -308,7 +310,7 @@ def test_the_mean_of_the_last(tmp_path: Path) -> None:
         torch.testing.assert_close(tensor, mean.float())
 
 
-def test_a_failed_write_leaves_what_was_there(filled: Keeper, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_leaves_what_was_there(filled: CheckpointManager, monkeypatch: pytest.MonkeyPatch) -> None:
     """The seal is the last thing before the rename; fails there as a disk would."""
     before = filled.store.path(3).stat().st_mtime_ns
 

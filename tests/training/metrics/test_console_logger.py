@@ -7,7 +7,7 @@ import re
 from rich.console import Console
 
 from moe_train.data.stage_progress import Progress
-from moe_train.training.metrics.console_logger import Display, training_text
+from moe_train.training.metrics.console_logger import ConsoleLogger, training_text
 from tests.streams import Terminal
 
 
@@ -29,7 +29,7 @@ def train() -> None:
     line = {"loss": 6.725, "ppl": 820.8, "lr": 3.5e-7, "words_per_second": 19486.0, "skipped": 3}
     loads = {"load_max_over_mean": {"0": 1.5}, "dead_experts": 18, "dropped": 3, "dropped_fraction": 0.11}
     loads |= {"load": {"0": [1 / 46] * 46 + [0.0] * 18}}
-    with Display(100_000, 12_345, Console()) as display:
+    with ConsoleLogger(100_000, 12_345, Console()) as display:
         for update in (12_346, 12_347):
             display.trained({"update": update, **line, **loads})
             display.advance(update)

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from moe_train.routing.types import RoutingStatistics, count_statistics
-from moe_train.training.metrics.interval import Interval, describe_routing, per_token
-from moe_train.training.metrics.sums import Sums, total
+from moe_train.training.metrics.interval import MetricInterval, describe_routing, per_token
+from moe_train.training.metrics.sums import MetricSums, total
 
 CPU = torch.device("cpu")
 
@@ -20,14 +20,14 @@ def statistics(*choices: int, dropped: int = 0) -> RoutingStatistics:
     return count_statistics(torch.tensor(choices).unsqueeze(1), kept, 4, probabilities, {"odd": torch.tensor([1, 2])})
 
 
-def sums(loss: float, tokens: int, *choices: int, dropped: int = 0) -> Sums:
+def sums(loss: float, tokens: int, *choices: int, dropped: int = 0) -> MetricSums:
     logging = {
         "loss": torch.tensor(loss),
         "ntokens": tokens,
         "nsentences": 1,
         "routing": {0: statistics(*choices, dropped=dropped), 10: statistics(*choices)},
     }
-    return Sums.of(logging, CPU)
+    return MetricSums.of(logging, CPU)
 
 
 def test_sums_add_and_come_back_by_name() -> None:
@@ -42,23 +42,23 @@ def test_sums_add_and_come_back_by_name() -> None:
 
 def test_other_names_are_refused() -> None:
     with pytest.raises(ValueError, match="other names"):
-        _ = sums(1.0, 1, 0) + Sums.of({"loss": 1.0}, CPU)
+        _ = sums(1.0, 1, 0) + MetricSums.of({"loss": 1.0}, CPU)
 
 
 def test_json_keeps_every_bit() -> None:
     one = sums(0.1 + 0.2, 3, 0, 1, 1)
-    again = Sums.from_json(json.loads(json.dumps(one.to_json())), CPU)
+    again = MetricSums.from_json(json.loads(json.dumps(one.to_json())), CPU)
     assert again.layout == one.layout and torch.equal(again.values, one.values)
 
 
 def test_an_interval_survives_a_checkpoint() -> None:
-    whole, first = Interval(), Interval()
+    whole, first = MetricInterval(), MetricInterval()
     updates = [(sums(1.5, 3, 0, 1, 1), 0.1), (sums(1.0, 2, 2, 2), None), (sums(0.7, 1, 3), 0.3)]
     for part, norm in updates:
         whole.add(part, norm, 1.0)
     for part, norm in updates[:2]:
         first.add(part, norm, 1.0)
-    second = Interval.from_json(json.loads(json.dumps(first.to_json())), CPU)
+    second = MetricInterval.from_json(json.loads(json.dumps(first.to_json())), CPU)
     second.add(*updates[2], 2.0)
     line, resumed = whole.line(), second.line()
     assert line.pop("words_per_second") == 2.0 and resumed.pop("words_per_second") == 0.5

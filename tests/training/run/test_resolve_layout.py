@@ -12,7 +12,7 @@ from moe_train.errors import ConfigError
 from moe_train.parallel.dispatch_options import DispatchOptions
 from moe_train.parallel.traffic import TrafficCounters
 from moe_train.training.run.recorded_config import recorded_config, to_record
-from moe_train.training.run.resolve_layout import dispatch_options, layout_warnings, pictures, plan_run, settle
+from moe_train.training.run.resolve_layout import dispatch_options, layout_warnings, pictures, plan_run, resolve_config
 from moe_train.training.run.run_folder import differing_keys
 
 
@@ -85,11 +85,11 @@ def test_how_exchanges_go_is_the_layouts_to_say() -> None:
 
 def test_groups_by_place_become_a_number_once() -> None:
     asked = config({"name": "sam", "top_k": 1, "num_groups": "rank"}, expert_parallel=4)
-    first = settle(asked, plan_run(asked, 4, 4), None)
+    first = resolve_config(asked, plan_run(asked, 4, 4), None)
     assert first.routing["num_groups"] == 4 and first.layout.name == "expert_parallel"
     assert (first.layout.expert_parallel, first.layout.ranks_per_node) == (4, 4)
     later = config({"name": "sam", "top_k": 1, "num_groups": "rank"}, expert_parallel=2)
-    again = settle(later, plan_run(later, 4, 2), first)
+    again = resolve_config(later, plan_run(later, 4, 2), first)
     assert again.routing["num_groups"] == 4 and again.layout.expert_parallel == 2
     assert not differing_keys({"routing": dict(first.routing)}, {"routing": dict(again.routing)})
 
@@ -100,17 +100,17 @@ def test_groups_by_node_and_of_the_decoder() -> None:
         {"name": "sam", "num_groups": "node", "decoder": decoder},
         name="two_level", expert_parallel=4, ranks_per_node=2, two_level=True,
     )  # fmt: skip
-    first = settle(asked, plan_run(asked, 4, 4), None)
+    first = resolve_config(asked, plan_run(asked, 4, 4), None)
     assert first.routing["num_groups"] == 2 and first.routing["decoder"]["num_groups"] == 4
     single = config({"name": "sam", "num_groups": "node", "decoder": decoder})
-    again = settle(single, plan_run(single, 1, 1), first)
+    again = resolve_config(single, plan_run(single, 1, 1), first)
     assert again.routing == first.routing
 
 
 def test_a_number_that_the_user_changes_is_not_hidden() -> None:
     first = config({"name": "sam", "num_groups": 4})
     other = config({"name": "sam", "num_groups": 2})
-    assert settle(other, plan_run(other, 1, 1), first).routing["num_groups"] == 2
+    assert resolve_config(other, plan_run(other, 1, 1), first).routing["num_groups"] == 2
 
 
 @pytest.mark.parametrize(
@@ -170,8 +170,11 @@ def test_a_run_of_an_earlier_version_keeps_what_its_slots_did() -> None:
     recorded = to_record(config(keys))
     assert recorded["routing"]["decayed"] is None, "recorded, so that it is not taken for an earlier version's"
     plan = plan_run(now, 1, 1)
-    assert settle(now, plan, recorded_config(recorded)).routing["decayed"] is None
+    assert resolve_config(now, plan, recorded_config(recorded)).routing["decayed"] is None
     del recorded["routing"]["decayed"]
     for later in (now, config(keys)):  # with or without the key on the way to it
-        assert settle(later, plan, recorded_config(recorded)).routing["decayed"] == "slots"
-    assert settle(config({**keys, "decayed": "scale"}), plan, recorded_config(recorded)).routing["decayed"] == "scale"
+        assert resolve_config(later, plan, recorded_config(recorded)).routing["decayed"] == "slots"
+    assert (
+        resolve_config(config({**keys, "decayed": "scale"}), plan, recorded_config(recorded)).routing["decayed"]
+        == "scale"
+    )

@@ -16,7 +16,7 @@ from tests.training import world_jobs
 
 @pytest.mark.parametrize("value", [None, True, "ä" * 70_000, {"a": [1, 2.5, {"b": "\x1b"}], "c": None}, [0.1 + 0.2]])
 def test_plain_values_arrive_as_they_are(value: Any, worlds: Worlds) -> None:
-    assert worlds(2).run(world_jobs.told, value) == [(value, [[0, value], [1, value]])] * 2
+    assert worlds(2).run(world_jobs.broadcast_from_rank0, value) == [(value, [[0, value], [1, value]])] * 2
 
 
 def test_what_json_cannot_hold_is_refused() -> None:
@@ -25,7 +25,7 @@ def test_what_json_cannot_hold_is_refused() -> None:
 
 
 def test_infinite_scores_arrive(worlds: Worlds) -> None:
-    (seen, _), _ = worlds(2).run(world_jobs.told, [math.inf, -math.inf, math.nan])
+    (seen, _), _ = worlds(2).run(world_jobs.broadcast_from_rank0, [math.inf, -math.inf, math.nan])
     assert seen[:2] == [math.inf, -math.inf] and math.isnan(seen[2])
 
 
