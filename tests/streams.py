@@ -88,6 +88,20 @@ class Terminal:
         """As at a keyboard; b"\\x03" is Ctrl-C, b"\\x04" Ctrl-D."""
         os.write(self._descriptor, keys)
 
+    def interrupt(self) -> int:
+        """Presses Ctrl-C until the process has ended; returns its exit code.
+
+        Python's readline misses a signal that comes between showing a prompt and waiting for a key.
+        """
+        deadline = time.monotonic() + _PATIENCE
+        self.type(b"\x03")
+        while time.monotonic() < deadline:
+            if not self._readable(10.0):
+                self.type(b"\x03")
+            elif not self._read():
+                break
+        return self.wait()
+
     def wait(self) -> int:
         """The exit code, when all that is shown was read.
 
@@ -104,10 +118,12 @@ class Terminal:
         os.close(self._descriptor)
         return os.waitstatus_to_exitcode(ended[1])
 
+    def _readable(self, patience: float) -> bool:
+        return bool(select.select([self._descriptor], [], [], patience)[0])
+
     def _read(self) -> bool:
-        ready, _, _ = select.select([self._descriptor], [], [], _PATIENCE)
         try:
-            more = os.read(self._descriptor, 65536) if ready else b""
+            more = os.read(self._descriptor, 65536) if self._readable(_PATIENCE) else b""
         except OSError:  # so Linux says that the process has closed its side
             more = b""
         self.seen += more

@@ -83,5 +83,4 @@ def test_a_prompt_at_a_terminal(run_folder: Path) -> None:
     assert b"this line is not UTF-8" in terminal.read_until(b"de> ").split(b"\r\n")[1]
     terminal.type(b"Das Kind mag frisches Brot heute.\n")
     assert b"fr> " in terminal.read_until(b"de> ")
-    terminal.type(b"\x03")
-    assert terminal.wait() == 130 and b"Interrupted." in terminal.seen and b"Traceback" not in terminal.seen
+    assert terminal.interrupt() == 130 and b"Interrupted." in terminal.seen and b"Traceback" not in terminal.seen
