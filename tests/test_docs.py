@@ -19,6 +19,7 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 
+from moe_train import __version__
 from moe_train.commands import plan
 from moe_train.commands.cli.app import plain
 from moe_train.commands.cli.overrides import check_overrides
@@ -82,6 +83,18 @@ def test_files_and_commands_that_are_named_exist(path: Path) -> None:
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     named = set(re.findall(r"(?:^ {4}|`)(moe-[a-z]+)\b", text, flags=re.MULTILINE))
     assert named <= set(scripts), f"{path.name}: {named - set(scripts)}"
+
+
+def test_the_changelog_has_the_version_and_each_kind_of_change_once() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    versions = re.findall(r"^## \[(.+?)\](?: - \d{4}-\d{2}-\d{2})?$", text, flags=re.MULTILINE)
+    assert versions[0] == "Unreleased" and __version__ in versions and len(versions) == len(set(versions))
+    assert len(versions) == len(re.findall("^## ", text, flags=re.MULTILINE))
+    for part in re.split("^## ", text, flags=re.MULTILINE)[1:]:
+        kinds = re.findall("^### (.*)$", part, flags=re.MULTILINE)
+        assert len(kinds) == len(set(kinds)) and set(kinds) <= {"Added", "Changed", "Removed", "Fixed", "Security"}
+        entries = re.findall("^- (.*)$", part, flags=re.MULTILINE)
+        assert len(entries) == len(set(entries)) and not re.search("^ ", part, flags=re.MULTILINE)  # one line each
 
 
 def test_brackets_are_quoted_in_what_a_reader_types() -> None:
