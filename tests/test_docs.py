@@ -20,13 +20,15 @@ import yaml
 from hydra import compose, initialize_config_dir
 
 from moe_train import __version__
-from moe_train.commands import plan
+from moe_train.commands import plan, prepare
 from moe_train.commands.cli.app import plain
 from moe_train.commands.cli.overrides import check_overrides
 from moe_train.config import build
 from moe_train.config.corpus import PrepareConfig
 from moe_train.config.evaluation import EvaluateConfig, ExportConfig, ReportConfig, TranslateConfig
 from moe_train.config.paths import configs_directory
+from moe_train.data.corpora import base as corpora
+from moe_train.data.folder import DataFolder
 from moe_train.launch.hydra_store import forget_foreign_schemas
 from moe_train.plugins import USER_DIR
 from moe_train.routing import RoutingConfig, registered_strategies, registry
@@ -35,7 +37,7 @@ from moe_train.routing.token_choice import TokenChoiceConfig
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NEW = "language_gate"  # the strategy that the worked example adds
-FOR_THE_READER = {NEW, "mine"}  # files that the documents ask their reader to write
+FOR_THE_READER = {NEW, "tab_pairs"}  # files that the documents ask their reader to write
 each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
 
 
@@ -270,3 +272,37 @@ def test_the_worked_example_works_from_a_folder_of_the_user_s(
     sys.modules.pop(NEW)
     typed = json.loads(capsys.readouterr().out)["train_words"]
     assert f"routing={NEW}" in typed and f"user_dir={tmp_path}" in typed
+
+
+def test_the_corpus_of_the_page_is_prepared_from_a_folder_outside_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Takes the steps of docs/add-a-corpus.md: its two files, and its command."""
+    text = (ROOT / "docs" / "add-a-corpus.md").read_text(encoding="utf-8")
+    (code,), (config,) = (re.findall(rf"```{kind}\n(.*?)```", text, flags=re.DOTALL) for kind in ("python", "yaml"))
+    (command,) = re.findall("^    moe-prepare (.*)$", text, flags=re.MULTILINE)
+    files = re.findall(r"^## \d\. .*`(my_code/.*)`$", text, flags=re.MULTILINE)
+    assert files == ["my_code/tab_pairs.py", "my_code/configs/corpus/tab_pairs.yaml"]
+    for name, content in zip(files, (code, config), strict=True):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    (tmp_path / "DIR").mkdir()
+    names = ["".join("abcdefghij"[int(digit)] for digit in str(number)) for number in range(400)]
+    lines = [f"the name {name} is here\tder Name {name} steht hier\n" for name in names]
+    (tmp_path / "DIR" / "en-de.tsv").write_text("".join(lines), encoding="utf-8")
+    monkeypatch.setattr(corpora, "_READERS", dict(corpora._READERS))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr("hydra._internal.utils.is_under_debugger", lambda: False)
+    monkeypatch.setenv(USER_DIR, "")
+    monkeypatch.chdir(tmp_path)
+    small = ["vocabulary.size=300", "workers=1", "corpus.split.valid=0.1", "corpus.split.test=0.1"]
+    monkeypatch.setattr(sys, "argv", ["moe-prepare", *shlex.split(command), *small])
+    prepare.main()
+    data = DataFolder.open(tmp_path / "data-bin" / "tab_pairs")
+    assert data.directions == ("de-en", "en-de") and len(data.raw("test", "en-de")[0]) > 10
+    (tmp_path / "DIR" / "en-de.tsv").write_text("one column\n")
+    with pytest.raises(SystemExit):
+        monkeypatch.setattr(sys, "argv", [*sys.argv, "overwrite=true"])
+        prepare.main()
+    assert "line 1 has 1 columns" in capfd.readouterr().err
+    sys.modules.pop("tab_pairs")
