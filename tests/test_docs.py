@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import json
 import os
@@ -33,6 +34,7 @@ from moe_train.launch.hydra_store import forget_foreign_schemas
 from moe_train.plugins import USER_DIR
 from moe_train.routing import RoutingConfig, registered_strategies, registry
 from moe_train.routing.token_choice import TokenChoiceConfig
+from tests.test_rooms import ROOMS, SUBFOLDERS
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -85,6 +87,47 @@ def test_files_and_commands_that_are_named_exist(path: Path) -> None:
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     named = set(re.findall(r"(?:^ {4}|`)(moe-[a-z]+)\b", text, flags=re.MULTILINE))
     assert named <= set(scripts), f"{path.name}: {named - set(scripts)}"
+
+
+def test_the_code_that_documents_name_exists() -> None:
+    """`room/file.py::function` and `room/file.py::Class.method`, as docs/architecture.md follows a token with them."""
+    named = [
+        place
+        for path in DOCUMENTS
+        for place in re.findall(r"`([\w/]+\.py)::([\w.]+)`", path.read_text(encoding="utf-8"))
+        if not place[0].startswith("tests/")
+    ]
+    assert len(named) > 30
+    for file, name in named:
+        assert name in definitions(ROOT / "moe_train" / file), f"{file}::{name}"
+
+
+def definitions(path: Path) -> set[str]:
+    """Functions and classes of a module, and methods as ``Class.method``."""
+    found = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+            inside = node.body if isinstance(node, ast.ClassDef) else []
+            found |= {f"{node.name}.{method.name}" for method in inside if isinstance(method, ast.FunctionDef)}
+    return found
+
+
+def test_the_drawing_has_every_room_and_sub_folder_in_order() -> None:
+    (drawing,) = re.findall(
+        r"```text\n(.*?)```", (ROOT / "docs" / "architecture.md").read_text("utf-8"), flags=re.DOTALL
+    )
+    rows = [re.split(r" {2,}", line[20:].strip()) for line in drawing.splitlines()[1:]]
+    assert [row[0] for row in rows] == list(ROOMS)
+    for line, row in zip(drawing.splitlines()[1:], rows, strict=True):
+        order = tuple("." if name == "·" else name for name in line[33:].split()[: len(SUBFOLDERS.get(row[0], "."))])
+        assert order == SUBFOLDERS.get(row[0], (".",)), row[0]
+
+
+def test_the_index_names_every_page() -> None:
+    text = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    linked = {target.split("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", text)}
+    assert {path.name for path in (ROOT / "docs").glob("*.md")} - {"index.md"} <= linked
 
 
 def test_the_changelog_has_the_version_and_each_kind_of_change_once() -> None:
