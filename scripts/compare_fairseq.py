@@ -44,7 +44,6 @@ from moe_train.evaluation.translator import Job, encode
 from moe_train.fairseq_compat import apply
 from moe_train.models.from_fairseq import convert_state_dict
 from moe_train.tasks import build_task
-from moe_train.training.optim.gradient_norm import clip, gradients, total_norm
 from moe_train.training.optim.lr_schedule import learning_rate
 from moe_train.training.optim.optimizer import build_optimizer
 from moe_train.training.step import seed_generators
@@ -207,7 +206,7 @@ def our_side(task: Any, config: RunConfig, clock: Callable[[], float], bf16: boo
             loss, size, _ = criterion(model, sample)
         optimizer.zero_grad(set_to_none=True)
         (loss / size).backward()
-        clip(model.parameters(), training.clip_norm, total_norm(gradients(model.parameters())))
+        torch.nn.utils.clip_grad_norm_(model.parameters(), training.clip_norm)
         set_lr(optimizer, lr)
         optimizer.step()
 

@@ -21,8 +21,7 @@ from moe_train.evaluation.result_files import ResultFiles, part_name, writable_f
 from moe_train.evaluation.routed_tokens import describe_routed
 from moe_train.training.checkpoint.checksums import MANIFEST, replace_text
 from moe_train.training.data_loader import move
-from moe_train.training.metrics.interval import per_token
-from moe_train.training.metrics.sums import MetricSums, total
+from moe_train.training.metrics.sums import MetricSums, per_token, total
 from moe_train.training.run.run_info import versions
 
 _DECIDING = ("checkpoint_digest", "data_fingerprint", "max_sentences", "routing", "draw_seed")

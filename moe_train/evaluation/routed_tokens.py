@@ -11,8 +11,7 @@ from torch import nn
 
 from moe_train.layers import Block, RoutingRecord
 from moe_train.routing.types import RoutingStatistics
-from moe_train.training.metrics.interval import describe_routing
-from moe_train.training.metrics.sums import ROUTING, MetricSums, total
+from moe_train.training.metrics.sums import ROUTING, MetricSums, describe_routing, total
 
 
 @contextmanager

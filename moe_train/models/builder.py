@@ -18,6 +18,7 @@ from moe_train.layers.stack import DecoderStack, EncoderStack
 from moe_train.layers.transformer import DecoderLayer, EncoderLayer, LayerShape
 from moe_train.models.embedding import TokenEmbedding, Vocabulary, embedding
 from moe_train.models.encoder_decoder import TransformerDecoder, TransformerEncoder, TransformerModel
+from moe_train.models.trainable import TrainableModel
 from moe_train.routing.base import RoutingConfig
 from moe_train.routing.registry import decoder_config, strategy
 
@@ -39,7 +40,7 @@ def build_model(
     seed: int,
     layout: ExpertLayout | None = None,
     token_frequency: Tensor | None = None,
-) -> nn.Module:
+) -> TrainableModel:
     """A fresh model, its weights a function of ``seed`` and of where they stand, whatever the layout.
 
     Args:
@@ -111,7 +112,7 @@ def _build_transformer(
     )
 
 
-_ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {"transformer": _build_transformer}
+_ARCHITECTURES: dict[str, Callable[..., TrainableModel]] = {"transformer": _build_transformer}
 
 
 def _embeddings(

@@ -1,4 +1,4 @@
-"""What every model with sparse blocks is told besides its batches."""
+"""Base of models with sparse blocks: passes the training loop's settings on to their routers."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import nn
 from moe_train.layers.batch_context import RoutingSettings
 from moe_train.layers.block import Block
 from moe_train.layers.stack import DecoderStack, EncoderStack
+from moe_train.models.trainable import TrainableModel
 from moe_train.routing.base import Router
 from moe_train.routing.context import RankReduction
 from moe_train.routing.types import RoutingStatistics
@@ -29,7 +30,7 @@ class ModelParts:
     flops_output: float
 
 
-class RoutedModel(nn.Module):
+class RoutedModel(TrainableModel):
     """Mixed into models; ``settings`` is what their routers share."""
 
     settings: RoutingSettings

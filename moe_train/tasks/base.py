@@ -9,6 +9,7 @@ from torch import nn
 
 from moe_train.data.batching import Indices, WorldBatches
 from moe_train.data.folder import DataFolder
+from moe_train.models.trainable import TrainableModel
 
 # A batch in fairseq's form: "id" [B], "nsentences", "ntokens", "target" [B, T] and "net_input", which holds
 # "src_tokens" [B, S], "src_lengths" [B], "prev_output_tokens" [B, T], "sentence_uid", "src_lang" and "tgt_lang" [B].
@@ -32,7 +33,7 @@ class TrainingTask(Protocol):
     def check_data(self) -> None:
         """Raises DataError where there is nothing to train on or to validate with."""
 
-    def build_model(self, layout: Any = None) -> nn.Module:
+    def build_model(self, layout: Any = None) -> TrainableModel:
         """The model as configured; ``layout`` says which experts this rank holds (None: all)."""
 
     def build_criterion(self) -> nn.Module:

@@ -25,6 +25,7 @@ from moe_train.data.text.languages import find_english, find_same
 from moe_train.data.text.tokenizer import OFFSET
 from moe_train.errors import ConfigError, DataError
 from moe_train.models.encoder import build_text_classifier
+from moe_train.models.trainable import TrainableModel
 from moe_train.routing import RoutingConfig, routing_config
 from moe_train.tasks.base import Sample
 from moe_train.tasks.classification_criterion import ClassificationCriterion, macro_f1
@@ -111,7 +112,7 @@ class ClassificationTask:
 
     # --- training ---------------------------------------------------------------------------------------------------
 
-    def build_model(self, layout: Any = None) -> nn.Module:
+    def build_model(self, layout: Any = None) -> TrainableModel:
         """The model that the config describes; ``layout`` says which experts this rank holds (None: all)."""
         return build_text_classifier(
             self.config.model,

@@ -14,6 +14,7 @@ from moe_train.config import ImageConfig, RunConfig
 from moe_train.data.batching import BatchSettings, Indices, WorldBatches
 from moe_train.data.images import DIGITS, Images, ImageSet, open_images
 from moe_train.errors import DataError
+from moe_train.models.trainable import TrainableModel
 from moe_train.models.vision import ImageShape, build_vision_model
 from moe_train.routing import RoutingConfig, routing_config
 from moe_train.tasks.augmentation import augment
@@ -70,7 +71,7 @@ class ImageTask:
             if not len(self.data.splits[split]):
                 raise DataError(f"the split '{split}' has no images", str(self.data.path), "give some")
 
-    def build_model(self, layout: Any = None) -> nn.Module:
+    def build_model(self, layout: Any = None) -> TrainableModel:
         """The model that the config describes; ``layout`` says which experts this rank holds (None: all)."""
         return build_vision_model(self.config.model, self.routing, self.shape, seed=self.config.seed, layout=layout)
 

@@ -18,6 +18,7 @@ from moe_train.data.length_buckets import cut_by_length
 from moe_train.data.text.pairs import tag
 from moe_train.errors import ConfigError
 from moe_train.models.encoder import build_masked_language_model
+from moe_train.models.trainable import TrainableModel
 from moe_train.routing import RoutingConfig, routing_config
 from moe_train.tasks.base import Sample
 from moe_train.tasks.criterion import MoELabelSmoothedCrossEntropy
@@ -101,7 +102,7 @@ class LanguageModelTask:
 
     # --- training ---------------------------------------------------------------------------------------------------
 
-    def build_model(self, layout: Any = None) -> nn.Module:
+    def build_model(self, layout: Any = None) -> TrainableModel:
         """The model that the config describes; ``layout`` says which experts this rank holds (None: all)."""
         return build_masked_language_model(
             self.config.model,

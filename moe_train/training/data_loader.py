@@ -1,8 +1,7 @@
-"""A rank's samples of an update, made in the background while the update before it is computed."""
+"""A rank's samples of an update, made in a background thread while the update before it is computed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,7 @@ Loaded = tuple[Update, "list[Sample]"]
 
 
 class DataLoader:
-    """Gives update u's samples and starts on those of u + 1. The same u always gives the same samples."""
+    """Returns the samples of update u and starts making those of u + 1. The same u always gives the same samples."""
 
     def __init__(self, task: TrainingTask, world: World) -> None:
         self.task, self._world = task, world
@@ -28,16 +27,11 @@ class DataLoader:
 
     def get(self, update: int, last: bool = False) -> Loaded:
         """The plan and this rank's samples of the update after ``update`` finished ones; ``last``: nothing follows."""
-        loaded = self._start(update).result()
-        self._ahead = None
-        if not last:
-            self._ahead = (update + 1, self._pool.submit(self._load, update + 1))
+        if self._ahead is None or self._ahead[0] != update:
+            self._ahead = (update, self._pool.submit(self._load, update))
+        loaded = self._ahead[1].result()
+        self._ahead = None if last else (update + 1, self._pool.submit(self._load, update + 1))
         return loaded
-
-    def _start(self, update: int) -> Future[Loaded]:
-        if self._ahead is not None and self._ahead[0] == update:
-            return self._ahead[1]
-        return self._pool.submit(self._load, update)
 
     def _load(self, update: int) -> Loaded:
         plan = self.batches.update(update)
@@ -53,12 +47,6 @@ def move(sample: Any, device: torch.device) -> Any:
     """The sample with its tensors on ``device``."""
     if device.type == "cpu":
         return sample
-    return _map(sample, lambda tensor: tensor.to(device, non_blocking=True))
-
-
-def _map(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    if isinstance(value, torch.Tensor):
-        return change(value)
-    if isinstance(value, dict):
-        return {key: _map(item, change) for key, item in value.items()}
-    return value
+    if isinstance(sample, dict):
+        return {key: move(item, device) for key, item in sample.items()}
+    return sample.to(device, non_blocking=True) if isinstance(sample, torch.Tensor) else sample

@@ -1,9 +1,8 @@
-"""One optimizer update: micro-batches forward and backward, one reduction of what they report, one step."""
+"""One optimizer update: forward and backward of its micro-batches, the engine's step, one reduction of all metrics."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -14,8 +13,8 @@ from torch import Tensor, nn
 from moe_train.parallel.traffic import TrafficCounters
 from moe_train.training.data_loader import move
 from moe_train.training.engines import Engine, StepOutcome
-from moe_train.training.hooks import tell
 from moe_train.training.metrics.sums import MetricSums, total
+from moe_train.training.runtime.signals import StopSignals
 from moe_train.training.runtime.world import World
 
 if TYPE_CHECKING:
@@ -24,15 +23,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class UpdateReport:
-    """What the whole world knows after an update; the same on every rank.
+    """Result of an update; the same on every rank, apart from ``seconds``.
 
     Attributes:
         sums: the criterion's sums over micro-batches and ranks.
         outcome: of the engine's step.
-        culprits: ranks whose own gradient was not finite; where all were, those whose experts had one.
-        stop: whether any rank was asked to stop.
+        blocking_ranks: ranks whose own gradient was not finite; if there are none, ranks whose experts had such a
+            gradient.
+        stop: whether any rank has received a stop signal.
         seconds: this rank's time.
-        traffic: what all ranks have sent for experts on other ranks.
+        traffic: bytes and rows that all ranks have sent for experts on other ranks.
     """
 
     sums: MetricSums
@@ -45,9 +45,9 @@ class UpdateReport:
 
 @dataclass(frozen=True)
 class TrainStep:
-    """Computes updates. The model's random numbers are seeded anew for every micro-batch.
+    """Computes updates. torch's generators are seeded anew for every micro-batch.
 
-    ``counters``: of this rank's exchanges, taken at the end of each update.
+    ``counters``: of this rank's all-to-alls; read and cleared at the end of each update.
     """
 
     engine: Engine
@@ -56,62 +56,52 @@ class TrainStep:
     seed: int
     counters: TrafficCounters = field(default_factory=TrafficCounters)
 
-    def run(self, update: int, samples: list[Sample], lr: float, stop: Callable[[], bool]) -> UpdateReport:
-        """The update that follows ``update`` finished ones.
+    def run(self, update: int, samples: list[Sample], lr: float, signals: StopSignals) -> UpdateReport:
+        """Computes the update that follows ``update`` finished ones.
 
         Args:
             samples: this rank's rows of each micro-batch.
-            stop: whether this rank was asked to stop; looked at when the update is done.
+            signals: of this process; read at the end of the update.
         """
-        started = time.monotonic()
-        tell(self.engine.module, "set_num_updates", update)
-        tokens = self._world_tokens(samples)
+        started, device = time.monotonic(), self.world.device
+        self.engine.module.set_num_updates(update)
+        own = torch.tensor([float(sample["ntokens"]) for sample in samples], dtype=torch.float64, device=device)
+        tokens: list[float] = self.world.sum(own).tolist()  # target tokens of each micro-batch over all ranks
         parts = []
         for number, sample in enumerate(samples):
             seed_generators(self.seed, update, number, self.world.rank)
             with self.engine.accumulate(last=number == len(samples) - 1):
-                parts.append(self._micro_batch(sample, tokens[number], sum(tokens)))
+                moved = move(sample, device)
+                moved["world_ntokens"] = torch.tensor(tokens[number], device=device)
+                with self.engine.autocast():
+                    loss, _, logging = self.criterion(self.engine.model, moved)
+                self.engine.backward(loss / max(sum(tokens), 1.0))
+                parts.append(MetricSums.of(logging, device))
         outcome = self.engine.step(lr)
-        sums, blocking_ranks, stops, traffic = self._share(total(parts), outcome, stop())
+        sums, blocking_ranks, stop, traffic = self._reduce(total(parts), outcome, signals.received is not None)
         if outcome.applied:
-            tell(self.engine.module, "after_update", sums.routing())
-        return UpdateReport(sums, outcome, blocking_ranks, stops, time.monotonic() - started, traffic)
+            self.engine.module.after_update(sums.routing())
+        return UpdateReport(sums, outcome, blocking_ranks, stop, time.monotonic() - started, traffic)
 
-    def _world_tokens(self, samples: list[Sample]) -> list[float]:
-        """Target tokens of each micro-batch over all ranks."""
-        own = [float(sample["ntokens"]) for sample in samples]
-        told: list[float] = self.world.sum(torch.tensor(own, dtype=torch.float64, device=self.world.device)).tolist()
-        return told
-
-    def _micro_batch(self, sample: Sample, tokens: float, whole: float) -> MetricSums:
-        sample = move(sample, self.world.device)
-        sample["world_ntokens"] = torch.tensor(tokens, device=self.world.device)
-        with self.engine.autocast():
-            loss, _, logging = self.criterion(self.engine.model, sample)
-        self.engine.backward(loss / max(whole, 1.0))
-        return MetricSums.of(logging, self.world.device)
-
-    def _share(
+    def _reduce(
         self, sums: MetricSums, outcome: StepOutcome, stop: bool
     ) -> tuple[MetricSums, tuple[int, ...], bool, TrafficCounters]:
-        """World sums, whose gradient was not finite, whether anyone must stop, and traffic: in one reduction."""
+        """Metrics, flags of each rank's gradients, the stop flag and traffic, summed over ranks in one all-reduce."""
         size = self.world.size
         flags = torch.zeros(2 * size + 1, dtype=torch.float64, device=self.world.device)
         flags[self.world.rank] = float(not outcome.clean)
         flags[size + self.world.rank] = float(not outcome.experts_clean)
         flags[-1] = float(stop)
         sent = torch.tensor(self.counters.take(), dtype=torch.float64, device=self.world.device)
-        shared: Tensor = self.world.sum(torch.cat([flags, sent, sums.values]))
-        told, sent, values = shared.split([len(flags), len(sent), len(sums.values)])
-        *dirty, stops = told.tolist()
-        blocking_ranks = _ranks(dirty[:size]) or _ranks(dirty[size:])
-        return sums.with_values(values), blocking_ranks, stops > 0, TrafficCounters.of_numbers(sent.tolist())
-
-
-def _ranks(flags: Sequence[float]) -> tuple[int, ...]:
-    return tuple(rank for rank, flag in enumerate(flags) if flag)
+        reduced: Tensor = self.world.sum(torch.cat([flags, sent, sums.values]))
+        flags, sent, values = reduced.split([len(flags), len(sent), len(sums.values)])
+        *not_finite, stops = flags.tolist()
+        own = tuple(rank for rank in range(size) if not_finite[rank])
+        experts = tuple(rank for rank in range(size) if not_finite[size + rank])
+        traffic = TrafficCounters.of_numbers(sent.tolist())
+        return sums.with_values(values), own or experts, stops > 0, traffic
 
 
 def seed_generators(*parts: int) -> None:
-    """Seeds torch's generators (dropout) from numbers that say where we are, so that no state must be kept."""
+    """Seeds torch's generators (dropout) from seed, update, micro-batch and rank, so that no state must be saved."""
     torch.manual_seed(int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0]))

@@ -19,8 +19,7 @@ from torch import nn
 from moe_train.routing.context import LocalReduction, RankReduction
 from moe_train.training.data_loader import move
 from moe_train.training.engines import Engine
-from moe_train.training.hooks import tell
-from moe_train.training.metrics.interval import per_token
+from moe_train.training.metrics.sums import per_token
 from moe_train.training.runtime.world import World
 
 if TYPE_CHECKING:
@@ -51,14 +50,14 @@ class Validator:
         was_training, started = module.training, time.monotonic()
         module.eval()
         self.criterion.eval()
-        tell(module, "set_ranks", LocalReduction())
+        module.set_ranks(LocalReduction())
         try:
             with torch.no_grad():
                 names, table = self._table(jobs, between)
         finally:
             module.train(was_training)
             self.criterion.train(was_training)
-            tell(module, "set_ranks", self.ranks)
+            module.set_ranks(self.ranks)
         line = _summary(jobs, names, self.world.sum(table).tolist(), getattr(self.task, "measures", per_token))
         return line | rate(self.task, line["sentences"], time.monotonic() - started)
 
@@ -103,8 +102,3 @@ def _summary(jobs: list[Job], names: list[str], table: list[list[float]], measur
 
 def _sums(names: list[str], rows: list[list[float]]) -> dict[str, float]:
     return {name: math.fsum(column) for name, column in zip(names, zip(*rows, strict=True), strict=False)}
-
-
-def average_bleu(scores: Mapping[str, float]) -> float:
-    """The mean over directions."""
-    return math.fsum(scores.values()) / len(scores) if scores else 0.0

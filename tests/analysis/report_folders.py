@@ -48,8 +48,11 @@ def trained(
         update = step * updates // 3
         load = {"0": [0.4, 0.3, 0.2, 0.1], "1": [0.25, 0.25, 0.5, 0.0]}
         line = {"nll_loss": loss + 3 / step, "balance_loss": 1.0 + 1 / step, "words_per_second": 1000.0 * step}
-        run.append(run.train_log, {"update": update, **line, "load": load})
-        run.append(run.valid_log, {"update": update, "loss": loss + 1 / step, "nll_loss": loss + 3 - step})
+        with run.train_log.open("a") as stream:
+            stream.write(json.dumps({"update": update, **line, "load": load}) + "\n")
+        with run.valid_log.open("a") as stream:
+            line = {"loss": loss + 1 / step, "nll_loss": loss + 3 - step}
+            stream.write(json.dumps({"update": update, **line}) + "\n")
     run.describe(
         status="finished",
         update=updates,

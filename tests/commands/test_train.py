@@ -119,7 +119,7 @@ def test_sigterm_saves_and_says_how_to_go_on(tiny_data: DataFolder, tmp_path: Pa
     wait_for(folder / "train.jsonl", running)  # type: ignore[arg-type]
     running.send_signal(signal.SIGTERM)
     out, _ = running.communicate(timeout=100)
-    assert running.returncode == 75 and "asked to stop: saved update" in out
+    assert running.returncode == 75 and "interrupted at update" in out
     update = json.loads((folder / "run.json").read_text())["update"]
     assert CheckpointStore(folder / "checkpoints").resolve("last").name == f"step_{update}"
 

@@ -121,13 +121,13 @@ def show_cost(folder: Path, told: float) -> None:
         told: when the ranks were let go with the signal in their hands, as time.time() gives it.
     """
     log = (folder / "logs" / "rank_0.log").read_text().splitlines()
-    place = next(number for number, line in enumerate(log) if "asked to stop: saved update" in line)
+    place = next(number for number, line in enumerate(log) if "interrupted at update" in line)
     saved, again = (datetime.fromisoformat(log[number][:19]).timestamp() for number in (place, place + 1))
     print(f"\n{folder}: saved {saved - told:.0f} s after the signal, training again {again - told:.0f} s after it")
 
 
 def sessions(said: str) -> list[tuple[int, int]]:
     """From a run's output: (update at which a session stopped, update from which the next went on)."""
-    stopped = [int(number) for number in re.findall(r"asked to stop: saved update (\d+)", said)]
+    stopped = [int(number) for number in re.findall(r"interrupted at update (\d+)", said)]
     resumed = [int(number) for number in re.findall(r"goes on from +update (\d+)", said)]
     return list(zip(stopped, resumed, strict=True))

@@ -29,6 +29,7 @@ from moe_train.parallel.reducers import DistReduction
 from moe_train.routing.context import LocalReduction
 from moe_train.tasks.translation.task import TranslationTask
 from moe_train.training.engines import EngineInputs, build_engine
+from moe_train.training.runtime.signals import StopSignals
 from moe_train.training.runtime.world import World
 from moe_train.training.step import TrainStep
 
@@ -155,7 +156,7 @@ def _train(path: str, case: Case) -> Result:
     reports, states = [], [_state(module)]
     for number, micro_batches in enumerate(updates):
         samples = [task.train_sample(_share(batch, world)) for batch in micro_batches]
-        reports.append(stepper.run(number, samples, case.lr, stop=lambda: False))
+        reports.append(stepper.run(number, samples, case.lr, StopSignals()))
         if number in (0, len(case.updates) - 1):
             states.append(_state(module))
     assert same_on_replicas(dict(module.named_parameters()), layout) == []

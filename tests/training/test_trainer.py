@@ -23,7 +23,7 @@ from moe_train.errors import CheckpointError, ConfigError, TrainingError
 from moe_train.training import RunFolder, RunOutcome, train
 from moe_train.training.checkpoint.run_state import RunState
 from moe_train.training.checkpoint.store import CheckpointStore, load_model
-from moe_train.training.early_stopping import judge, patience_spent
+from moe_train.training.early_stopping import patience_spent, update_best
 from tests.training.toy import EXPERTS, ToyModel, ToyTask, toy_config
 from tests.training.toy_run import Trouble, assert_same_bits, final_tensors, lines, start
 
@@ -222,10 +222,10 @@ def test_best_by_bleu(tmp_path: Path) -> None:
 
 def test_nan_is_never_the_best() -> None:
     state, config = RunState(update=1), ValidationConfig(patience=2)
-    assert not judge(state, {"loss": math.nan}, config) and state.best is None
-    assert judge(state, {"loss": 2.0}, config) and state.without_gain == 0
-    assert not judge(state, {"loss": 2.0}, config) and not patience_spent(state, config)
-    assert not judge(state, {"loss": math.inf}, config) and patience_spent(state, config)
+    assert not update_best(state, {"loss": math.nan}, config) and state.best is None
+    assert update_best(state, {"loss": 2.0}, config) and state.without_gain == 0
+    assert not update_best(state, {"loss": 2.0}, config) and not patience_spent(state, config)
+    assert not update_best(state, {"loss": math.inf}, config) and patience_spent(state, config)
 
 
 def test_a_signal_saves_and_leaves_and_handlers_come_back(tmp_path: Path) -> None:

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from moe_train.config import RunConfig, build
 from moe_train.data.batching import BatchSettings, Indices, WorldBatches
+from moe_train.models.trainable import TrainableModel
 from moe_train.routing.types import RoutingStatistics, count_statistics
 
 SYMBOLS, EXPERTS, WIDTH, SENTENCES = 12, 4, 16, 120
 
 
-class ToyModel(nn.Module):
+class ToyModel(TrainableModel):
     """Embedding, experts (stacked and tagged as the pool's are), norm, output. Remembers what routers would be told."""
 
     def __init__(self, dropout: float) -> None:

@@ -25,7 +25,7 @@ import torch
 from torch.distributed import distributed_c10d
 
 from moe_train.launch.job.failures import agents_file
-from moe_train.training.runtime.progress_marker import ProgressMarker
+from moe_train.training.runtime.world import ProgressMarker
 
 FLIGHT_RECORDER = "TORCH_FR_BUFFER_SIZE"  # torch's own record of collectives; off for gloo unless this is set
 _DEPTH = 16

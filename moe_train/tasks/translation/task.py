@@ -21,6 +21,7 @@ from moe_train.data.text.pairs import tag
 from moe_train.errors import DataError, note
 from moe_train.fairseq_compat import apply
 from moe_train.models import build_model
+from moe_train.models.trainable import TrainableModel
 from moe_train.routing import RoutingConfig, routing_config
 from moe_train.tasks.base import Sample
 from moe_train.tasks.criterion import MoELabelSmoothedCrossEntropy
@@ -122,7 +123,7 @@ class TranslationTask(FairseqTask):  # type: ignore[misc]
 
     # --- training ---------------------------------------------------------------------------------------------------
 
-    def build_model(self, layout: Any = None) -> nn.Module:
+    def build_model(self, layout: Any = None) -> TrainableModel:
         """The model that the config describes; ``layout`` says which experts this rank holds (None: all)."""
         return build_model(
             self.config.model,

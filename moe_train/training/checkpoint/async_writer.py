@@ -12,8 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_train.training.runtime.progress_marker import ProgressMarker
-from moe_train.training.runtime.world import World
+from moe_train.training.runtime.world import ProgressMarker, World
 
 
 class AsyncWriter:

@@ -8,13 +8,14 @@ from pathlib import Path
 from torch import nn
 
 from moe_train.errors import CheckpointError
+from moe_train.models.trainable import TrainableModel
 from moe_train.training.checkpoint.dcp import load_tensors, read_tensors, shapes
 from moe_train.training.checkpoint.state_dict import EXPERT, MODEL, model_tensors, whole_names
 from moe_train.training.checkpoint.store import CheckpointStore, load_model
 from moe_train.training.runtime.world import World
 
 
-def initialise_from(model: nn.Module, source: str, world: World | None = None) -> Path:
+def initialise_from(model: TrainableModel, source: str, world: World | None = None) -> Path:
     """Loads weights of a finished or running run into a fresh model and returns the checkpoint's folder.
 
     A model with ``pretrained`` takes the tensors whose names begin so; its others stay fresh (a classifier's head).
@@ -27,7 +28,7 @@ def initialise_from(model: nn.Module, source: str, world: World | None = None) -
         CheckpointError: nothing there, damaged, or of another shape.
     """
     path = find(source, world)
-    part: str = getattr(model, "pretrained", "")
+    part = model.pretrained
     stored = [name for name in shapes(path) if name.startswith(MODEL + part)]
     if _has_experts(model_tensors(model)) and not _has_experts(stored):
         from moe_train.models.upcycle import upcycle

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from moe_train.config import EngineConfig, TrainingConfig
 from moe_train.errors import ConfigError, did_you_mean
+from moe_train.models.trainable import TrainableModel
 from moe_train.parallel.layout import ExpertLayout
 from moe_train.training.runtime.world import World
 
@@ -42,7 +43,7 @@ class Engine(Protocol):
         model: what forward passes go through (a wrapper, perhaps).
     """
 
-    module: nn.Module
+    module: TrainableModel
     model: nn.Module
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -80,7 +81,7 @@ class EngineInputs:
             ``alone``: every rank holds all experts.
     """
 
-    module: nn.Module
+    module: TrainableModel
     config: EngineConfig
     training: TrainingConfig
     world: World

@@ -26,7 +26,6 @@ from moe_train.training.engines.base import (
     named_optimizer_tensors,
     register_engine,
 )
-from moe_train.training.optim.gradient_norm import clip, gradients, total_norm
 from moe_train.training.optim.optimizer import build_optimizer
 from moe_train.training.optim.precision import Precision
 
@@ -110,14 +109,15 @@ class DdpEngine:
         """One optimizer step, or none where any rank's gradient is not finite."""
         parameters = list(self.module.parameters())
         if self._divided:
-            self._expert_peaks.look(gradients(p for p in parameters if is_expert(p)))
+            self._expert_peaks.look(p.grad for p in parameters if is_expert(p) and p.grad is not None)
             reduce_expert_gradients(parameters, self._layout, divide_by=self._world.size)
         self._precision.unscale(self._optimizer)
         norm = self._norm(parameters)
         finite = bool(torch.isfinite(norm))
         clean = self._peaks.all_finite() if self._wrapper is not None else finite
         if finite:
-            clip(parameters, self._clip_norm, norm)
+            if self._clip_norm > 0:
+                nn.utils.clip_grads_with_norm_(parameters, self._clip_norm, norm)
             for group in self._optimizer.param_groups:
                 group["lr"] = lr
             self._optimizer.step()
@@ -126,11 +126,10 @@ class DdpEngine:
         return StepOutcome(float(norm), finite, clean, self._expert_peaks.all_finite())
 
     def _norm(self, parameters: list[nn.Parameter]) -> Tensor:
-        """Of the whole model's gradient, 0-dim, the same on all ranks: all see it where any gradient is not finite."""
-        if not self._divided:
-            return total_norm(gradients(parameters))
-        dense = gradients(p for p in parameters if not is_expert(p))
-        return total_norm(dense, expert_square_sum(parameters, self._layout))
+        """2-norm of the whole model's gradient, 0-dim, the same on all ranks; not finite if any gradient is not."""
+        own = [p.grad for p in parameters if p.grad is not None and not (self._divided and is_expert(p))]
+        norm = nn.utils.get_total_norm(own) if own else torch.zeros(())
+        return (norm.square() + expert_square_sum(parameters, self._layout)).sqrt() if self._divided else norm
 
     def optimizer_tensors(self) -> Mapping[str, Mapping[str, Tensor]]:
         """Parameter name → Adam's moments and the like."""

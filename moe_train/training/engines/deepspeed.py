@@ -29,7 +29,6 @@ from moe_train.training.engines.base import (
 from moe_train.training.engines.deepspeed_experts import divided, experts_apart, experts_made_known
 from moe_train.training.engines.deepspeed_library import deepspeed_config, import_deepspeed
 from moe_train.training.engines.deepspeed_state import gather_optimizer_tensors, load_optimizer_tensors
-from moe_train.training.optim.gradient_norm import clip
 from moe_train.training.optim.optimizer import build_optimizer, parameter_groups
 from moe_train.training.optim.precision import Precision
 
@@ -115,7 +114,8 @@ class DeepSpeedEngine:
         norm = gradient_norm(parameters, self._layout)
         finite = bool(torch.isfinite(norm))
         if finite:
-            clip(parameters, self._clip_norm, norm)
+            if self._clip_norm > 0:
+                nn.utils.clip_grads_with_norm_(parameters, self._clip_norm, norm)
             self._engine.step()
         else:
             self._optimizer.zero_grad(set_to_none=True)

@@ -1,4 +1,4 @@
-"""What the user sees while a run goes on: its log lines, and below them a bar on a terminal."""
+"""Progress of a run on the console and in the log file: a line per log entry, and a progress bar on a terminal."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _SPEED_PERIOD = 3600.0  # seconds of which the time left is reckoned: after Rich
 
 
 class ConsoleLogger:
-    """Shows progress on rank 0 and says the same to the log file on every rank.
+    """Prints progress on rank 0, and writes the same lines to the log file of every rank.
 
     Args:
         console: None: no screen.
-        blocks: where the sparse blocks stand, by their numbers (:func:`moe_train.models.routed.block_names`).
+        blocks: number of a sparse block → its place in the model (:func:`moe_train.models.routed.block_names`).
     """
 
     def __init__(
@@ -62,21 +62,30 @@ class ConsoleLogger:
             self._bar.update(self._task, completed=update)
 
     def trained(self, line: Mapping[str, Any]) -> None:
-        """After a line of train.jsonl."""
-        text = f"update {line['update']}/{self._total}: {training_text(line, self._blocks)}"
-        self.say(text if self._bar is not None else f"{text}, {self._left(line['update'])} left")
+        """Prints a line of train.jsonl, and the time left if there is no bar that shows it."""
+        update = line["update"]
+        text = f"update {update}/{self._total}: {training_text(line, self._blocks)}"
+        if self._bar is None:
+            per_update = (time.monotonic() - self._started) / max(update - self._first, 1)
+            minutes, seconds = divmod(int(per_update * (self._total - update)), 60)
+            text += f", {minutes // 60}:{minutes % 60:02d}:{seconds:02d} left"
+        self.say(text)
+
+    def validated(self, line: Mapping[str, Any], best: bool) -> None:
+        """Prints a line of valid.jsonl."""
+        bleu = f", BLEU {line['bleu']:.2f}" if "bleu" in line else ""
+        for name in ("accuracy", "macro_f1"):
+            bleu += f", {name.replace('_', ' ')} {line[name]:.4f}" if name in line else ""
+        self.say(
+            f"validation at update {line['update']}: loss {line['loss']:.4f}, nll {line['nll_loss']:.4f}, "
+            f"ppl {line['ppl']:.2f}{bleu}{' (best so far)' if best else ''}"
+        )
 
     def say(self, text: str) -> None:
-        """A line for the screen and the log."""
+        """Prints a line on the console and in the log."""
         LOG.info("%s", text)
         if self._console is not None:
             self._console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-    def _left(self, update: int) -> str:
-        done = update - self._first
-        seconds = int((time.monotonic() - self._started) / max(done, 1) * (self._total - update))
-        hours, rest = divmod(seconds, 3600)
-        return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
 
 
 def training_text(line: Mapping[str, Any], blocks: Mapping[int, str] = MappingProxyType({})) -> str:
@@ -105,20 +114,10 @@ def training_text(line: Mapping[str, Any], blocks: Mapping[int, str] = MappingPr
 
 
 def _without_tokens(loads: Mapping[str, Sequence[float]], blocks: Mapping[int, str]) -> str:
-    """How many experts of how many were given no token, and where most of them are."""
+    """The number of experts without tokens, and the layers that have most of them."""
     dead = {layer: sum(share == 0 for share in load) for layer, load in loads.items()}
     worst = sorted((layer for layer in dead if dead[layer]), key=lambda layer: (-dead[layer], int(layer)))
     places = [f"{blocks.get(int(layer), f'sparse block {layer}')} ({dead[layer]})" for layer in worst[:_NAMED]]
     places += [f"{len(worst) - _NAMED} more"] if len(worst) > _NAMED else []
     count, total = sum(dead.values()), sum(map(len, loads.values()))
     return f"{count} of {total} experts without tokens: {', '.join(places)}"
-
-
-def validation_text(line: Mapping[str, Any], best: bool) -> str:
-    """The figures of a validation line, short."""
-    bleu = f", BLEU {line['bleu']:.2f}" if "bleu" in line else ""
-    bleu += "".join(f", {name.replace('_', ' ')} {line[name]:.4f}" for name in ("accuracy", "macro_f1") if name in line)
-    return (
-        f"validation at update {line['update']}: loss {line['loss']:.4f}, nll {line['nll_loss']:.4f}, "
-        f"ppl {line['ppl']:.2f}{bleu}{' (best so far)' if best else ''}"
-    )

@@ -1,8 +1,8 @@
-"""Who is told of a run's log lines: TensorBoard always, others by the key ``training.loggers``."""
+"""Loggers by name, for ``training.loggers``: each gets the lines of train.jsonl and valid.jsonl."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -60,40 +60,3 @@ def find_loggers(names: Iterable[str]) -> dict[str, LoggerMaker]:
                 f"there is no logger '{name}'", "training.loggers", offer_names("loggers", name, _LOGGERS)
             )
     return {name: _LOGGERS[name] for name in names}
-
-
-class TensorBoard:
-    """Every number of a line, below ``tensorboard`` in the run folder."""
-
-    def __init__(self, folder: Path, config: RunConfig, update: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=update + 1 if update else None)
-
-    def trained(self, line: Mapping[str, Any]) -> None:
-        """Plots it as ``train/…``."""
-        self._plot("train", line)
-
-    def validated(self, line: Mapping[str, Any]) -> None:
-        """Plots it as ``valid/…``."""
-        self._plot("valid", line)
-
-    def _plot(self, group: str, line: Mapping[str, Any]) -> None:
-        for name, value in flat_numbers(line, group):
-            self._board.add_scalar(name, value, int(line["update"]))
-        self._board.flush()
-
-    def close(self) -> None:
-        """Ends its thread."""
-        self._board.close()
-
-
-def flat_numbers(content: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
-    """``prefix/name`` of every number, lists by their position."""
-    for name, value in content.items():
-        if isinstance(value, Mapping):
-            yield from flat_numbers(value, f"{prefix}/{name}")
-        elif isinstance(value, (list, tuple)):
-            yield from flat_numbers({str(i): item for i, item in enumerate(value)}, f"{prefix}/{name}")
-        elif isinstance(value, (int, float)) and not isinstance(value, bool) and name != "update":
-            yield f"{prefix}/{name}", float(value)

@@ -1,66 +1,106 @@
-"""Writes what happens, on rank 0: JSON lines, and whatever the run's loggers make of them."""
+"""Writes train.jsonl and valid.jsonl on rank 0, and passes their lines to TensorBoard and the run's loggers."""
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from moe_train.config import RunConfig
-from moe_train.training.metrics.loggers import LoggerMaker, RunLogger, TensorBoard, find_loggers
+from moe_train.training.metrics.loggers import RunLogger, find_loggers
 from moe_train.training.run.run_folder import RunFolder
 
 LOG = logging.getLogger("moe_train")
 
 
 class MetricWriter:
-    """The run's logs; other ranks than 0 write nothing.
+    """Writes the logs of a run; ranks other than 0 write nothing.
 
     Args:
-        update: where the run goes on: what the logs hold beyond it is removed.
-        pending: whether that update's validation is yet to come (again, perhaps: the checkpoint is from before it).
+        update: where the session begins; log lines beyond it are removed.
+        pending: whether the validation of ``update`` is yet to come: its line is removed, too.
     """
 
     def __init__(self, folder: RunFolder, config: RunConfig, main: bool, update: int, pending: bool = False) -> None:
-        self._folder = folder if main else None
+        self._train_log, self._valid_log = folder.train_log, folder.valid_log
+        self._board: TensorBoard | None = None
         self._loggers: dict[str, RunLogger] = {}
         if main:
             folder.cut(update, pending)
-            self._board = TensorBoard(folder.path, config, update)
+            self._board = TensorBoard(folder.path, update)
             for name, make in find_loggers(config.training.loggers).items():
-                self._tell(name, self._add, name, make, folder.path, config, update)
+                try:
+                    self._loggers[name] = make(folder.path, config, update)
+                except Exception as error:
+                    self._drop(name, error)
 
     def trained(self, line: Mapping[str, Any]) -> None:
-        """A line of train.jsonl."""
-        if self._folder is not None:
-            self._folder.append(self._folder.train_log, line)
-            self._board.trained(line)
-            for name, logger in list(self._loggers.items()):
-                self._tell(name, logger.trained, line)
+        """Writes a line of train.jsonl."""
+        self._write("train", self._train_log, line)
 
     def validated(self, line: Mapping[str, Any]) -> None:
-        """A line of valid.jsonl."""
-        if self._folder is not None:
-            self._folder.append(self._folder.valid_log, line)
-            self._board.validated(line)
-            for name, logger in list(self._loggers.items()):
-                self._tell(name, logger.validated, line)
+        """Writes a line of valid.jsonl."""
+        self._write("valid", self._valid_log, line)
+
+    def _write(self, group: str, log: Path, line: Mapping[str, Any]) -> None:
+        if self._board is None:
+            return
+        with log.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(dict(line)) + "\n")
+        self._board.plot(group, line)
+        for name, logger in list(self._loggers.items()):
+            try:
+                logger.trained(line) if group == "train" else logger.validated(line)
+            except Exception as error:
+                self._drop(name, error)
 
     def close(self) -> None:
-        """Ends all loggers."""
-        if self._folder is not None:
+        """Closes all loggers."""
+        if self._board is not None:
             self._board.close()
         for name, logger in list(self._loggers.items()):
-            self._tell(name, logger.close)
+            try:
+                logger.close()
+            except Exception as error:
+                self._drop(name, error)
 
-    def _add(self, name: str, make: LoggerMaker, folder: Path, config: RunConfig, update: int) -> None:
-        self._loggers[name] = make(folder, config, update)
+    def _drop(self, name: str, error: Exception) -> None:
+        """A logger from outside the package that fails gets no more lines; the training continues."""
+        LOG.warning("the logger '%s' has failed and is left out from now on", name, exc_info=error)
+        self._loggers.pop(name, None)
 
-    def _tell(self, name: str, call: Callable[..., None], *arguments: Any) -> None:
-        """A logger from outside that fails is told nothing more; the training goes on."""
-        try:
-            call(*arguments)
-        except Exception as error:
-            LOG.warning("the logger '%s' has failed and is left out from now on", name, exc_info=error)
-            self._loggers.pop(name, None)
+
+class TensorBoard:
+    """Plots every number of a line as ``GROUP/NAME``, into ``tensorboard`` in the run folder.
+
+    Args:
+        update: where the session begins; later points of an earlier session are removed.
+    """
+
+    def __init__(self, folder: Path, update: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=update + 1 if update else None)
+
+    def plot(self, group: str, line: Mapping[str, Any]) -> None:
+        """Plots a line of train.jsonl or valid.jsonl."""
+        for name, value in flat_numbers(line, group):
+            self._board.add_scalar(name, value, int(line["update"]))
+        self._board.flush()
+
+    def close(self) -> None:
+        """Ends its thread."""
+        self._board.close()
+
+
+def flat_numbers(content: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
+    """``prefix/name`` of every number, lists by their position."""
+    for name, value in content.items():
+        if isinstance(value, Mapping):
+            yield from flat_numbers(value, f"{prefix}/{name}")
+        elif isinstance(value, (list, tuple)):
+            yield from flat_numbers({str(i): item for i, item in enumerate(value)}, f"{prefix}/{name}")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool) and name != "update":
+            yield f"{prefix}/{name}", float(value)

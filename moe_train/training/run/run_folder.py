@@ -280,11 +280,6 @@ class RunFolder:
 
     # -- logs ------------------------------------------------------------------------------------------------------
 
-    def append(self, path: Path, line: Mapping[str, Any]) -> None:
-        """Appends a JSON line."""
-        with path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(dict(line)) + "\n")
-
     def cut(self, update: int, pending: bool = False) -> None:
         """Removes log lines beyond ``update``, a last one that was not written to its end, and what cannot be read.
 

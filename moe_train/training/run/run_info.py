@@ -84,17 +84,6 @@ def sizes(module: nn.Module, account: Account | None) -> dict[str, Any]:
     }
 
 
-def measured_flops(module: nn.Module, account: Account | None, pairs_per_token: Mapping[str, float]) -> float | None:
-    """FLOPs of a token's forward pass as it was routed; None where nothing was, or nobody can tell.
-
-    Args:
-        pairs_per_token: of a line of train.jsonl.
-    """
-    if account is None or not pairs_per_token:
-        return None
-    return float(account(module, {int(layer): pairs for layer, pairs in pairs_per_token.items()})["flops_per_token"])
-
-
 def versions() -> dict[str, str]:
     """Python, our own version, and those of the packages that decide numbers; absent ones are left out."""
     found = {"python": platform.python_version(), "moe_train": moe_train.__version__}

@@ -1,1 +1,1 @@
-"""What every process of a training has: its world, its stop signal, its progress marker."""
+"""State of each training process: its world, its progress marker, its stop signals."""

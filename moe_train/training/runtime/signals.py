@@ -1,4 +1,4 @@
-"""Being asked to stop: the signal sets a flag, the loop saves and leaves at the end of the update under way."""
+"""Stop signals: a handler sets a flag, the training loop saves and ends after the current update."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)  # US
 
 
 class StopRequested(Exception):
-    """Breaks a validation off, on every rank at the same place."""
+    """Ends a validation early, on every rank at the same batch."""
 
 
 class StopSignals:
     """While entered, SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 set ``received``; a second SIGINT interrupts at once.
 
-    Outside the main thread Python cannot install handlers, then nothing changes.
+    Python installs handlers in the main thread only; in another thread this does nothing.
     """
 
     def __init__(self) -> None:
@@ -34,10 +34,6 @@ class StopSignals:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-
-    def asked(self) -> bool:
-        """Whether this process was asked to stop."""
-        return self.received is not None
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None and number == signal.SIGINT:

@@ -1,33 +1,56 @@
-"""The processes that train together, as the loop sees them: one of them alone, or a torch.distributed world."""
+"""The processes that train together: collectives over them, and the progress marker of each."""
 
 from __future__ import annotations
 
 import json
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_train.training.runtime.progress_marker import ProgressMarker
-
 T = TypeVar("T")
+
+
+@dataclass
+class ProgressMarker:
+    """Progress of a process; set by the training loop, read by the hang watchdog from another thread.
+
+    Attributes:
+        beats: number of marks so far; unchanged means no progress.
+        update: the update being computed, counted from 1; 0 before the first.
+        phase: what is being done.
+        run: the run folder, once it is known.
+    """
+
+    beats: int = 0
+    update: int = 0
+    phase: str = "getting ready"
+    run: Path | None = None
+
+    def mark(self, phase: str, update: int | None = None) -> None:
+        """Records that a phase begins."""
+        if update is not None:
+            self.update = update
+        self.phase = phase
+        self.beats += 1
 
 
 @dataclass(frozen=True)
 class World:
-    """Who we are among the processes, and the few collectives that the loop needs.
+    """This process's place among the processes, and collectives over all of them.
 
     ``group`` None is the default process group. For reductions inside models there is
     :class:`moe_train.parallel.reducers.DistReduction`.
 
     Attributes:
-        rank: 0 .. size - 1; rank 0 writes files and speaks.
-        local_rank: our number on this host, which picks the GPU.
+        rank: 0 .. size - 1; rank 0 writes files and prints.
+        local_rank: number of this process on its host, which picks the GPU.
         local_size: processes on this host.
-        pulse: how far this process has come.
+        pulse: this process's progress marker.
     """
 
     rank: int = 0

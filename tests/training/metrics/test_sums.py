@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from moe_train.routing.types import RoutingStatistics, count_statistics
-from moe_train.training.metrics.interval import MetricInterval, describe_routing, per_token
-from moe_train.training.metrics.sums import MetricSums, total
+from moe_train.training.metrics.sums import MetricInterval, MetricSums, describe_routing, per_token, total
 
 CPU = torch.device("cpu")
 

@@ -88,10 +88,8 @@ def test_a_folder_is_claimed_by_one_process_at_a_time(begun: RunFolder) -> None:
 
 
 def test_logs_are_cut_to_what_was_restored(begun: RunFolder) -> None:
-    for update in (4, 8, 12):
-        begun.append(begun.train_log, {"update": update, "loss": 1.0})
-    with begun.train_log.open("a") as stream:
-        stream.write('{"update": 1')
+    whole = [json.dumps({"update": update, "loss": 1.0}) + "\n" for update in (4, 8, 12)]
+    begun.train_log.write_text("".join(whole) + '{"update": 1')
     begun.cut(8)
     assert [json.loads(line)["update"] for line in begun.train_log.read_text().splitlines()] == [4, 8]
     begun.cut(0)

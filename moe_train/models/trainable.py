@@ -1,0 +1,40 @@
+"""The interface between the training loop and a model, apart from its forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from torch import nn
+
+from moe_train.routing.context import RankReduction
+from moe_train.routing.types import RoutingStatistics
+
+
+class TrainableModel(nn.Module):
+    """Base class of models that the training loop trains. Every method does nothing by default.
+
+    Attributes:
+        pretrained: prefix of the tensor names that ``training.init_from`` loads; "": all tensors.
+    """
+
+    pretrained: ClassVar[str] = ""
+
+    def set_num_updates(self, num_updates: int) -> None:
+        """Called before each update with the number of finished ones."""
+
+    def set_ranks(self, ranks: RankReduction) -> None:
+        """Sets the ranks that share a micro-batch, over which routers reduce their statistics."""
+
+    def set_recompute(self, recompute: bool) -> None:
+        """Sets whether activations are recomputed in the backward pass instead of kept."""
+
+    def set_seed(self, seed: int) -> None:
+        """Sets the seed of random routing."""
+
+    def after_update(self, statistics: Mapping[int, RoutingStatistics]) -> None:
+        """Called after each applied update.
+
+        Args:
+            statistics: number of a sparse block → its routing statistics, summed over micro-batches and ranks.
+        """
