@@ -194,7 +194,7 @@ def strategy_rows() -> list[dict[str, Any]]:
                         "strategy": name,
                         "gpus": world,
                         "layout": describe(found.layout),
-                        "two_level": found.layout.exchanges_by_node,
+                        "two_level": found.layout.dispatches_by_node,
                         "parameters": found.shape.dense_parameters + found.shape.expert_parameters,
                         "tokens_per_second_per_gpu": found.tokens_per_second / world,
                         "exchange_share": found.time.exchange / found.time.total,

@@ -1,4 +1,4 @@
-"""Experts: the pool that carries out what routers assign."""
+"""Experts: the pool that computes what routers assign."""
 
 from __future__ import annotations
 

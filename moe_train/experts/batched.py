@@ -1,6 +1,6 @@
-"""The feed-forward of all local experts by batched products, where each has equally many rows (padding included).
+"""Feed-forward of all local experts by batched products; all experts have the same number of rows, with padding.
 
-For many small experts: product by product, calls and remainders cost more than the padding that this needs.
+Used for many small experts, for which a product per expert costs more in calls and remainders than padding does.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class BatchedFeedForward(torch.autograd.Function):
         ctx: Any, rows: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, hidden_layer: HiddenLayer
     ) -> Tensor:
         x = rows.view(w1.shape[0], -1, rows.shape[1])
-        scale = hidden_layer.draw(rows, w1.shape[2])
+        scale = hidden_layer.sample_dropout(rows, w1.shape[2])
         scale = None if scale is None else scale.view(*x.shape[:2], -1)
         hidden, kept = hidden_layer.activate(batched_linear(x, w1, b1), scale)
         ctx.hidden_layer, ctx.biased = hidden_layer, b1 is not None
@@ -37,17 +37,19 @@ class BatchedFeedForward(torch.autograd.Function):
         x, w1, w2, scale, kept = ctx.saved_tensors
         hidden_layer: HiddenLayer = ctx.hidden_layer
         gy = grad.reshape(*x.shape[:2], -1)
-        learns, biased = any(ctx.needs_input_grad[1:5]), ctx.biased and any(ctx.needs_input_grad[1:5])
-        by_w2 = batched(hidden_layer.recall(kept, scale).transpose(1, 2), gy, gradient_like(w2)) if learns else None
+        needs_weights = any(ctx.needs_input_grad[1:5])
+        grad_w2 = None
+        if needs_weights:
+            grad_w2 = batched(hidden_layer.recompute(kept, scale).transpose(1, 2), gy, gradient_like(w2))
         g = hidden_layer.backward(batched(gy, w2.transpose(1, 2)), kept, scale)
-        by_w1 = batched(x.transpose(1, 2), g, gradient_like(w1)) if learns else None
-        by_rows = batched(g, w1.transpose(1, 2)).flatten(0, 1) if ctx.needs_input_grad[0] else None
-        by_b1, by_b2 = (_sum_of_each(g), _sum_of_each(gy)) if biased else (None, None)
-        return by_rows, by_w1, by_b1, by_w2, by_b2, None
+        grad_w1 = batched(x.transpose(1, 2), g, gradient_like(w1)) if needs_weights else None
+        grad_rows = batched(g, w1.transpose(1, 2)).flatten(0, 1) if ctx.needs_input_grad[0] else None
+        grad_b1, grad_b2 = (_sum_per_expert(g), _sum_per_expert(gy)) if needs_weights and ctx.biased else (None, None)
+        return grad_rows, grad_w1, grad_b1, grad_w2, grad_b2, None
 
 
-def _sum_of_each(grad: Tensor) -> Tensor:
-    """[E, n, m] → [E, m]: over the rows of each expert."""
+def _sum_per_expert(grad: Tensor) -> Tensor:
+    """[E, n, m] → [E, m]: sum over the rows of each expert."""
     experts, rows, _ = grad.shape
     every = torch.arange(experts * rows, device=grad.device)
     return bag_sums(grad.flatten(0, 1), every, torch.arange(experts, device=grad.device) * rows)

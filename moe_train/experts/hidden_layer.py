@@ -1,4 +1,4 @@
-"""What lies between the two products of an expert: the activation and its dropout, forward and backward."""
+"""Activation and dropout between the two products of an expert, forward and backward."""
 
 from __future__ import annotations
 
@@ -19,36 +19,36 @@ class HiddenLayer:
     activation: Activation
     dropout: float = 0.0
 
-    def draw(self, rows: Tensor, hidden: int) -> Tensor | None:
-        """[N, h]: 0 where dropout drops, the compensating scale elsewhere; None without dropout."""
+    def sample_dropout(self, rows: Tensor, hidden: int) -> Tensor | None:
+        """Scale [N, h] of the hidden rows: 0 with probability p, else 1 / (1 - p); None without dropout."""
         if not self.dropout:
             return None
         keep = 1 - self.dropout
         return rows.new_empty(rows.shape[0], hidden).bernoulli_(keep).div_(keep)
 
     def forward(self, x: Tensor, w: Tensor, b: Tensor | None, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-        """scale · act(x w + b), and what backward needs: ReLU's output tells all, GELU needs its input."""
+        """scale · act(x w + b), and the tensor kept for backward: ReLU's output, or GELU's input."""
         before = linear(x, w, b, relu=self.activation == "relu")
-        return self.dropped(before if self.activation == "relu" else F.gelu(before), scale), before
+        return self.apply_dropout(before if self.activation == "relu" else F.gelu(before), scale), before
 
     def activate(self, before: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The same of a product that is there already, which ReLU overwrites."""
+        """The same as :meth:`forward`, for ``before`` = x w + b, which ReLU overwrites."""
         hidden = before.relu_() if self.activation == "relu" else F.gelu(before)
-        return self.dropped(hidden, scale), before
+        return self.apply_dropout(hidden, scale), before
 
     @staticmethod
-    def dropped(hidden: Tensor, scale: Tensor | None) -> Tensor:
-        """hidden · scale, in its place."""
+    def apply_dropout(hidden: Tensor, scale: Tensor | None) -> Tensor:
+        """hidden · scale, in place."""
         return hidden if scale is None else hidden.mul_(scale)
 
-    def recall(self, kept: Tensor, scale: Tensor | None) -> Tensor:
-        """The hidden rows again."""
+    def recompute(self, kept: Tensor, scale: Tensor | None) -> Tensor:
+        """The hidden rows, from the tensor kept for backward."""
         if self.activation == "relu":
             return kept
-        return self.dropped(F.gelu(kept), scale)
+        return self.apply_dropout(F.gelu(kept), scale)
 
     def backward(self, grad: Tensor, kept: Tensor, scale: Tensor | None) -> Tensor:
-        """The gradient before the activation; may overwrite ``grad``, the gradient of the hidden rows."""
+        """Gradient of the activation's input; may overwrite ``grad``, the gradient of the hidden rows."""
         if scale is not None:
             grad = grad.mul_(scale)
         if self.activation == "relu":

@@ -1,8 +1,8 @@
-"""One feed-forward sub-layer of all local experts, on rows in expert order: act(X W1 + b1) W2 + b2, and its gradients.
+"""Feed-forward of all local experts, one expert after the other: act(X W1 + b1) W2 + b2, and its gradients.
 
-Written as one autograd function on the CPU because there the time beyond the products goes to memory: each expert is
-carried through both products while its rows are in cache, only what backward needs is kept, and weight gradients are
-written straight into the stacked tensors.
+One autograd function, because on the CPU the time outside the products is memory traffic: both products of an expert
+are computed while its rows are in cache, only what backward needs is kept, and weight gradients are written directly
+into the stacked tensors.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from moe_train.kernels.cpu.thread_pool import parallel_for
 class LoopedFeedForward(torch.autograd.Function):
     """rows [N, d] in expert order → [N, d], expert by expert. w1 [E, d, h], b1 [E, h], w2 [E, h, d], b2 [E, d].
 
-    Views of single experts are made before threads start: inside they would pass Python's lock to and fro.
+    Views of single experts are created before the threads start, since creating them in threads contends for the GIL.
     """
 
     @staticmethod
@@ -40,9 +40,14 @@ class LoopedFeedForward(torch.autograd.Function):
         hidden_layer: HiddenLayer,
     ) -> Tensor:
         out = empty_like(rows)
-        scale = hidden_layer.draw(rows, w1.shape[2])
-        x, y, scales = _split(rows, plan), _split(out, plan), _split(scale, plan)
-        first, second, bias1, bias2 = _each(w1, plan), _each(w2, plan), _each(b1, plan), _each(b2, plan)
+        scale = hidden_layer.sample_dropout(rows, w1.shape[2])
+        x, y, scales = _split_rows(rows, plan), _split_rows(out, plan), _split_rows(scale, plan)
+        first, second, bias1, bias2 = (
+            _per_expert(w1, plan),
+            _per_expert(w2, plan),
+            _per_expert(b1, plan),
+            _per_expert(b2, plan),
+        )
         kept: list[Tensor | None] = [None] * w1.shape[0]
 
         def work(experts: Iterable[int]) -> None:
@@ -64,13 +69,13 @@ class LoopedFeedForward(torch.autograd.Function):
         grad = grad.contiguous()
         weights = _WeightGradients(w1, w2, ctx.biased, plan) if any(ctx.needs_input_grad[1:5]) else None
         grad_rows = empty_like(rows) if ctx.needs_input_grad[0] else None
-        x, gx, gy, scales = (_split(buffer, plan) for buffer in (rows, grad_rows, grad, scale))
-        first, second = _each(w1.transpose(1, 2), plan), _each(w2.transpose(1, 2), plan)
+        x, gx, gy, scales = (_split_rows(buffer, plan) for buffer in (rows, grad_rows, grad, scale))
+        first, second = _per_expert(w1.transpose(1, 2), plan), _per_expert(w2.transpose(1, 2), plan)
 
         def work(experts: Iterable[int]) -> None:
             for e in experts:
                 if weights is not None:
-                    weight_grad_into(weights.each_w2[e], hidden_layer.recall(kept[e], scales[e]), gy[e])
+                    weight_grad_into(weights.each_w2[e], hidden_layer.recompute(kept[e], scales[e]), gy[e])
                 g = hidden_layer.backward(linear(gy[e], second[e], None), kept[e], scales[e])
                 if weights is not None:
                     weights.first(e, x[e], g)
@@ -81,8 +86,8 @@ class LoopedFeedForward(torch.autograd.Function):
         return grad_rows, *((None,) * 4 if weights is None else weights.all(grad)), None, None
 
 
-def gradient_of(weight: Tensor, plan: RowPlan) -> Tensor:
-    """Room for the gradient of stacked weights [E, …], expert by expert; those without rows stand at zero."""
+def empty_weight_gradient(weight: Tensor, plan: RowPlan) -> Tensor:
+    """Uninitialised gradient of stacked weights [E, …]; zero for experts without rows."""
     gradient = gradient_like(weight)
     for e, count in enumerate(plan.rows):
         if count == 0:
@@ -91,14 +96,14 @@ def gradient_of(weight: Tensor, plan: RowPlan) -> Tensor:
 
 
 class _WeightGradients:
-    """The stacked gradients, filled expert by expert."""
+    """Gradients of the stacked parameters, written expert by expert."""
 
     def __init__(self, w1: Tensor, w2: Tensor, biased: bool, plan: RowPlan) -> None:
-        self.w1, self.w2 = gradient_of(w1, plan), gradient_of(w2, plan)
-        self.each_w1, self.each_w2 = _each(self.w1, plan), _each(self.w2, plan)
+        self.w1, self.w2 = empty_weight_gradient(w1, plan), empty_weight_gradient(w2, plan)
+        self.each_w1, self.each_w2 = _per_expert(self.w1, plan), _per_expert(self.w2, plan)
         self.plan = plan
         self.b1 = w1.new_zeros(w1.shape[0], w1.shape[2]) if biased else None
-        self.each_b1 = _each(self.b1, plan)
+        self.each_b1 = _per_expert(self.b1, plan)
         rows = torch.arange(max(plan.rows, default=0), device=w1.device)
         self.bags = {count: (rows[:count], rows[:1]) for count in set(plan.rows)}
 
@@ -108,7 +113,7 @@ class _WeightGradients:
             self.each_b1[e].copy_(bag_sums(grad, *self.bags[self.plan.rows[e]])[0])
 
     def all(self, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-        """Of w1, b1, w2, b2; grad [N, d] is the gradient of the output."""
+        """Gradients of w1, b1, w2, b2; grad [N, d] is the gradient of the output."""
         if self.b1 is None:
             return self.w1, None, self.w2, None
         every = torch.arange(grad.shape[0], device=grad.device)
@@ -116,13 +121,13 @@ class _WeightGradients:
         return self.w1, self.b1, self.w2, bag_sums(grad, every, starts)
 
 
-def _split(buffer: Tensor | None, plan: RowPlan) -> Sequence[Any]:
-    """Each expert's part of a buffer [N, …]; None for each where there is none."""
+def _split_rows(buffer: Tensor | None, plan: RowPlan) -> Sequence[Any]:
+    """Each expert's rows of a buffer [N, …]; a list of None if there is no buffer."""
     return [None] * len(plan.rows) if buffer is None else torch.split(buffer, list(plan.rows))
 
 
-def _each(stacked: Tensor | None, plan: RowPlan) -> Sequence[Any]:
-    """Each expert's slice of a stack [E, …]; None for each where there is none."""
+def _per_expert(stacked: Tensor | None, plan: RowPlan) -> Sequence[Any]:
+    """Each expert's slice of a stacked tensor [E, …]; a list of None if there is no tensor."""
     return [None] * len(plan.rows) if stacked is None else stacked.unbind(0)
 
 

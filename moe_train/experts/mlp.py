@@ -1,6 +1,6 @@
-"""The experts held on this rank, on rows in expert order: the back end of their products is chosen here, and only here.
+"""Computes the local experts on rows in expert order, and chooses the back end for it.
 
-One expert is one feed-forward, act(x W1 + b1) W2 + b2, or several residual ones with norms of their own (X-MoE).
+One expert is one feed-forward, act(x W1 + b1) W2 + b2, or several residual ones, each with its norm (X-MoE).
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ from moe_train.experts.parameters import StackedFeedForward
 from moe_train.experts.row_plan import RowPlan
 from moe_train.experts.spec import Activation
 from moe_train.kernels.cpu import amx_mlp
-from moe_train.kernels.cpu.matmul import padding_worth_a_batch, row_alignment
+from moe_train.kernels.cpu.matmul import max_padding_for_batched, row_alignment
 
 
 def prefers_grouped(like: Tensor) -> bool:
-    """Whether ``torch.nn.functional.grouped_mm`` is fastest: 16-bit types on a GPU. (On a CPU it loops.)"""
+    """Whether ``torch.nn.functional.grouped_mm`` is fastest: 16-bit types on a GPU (on a CPU it is a loop)."""
     return like.device.type == "cuda" and like.dtype in (torch.bfloat16, torch.float16) and hasattr(F, "grouped_mm")
 
 
-def can_group(like: Tensor) -> bool:
-    """Whether it can be used at all."""
+def supports_grouped(like: Tensor) -> bool:
+    """Whether ``torch.nn.functional.grouped_mm`` accepts this type."""
     return like.dtype in (torch.float32, torch.bfloat16, torch.float16) and hasattr(F, "grouped_mm")
 
 
 @dataclass(frozen=True)
 class Backend:
-    """How the products of the experts are computed, and how rows must lie for them.
+    """How the experts' products are computed, and the row layout that this needs.
 
     Attributes:
-        name: ``grouped``: one grouped product for all experts, which needs no count on the host; ``amx``: our kernel
-            for bf16 on CPUs with matrix units; ``torch``: a product for each expert, or one batched product where each
-            expert has equally many rows.
-        align: the rows of an expert are padded to a multiple of this.
-        max_padding: all experts are padded to the fullest one's rows where that makes at most this times the pairs.
+        name: ``grouped``: one grouped product for all experts, which needs no count on the host; ``amx``: the C kernel
+            for bf16 on CPUs with matrix units; ``torch``: one product per expert, or one batched product if all experts
+            have the same number of rows.
+        align: each expert's rows are padded to a multiple of this.
+        max_padding: pad all experts to the largest row count if the padded rows are at most this times the pairs.
     """
 
     name: Literal["grouped", "amx", "torch"]
@@ -53,17 +53,17 @@ class Backend:
 
 
 def choose_backend(rows: Tensor, activation: Activation, mean_rows: float, padded: bool = False) -> Backend:
-    """The fastest back end for rows like these.
+    """The fastest back end for these rows.
 
     Args:
-        mean_rows: pairs of one expert.
-        padded: some pairs are padding: only a grouped product can pass over them without a read by the host.
+        mean_rows: mean number of pairs per expert.
+        padded: some pairs are padding, which only a grouped product can skip without a host sync.
     """
-    if prefers_grouped(rows) or (padded and can_group(rows)):
+    if prefers_grouped(rows) or (padded and supports_grouped(rows)):
         return Backend("grouped", row_alignment(rows, mean_rows))
     if rows.dtype == torch.bfloat16 and activation == "relu" and amx_mlp.is_supported(rows):
         return Backend("amx")
-    return Backend("torch", row_alignment(rows, mean_rows), padding_worth_a_batch(rows, mean_rows))
+    return Backend("torch", row_alignment(rows, mean_rows), max_padding_for_batched(rows, mean_rows))
 
 
 def run_experts(
@@ -93,7 +93,7 @@ def feed_forward(rows: Tensor, plan: RowPlan, stack: StackedFeedForward, trainin
 
 
 def expert_norm(rows: Tensor, plan: RowPlan, stack: StackedFeedForward) -> Tensor:
-    """LayerNorm with the weight and bias of each row's expert."""
+    """LayerNorm of rows [N, d] with the weight and bias of each row's expert."""
     assert stack.norm_weight is not None and stack.norm_bias is not None
-    weight, bias = (plan.of_rows(p.to(rows.dtype)) for p in (stack.norm_weight, stack.norm_bias))
+    weight, bias = (plan.gather_per_row(p.to(rows.dtype)) for p in (stack.norm_weight, stack.norm_bias))
     return torch.addcmul(bias, F.layer_norm(rows, rows.shape[-1:]), weight)

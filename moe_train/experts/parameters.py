@@ -1,4 +1,4 @@
-"""The stacked weights of a pool's experts, one module per sub-layer."""
+"""Stacked weights of a pool's local experts, one module per sub-layer."""
 
 from __future__ import annotations
 
@@ -62,10 +62,10 @@ class StackedFeedForward(nn.Module):
 
 
 def initialise(stacks: Sequence[StackedFeedForward], expert_ids: Sequence[int]) -> None:
-    """Draws every local expert from a generator of its own, seeded by its global id.
+    """Initialises every local expert from its own generator, seeded by its global id.
 
-    One number is taken from torch's default generator whatever the layout, so that expert e starts with the same
-    weights on one process and on many, provided that these share their seed.
+    Exactly one number is drawn from torch's default generator under any layout, so expert e starts with the same
+    weights on one process and on many, if all use the same seed.
     """
     base = int(torch.randint(2**62, (), device="cpu").item())
     device = stacks[0].fc1_weight.device

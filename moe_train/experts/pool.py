@@ -1,8 +1,8 @@
-"""The pool of experts: carries out an Assignment, y_t = Σ over pairs (t, e, w) of w · f_e(x_t), on one rank or many.
+"""The expert pool: computes an Assignment, y_t = Σ over pairs (t, e, w) of w · f_e(x_t), on one rank or many.
 
-A token's way: :meth:`ExpertPool.start` sends it to the ranks that hold its experts
-(:mod:`moe_train.parallel.dispatch`); :meth:`ExpertPool.finish` puts what arrived into expert order (permute), runs the
-experts held here (:mod:`moe_train.experts.mlp`), adds up each row's outputs (unpermute), and sends them back (combine).
+:meth:`ExpertPool.start` sends tokens to the ranks that hold their experts (:mod:`moe_train.parallel.dispatch`).
+:meth:`ExpertPool.finish` sorts the received rows by expert (permute), runs the local experts
+(:mod:`moe_train.experts.mlp`), sums each row's weighted outputs (unpermute), and returns them (combine).
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from moe_train.routing.types import Assignment
 
 @dataclass(frozen=True)
 class PendingExperts:
-    """Tokens that were sent to their experts and are not computed yet.
+    """A call of the pool whose tokens were sent and not yet computed.
 
     Attributes:
-        dtype: of the tokens, and of the layer's output.
-        mix_dtype: what each row's sum over experts is rounded to; None: it stays in at least fp32.
+        dtype: type of the tokens and of the layer's output.
+        mix_dtype: type of each row's sum over experts; None: at least fp32.
     """
 
     dispatch: Dispatch
@@ -40,18 +40,18 @@ class PendingExperts:
 
 
 class ExpertPool(nn.Module):
-    """E experts, of which this rank holds its share, stacked.
+    """E experts over all ranks; this rank's local experts are stacked.
 
-    Each parameter carries ``parameter.expert = True`` and ``parameter.expert_ids``, the global ids of its rows.
+    Each parameter has the attributes ``expert = True`` and ``expert_ids``, the global ids of its rows.
 
     Args:
-        spec: what one expert is.
+        spec: shape of one expert.
         num_experts: E, over all ranks.
-        layout: which rank owns which experts; None keeps them all here.
-        max_experts_per_token: None: all of them. Only dispatch of fixed size needs it.
+        layout: which rank holds which experts; None: all are local.
+        max_experts_per_token: upper bound, needed by fixed-size dispatch only; None: E.
 
     Raises:
-        ConfigError: the layout cannot divide E experts.
+        ConfigError: E is not divisible over the layout.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class ExpertPool(nn.Module):
         super().__init__()
         self.spec = spec
         self.num_experts = num_experts
-        self.layout = layout or ExpertLayout.alone()
+        self.layout = layout or ExpertLayout.local()
         self.expert_ids = self.layout.experts(num_experts)
         self.pairs_per_row = min(max_experts_per_token or num_experts, len(self.expert_ids))
         self.sublayers = nn.ModuleList(StackedFeedForward(spec, len(self.expert_ids)) for _ in range(spec.sublayers))
@@ -73,42 +73,42 @@ class ExpertPool(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draws all local experts anew; the same draws under any layout."""
+        """Initialises all local experts; expert e gets the same weights under any layout."""
         initialise(self._stacks, self.expert_ids)
 
     @cached_property
     def levels(self) -> tuple[DispatchLevel, ...]:
-        """The levels that a token passes to its experts; none where all are held here."""
+        """The dispatch levels; empty if all experts are local."""
         return self.layout.dispatch_levels(self.num_experts)
 
     @property
     def fixed_size(self) -> bool:
-        """Whether dispatch has sizes that no token changes: in training, where the layout says so.
+        """Whether dispatch has fixed sizes: in training, with ``layout.fixed_rows``.
 
-        Then experts of an assignment may be negative: pairs that are not to be carried out.
+        Then an assignment may contain pairs with a negative expert id, which are skipped.
         """
         return self.training and bool(self.levels) and self.layout.options.fixed_rows > 0
 
     @property
     def overlaps(self) -> bool:
-        """Whether other work should be done between :meth:`start` and :meth:`finish`."""
+        """Whether the caller should do independent work between :meth:`start` and :meth:`finish`."""
         return bool(self.levels) and self.layout.options.overlap
 
     def forward(self, x: Tensor, assignment: Assignment) -> Tensor:
-        """Mixes the experts' outputs. Where experts are divided over ranks, all of these must call it together.
+        """Weighted sum of the experts' outputs. A collective where experts are divided over ranks.
 
         Args:
             x: [T, d], this rank's tokens (T may be 0).
             assignment: pairs over all E experts; tokens without a pair get 0.
 
         Returns:
-            y [T, d] in x's type; sums in fp32 (fp64 for fp64). With T = 0 or no pairs every parameter still gets a
-            (zero) gradient.
+            y [T, d] in x's type, accumulated in fp32 (fp64 for fp64). With T = 0 or no pairs every parameter still gets
+            a (zero) gradient.
         """
         return self.finish(self.start(x, assignment))
 
     def start(self, x: Tensor, a: Assignment) -> PendingExperts:
-        """Sends x [T, d] to its experts; nothing is computed and nothing waited for but the sizes."""
+        """Starts sending x [T, d] to its experts; waits for the split sizes only, and computes nothing."""
         autocast = torch.is_autocast_enabled(x.device.type)
         inputs = x.to(torch.get_autocast_dtype(x.device.type)) if autocast else x
         if not self.levels:
@@ -122,12 +122,12 @@ class ExpertPool(nn.Module):
         return PendingExperts(dispatch, x.dtype, None)
 
     def finish(self, pending: PendingExperts) -> Tensor:
-        """Runs the experts held here on what arrived, and brings the outputs back: y [T, d]."""
+        """Runs the local experts on the received rows and returns the outputs to their tokens: y [T, d]."""
         mixed = self._mix(pending.dispatch.wait(), pending.mix_dtype)
         return pending.dispatch.combine(mixed).to(pending.dtype)
 
     def _mix(self, received: Received, dtype: torch.dtype | None) -> Tensor:
-        """[R, d]: for each row Σ over its pairs of weight · f_expert(row), in at least fp32 or ``dtype``."""
+        """[R, d]: Σ over each row's pairs of weight · f_expert(row), in ``dtype`` (None: at least fp32)."""
         rows, row, expert, weight = received.rows, received.row, received.expert, received.weight
         held, counts = len(self.expert_ids), received.counts
         backend = choose_backend(rows, self.spec.activation, row.shape[0] / held, received.padded)
@@ -148,5 +148,5 @@ class ExpertPool(nn.Module):
         return [stack for stack in self.sublayers if isinstance(stack, StackedFeedForward)]
 
     def extra_repr(self) -> str:
-        """What ``print(model)`` shows."""
+        """Text for ``print(model)``."""
         return f"num_experts={self.num_experts}, held={self.expert_ids}, {self.spec}"

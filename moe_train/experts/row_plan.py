@@ -1,4 +1,4 @@
-"""Pairs (token, expert, weight) laid out in expert order: which row of the experts' buffers belongs to which pair."""
+"""Row plan: assigns each pair (token, expert, weight) a row in the experts' buffers, in expert order."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from moe_train.parallel.permute import RowIndex, count_ids
 
 @dataclass(frozen=True)
 class RowPlan:
-    """P pairs of T tokens on N rows: each expert's rows stand together, padded to a multiple.
+    """P pairs of T tokens on N rows: each expert's rows are contiguous, padded to a multiple.
 
-    A padding row repeats token 0 and belongs to no pair, so what is computed there reaches nobody. Within an expert,
-    rows keep the pairs' order, so that the outcome never varies from run to run.
+    A padding row repeats token 0 and belongs to no pair, so its output is not used. Within an expert, rows keep the
+    order of the pairs, so results are reproducible.
 
     Attributes:
-        index: which token each row is.
-        ends: [E] int32, one past the last row of each local expert; rows behind the last of them are padding too.
-        rows: rows of each local expert, padding included, on the host; empty where nobody there needs them.
+        index: token and pair of each row.
+        ends: [E] int32, one past the last row of each local expert; rows after ``ends[-1]`` are padding too.
+        rows: number of rows of each local expert with padding, on the host; empty if the back end does not need them.
     """
 
     index: RowIndex
@@ -30,14 +30,14 @@ class RowPlan:
 
     @property
     def even(self) -> bool:
-        """Whether each local expert has equally many rows, and some."""
+        """Whether all local experts have the same number of rows, not 0."""
         return len(set(self.rows)) == 1 and self.rows[0] > 0
 
-    def of_rows(self, parameter: Tensor) -> Tensor:
-        """[N, …] of a parameter [E, …]: for each row its expert's.
+    def gather_per_row(self, parameter: Tensor) -> Tensor:
+        """parameter [E, …] → [N, …]: the value of each row's expert.
 
-        Rows behind the last expert get a zero of their own: what a grouped product leaves there, NaN perhaps, must not
-        reach the last expert's gradient.
+        Rows after the last expert get 0: a grouped product leaves them undefined (perhaps NaN), which must not reach
+        the last expert's gradient.
         """
         row = torch.arange(self.index.row_token.shape[0], device=self.ends.device)
         expert = torch.searchsorted(self.ends, row, right=True)
@@ -58,14 +58,14 @@ def plan_rows(
 
     Args:
         token: [P] in 0 .. num_tokens - 1.
-        expert: [P] local ids in 0 .. num_experts - 1; without ``counts`` also num_experts, for pairs that belong to
-            none: their rows stand behind all others.
+        expert: [P] local ids in 0 .. num_experts - 1; without ``counts`` also num_experts, for pairs without an
+            expert, whose rows come last.
         num_tokens: T.
-        num_experts: local experts.
-        align: an expert's rows are padded to a multiple of this.
-        counts: pairs of each expert, where the host knows them; otherwise N is the largest that can be.
-        max_padding: where all experts can have the fullest one's rows with at most this times the pairs, they do (with
-            ``counts`` only).
+        num_experts: number of local experts.
+        align: each expert's rows are padded to a multiple of this.
+        counts: number of pairs of each expert, if known on the host; otherwise N is its upper bound.
+        max_padding: all experts are padded to the largest row count if the padded rows are at most this times the pairs
+            (with ``counts`` only).
     """
     pairs = token.shape[0]
     order = torch.argsort(expert, stable=True)

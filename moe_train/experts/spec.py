@@ -1,4 +1,4 @@
-"""What one expert is: the shape of f_e, apart from how many there are and where they live."""
+"""Shape of one expert f_e, independent of the number of experts and of the layout."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Initialisation = Literal["kaiming", "xavier"]
 class ExpertSpec:
     """One expert: f(x) = W2 · dropout(act(W1 x + b1)) + b2, or several such sub-layers stacked.
 
-    With ``sublayers`` > 1 (X-MoE §3.5, in the manner of BASE) an expert is a stack x ← x + FFN(LN(x)), each sub-layer
-    with its own norm and weights. Its output is what the stack *adds* to x, so that the layer's residual and the
-    router's weight give h + g·(stack(h) − h), which is BASE's g·stack(h) + (1 − g)·h.
+    With ``sublayers`` > 1 (X-MoE §3.5, as in BASE) an expert is a stack x ← x + FFN(LN(x)), each sub-layer with its own
+    norm and weights. Its output is stack(x) − x, so that the layer's residual and the router's weight give
+    h + g·(stack(h) − h), which is BASE's g·stack(h) + (1 − g)·h.
 
     Attributes:
         dim: d, width of a token.
@@ -28,8 +28,8 @@ class ExpertSpec:
         bias: whether the products have biases.
         dropout: probability, after the activation (fairseq's ``activation_dropout``).
         init: ``kaiming`` draws as ``nn.Linear`` does (fairseq's feed-forward, NLLB, SMoE, THOR), ``xavier`` uniform
-            with zero biases; every expert on its own.
-        zero_output: starts W2 at zero (BASE), so that an expert begins as the identity.
+            with zero biases; each expert separately.
+        zero_output: initialises W2 and b2 with zeros (BASE), so that a stack starts as the identity.
     """
 
     dim: int
@@ -53,12 +53,12 @@ class ExpertSpec:
 
     @property
     def norm(self) -> bool:
-        """Whether sub-layers carry their own LayerNorm (a single one stands behind the Transformer layer's norm)."""
+        """Whether sub-layers have their own LayerNorm (a single sub-layer uses the Transformer layer's norm)."""
         return self.sublayers > 1
 
     @property
     def parameters(self) -> int:
-        """Parameters of one expert."""
+        """Number of parameters of one expert."""
         products = 2 * self.dim * self.hidden
         biases = self.dim + self.hidden if self.bias else 0
         norms = 2 * self.dim if self.norm else 0

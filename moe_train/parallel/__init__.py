@@ -1,3 +1,3 @@
-"""Experts over ranks: layouts, the exchange of tokens, gradient reduction, counters. Needs torch alone."""
+"""Expert parallelism: layouts, dispatch and combine of tokens, gradient reduction, traffic counters. Torch only."""
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""All-to-alls that run while something else is computed, in backward too.
+"""Asynchronous all-to-alls that overlap with other computation, in forward and in backward.
 
-``start_all_to_alls`` and ``wait_all_to_alls`` are two nodes of the autograd graph. Backward runs nodes in the
-reverse of their order, so what was computed between the two in forward has its gradients computed while the gradients
-of the rows are on their way.
+``start_all_to_alls`` and ``wait_all_to_alls`` are two nodes of the autograd graph. Backward runs nodes in reverse
+order, so the gradients of what was computed between the two in forward are computed while the gradients of the rows
+are being sent.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from moe_train.parallel.traffic import LinkType, TrafficCounters
 
 @dataclass(frozen=True)
 class CommGroup:
-    """The members of one process group, each a destination of an all-to-all.
+    """A process group, with the link to each of its members.
 
     Attributes:
         group: the process group.
-        links: the kind of link between this process and each member.
-        counters: where traffic is counted.
+        links: type of link between this process and each member.
+        counters: count the traffic.
     """
 
     group: dist.ProcessGroup
@@ -36,7 +36,7 @@ class CommGroup:
 
     @property
     def size(self) -> int:
-        """Members, this process included."""
+        """Number of members, including this process."""
         return len(self.links)
 
 
@@ -44,8 +44,8 @@ class AllToAll:
     """One asynchronous ``all_to_all_single`` with uneven splits along dimension 0.
 
     Args:
-        send, receive: rows for each member and from each member.
-        payload: whether its bytes count as payload, else as metadata.
+        send, receive: number of rows sent to and received from each member.
+        payload: whether its bytes are counted as payload or as metadata.
     """
 
     def __init__(self, group: CommGroup, send: Sequence[int], receive: Sequence[int], payload: bool = False) -> None:
@@ -54,18 +54,18 @@ class AllToAll:
         self._in_progress: tuple[Any, Tensor, Tensor] | None = None
 
     def start(self, value: Tensor, reverse: bool = False) -> Tensor:
-        """Sends value [Σ send, …], in reverse [Σ receive, …]; the result may be read after :meth:`wait`."""
+        """Sends value [Σ send, …] (``reverse``: [Σ receive, …]). The result must not be read before :meth:`wait`."""
         send, receive = (self.receive, self.send) if reverse else (self.send, self.receive)
         result = value.new_empty(sum(receive), *value.shape[1:])
         value = value.contiguous()
         work = dist.all_to_all_single(result, value, receive, send, group=self.group.group, async_op=True)
-        self._in_progress = work, result, value  # what is sent must live until it has arrived
+        self._in_progress = work, result, value  # the sent buffer must stay alive until the collective has finished
         size = math.prod(value.shape[1:]) * value.element_size()
         self.group.counters.add(self.group.links, **{self.counted: [n * size for n in send]})
         return result
 
     def wait(self) -> Tensor:
-        """The result of the last :meth:`start` (on a GPU the stream waits, not the host)."""
+        """Waits for and returns the result of the last :meth:`start` (on a GPU the stream waits, not the host)."""
         assert self._in_progress is not None
         work, result, _ = self._in_progress
         work.wait()
@@ -75,13 +75,13 @@ class AllToAll:
 
 @dataclass
 class DispatchAllToAlls:
-    """The all-to-alls of one level of a dispatch.
+    """The all-to-alls of one dispatch level.
 
     Attributes:
-        rows: of rows [R, d], and of their gradients.
-        pairs: of the pairs' ids and weights, which travel together as [P, 2 + w] int32.
-        weight_gradients: of the gradients of the weights.
-        ids: [P, 2] int32 of the pairs that are sent, then [P', 2] of those that arrived.
+        rows: for rows [R, d] and their gradients.
+        pairs: for the ids and weights of the pairs, sent together as [P, 2 + w] int32.
+        weight_gradients: for the gradients of the weights.
+        ids: [P, 2] int32 ids of the pairs sent; after the wait [P', 2] ids of the pairs received.
     """
 
     rows: AllToAll
@@ -91,18 +91,19 @@ class DispatchAllToAlls:
 
 
 def start_all_to_alls(calls: DispatchAllToAlls, rows: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Sends rows [R, d] and the weights [P] (fp32 or fp64) of their pairs.
+    """Starts sending rows [R, d] and the weights [P] (fp32 or fp64) of their pairs.
 
-    The gradients of both always come back, whatever this rank needs, so that all ranks run the same collectives.
+    Backward always returns the gradients of both, even if this rank needs neither, so that all ranks run the same
+    collectives.
 
     Returns:
-        Buffers for :func:`wait_all_to_alls`; they must not be read before.
+        Buffers for :func:`wait_all_to_alls`; they must not be read before it.
     """
     return _Start.apply(calls, rows, weight)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def wait_all_to_alls(calls: DispatchAllToAlls, rows: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Waits for what :func:`start_all_to_alls` has started: the rows [R', d] and weights [P'] that arrived."""
+    """Waits for :func:`start_all_to_alls` and returns the received rows [R', d] and weights [P']."""
     return _Wait.apply(calls, rows, weight)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -131,15 +132,15 @@ class _Wait(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, by_rows: Tensor, by_weight: Tensor) -> tuple[None, Tensor, Tensor]:
-        ctx.calls.rows.start(by_rows, reverse=True)
-        ctx.calls.weight_gradients.start(by_weight, reverse=True)
-        # In the shapes that autograd wants here; what comes back, _Start takes from the all-to-alls.
-        return None, by_rows, by_weight
+    def backward(ctx: Any, grad_rows: Tensor, grad_weight: Tensor) -> tuple[None, Tensor, Tensor]:
+        ctx.calls.rows.start(grad_rows, reverse=True)
+        ctx.calls.weight_gradients.start(grad_weight, reverse=True)
+        # Placeholders of the shapes that autograd checks; _Start.backward reads the results from the all-to-alls.
+        return None, grad_rows, grad_weight
 
 
 def return_rows(call: AllToAll, rows: Tensor) -> Tensor:
-    """Sends rows [Σ send, d] and waits for those that come [Σ receive, d]; the gradients take the reverse way."""
+    """Sends rows [Σ send, d] and returns the rows received [Σ receive, d]; backward sends gradients in reverse."""
     return _Return.apply(call, rows)  # type: ignore[no-any-return, no-untyped-call]
 
 

@@ -1,16 +1,16 @@
-"""Tokens to the ranks that hold their experts (dispatch), and mixed rows back (combine).
+"""Dispatch of tokens to the ranks that hold their experts, and combine of the outputs.
 
-A token travels once to each destination that holds any of its experts, with the ids and weights of those experts;
-there its outputs are mixed in fp32 and one row comes back. So k experts on one destination cost one row each way
-whatever k is (SAM's promise), and k experts anywhere never more than min(k, destinations) rows.
+A token is sent once to each destination that holds any of its experts, with the ids and weights of those experts. The
+destination sums its weighted outputs in fp32 and returns one row. So k experts on one destination cost one row each
+way for any k (as SAM needs), and k experts anywhere cost at most min(k, destinations) rows.
 
     dispatch = start_dispatch(x, token, expert, weight, levels)    # rows are sent; other work may overlap here
     received = dispatch.wait()
-    mixed = …                                                      # [R, d]: the experts held here, on received.rows
+    mixed = …                                                      # [R, d]: local experts applied to received.rows
     y = dispatch.combine(mixed)
 
-``all_to_all_single`` only, sizes first, one host sync for all levels. Every rank runs the same collectives in forward
-and in backward, whatever its share is, so an empty rank cannot make others wait.
+Only ``all_to_all_single`` is used; sizes are exchanged first, with one host sync for all levels. Every rank runs the
+same collectives in forward and backward, so a rank without tokens cannot block the others.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from moe_train.parallel.split_sizes import DispatchLevel, SortedPairs, SplitSize
 
 @dataclass(frozen=True)
 class Received:
-    """What the experts held on this rank have to compute.
+    """Input of the local experts.
 
     Attributes:
         rows: [R, d].
-        row: [P] int64, the row of each pair.
-        expert: [P] int64, counted from the first expert held here; with ``padded`` also one past the last: no expert.
+        row: [P] int64, row of each pair.
+        expert: [P] int64, local expert id; with ``padded``, the number of local experts marks a padding pair.
         weight: [P], differentiable.
-        counts: pairs of each expert held here, where the host knows them.
-        padded: whether some pairs may be padding, which must not be computed and belongs to the last row.
+        counts: number of pairs of each local expert, if known on the host.
+        padded: whether there may be padding pairs, which belong to the last row and must not be computed.
     """
 
     rows: Tensor
@@ -49,38 +49,38 @@ class Received:
 
 
 class Dispatch(Protocol):
-    """Tokens on their way to the experts of a layer. Each method is called once, in this order."""
+    """A dispatch in progress. Each method is called once, in this order."""
 
     def wait(self) -> Received:
-        """What arrived for the experts held here."""
+        """Waits for the rows and pairs of the local experts."""
 
     def combine(self, mixed: Tensor) -> Tensor:
-        """mixed [R, d], for each row received Σ weight · f_expert(row) → y [T, d] in at least fp32."""
+        """mixed [R, d], Σ weight · f_expert(row) of each received row → y [T, d] in at least fp32."""
 
 
 @dataclass(frozen=True)
 class LocalDispatch:
-    """All experts are held here: nothing is sent."""
+    """Dispatch without communication: all experts are local."""
 
     received: Received
 
     def wait(self) -> Received:
-        """The tokens themselves."""
+        """Returns the tokens."""
         return self.received
 
     def combine(self, mixed: Tensor) -> Tensor:
-        """A row is a token."""
+        """Returns ``mixed``: each row is a token."""
         return mixed
 
 
 @dataclass
 class RankDispatch:
-    """Tokens on their way over one level, or two: nodes, then the ranks of a node.
+    """Dispatch over one level (ranks) or two (nodes, then the ranks of a node).
 
     Attributes:
-        levels, sizes: of each level.
-        counts: pairs of each expert held here.
-        sent: the levels that were sent so far.
+        levels, sizes: one per level.
+        counts: number of pairs of each local expert.
+        sent: the levels started so far.
     """
 
     levels: Sequence[DispatchLevel]
@@ -89,7 +89,7 @@ class RankDispatch:
     sent: list[SentRows] = field(default_factory=list)
 
     def wait(self) -> Received:
-        """Waits for the first level, and sends what arrived over the second one, where there are two."""
+        """Waits for the first level; if there is a second, sends the received rows over it and waits again."""
         rows, row, expert, weight = self.sent[0].wait()
         for level, sizes in zip(self.levels[1:], self.sizes[1:], strict=True):
             pairs = sort_pairs(row, expert // level.experts_each, rows.shape[0], level.group.size)
@@ -98,7 +98,7 @@ class RankDispatch:
         return Received(rows, row, expert, weight, self.counts)
 
     def combine(self, mixed: Tensor) -> Tensor:
-        """Back the same way; a node's rows are summed there before one goes back to another node."""
+        """Returns rows level by level in reverse; with two levels, rows are summed on the node first."""
         for sent in reversed(self.sent):
             mixed = sent.send_back(mixed)
         return mixed
@@ -107,14 +107,14 @@ class RankDispatch:
 def start_dispatch(
     x: Tensor, token: Tensor, expert: Tensor, weight: Tensor, levels: Sequence[DispatchLevel]
 ) -> RankDispatch:
-    """Starts to send tokens to their experts, which are divided over a group.
+    """Exchanges the sizes and starts sending tokens to their experts.
 
     Args:
-        x: [T, d]; rows travel in its type.
+        x: [T, d]; rows are sent in its type.
         token: [P] int64, row of x.
-        expert: [P] int64, numbered over the whole group.
+        expert: [P] int64, global id.
         weight: [P], differentiable.
-        levels: one, or two: nodes, then the ranks of a node.
+        levels: one (ranks), or two (nodes, then the ranks of a node).
     """
     x = ensure_requires_grad(x)
     pairs = sort_pairs(token, expert // levels[0].experts_each, x.shape[0], levels[0].group.size)
@@ -123,14 +123,14 @@ def start_dispatch(
 
 
 def ensure_requires_grad(x: Tensor) -> Tensor:
-    """x, needing a gradient: all ranks must meet in backward's collectives, whatever this one's tokens need."""
+    """x with ``requires_grad``: every rank must run backward's collectives, even if its own x needs no gradient."""
     return x.detach().requires_grad_() if torch.is_grad_enabled() and not x.requires_grad else x
 
 
 def send_pairs(
     x: Tensor, token: Tensor, expert: Tensor, weight: Tensor, pairs: SortedPairs, level: DispatchLevel, s: SplitSizes
 ) -> SentRows:
-    """Starts one level: one row for each token and member, the ids and weights of all its pairs there."""
+    """Starts one level: one row per (token, member), with the ids and weights of the token's pairs on that member."""
     row_token = token.new_empty(sum(s.send_rows)).scatter_(0, pairs.row, token[pairs.order])
     ids = torch.stack([pairs.row_in_member, expert[pairs.order] % level.experts_each], 1).to(torch.int32)
     return SentRows.start(x, RowIndex.of_tokens(row_token, x.shape[0]), weight[pairs.order], ids, level, s)
@@ -138,11 +138,11 @@ def send_pairs(
 
 @dataclass(frozen=True)
 class SentRows:
-    """The rows of one level on their way.
+    """The rows sent over one level.
 
     Attributes:
-        index: which tokens they are, in the order of the members.
-        dtype: the type that they travel in.
+        index: token of each row, ordered by member.
+        dtype: type of the rows.
     """
 
     level: DispatchLevel
@@ -160,8 +160,8 @@ class SentRows:
 
         Args:
             x: [T, d].
-            weight: [P], in the order of the members.
-            ids: [P, 2] int32: the pair's row and its expert, both counted from its member's first.
+            weight: [P], ordered by member.
+            ids: [P, 2] int32: row and expert of the pair, both numbered from 0 within its member.
         """
         level.group.counters.add(level.group.links, dispatched_rows=s.send_rows)
         rows = AllToAll(level.group, s.send_rows, s.receive_rows, payload=True)
@@ -172,13 +172,13 @@ class SentRows:
         return cls(level, s, index, calls, buffers, x.dtype)
 
     def wait(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The rows [R, d] that arrived; of their pairs [P] the row, the expert from the member's first, the weight."""
+        """The received rows [R, d], and row, expert (numbered within the member) and weight of each pair [P]."""
         rows, weight = wait_all_to_alls(self.calls, *self.buffers)
         row, expert = self.calls.ids.long().unbind(1)
         return rows, row + self.sizes.first_row_of_pairs(), expert, weight
 
     def send_back(self, mixed: Tensor) -> Tensor:
-        """mixed [R, d], one for each row that arrived → the sum over each token's rows [T, d] in at least fp32."""
+        """mixed [R, d], one per received row → the sum over each token's rows [T, d] in at least fp32."""
         group, s = self.level.group, self.sizes
         group.counters.add(group.links, returned_rows=s.receive_rows)
         back = AllToAll(group, s.receive_rows, s.send_rows, payload=True)

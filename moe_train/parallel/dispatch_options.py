@@ -1,4 +1,4 @@
-"""How tokens are dispatched, whatever the layout: the same function, other messages."""
+"""Options of the dispatch. They change the messages between ranks, not the function computed."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class DispatchOptions:
     """Attributes:
-    overlap: what does not need the experts' outcome (a shared expert) is computed while rows are on their way.
-    fixed_rows: in training every rank sends exactly so many rows to each other one, padded, and no size is read by the
-        host; tokens beyond it lose their experts there, counted. 0: as many as there are.
+    overlap: compute a shared expert while rows are being sent.
+    fixed_rows: in training every rank sends exactly this many rows to each member, padded, so that the host reads no
+        size; pairs beyond it are dropped and counted. 0: variable sizes, nothing is dropped.
     """
 
     overlap: bool = False

@@ -1,8 +1,8 @@
-"""Dispatch with sizes that are fixed beforehand: padded, so that no number has to reach the host.
+"""Dispatch with fixed, padded sizes, so that no size is read by the host.
 
-Every rank sends ``rows`` rows to each member and as many pairs as these can have. Tokens are served in their order;
-what finds no place is dropped and counted. The padding's expert is one past the last: no product touches it, and it is
-mixed into a row of its own, which nobody reads.
+Every rank sends ``rows`` rows to each member, and the largest number of pairs that these rows can have. Slots are
+filled in the order of tokens; pairs that do not fit are dropped and counted. Padding pairs have the expert id one past
+the last: they are not computed, and are summed into an extra row that is not read.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from moe_train.parallel.split_sizes import DispatchLevel, SplitSizes, sort_pairs
 
 @dataclass(frozen=True)
 class FixedDispatch:
-    """Tokens on their way, in slots that may be empty.
+    """Dispatch over one level with fixed sizes.
 
     Attributes:
-        tokens: rows of x that are tokens; one that follows them is for padding.
+        tokens: T; the row after the T tokens is the source of padding.
     """
 
     sent: SentRows
     tokens: int
 
     def wait(self) -> Received:
-        """What arrived, with a row more, to which the padding belongs."""
+        """Waits for the received rows, and appends the row that padding pairs belong to."""
         rows, row, expert, weight = self.sent.wait()
         row = torch.where(expert < self.sent.level.experts_each, row, rows.shape[0])
         rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
         return Received(rows, row, expert, weight, padded=True)
 
     def combine(self, mixed: Tensor) -> Tensor:
-        """Without the rows of the padding, there and here."""
+        """Returns rows and sums them per token, without the padding rows."""
         return self.sent.send_back(mixed[:-1])[: self.tokens]
 
 
@@ -46,9 +46,9 @@ def start_fixed_dispatch(
     """:func:`moe_train.parallel.dispatch.start_dispatch` over one level, with fixed sizes.
 
     Args:
-        expert: [P]; negative: a pair that is not to be carried out.
-        rows: rows to each member.
-        pairs_per_row: experts that a token has at most on one member.
+        expert: [P]; negative: the pair is skipped.
+        rows: number of rows sent to each member.
+        pairs_per_row: maximum number of experts of a token on one member.
     """
     x = ensure_requires_grad(x)
     tokens = x.shape[0]
@@ -63,13 +63,13 @@ def start_fixed_dispatch(
 
 @dataclass(frozen=True)
 class Slots:
-    """What stands where, for M members with R rows and R · K pairs each.
+    """Content of the slots of M members with R rows and R · K pairs each.
 
     Attributes:
-        token: [M · R]; T where the slot is empty.
-        pair: [M · R · K]; P where the slot is empty.
+        token: [M · R]; T if the slot is empty.
+        pair: [M · R · K]; P if the slot is empty.
         ids: [M · R · K, 2], as in :meth:`~moe_train.parallel.dispatch.SentRows.start`.
-        dropped: 0-dim, pairs that found no place.
+        dropped: 0-dim, number of pairs that did not fit.
     """
 
     token: Tensor
@@ -82,29 +82,29 @@ class Slots:
 def assign_slots(
     token: Tensor, expert: Tensor, num_tokens: int, level: DispatchLevel, rows: int, pairs_per_row: int
 ) -> Slots:
-    """Places for the pairs whose expert [P] is not negative, in the order of member and token [P]."""
-    members, each, room = level.group.size, level.experts_each, rows * pairs_per_row
-    asked = expert >= 0
-    member = torch.where(asked, expert // each, members)
-    by = sort_pairs(torch.where(asked, token, 0), member, max(num_tokens, 1), members + 1)
-    token, expert, member = token[by.order], expert[by.order], member[by.order]
+    """Assigns slots to the pairs whose expert [P] is not negative, ordered by member and token [P]."""
+    members, each, pairs_per_member = level.group.size, level.experts_each, rows * pairs_per_row
+    valid = expert >= 0
+    member = torch.where(valid, expert // each, members)
+    sorted_pairs = sort_pairs(torch.where(valid, token, 0), member, max(num_tokens, 1), members + 1)
+    token, expert, member = token[sorted_pairs.order], expert[sorted_pairs.order], member[sorted_pairs.order]
     per_member = count_ids(member, members + 1)
     number = torch.arange(token.shape[0], device=token.device) - (per_member.cumsum(0) - per_member)[member]
-    fits = (member < members) & (by.row_in_member < rows) & (number < room)
-    row_slot = torch.where(fits, member * rows + by.row_in_member, members * rows)
-    pair_slot = torch.where(fits, member * room + number, members * room)
-    row = _filled(members * room, 0, pair_slot, by.row_in_member)
-    local = _filled(members * room, each, pair_slot, expert % each)
+    fits = (member < members) & (sorted_pairs.row_in_member < rows) & (number < pairs_per_member)
+    row_slot = torch.where(fits, member * rows + sorted_pairs.row_in_member, members * rows)
+    pair_slot = torch.where(fits, member * pairs_per_member + number, members * pairs_per_member)
+    row = _scatter(members * pairs_per_member, 0, pair_slot, sorted_pairs.row_in_member)
+    local = _scatter(members * pairs_per_member, each, pair_slot, expert % each)
     return Slots(
-        _filled(members * rows, num_tokens, row_slot, token),
-        _filled(members * room, token.shape[0], pair_slot, by.order),
+        _scatter(members * rows, num_tokens, row_slot, token),
+        _scatter(members * pairs_per_member, token.shape[0], pair_slot, sorted_pairs.order),
         torch.stack([row, local], 1).to(torch.int32),
-        asked.sum() - fits.sum(),
+        valid.sum() - fits.sum(),
     )
 
 
-def _filled(size: int, default: int, slot: Tensor, value: Tensor) -> Tensor:
-    """[size] of ``default``, with values in their slots; those for slot ``size`` are left out."""
+def _scatter(size: int, default: int, slot: Tensor, value: Tensor) -> Tensor:
+    """[size] filled with ``default``, then ``value`` written at ``slot``; values for slot ``size`` are discarded."""
     return value.new_full((size + 1,), default).scatter_(0, slot, value)[:-1]
 
 

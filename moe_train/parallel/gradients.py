@@ -1,16 +1,17 @@
-"""Gradients over ranks: dense parameters over all of them, experts over their replicas, both as one process would.
+"""Gradient reduction over ranks: dense parameters over all ranks, expert parameters over their replicas.
 
-The convention: each rank's loss is its share, so that the sum over ranks is the loss of one process. Then
+Each rank's loss is its share of the loss of one process: the sum over ranks is the whole loss. Then
 
-- the gradient of a dense parameter is the sum over all ranks,
-- that of an expert is the sum over its replicas alone: tokens of its own group have already reached it in backward.
+- the gradient of a dense parameter is the sum over all ranks;
+- the gradient of an expert is the sum over its replicas only, since backward's all-to-alls already brought it the
+  gradients from all tokens of its expert group.
 
-Where something else averages the dense ones (DDP), experts are divided by the same world size, not by their replicas.
+Where DDP averages the dense gradients, expert gradients are divided by the same world size, not by the replicas.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 
 import torch
@@ -23,22 +24,22 @@ _BUCKET_BYTES = 25 << 20
 
 
 def is_expert(parameter: Tensor) -> bool:
-    """Whether a parameter belongs to experts (and so is not the same on every rank)."""
+    """Whether the parameter belongs to an expert, and so differs between ranks."""
     return bool(getattr(parameter, "expert", False))
 
 
 def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Experts' parameters by name."""
+    """Expert parameters by name."""
     return {name: p for name, p in model.named_parameters() if is_expert(p)}
 
 
 def dense_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """All other parameters by name: the same on every rank."""
+    """Parameters by name that are the same on every rank."""
     return {name: p for name, p in model.named_parameters() if not is_expert(p)}
 
 
 def ignore_experts_in_ddp(model: nn.Module) -> None:
-    """Tells torch's DistributedDataParallel to leave experts alone; call it before wrapping ``model``.
+    """Makes torch's DistributedDataParallel ignore expert parameters; call it before wrapping ``model``.
 
     Afterwards call :func:`reduce_expert_gradients` with ``divide_by`` = the world size, since DDP averages.
     """
@@ -47,24 +48,24 @@ def ignore_experts_in_ddp(model: nn.Module) -> None:
 
 
 def reduce_dense_gradients(parameters: Iterable[nn.Parameter], divide_by: float = 1.0) -> None:
-    """Sums the gradients of dense parameters over all ranks. Missing ones count as zero, on any rank."""
+    """Sums the gradients of dense parameters over all ranks. A missing gradient counts as zero."""
     group = dist.group.WORLD if dist.is_initialized() else None
     _reduce((p for p in parameters if not is_expert(p)), group, divide_by)
 
 
 def reduce_expert_gradients(parameters: Iterable[nn.Parameter], layout: ExpertLayout, divide_by: float = 1.0) -> None:
-    """Sums the gradients of experts over their replicas. Missing ones count as zero."""
+    """Sums the gradients of experts over their replicas. A missing gradient counts as zero."""
     _reduce((p for p in parameters if is_expert(p)), layout.replica_group, divide_by)
 
 
 def expert_square_sum(parameters: Iterable[nn.Parameter], layout: ExpertLayout) -> Tensor:
-    """Σ of squared gradients over all experts of all ranks of a group, 0-dim fp32; the same on every rank.
+    """Σ of squared gradients over all experts of an expert group, 0-dim fp32; the same on every rank.
 
-    Each expert counts once: replicas hold the same gradient after :func:`reduce_expert_gradients`.
+    Call it after :func:`reduce_expert_gradients`. Replicas hold the same gradients, so each expert counts once.
     """
     grads = [p.grad for p in parameters if is_expert(p) and p.grad is not None]
-    device = grads[0].device if grads else _device(layout)
-    total = torch.stack([_square(g) for g in grads]).sum() if grads else torch.zeros((), device=device)
+    device = grads[0].device if grads else torch.device(layout.mesh.device_type if layout.mesh is not None else "cpu")
+    total = torch.stack([_squared_norm(g) for g in grads]).sum() if grads else torch.zeros((), device=device)
     total = total.to(torch.promote_types(total.dtype, torch.float32))
     for group in layout.expert_groups:
         dist.all_reduce(total, group=group)
@@ -72,35 +73,11 @@ def expert_square_sum(parameters: Iterable[nn.Parameter], layout: ExpertLayout) 
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter], layout: ExpertLayout) -> Tensor:
-    """The 2-norm of the whole model's gradient as one process would compute it, 0-dim; after the reductions."""
+    """2-norm of the whole model's gradient, equal to that of one process, 0-dim. Call it after the reductions."""
     known = list(parameters)
     experts = expert_square_sum(known, layout)
-    dense = [_square(p.grad) for p in known if not is_expert(p) and p.grad is not None]
+    dense = [_squared_norm(p.grad) for p in known if not is_expert(p) and p.grad is not None]
     return (torch.stack([*dense, experts.to(dense[0].dtype)]).sum() if dense else experts).sqrt()
-
-
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, layout: ExpertLayout) -> Tensor:
-    """Scales all gradients so that their norm is at most ``max_norm`` (0: leaves them); returns the norm before."""
-    known = list(parameters)
-    norm = gradient_norm(known, layout)
-    if max_norm > 0:
-        nn.utils.clip_grads_with_norm_(known, max_norm, norm)
-    return norm
-
-
-def same_on_replicas(parameters: Mapping[str, nn.Parameter], layout: ExpertLayout) -> list[str]:
-    """Names of parameters that differ between ranks that should hold the same values; for checks, not for training."""
-    wrong = []
-    for name, parameter in parameters.items():
-        group = layout.replica_group if is_expert(parameter) else (dist.group.WORLD if layout.mesh else None)
-        if group is None:
-            continue
-        low, high = parameter.detach().clone(), parameter.detach().clone()
-        dist.all_reduce(low, dist.ReduceOp.MIN, group=group)
-        dist.all_reduce(high, dist.ReduceOp.MAX, group=group)
-        if not torch.equal(low, high):
-            wrong.append(name)
-    return wrong
 
 
 def _reduce(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup | None, divide_by: float) -> None:
@@ -120,7 +97,7 @@ def _reduce(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup | None,
 
 
 def _buckets(grads: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Gradients of one type at a time, in their order, up to a bucket's size."""
+    """Gradients of one dtype each, in order, up to ``_BUCKET_BYTES`` a bucket."""
     by_type: dict[torch.dtype, list[list[Tensor]]] = {}
     for grad in grads:
         buckets = by_type.setdefault(grad.dtype, [[]])
@@ -130,10 +107,6 @@ def _buckets(grads: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     return chain.from_iterable(by_type.values())
 
 
-def _square(grad: Tensor) -> Tensor:
+def _squared_norm(grad: Tensor) -> Tensor:
     norm: Tensor = torch.linalg.vector_norm(grad, dtype=torch.promote_types(grad.dtype, torch.float32))
     return norm.square()
-
-
-def _device(layout: ExpertLayout) -> torch.device:
-    return torch.device(layout.mesh.device_type if layout.mesh is not None else "cpu")

@@ -1,4 +1,4 @@
-"""A layout on a running world: the plan, this process's rank, and the process groups, over torch's DeviceMesh."""
+"""Expert layout of a running job: the plan, this process's rank, and process groups over torch's DeviceMesh."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class ExpertLayout:
     """world = replicas × expert_parallel, seen from one rank.
 
     Attributes:
-        plan: the numbers.
-        rank: this process.
-        mesh: (replica, expert), or (replica, node, local) where tokens travel node by node; None for one process alone.
-        counters: what the layers of this process have sent.
-        force_dispatch: go through the all-to-alls with one rank too (to measure them).
-        options: how tokens are dispatched.
+        plan: sizes of the layout.
+        rank: rank of this process.
+        mesh: (replica, expert), or (replica, node, local) with two-level dispatch; None for a single process.
+        counters: traffic sent by this process.
+        force_dispatch: run the all-to-alls with one rank too (to measure them).
+        options: options of the dispatch.
     """
 
     plan: LayoutPlan
@@ -38,8 +38,8 @@ class ExpertLayout:
     options: DispatchOptions = field(default_factory=DispatchOptions)
 
     @classmethod
-    def alone(cls) -> ExpertLayout:
-        """One process that holds all experts."""
+    def local(cls) -> ExpertLayout:
+        """Layout of a single process that holds all experts."""
         return cls(LayoutPlan(1, 1, 1))
 
     @classmethod
@@ -50,10 +50,10 @@ class ExpertLayout:
         force_dispatch: bool = False,
         options: DispatchOptions | None = None,
     ) -> ExpertLayout:
-        """Makes the process groups. Every rank of the initialised default group must call it, in the same order.
+        """Creates the process groups. A collective: every rank of the default group must call it, in the same order.
 
         Raises:
-            LaunchError: the running world is not the planned one.
+            LaunchError: the world size is not the planned one.
         """
         running = dist.get_world_size() if dist.is_initialized() else 1
         if running != plan.world:
@@ -62,7 +62,7 @@ class ExpertLayout:
             return cls(plan)
         shape: tuple[int, ...] = (plan.replicas, plan.expert_parallel)
         names: tuple[str, ...] = ("replica", "expert")
-        if plan.exchanges_by_node:
+        if plan.dispatches_by_node:
             shape = (plan.replicas, plan.nodes_per_group, plan.ranks_per_node)
             names = ("replica", "node", "local")
         mesh = init_device_mesh(device_type, shape, mesh_dim_names=names)
@@ -70,32 +70,32 @@ class ExpertLayout:
         return cls(plan, dist.get_rank(), mesh, TrafficCounters(), force_dispatch, options or DispatchOptions())
 
     @property
-    def exchanges(self) -> bool:
-        """Whether tokens leave this process at all."""
+    def needs_dispatch(self) -> bool:
+        """Whether tokens pass through all-to-alls."""
         return self.plan.expert_parallel > 1 or (self.force_dispatch and self.mesh is not None)
 
     @property
     def replica_group(self) -> dist.ProcessGroup | None:
-        """Ranks that hold the same experts as this one; None for one process alone."""
+        """Ranks that hold the same experts as this one; None for a single process."""
         return None if self.mesh is None else self.mesh.get_group("replica")
 
     @cached_property
     def expert_groups(self) -> tuple[dist.ProcessGroup, ...]:
-        """The groups whose reductions, one after the other, sum over the ranks that divide the experts."""
+        """Groups to reduce over, one after the other, for a sum over the expert group."""
         if self.mesh is None:
             return ()
-        names = ("local", "node") if self.plan.exchanges_by_node else ("expert",)
+        names = ("local", "node") if self.plan.dispatches_by_node else ("expert",)
         return tuple(self.mesh.get_group(name) for name in names)
 
     def dispatch_levels(self, num_experts: int) -> tuple[DispatchLevel, ...]:
-        """The levels that a token passes to its experts, of a layer with ``num_experts``: none where all are held here.
+        """Dispatch levels of a layer with ``num_experts``; empty if all experts are local.
 
-        One: the ranks among which the experts are divided. Two: one rank on each node, then the ranks of the node.
+        One level: the ranks of the expert group. Two levels: one rank per node, then the ranks of the node.
         """
-        if not self.exchanges:
+        if not self.needs_dispatch:
             return ()
         held = len(self.experts(num_experts))
-        if self.plan.exchanges_by_node:
+        if self.plan.dispatches_by_node:
             across = self._group("node", self.plan.across_peers(self.rank))
             inside = self._group("local", self.plan.node_peers(self.rank))
             return DispatchLevel(across, held * self.plan.ranks_per_node), DispatchLevel(inside, held)
@@ -108,5 +108,5 @@ class ExpertLayout:
         return CommGroup(self.mesh.get_group(name), links, self.counters)
 
     def experts(self, num_experts: int) -> range:
-        """Global ids of the experts held here, of a layer with ``num_experts``."""
+        """Global ids of the local experts of a layer with ``num_experts``."""
         return self.plan.experts(self.rank, num_experts)

@@ -1,8 +1,8 @@
-"""Which rank holds which experts, from numbers alone: checked and drawn before any process exists.
+"""Which rank holds which experts, computed from sizes alone, so that it can be checked before any process starts.
 
-world = replicas × expert_parallel. Consecutive ranks make an expert group, which holds every expert once; ranks that
-stand at the same place of different groups are replicas of one another. So groups stay inside a node wherever they fit,
-and what crosses nodes is the reduction of gradients between replicas.
+world = replicas × expert_parallel. Consecutive ranks form an expert group, which holds every expert once; ranks at the
+same index of different groups are replicas of each other. So groups stay inside a node where they fit, and traffic
+between nodes is the gradient reduction between replicas.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from moe_train.parallel.traffic import LinkType
 
 @dataclass(frozen=True)
 class LayoutPlan:
-    """The numbers of a layout; :func:`plan_layout` checks them.
+    """Sizes of a layout; :func:`plan_layout` checks them.
 
     Attributes:
-        world: ranks in all.
-        expert_parallel: ranks of an expert group.
-        ranks_per_node: ranks of a node; the world where there is one node.
-        two_level: exchange node by node, then rank by rank, where a group spans nodes.
+        world: number of ranks.
+        expert_parallel: ranks per expert group.
+        ranks_per_node: ranks per node; the world size if there is one node.
+        two_level: dispatch between nodes first, then inside the node, if a group spans nodes.
     """
 
     world: int
@@ -32,21 +32,21 @@ class LayoutPlan:
 
     @property
     def replicas(self) -> int:
-        """Expert groups, and so copies of each expert."""
+        """Number of expert groups, which is the number of copies of each expert."""
         return self.world // self.expert_parallel
 
     @property
     def nodes_per_group(self) -> int:
-        """Nodes that an expert group spans (1: it stands inside one)."""
+        """Nodes that an expert group spans (1: it fits in one)."""
         return max(1, self.expert_parallel // self.ranks_per_node)
 
     @property
-    def exchanges_by_node(self) -> bool:
-        """Whether tokens travel in two steps: there are several nodes in a group, and it was asked for."""
+    def dispatches_by_node(self) -> bool:
+        """Whether dispatch has two levels: ``two_level`` is set and a group spans several nodes."""
         return self.two_level and self.nodes_per_group > 1
 
-    def place(self, rank: int) -> int:
-        """Place of a rank in its expert group."""
+    def index_in_group(self, rank: int) -> int:
+        """Index of a rank in its expert group."""
         return rank % self.expert_parallel
 
     def node(self, rank: int) -> int:
@@ -55,40 +55,40 @@ class LayoutPlan:
 
     def group(self, rank: int) -> tuple[int, ...]:
         """Ranks of the rank's expert group."""
-        first = rank - self.place(rank)
+        first = rank - self.index_in_group(rank)
         return tuple(range(first, first + self.expert_parallel))
 
     def replicas_of(self, rank: int) -> tuple[int, ...]:
-        """Ranks that hold the same experts as this one, itself included."""
-        return tuple(range(self.place(rank), self.world, self.expert_parallel))
+        """Ranks that hold the same experts as this one, including itself."""
+        return tuple(range(self.index_in_group(rank), self.world, self.expert_parallel))
 
     def node_peers(self, rank: int) -> tuple[int, ...]:
-        """Ranks of the rank's expert group that stand on its node."""
+        """Ranks of the rank's expert group on the same node."""
         return tuple(r for r in self.group(rank) if self.node(r) == self.node(rank))
 
     def across_peers(self, rank: int) -> tuple[int, ...]:
-        """One rank per node of the group: those at the same place of their node as this one."""
+        """One rank per node of the group: those with the same local rank as this one."""
         local = rank % self.ranks_per_node
         return tuple(r for r in self.group(rank) if r % self.ranks_per_node == local)
 
     def link(self, rank: int, other: int) -> LinkType:
-        """What lies between two ranks."""
+        """Type of link between two ranks."""
         if rank == other:
             return "local"
         return "node" if self.node(rank) == self.node(other) else "across"
 
     def experts(self, rank: int, num_experts: int) -> range:
-        """Global ids of the experts that a rank holds, of a layer with ``num_experts``.
+        """Global ids of the experts that a rank holds of a layer with ``num_experts``.
 
         Raises:
-            ConfigError: they cannot be divided over the group.
+            ConfigError: ``num_experts`` is not divisible by ``expert_parallel``.
         """
         self.check_experts(num_experts)
         each = num_experts // self.expert_parallel
-        return range(self.place(rank) * each, (self.place(rank) + 1) * each)
+        return range(self.index_in_group(rank) * each, (self.index_in_group(rank) + 1) * each)
 
     def check_experts(self, num_experts: int) -> None:
-        """Raises ConfigError unless every rank of a group gets the same number of experts."""
+        """Raises ConfigError unless ``num_experts`` is divisible by ``expert_parallel``."""
         if num_experts % self.expert_parallel:
             raise ConfigError(
                 f"{num_experts} experts cannot be divided over layout.expert_parallel={self.expert_parallel} ranks",
@@ -96,28 +96,28 @@ class LayoutPlan:
             )
 
     def working_sizes(self, num_experts: int) -> tuple[int, ...]:
-        """Values of ``expert_parallel`` that this world and number of experts allow."""
+        """Values of ``expert_parallel`` that are valid for this world size and number of experts."""
         return tuple(
             n for n in _divisors(self.world) if num_experts % n == 0 and _fits_nodes(n, self.ranks_per_node, self.world)
         )
 
     def split_groups(self, num_experts: int, num_groups: int) -> str | None:
-        """A warning where a SAM group of experts would be torn over ranks, and so lose its one row per token."""
+        """A warning if a SAM group of experts is split over ranks, so that a token may need more than one row."""
         per_rank, per_group = num_experts // self.expert_parallel, num_experts // num_groups
         if per_rank % per_group == 0:
             return None
         per_node = per_rank * min(self.ranks_per_node, self.expert_parallel)
-        if self.exchanges_by_node and per_node % per_group == 0:
+        if self.dispatches_by_node and per_node % per_group == 0:
             return None
         return (
             f"the {num_groups} groups of {per_group} experts are split over ranks that hold {per_rank}: the same"
-            " function is computed, but a token may travel to several ranks; groups stay whole with"
+            " function is computed, but a token may be sent to several ranks; groups are not split with"
             " layout.expert_parallel up to"
             f" {max((n for n in self.working_sizes(num_experts) if num_groups % n == 0), default=1)}"
         )
 
-    def picture(self, num_experts: int) -> str:
-        """One line a rank: its node, its expert group, its experts; replicas stand under one another."""
+    def describe(self, num_experts: int) -> str:
+        """A text with one line per rank: its expert group and its experts, listed by node."""
         lines = [
             f"{plural(self.world, 'rank')} = {in_words(self.replicas, self.expert_parallel)}"
             f" ({num_experts} experts, {num_experts // self.expert_parallel} a rank)"
@@ -133,7 +133,7 @@ class LayoutPlan:
 
 
 def in_words(replicas: int, expert_parallel: int) -> str:
-    """Such as ``8 replicas x 4 expert-parallel``."""
+    """For example ``8 replicas x 4 expert-parallel``."""
     return f"{plural(replicas, 'replica')} x {expert_parallel} expert-parallel"
 
 
@@ -147,14 +147,14 @@ def plan_layout(
     """Checks a layout from its numbers.
 
     Args:
-        world: ranks in all.
-        ranks_per_node: ranks of each node; may exceed the world (then there is one node).
+        world: number of ranks.
+        ranks_per_node: ranks per node; may exceed the world (then there is one node).
         expert_parallel: ranks over which the experts of a layer are divided.
-        num_experts: experts of a layer, or of each layer where they differ.
-        two_level: exchange between nodes first and inside the node then, where a group spans nodes.
+        num_experts: experts per layer, or of each layer if they differ.
+        two_level: dispatch between nodes first, then inside the node, if a group spans nodes.
 
     Raises:
-        ConfigError: it cannot be; the message names the sizes that can.
+        ConfigError: the layout is invalid; the message names the valid sizes.
     """
     per_node = min(ranks_per_node, world)
     plan = LayoutPlan(world, expert_parallel, per_node, two_level)

@@ -1,7 +1,7 @@
-"""Whether the processes at the other ends of gloo's connections are ranks of this job.
+"""Checks that gloo's connections lead to ranks of this job.
 
-gloo takes whoever connects first with the number that it expects: while a process group is made, another user of the
-host can take a peer's place. A connection stays what it is for the life of its group, so each is tried once.
+gloo accepts the first process that connects with the expected number, so while a process group is created another user
+of the host can take a rank's place. A connection lasts as long as its group, so each is checked once.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ _CPU = torch.device("cpu")
 
 
 def check_peers() -> None:
-    """Tries every connection of every process group of this rank, where the job has a secret. All ranks call it.
+    """Checks every connection of every process group of this rank, if the job has a secret. All ranks must call it.
 
-    Each rank sends each other one a code that only ranks of this job can compute. Groups are tried in the order in
-    which they were made, which is the same on all ranks.
+    Each rank sends every other rank a code that only ranks of this job can compute. Groups are checked in the order of
+    their creation, which is the same on all ranks.
 
     Raises:
-        LaunchError: a process that does not know the secret has a rank's place.
+        LaunchError: a process that does not know the secret has taken a rank's place.
     """
     secret = os.environ.get(SECRET, "").encode()
     for group in distributed_c10d._world.pg_map:
@@ -48,7 +48,7 @@ def _check_group(group: dist.ProcessGroup, secret: bytes) -> None:
     for rank, code in received.items():
         if not torch.equal(code, _code(secret, group.group_name, rank, own)):
             raise LaunchError(
-                f"a process that is not of this job has the place of rank {rank} in group {group.group_name}",
+                f"a process that does not belong to this job has the place of rank {rank} in group {group.group_name}",
                 f"rank {own}",
                 "another user of this host or network has connected to the job's ports: find out who, and start again",
             )

@@ -1,8 +1,8 @@
-"""Tokens to rows and back: gather, and the weighted sum over a token's rows.
+"""Permute (tokens to rows) and unpermute (weighted sum over each token's rows).
 
-Autograd functions because each one's gradient is the other's forward, and because torch's fused gather-and-sum
-(``embedding_bag``) is several times faster than gather, multiply and ``index_add`` apart. Each sum runs over a token's
-rows in a fixed order, so it never varies from run to run.
+Both are autograd functions because each one's gradient is the other's forward, and because torch's fused gather-and-sum
+(``embedding_bag``) is several times faster than separate gather, multiply and ``index_add``. Each sum runs over a
+token's rows in a fixed order, so results are reproducible.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from moe_train.kernels.cpu import segment_sum
 from moe_train.kernels.cpu.huge_pages import empty
 
 _HALF = (torch.bfloat16, torch.float16)
-_CHUNK = 262144  # numbers that are widened at a time, so that their fp32 copies stay in cache
-_SUM = 0  # of torch's modes to reduce a bag
+_CHUNK_ELEMENTS = 262144  # elements converted at a time, so that their fp32 copies stay in cache
+_BAG_SUM_MODE = 0  # embedding_bag's number for mode="sum"
 
 
 @dataclass(frozen=True)
 class RowIndex:
-    """Which of N rows belong to which of T tokens; rows may belong to none (padding) and tokens may have none.
+    """Mapping between N rows, P pairs and T tokens. A row may be padding; a token may have no row.
 
     Attributes:
         row_token: [N] int64, token of each row (any token for padding).
-        row_pair: [N] int64, which of the P weights is the row's; P for padding.
-        pair_row: [P] int64, row of each weight.
-        by_token: [P] int64, rows in token order, without padding.
-        token_start: [T] int64, where each token's rows start in ``by_token``.
-        single: each token is known to have exactly one row (and pair t to be token t's): sums are moves.
+        row_pair: [N] int64, pair of each row; P for padding.
+        pair_row: [P] int64, row of each pair.
+        by_token: [P] int64, rows sorted by token, without padding.
+        token_start: [T] int64, start of each token's rows in ``by_token``.
+        single: pair t is known to belong to token t, for all t: sums are copies.
     """
 
     row_token: Tensor
@@ -44,13 +44,13 @@ class RowIndex:
 
     @classmethod
     def of_tokens(cls, row_token: Tensor, num_tokens: int) -> RowIndex:
-        """Rows without padding: row_token [N], every row its own weight."""
+        """Rows without padding: row_token [N]; row n is pair n."""
         row = torch.arange(row_token.shape[0], device=row_token.device)
         return cls(row_token, row, row, *_sort_by_token(row, row_token, num_tokens))
 
     @classmethod
     def of_order(cls, order: Tensor, token: Tensor, num_tokens: int) -> RowIndex:
-        """Rows without padding: row n is pair ``order[n]``, a permutation of the pairs [P], whose tokens are given."""
+        """Rows without padding: row n is pair ``order[n]``, a permutation of the pairs; ``token`` [P] is per pair."""
         pair_row = torch.empty_like(order)
         pair_row[order] = torch.arange(order.shape[0], device=order.device)
         return cls.of_pairs(token[order], order, pair_row, token, num_tokens)
@@ -59,44 +59,44 @@ class RowIndex:
     def of_pairs(
         cls, row_token: Tensor, row_pair: Tensor, pair_row: Tensor, token: Tensor, num_tokens: int
     ) -> RowIndex:
-        """From both ways between rows and pairs, and the token [P] of each pair."""
-        if _one_pair_each(token, num_tokens):
+        """From both maps between rows and pairs, and the token [P] of each pair."""
+        if _is_identity(token, num_tokens):
             return cls(row_token, row_pair, pair_row, pair_row, token, True)
         return cls(row_token, row_pair, pair_row, *_sort_by_token(pair_row, token, num_tokens))
 
 
 def count_ids(ids: Tensor, size: int) -> Tensor:
-    """[size] int64: how often each number stands in ids, any shape, all in 0 .. size - 1.
+    """[size] int64: how often each id occurs in ids (any shape, values in 0 .. size - 1).
 
-    ``bincount`` would let the host wait for a GPU, to learn the largest.
+    On a GPU without ``bincount``, which makes the host wait to learn the largest id.
     """
     ids = ids.reshape(-1)
-    if _free_to_ask(ids):
+    if _readable_without_sync(ids):
         return torch.bincount(ids, minlength=size)
     return torch.zeros(size, dtype=torch.int64, device=ids.device).scatter_add_(0, ids, torch.ones_like(ids))
 
 
 def _sort_by_token(pair_row: Tensor, token: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
     """``by_token`` and ``token_start`` from the row [P] and the token [P] of each pair."""
-    by_token = pair_row if _in_order(token) else pair_row[torch.argsort(token, stable=True)]
+    by_token = pair_row if _is_sorted(token) else pair_row[torch.argsort(token, stable=True)]
     per_token = count_ids(token, num_tokens)
     return by_token, per_token.cumsum(0) - per_token
 
 
-def _in_order(token: Tensor) -> bool:
-    """Whether tokens are known to stand in order."""
-    return _free_to_ask(token) and bool((token[1:] >= token[:-1]).all())
+def _is_sorted(token: Tensor) -> bool:
+    """Whether tokens are known to be in ascending order."""
+    return _readable_without_sync(token) and bool((token[1:] >= token[:-1]).all())
 
 
-def _one_pair_each(token: Tensor, num_tokens: int) -> bool:
-    """Whether pair t is known to be token t's, for every t."""
-    if token.shape[0] != num_tokens or not _free_to_ask(token):
+def _is_identity(token: Tensor, num_tokens: int) -> bool:
+    """Whether pair t is known to belong to token t, for all t."""
+    if token.shape[0] != num_tokens or not _readable_without_sync(token):
         return False
     return torch.equal(token, torch.arange(num_tokens, device=token.device))
 
 
-def _free_to_ask(numbers: Tensor) -> bool:
-    """Whether the host learns what stands there without waiting for a device."""
+def _readable_without_sync(numbers: Tensor) -> bool:
+    """Whether the host can read the values without waiting for a device."""
     return numbers.device.type == "cpu"
 
 
@@ -111,20 +111,20 @@ def unpermute_rows(values: Tensor, weight: Tensor | None, rows: RowIndex, dtype:
     Args:
         values: [N, d].
         weight: [P], differentiable; None: all 1.
-        rows: whose they are.
-        dtype: what the sums are rounded to at the end; None: not at all.
+        rows: maps rows to pairs and tokens.
+        dtype: type of the result; None: at least fp32.
 
     Returns:
         [T, d].
     """
-    return _Unpermute.apply(values, weight, rows, dtype or _wide(values))  # type: ignore[no-any-return, no-untyped-call]
+    return _Unpermute.apply(values, weight, rows, dtype or _accumulation_dtype(values))  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Permute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: RowIndex) -> Tensor:
         ctx.rows = rows
-        return _token_of_each_row(x, rows)
+        return _gather_tokens(x, rows)
 
     @staticmethod
     @once_differentiable
@@ -138,7 +138,7 @@ class _Unpermute(torch.autograd.Function):
         ctx.rows, ctx.dtype = rows, values.dtype
         ctx.save_for_backward(*(() if weight is None else (values, weight)))
         if rows.single and weight is not None and not any(ctx.needs_input_grad) and bool((weight == 1).all()):
-            weight = None  # at inference: without a gate there is nothing to multiply
+            weight = None  # inference without a gate: all weights are 1
         return _sum(values, weight, rows, dtype)
 
     @staticmethod
@@ -148,82 +148,84 @@ class _Unpermute(torch.autograd.Function):
         if saved:
             values, weight = saved
             return *_unpermute_gradients(grad, values, weight, ctx.rows), None, None
-        return _token_of_each_row(grad, ctx.rows).to(ctx.dtype), None, None, None
+        return _gather_tokens(grad, ctx.rows).to(ctx.dtype), None, None, None
 
 
-def _token_of_each_row(x: Tensor, rows: RowIndex) -> Tensor:
-    """x [T, d] → [N, d]. Where there are no tokens, all rows are padding, and zero."""
+def _gather_tokens(x: Tensor, rows: RowIndex) -> Tensor:
+    """x [T, d] → [N, d]. With T = 0 all rows are padding, and zero."""
     return x.index_select(0, rows.row_token) if x.shape[0] else x.new_zeros(rows.row_token.shape[0], x.shape[1])
 
 
-def _wide(values: Tensor) -> torch.dtype:
-    """The type that sums are taken in."""
+def _accumulation_dtype(values: Tensor) -> torch.dtype:
+    """At least fp32."""
     return torch.promote_types(values.dtype, torch.float32)
 
 
 def _unpermute_gradients(grad: Tensor, values: Tensor, weight: Tensor, rows: RowIndex) -> tuple[Tensor, Tensor]:
-    """Of the values: weight · grad, 0 for padding. Of a weight: the product of its value and the gradient."""
+    """Gradients of values [N, d] (weight · grad, 0 for padding) and of weight [P] (dot product of value and grad)."""
     if grad.shape[0] == 0:
         return torch.zeros_like(values), torch.zeros_like(weight)
     grad = grad.contiguous()
     if grad.dtype == values.dtype == torch.bfloat16 and segment_sum.is_supported(values):
-        by_values, by_weight = segment_sum.add_up_backward(grad, values, weight, rows.row_token, rows.row_pair)
-        return by_values, by_weight.to(weight.dtype)
+        grad_values, grad_weight = segment_sum.add_up_backward(grad, values, weight, rows.row_token, rows.row_pair)
+        return grad_values, grad_weight.to(weight.dtype)
     row = torch.arange(values.shape[0], device=values.device)
     of_row = torch.cat([weight, weight.new_zeros(1)])[rows.row_pair]
-    return _bags(grad, rows.row_token, row, of_row, values.dtype), _dots(grad, values, rows).to(weight.dtype)
+    return _segment_sums(grad, rows.row_token, row, of_row, values.dtype), _weight_gradients(grad, values, rows).to(
+        weight.dtype
+    )
 
 
-def _dots(grad: Tensor, values: Tensor, rows: RowIndex) -> Tensor:
-    """[P], in at least fp32: each pair's row of values [N, d] times its token's row of grad [T, d]."""
-    wide = _wide(values)
+def _weight_gradients(grad: Tensor, values: Tensor, rows: RowIndex) -> Tensor:
+    """[P], in at least fp32: dot product of each pair's row of values [N, d] and its token's row of grad [T, d]."""
+    wide = _accumulation_dtype(values)
     if grad.dtype != wide:
         grad = empty(grad.shape, grad.new_empty(0, dtype=wide)).copy_(grad)
-    if values.dtype == wide or not _free_to_ask(values):
-        return _dots_of(grad, values.to(wide), rows.pair_row, rows.row_token[rows.pair_row])
-    step, row = max(1, _CHUNK // values.shape[1]), torch.arange(values.shape[0], device=values.device)
+    if values.dtype == wide or not _readable_without_sync(values):
+        return _row_dot_products(grad, values.to(wide), rows.pair_row, rows.row_token[rows.pair_row])
+    step, row = max(1, _CHUNK_ELEMENTS // values.shape[1]), torch.arange(values.shape[0], device=values.device)
     pieces = zip(values.split(step), rows.row_token.split(step), strict=True)
-    dots = [_dots_of(grad, value.to(wide), row[: token.shape[0]], token) for value, token in pieces]
+    dots = [_row_dot_products(grad, value.to(wide), row[: token.shape[0]], token) for value, token in pieces]
     return torch.cat(dots)[rows.pair_row]
 
 
-def _dots_of(grad: Tensor, values: Tensor, row: Tensor, token: Tensor) -> Tensor:
-    """[n]: row ``row[i]`` of values times row ``token[i]`` of grad."""
+def _row_dot_products(grad: Tensor, values: Tensor, row: Tensor, token: Tensor) -> Tensor:
+    """[n]: dot product of row ``row[i]`` of values and row ``token[i]`` of grad."""
     return torch.ops.aten._embedding_bag_per_sample_weights_backward(  # type: ignore[no-any-return]
-        grad, values, row, row, token, _SUM
+        grad, values, row, row, token, _BAG_SUM_MODE
     )
 
 
 def _sum(values: Tensor, weight: Tensor | None, rows: RowIndex, dtype: torch.dtype) -> Tensor:
-    """[T, d]: the (weighted) sum of each token's rows of values [N, d], in at least fp32 and then rounded to dtype."""
+    """[T, d]: (weighted) sum of each token's rows of values [N, d], accumulated in at least fp32, rounded to dtype."""
     if rows.single:
         moved = values.index_select(0, rows.by_token)
-        return (moved if weight is None else weight.to(_wide(values)).unsqueeze(1) * moved).to(dtype)
+        return (moved if weight is None else weight.to(_accumulation_dtype(values)).unsqueeze(1) * moved).to(dtype)
     by = weight if weight is None or rows.by_token is rows.pair_row else weight[rows.row_pair[rows.by_token]]
     if dtype == values.dtype == torch.bfloat16 and segment_sum.is_supported(values):
         return segment_sum.add_up(values, rows.by_token, rows.token_start, by)
-    return _bags(values, rows.by_token, rows.token_start, by, dtype)
+    return _segment_sums(values, rows.by_token, rows.token_start, by, dtype)
 
 
-def _bags(values: Tensor, ids: Tensor, starts: Tensor, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """[bags, d]: bag i is the (weighted) sum of the rows ``ids[starts[i]:starts[i + 1]]`` of values [N, d].
+def _segment_sums(values: Tensor, ids: Tensor, starts: Tensor, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """[segments, d]: segment i is the (weighted) sum of the rows ``ids[starts[i]:starts[i + 1]]`` of values [N, d].
 
-    The sums are taken in at least fp32 and then rounded to ``dtype``.
+    Sums are accumulated in at least fp32 and rounded to ``dtype``.
     """
     if ids.numel() == 0:
         return values.new_zeros(starts.shape[0], values.shape[1], dtype=dtype)
     if dtype != values.dtype:
-        values = values.to(_wide(values))  # the kernel rounds to the type that it reads
+        values = values.to(_accumulation_dtype(values))  # the kernel's output type is its input type
     elif weight is not None and values.dtype in _HALF:
-        ids, starts, weight = ids.repeat_interleave(2), 2 * starts, _halves(weight, dtype)
+        ids, starts, weight = ids.repeat_interleave(2), 2 * starts, _split_weights(weight, dtype)
     by = None if weight is None else weight.to(values.dtype)
-    return torch.embedding_bag(values, ids, starts, False, _SUM, False, by)[0].to(dtype)
+    return torch.embedding_bag(values, ids, starts, False, _BAG_SUM_MODE, False, by)[0].to(dtype)
 
 
-def _halves(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """[2 P]: each weight [P] as two numbers of a 16-bit type that add up to it, its rounding and what that left.
+def _split_weights(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """[2 P]: each weight [P] as two 16-bit numbers, the rounded weight and the rounding error.
 
-    The kernel wants weights in the type of the rows, and adds up in fp32.
+    The kernel takes weights in the type of the rows, and accumulates in fp32.
     """
     high = weight.to(dtype)
     return torch.stack((high, (weight - high).to(dtype)), dim=1).view(-1)

@@ -1,4 +1,4 @@
-"""Reductions over the ranks that share a micro-batch, for routers that need the whole batch's statistics."""
+"""Reductions over the ranks that share a micro-batch, for routers that need statistics of the whole batch."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Split sizes of the all-to-alls of a layer: counted on the device and read by the host once, for all levels.
+"""Split sizes of the all-to-alls of a layer, counted on the device and read by the host once for all levels.
 
-A host that reads a number waits for the device, and the device then for the host. So ranks first exchange all that any
-later step of the layer must know: rows for each member, for each rank behind it where there are two levels, and the
-pairs of each expert, from which the experts' products know their rows.
+A read by the host stalls host and device. So ranks first exchange all sizes that the layer needs: rows per member,
+with two levels also rows per rank of the member's node, and pairs per expert, from which the row counts of the experts'
+products follow.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from moe_train.parallel.permute import count_ids
 
 @dataclass(frozen=True)
 class DispatchLevel:
-    """One level of a dispatch: member m holds experts m · experts_each to (m + 1) · experts_each - 1."""
+    """One dispatch level: member m holds experts m · experts_each to (m + 1) · experts_each - 1."""
 
     group: CommGroup
     experts_each: int
@@ -27,10 +27,10 @@ class DispatchLevel:
 
 @dataclass(frozen=True)
 class SplitSizes:
-    """Split sizes of one level. Lists have a number per member and live on the host.
+    """Split sizes of one level. Lists have one entry per member and are on the host.
 
     Attributes:
-        arriving: [2, members] received rows and pairs once more, on the device, so that they need not go up again.
+        arriving: [2, members] received rows and pairs, on the device.
     """
 
     send_rows: list[int]
@@ -40,19 +40,19 @@ class SplitSizes:
     arriving: Tensor
 
     def first_row_of_pairs(self) -> Tensor:
-        """[P'] for each pair that arrives, the first row of the member that it comes from."""
+        """[P']: for each received pair, the first row from the member that sent it."""
         rows, pairs = self.arriving
         return torch.repeat_interleave(rows.cumsum(0) - rows, pairs, output_size=sum(self.receive_pairs))
 
 
 @dataclass(frozen=True)
 class SortedPairs:
-    """Pairs in the order of destination and token; each (destination, token) is one row.
+    """Pairs sorted by member and token; each distinct (member, token) is one row.
 
     Attributes:
-        order: [P] which pair stands where.
-        row: [P] of the sorted pairs, counted over all rows.
-        row_in_member: [P], counted from its destination's first.
+        order: [P] pair at each sorted position.
+        row: [P] row of each sorted pair, numbered over all members.
+        row_in_member: [P], numbered within the member.
         rows_per_member: [members].
     """
 
@@ -64,7 +64,7 @@ class SortedPairs:
 
 @torch.no_grad()
 def sort_pairs(token: Tensor, member: Tensor, num_tokens: int, members: int) -> SortedPairs:
-    """Sorts pairs by member and token; no number leaves the device.
+    """Sorts pairs by member and token, without a host sync.
 
     Args:
         token: [P] in 0 .. num_tokens - 1.
@@ -84,15 +84,15 @@ def sort_pairs(token: Tensor, member: Tensor, num_tokens: int, members: int) -> 
 def exchange_split_sizes(
     pairs: SortedPairs, token: Tensor, expert: Tensor, num_tokens: int, levels: Sequence[DispatchLevel]
 ) -> tuple[list[SplitSizes], list[int]]:
-    """Exchanges the sizes of all levels, and brings them to the host in one go: the layer's one host sync.
+    """Exchanges the sizes of all levels and reads them in one transfer: the only host sync of the layer.
 
     Args:
-        pairs: sorted by the first level's members.
-        token, expert: [P] of the pairs, unsorted; experts are numbered over the group.
-        levels: one, or two (nodes, then ranks of a node).
+        pairs: sorted by the members of the first level.
+        token, expert: [P] of the unsorted pairs; global expert ids.
+        levels: one (ranks), or two (nodes, then the ranks of a node).
 
     Returns:
-        The split sizes of each level, and the pairs of each expert held here.
+        The split sizes of each level, and the number of pairs of each local expert.
     """
     first, last = levels[0], levels[-1]
     members = first.group.size
@@ -122,7 +122,7 @@ def exchange_split_sizes(
 
 
 def _exchange_counts(sent: Tensor, group: CommGroup) -> Tensor:
-    """sent [members, …] → what each member has sent here."""
+    """All-to-all of sent [members, …]: row m goes to member m → row m comes from member m."""
     ones = [1] * group.size
     call = AllToAll(group, ones, ones)
     call.start(sent)
@@ -130,5 +130,5 @@ def _exchange_counts(sent: Tensor, group: CommGroup) -> Tensor:
 
 
 def _rows_and_pairs(counts: Tensor, experts: int) -> Tensor:
-    """[2, members] of counts [members, rows … pairs of each expert]."""
+    """Rows and pairs per member [2, members], from counts [members, (rows, …, pairs of each expert)]."""
     return torch.stack([counts[:, 0], counts[:, -experts:].sum(1)])

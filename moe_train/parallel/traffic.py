@@ -1,4 +1,4 @@
-"""Counts what ranks send to each other: rows, payload bytes and metadata bytes, by type of link."""
+"""Traffic counters: rows, payload bytes and metadata bytes sent, by type of link."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from typing import Literal
 from torch import Tensor
 
 LinkType = Literal["local", "node", "across"]
-"""``local``: stays in the process; ``node``: to another rank of the node; ``across``: to another node."""
+"""``local``: within the process; ``node``: to another rank of the node; ``across``: to another node."""
 
 LINKS: tuple[LinkType, ...] = ("local", "node", "across")
 
 
 @dataclass
 class Traffic:
-    """What one rank has sent over one kind of link.
+    """Traffic that one rank has sent over one type of link.
 
     Attributes:
-        dispatched_rows: token rows on their way to experts, forward.
-        returned_rows: mixed rows on their way back, forward.
-        payload_bytes: those rows, and their gradients in backward.
-        metadata_bytes: counts, row numbers, expert numbers and weights, and the weights' gradients.
+        dispatched_rows: token rows sent to experts, forward.
+        returned_rows: output rows sent back, forward.
+        payload_bytes: bytes of those rows, and of their gradients in backward.
+        metadata_bytes: bytes of sizes, row ids, expert ids and weights, and of the weights' gradients.
     """
 
     dispatched_rows: int = 0
@@ -37,11 +37,11 @@ class Traffic:
 
 @dataclass
 class TrafficCounters:
-    """Sums of a rank since they were last cleared. Sum them over ranks for the world's traffic.
+    """Sums of one rank since the last :meth:`clear`. Their sum over ranks is the traffic of the world.
 
     Attributes:
-        enabled: whether traffic is counted just now.
-        host_reads: how often a layer has waited for numbers of the device since the counters were made.
+        enabled: whether traffic is counted at present.
+        host_reads: number of host syncs of the layers since the counters were created.
     """
 
     by_link: dict[LinkType, Traffic] = field(default_factory=lambda: {link: Traffic() for link in LINKS})
@@ -64,7 +64,7 @@ class TrafficCounters:
         return [*(value for link in LINKS for value in vars(self.by_link[link]).values()), self.dropped]
 
     def take(self) -> list[int]:
-        """:meth:`numbers`, and back to nothing."""
+        """Returns :meth:`numbers` and clears the counters."""
         numbers = self.numbers()
         self.clear()
         return numbers
@@ -75,16 +75,16 @@ class TrafficCounters:
 
     @property
     def counted(self) -> bool:
-        """Whether there is anything."""
+        """Whether any count is not zero."""
         return any(self.numbers())
 
     def clear(self) -> None:
-        """Back to nothing."""
+        """Sets all counts to zero."""
         self._dropped = 0
         self.by_link.update({link: Traffic() for link in LINKS})
 
     def add(self, links: Sequence[LinkType], **amounts: Sequence[int]) -> None:
-        """Adds amounts per member of a group, whose links are given in the same order."""
+        """Adds amounts per member of a group; ``links`` gives the link to each member, in the same order."""
         if not self.enabled:
             return
         for name, values in amounts.items():
@@ -93,12 +93,12 @@ class TrafficCounters:
 
     @property
     def sent(self) -> Traffic:
-        """What left the process: in the node and across nodes."""
+        """Traffic that left the process: ``node`` plus ``across``."""
         return self.by_link["node"] + self.by_link["across"]
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Counts nothing inside (validation, warm-up)."""
+        """Context in which nothing is counted (validation, warm-up)."""
         before, self.enabled = self.enabled, False
         try:
             yield
@@ -106,20 +106,20 @@ class TrafficCounters:
             self.enabled = before
 
     def read(self, values: Tensor) -> list[int]:
-        """Brings a vector to the host: the one place where a layer of experts does."""
+        """Copies a vector to the host; the only place where an expert layer does."""
         self.host_reads += 1
         return [int(value) for value in values.tolist()]
 
     def add_dropped(self, pairs: Tensor) -> None:
-        """Adds pairs (0-dim, on the device) that an exchange of fixed size had no room for."""
+        """Adds the pairs (0-dim, on the device) that a fixed-size dispatch has dropped."""
         if self.enabled:
             self._dropped = self._dropped + pairs
 
     @property
     def dropped(self) -> int:
-        """Pairs that exchanges of fixed size had no room for, since the counters were last cleared; asks the device."""
+        """Pairs dropped by fixed-size dispatches since the last :meth:`clear`; waits for the device."""
         return int(self._dropped)
 
     def as_dict(self) -> dict[str, dict[str, int]]:
-        """For the log: link → name → number."""
+        """For the log: link → name → count."""
         return {link: dict(vars(traffic)) for link, traffic in self.by_link.items()}

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from moe_train.experts import batched, mlp
 from moe_train.experts.row_plan import plan_rows
 from moe_train.kernels.cpu import amx_mlp
-from moe_train.kernels.cpu.matmul import padding_worth_a_batch, row_alignment
+from moe_train.kernels.cpu.matmul import max_padding_for_batched, row_alignment
 from tests.experts.reference import mix, pool_of, random_assignment
 
 KINDS = [{}, {"activation": "gelu"}, {"bias": False}, {"sublayers": 2}]
@@ -21,7 +21,7 @@ KINDS = [{}, {"activation": "gelu"}, {"bias": False}, {"sublayers": 2}]
 def always() -> object:
     """Pads whatever the loads are."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mlp, "padding_worth_a_batch", lambda x, mean: float("inf"))
+        patch.setattr(mlp, "max_padding_for_batched", lambda x, mean: float("inf"))
         calls: list[int] = []
         product = batched.batched_linear
         patch.setattr(batched, "batched_linear", lambda *a: calls.append(1) or product(*a))
@@ -85,8 +85,8 @@ def test_padding_is_even_within_its_bound_else_as_before(experts: list[int], ali
 
 def test_only_small_experts_of_16_bits_are_batched() -> None:
     rows = torch.zeros(1, dtype=torch.bfloat16)
-    assert padding_worth_a_batch(rows, 128) > 1 > padding_worth_a_batch(rows, 4096)
-    assert padding_worth_a_batch(rows.float(), 128) == 0
+    assert max_padding_for_batched(rows, 128) > 1 > max_padding_for_batched(rows, 4096)
+    assert max_padding_for_batched(rows.float(), 128) == 0
     assert row_alignment(rows, 128) % 32 == 0 and row_alignment(rows.double(), 128) == 1
 
 

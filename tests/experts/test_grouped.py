@@ -79,5 +79,5 @@ def test_rows_without_a_host_sync_are_the_same_rows() -> None:
     assert torch.equal(host.index.pair_row, device.index.pair_row)
     assert torch.equal(host.index.row_pair, device.index.row_pair[:held])
     assert (device.index.row_pair[held:] == 23).all()
-    expert = host.of_rows(torch.arange(5).float().unsqueeze(1)).squeeze(1)
+    expert = host.gather_per_row(torch.arange(5).float().unsqueeze(1)).squeeze(1)
     assert torch.equal(assignment.expert, expert[host.index.pair_row].long())

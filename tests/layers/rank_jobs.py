@@ -27,7 +27,7 @@ class ExpertPlacement:
 
 def two_passes(routing: dict[str, Any], rank: int | None = None, update: int = 3) -> ExpertPlacement:
     """A doubled batch of this rank's sentences; those of ``rank`` of four, where no group is there."""
-    layout = ExpertLayout.alone()
+    layout = ExpertLayout.local()
     if rank is None:
         world, rank = dist.get_world_size(), dist.get_rank()
         layout = ExpertLayout.build(plan_layout(world, world, world, int(routing["num_experts"])))

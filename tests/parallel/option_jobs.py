@@ -48,7 +48,7 @@ class Waits(TorchDispatchMode):
 @contextmanager
 def as_on_a_gpu() -> Iterator[Waits]:
     """What the exchange does only on a CPU, because it costs no wait there, is left out."""
-    with patch("moe_train.parallel.permute._free_to_ask", lambda numbers: False), Waits() as waits:
+    with patch("moe_train.parallel.permute._readable_without_sync", lambda numbers: False), Waits() as waits:
         yield waits
 
 

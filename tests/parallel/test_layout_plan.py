@@ -33,7 +33,7 @@ def test_every_group_holds_every_expert_once(
         assert len(replicas) == plan.replicas
         if size <= per_node:
             assert {plan.node(r) for r in group} == {plan.node(rank)}
-        if plan.exchanges_by_node:
+        if plan.dispatches_by_node:
             across, local = plan.across_peers(rank), plan.node_peers(rank)
             assert len(across) == plan.nodes_per_group and len({plan.node(r) for r in across}) == len(across)
             assert len(local) == per_node and set(across) & set(local) == {rank}
@@ -62,7 +62,7 @@ def test_what_cannot_be_says_what_can(numbers: tuple, complaint: str) -> None:
 
 
 def test_picture() -> None:
-    assert plan_layout(4, 2, 2, 8).picture(8).splitlines() == [
+    assert plan_layout(4, 2, 2, 8).describe(8).splitlines() == [
         "4 ranks = 2 replicas x 2 expert-parallel (8 experts, 4 a rank)",
         "node 0",
         "  rank 0  group 0  experts 0-3",
@@ -71,7 +71,7 @@ def test_picture() -> None:
         "  rank 2  group 1  experts 0-3",
         "  rank 3  group 1  experts 4-7",
     ]
-    assert plan_layout(2, 2, 2, 8).picture(8).startswith("2 ranks = 1 replica x 2 expert-parallel")
+    assert plan_layout(2, 2, 2, 8).describe(8).startswith("2 ranks = 1 replica x 2 expert-parallel")
 
 
 def test_a_layout_that_tears_groups_warns() -> None:

@@ -15,5 +15,5 @@ def test_who_has_a_rank_s_place_without_the_secret_is_found(worlds: Worlds) -> N
     secrets = ["of this job alone", "of this job alone", "guessed by somebody"]
     said = [text for text, _ in worlds(3).run_each(meet, [(secret,) for secret in secrets])]
     for rank in (0, 1):
-        assert said[rank].startswith(f"rank {rank}: a process that is not of this job has the place of rank 2")
+        assert said[rank].startswith(f"rank {rank}: a process that does not belong to this job has the place of rank 2")
     assert "has the place of rank 0" in said[2]

@@ -53,7 +53,7 @@ def test_weights_are_not_rounded_in_16_bit_types(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_mixes_are_rounded_once(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """The output, and the gradients of values and weights, are those of fp32 to within one rounding."""
-    monkeypatch.setattr("moe_train.parallel.permute._CHUNK", 64 * 7)  # pieces of seven rows, and a shorter one
+    monkeypatch.setattr("moe_train.parallel.permute._CHUNK_ELEMENTS", 64 * 7)  # pieces of seven rows, and a shorter one
     generator = torch.Generator().manual_seed(0)
     token = torch.arange(40).repeat_interleave(2)
     rows = planned(token, 40, 4, 0).index
@@ -75,8 +75,8 @@ def test_without_a_pair(dtype: torch.dtype) -> None:
     values, weight = torch.empty(0, DIM, dtype=dtype, requires_grad=True), torch.empty(0, requires_grad=True)
     y = unpermute_rows(values, weight, rows, dtype)
     assert torch.equal(y, torch.zeros(3, DIM, dtype=dtype))
-    by_values, by_weight = torch.autograd.grad(y, (values, weight), torch.ones_like(y))
-    assert by_values.shape == (0, DIM) and by_weight.shape == (0,)
+    grad_values, grad_weight = torch.autograd.grad(y, (values, weight), torch.ones_like(y))
+    assert grad_values.shape == (0, DIM) and grad_weight.shape == (0,)
 
 
 @given(st.permutations(range(12)))

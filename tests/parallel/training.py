@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -9,13 +11,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from moe_train.experts import ExpertPool, ExpertSpec
 from moe_train.parallel.gradients import (
-    clip_gradients,
     dense_parameters,
     expert_parameters,
+    gradient_norm,
     ignore_experts_in_ddp,
+    is_expert,
     reduce_dense_gradients,
     reduce_expert_gradients,
-    same_on_replicas,
 )
 from moe_train.parallel.layout import ExpertLayout
 from moe_train.parallel.layout_plan import plan_layout
@@ -54,6 +56,21 @@ def batches(steps: int) -> list[tuple[Tensor, Tensor]]:
     ]
 
 
+def same_on_replicas(parameters: Mapping[str, nn.Parameter], layout: ExpertLayout) -> list[str]:
+    """Names of parameters that differ between ranks that should hold the same values."""
+    wrong = []
+    for name, parameter in parameters.items():
+        group = layout.replica_group if is_expert(parameter) else (dist.group.WORLD if layout.mesh else None)
+        if group is None:
+            continue
+        low, high = parameter.detach().clone(), parameter.detach().clone()
+        dist.all_reduce(low, dist.ReduceOp.MIN, group=group)
+        dist.all_reduce(high, dist.ReduceOp.MAX, group=group)
+        if not torch.equal(low, high):
+            wrong.append(name)
+    return wrong
+
+
 def train(expert_parallel: int | None, with_ddp: bool, steps: int = 10) -> tuple[dict[str, Tensor], list[float]]:
     """Ten clipped SGD steps; gives dense parameters by name and experts' as ``name/expert``, and the norms."""
     world, rank, layout = 1, 0, None
@@ -80,7 +97,9 @@ def train(expert_parallel: int | None, with_ddp: bool, steps: int = 10) -> tuple
             loss.backward()
             reduce_dense_gradients(net.parameters())
             reduce_expert_gradients(net.parameters(), shares)
-        norms.append(float(clip_gradients(net.parameters(), 0.5, shares)))
+        norm = gradient_norm(net.parameters(), shares)
+        nn.utils.clip_grads_with_norm_(net.parameters(), 0.5, norm)
+        norms.append(float(norm))
         optimizer.step()
     assert same_on_replicas(dict(net.named_parameters()), shares) == []
     state = {name: p.detach() for name, p in dense_parameters(net).items()}

@@ -97,7 +97,7 @@ def rows(micro_batch: int, rank: int, world: int) -> Tensor:
 def run(case: Case) -> Result:
     """Trains; every rank calls it, or a process alone."""
     world = World.current()
-    layout = ExpertLayout.alone()
+    layout = ExpertLayout.local()
     if world.size > 1:
         layout = ExpertLayout.build(plan_layout(world.size, world.size, case.expert_parallel, EXPERTS))
     net = Net(layout)

@@ -22,7 +22,7 @@ from moe_train.config import EngineConfig, ModelConfig, OptimizerConfig, RunConf
 from moe_train.data.batching import Indices, split_micro_batch
 from moe_train.data.folder import DataFolder
 from moe_train.parallel.dispatch_options import DispatchOptions
-from moe_train.parallel.gradients import is_expert, same_on_replicas
+from moe_train.parallel.gradients import is_expert
 from moe_train.parallel.layout import ExpertLayout
 from moe_train.parallel.layout_plan import plan_layout
 from moe_train.parallel.reducers import DistReduction
@@ -32,6 +32,7 @@ from moe_train.training.engines import EngineInputs, build_engine
 from moe_train.training.runtime.signals import StopSignals
 from moe_train.training.runtime.world import World
 from moe_train.training.step import TrainStep
+from tests.parallel.training import same_on_replicas
 
 SMALL = ModelConfig(
     encoder_layers=1,
@@ -137,7 +138,7 @@ def train_all(path: str, cases: Sequence[Case]) -> list[Result]:
 def _train(path: str, case: Case) -> Result:
     together = dist.is_initialized()
     world = World.current()
-    layout = ExpertLayout.alone()
+    layout = ExpertLayout.local()
     if together:
         layout = layout_of(case.expert_parallel, case.ranks_per_node, case.two_level, case.options)
     task = _task(path, case)

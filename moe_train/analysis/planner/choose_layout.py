@@ -104,7 +104,7 @@ def possible_layouts(config: PlanConfig) -> list[LayoutPlan]:
         sizes = (config.layout.expert_parallel,)
     levels = (False, True) if config.layout.two_level == "auto" else (config.layout.two_level,)
     plans = [plan_layout(world, per_node, size, experts, level) for size in sizes for level in levels]
-    return [p for p in plans if config.layout.two_level != "auto" or p.exchanges_by_node == p.two_level]
+    return [p for p in plans if config.layout.two_level != "auto" or p.dispatches_by_node == p.two_level]
 
 
 def possible_routings(routing: Mapping[str, Any], layout: LayoutPlan) -> list[tuple[dict[str, Any], bool]]:
@@ -206,5 +206,5 @@ def _against(chosen: Candidate, rival: Candidate) -> str:
 
 def describe(layout: LayoutPlan) -> str:
     """Such as ``8 replicas x 8 expert-parallel, two-level``."""
-    levels = ", two-level" if layout.exchanges_by_node else ""
+    levels = ", two-level" if layout.dispatches_by_node else ""
     return f"{in_words(layout.replicas, layout.expert_parallel)}{levels}"

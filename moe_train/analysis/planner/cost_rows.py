@@ -69,7 +69,7 @@ def expected_flows(
         return ()
     ranks, inside = plan.expert_parallel, min(plan.ranks_per_node, plan.expert_parallel)
     rows, pairs = expected_rows(choices, num_experts, ranks, load), expected_pairs(choices, num_experts, ranks, load)
-    if not plan.exchanges_by_node:
+    if not plan.dispatches_by_node:
         return (_flow(rows, pairs, {"local": 1, "node": inside - 1, "across": ranks - inside}),)
     nodes = plan.nodes_per_group
     per_node = expected_rows(choices, num_experts, nodes, load)

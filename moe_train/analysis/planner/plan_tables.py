@@ -24,7 +24,7 @@ def render(plan: LayoutComparison) -> Group:
     choice = Text.assemble(("Choice:", "bold"), f" {describe(chosen.layout)}")
     text: list[Text | str] = [choice, *(f"  - {reason}" for reason in plan.reasons)]
     if chosen.layout.world <= _PICTURED and chosen.shape.sparse:
-        text.append(chosen.layout.picture(chosen.shape.sparse[0].num_experts))
+        text.append(chosen.layout.describe(chosen.shape.sparse[0].num_experts))
     return Group(_cluster(plan), *tables, *text)
 
 
@@ -64,7 +64,7 @@ def _short(c: Candidate) -> dict[str, Any]:
         "world": c.layout.world,
         "expert_parallel": c.layout.expert_parallel,
         "ranks_per_node": c.layout.ranks_per_node,
-        "two_level": c.layout.exchanges_by_node,
+        "two_level": c.layout.dispatches_by_node,
         "num_groups": c.groups,
         "same_model": c.same_model,
         "fits": c.fits,
@@ -139,7 +139,7 @@ def _layouts(plan: LayoutComparison) -> Table:
         across = c.traffic.by_link["across"]
         table.add_row(
             f"{c.layout.replicas} x {c.layout.expert_parallel}",
-            "2" if c.layout.exchanges_by_node else "1",
+            "2" if c.layout.dispatches_by_node else "1",
             "" if c.groups is None else str(c.groups),
             f"{c.memory.total / 1e9:.1f}",
             f"{(across.payload_bytes + across.metadata_bytes + across.gradient_bytes) / 1e6:.1f}",

@@ -78,7 +78,7 @@ def row_alignment(like: Tensor, mean_rows: float) -> int:
     return int(2 ** max(0, math.floor(math.log2(max(mean_rows, 1) / 32))))
 
 
-def padding_worth_a_batch(like: Tensor, mean_rows: float) -> float:
+def max_padding_for_batched(like: Tensor, mean_rows: float) -> float:
     """How many times the pairs the rows may be, where padding all experts alike makes one batched product of them.
 
     In 16-bit types a product of few rows is waiting for its weights, so that more rows cost little, and a product

@@ -85,7 +85,7 @@ class EngineInputs:
     config: EngineConfig
     training: TrainingConfig
     world: World
-    layout: ExpertLayout = field(default_factory=ExpertLayout.alone)
+    layout: ExpertLayout = field(default_factory=ExpertLayout.local)
 
 
 B = TypeVar("B", bound=Callable[[EngineInputs], Engine])

@@ -122,7 +122,7 @@ def pictures(config: RunConfig, plan: LayoutPlan, most_lines: int = 40) -> list[
         return []
     drawn = []
     for count in dict.fromkeys(routing.num_experts for routing in sparse_routings(config)):
-        lines = plan.picture(count).splitlines()
+        lines = plan.describe(count).splitlines()
         rest = [f"  and {len(lines) - most_lines} lines more"] if len(lines) > most_lines else []
         drawn.append("\n".join([*lines[:most_lines], *rest]))
     return drawn

@@ -57,7 +57,7 @@ def describe_run(
             "processes": world.size,
             "expert_parallel": plan.expert_parallel,
             "ranks_per_node": plan.ranks_per_node,
-            "two_level": plan.exchanges_by_node,
+            "two_level": plan.dispatches_by_node,
             "device": str(world.device),
         },
         "threads": torch.get_num_threads(),

@@ -37,7 +37,7 @@ def config(world: int = 16, experts: int = 16, name: str = "top_k", on: str = "d
 
 
 def layouts(candidates: tuple[Candidate, ...]) -> set[tuple[int, bool]]:
-    return {(c.layout.expert_parallel, c.layout.exchanges_by_node) for c in candidates}
+    return {(c.layout.expert_parallel, c.layout.dispatches_by_node) for c in candidates}
 
 
 def only(**changes: Any) -> Candidate:

@@ -42,7 +42,7 @@ def test_the_layout_that_a_config_means(
 ) -> None:
     plan = plan_run(config({"num_experts": experts}, **layout), world, per_node)
     assert (plan.expert_parallel, plan.ranks_per_node) == want
-    assert plan.world == world and plan.exchanges_by_node == bool(layout.get("two_level"))
+    assert plan.world == world and plan.dispatches_by_node == bool(layout.get("two_level"))
 
 
 @pytest.mark.parametrize(
