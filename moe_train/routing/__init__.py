@@ -1,4 +1,4 @@
-"""Routing: tokens → Assignment. Needs torch alone.
+"""Routing: tokens → Assignment. Torch only.
 
 Importing this package registers every strategy of :mod:`moe_train.routing.strategies`.
 """

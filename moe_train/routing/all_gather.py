@@ -1,4 +1,4 @@
-"""What routers need of the other ranks beyond a sum: every rank's rows, in an order that one process would have."""
+"""Gathers rows from all ranks, and gives the order that they would have on one process."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from moe_train.routing.context import RankReduction, RoutingContext
 def all_gather_rows(rows: Tensor, ranks: RankReduction) -> tuple[Tensor, Tensor]:
     """The rows of all ranks on every rank, ordered by rank.
 
-    A sum over zero-filled tables: adding zeros changes no bit. Not differentiated.
+    Implemented as a sum over zero-filled tables, which is bit-exact. Not differentiated.
 
     Args:
-        rows: [T, w] of this rank; T may differ between ranks and be 0.
+        rows: [T, w] of this rank; T may differ between ranks, and may be 0.
 
     Returns:
-        (all rows [N, w], the indices [T] of this rank's own rows among them).
+        All rows [N, w], and the indices [T] of this rank's rows among them.
     """
     rows = rows.detach()
     counts = torch.zeros(ranks.size, dtype=torch.int64, device=rows.device)
@@ -35,11 +35,11 @@ def all_gather_rows(rows: Tensor, ranks: RankReduction) -> tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class WorldOrder:
-    """The tokens of all ranks, and where they would stand on one process.
+    """The tokens of all ranks in the order of one process.
 
     Attributes:
-        order: [N] int64, indices of gathered rows in the one-process order (passes, sentences, positions).
-        own: [T] int64, this rank's rows among the gathered ones.
+        order: [N] int64, indices of the gathered rows, sorted by pass, sentence and position.
+        own: [T] int64, indices of this rank's rows among the gathered rows.
     """
 
     order: Tensor
@@ -47,7 +47,7 @@ class WorldOrder:
 
 
 def world_order(context: RoutingContext) -> WorldOrder:
-    """The order of the world's tokens: rank r of n holds the sentences r, r + n, r + 2n … of each pass."""
+    """Order of the tokens of all ranks. Rank r of n holds the sentences r, r + n, r + 2n … of each pass."""
     ranks, passes = context.ranks, context.pass_index
     first = torch.full((2,), torch.iinfo(torch.int64).max, dtype=torch.int64, device=passes.device)
     first = first.scatter_reduce(0, passes, context.sentence, "amin")
@@ -57,8 +57,3 @@ def world_order(context: RoutingContext) -> WorldOrder:
     for column in (2, 1, 0):  # least significant key first; each sort is stable
         order = order[torch.argsort(keys[order, column], stable=True)]
     return WorldOrder(order, own)
-
-
-def world_tokens(rows: Tensor, ranks: RankReduction) -> Tensor:
-    """0-dim int64: rows over all ranks."""
-    return ranks.sum(torch.full((), rows.shape[0], device=rows.device))

@@ -1,4 +1,4 @@
-"""What routers without a gate share: one expert (or all) per token, weight 1, nothing to learn, no auxiliary loss."""
+"""Routing of strategies without a gate: constant weights and no auxiliary loss."""
 
 from __future__ import annotations
 

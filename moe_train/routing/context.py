@@ -1,4 +1,4 @@
-"""What a router may know besides the hidden states: who the tokens are, when, and which ranks share the batch."""
+"""Inputs of a router besides the hidden states: token metadata, update, seed, and the ranks that share the batch."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class RankReduction(Protocol):
 
     @property
     def size(self) -> int:
-        """How many ranks."""
+        """Number of ranks."""
 
     @property
     def rank(self) -> int:
-        """Which of them this is."""
+        """Index of this rank among them."""
 
     def sum(self, value: Tensor) -> Tensor:
         """The sum over ranks, on every rank."""
@@ -30,7 +30,7 @@ class RankReduction(Protocol):
 
 @dataclass(frozen=True)
 class LocalReduction:
-    """One process: reductions are the identity."""
+    """Reductions of a single process: the identity."""
 
     size: int = 1
     rank: int = 0
@@ -46,23 +46,23 @@ class LocalReduction:
 
 @dataclass(frozen=True)
 class RoutingContext:
-    """T rows, one per real token: padding never reaches a router.
+    """T rows, one per real token; padding is removed before routing.
 
     Attributes:
         sentence: [T] int64, row of the sentence in the batch (0 .. num_sentences - 1), non-decreasing.
         position: [T] int64, position of the token in its sentence (0 is the first; a tag counts).
-        sentence_uid: [T] int64, the sentence's own number: the same on any rank, in any batch, in every beam.
-        token_id: [T] int64, vocabulary id (the decoder's is that of its input token); -1 where there is none.
-        language: [T] int64, target-language number; -1 unknown.
-        pass_index: [T] int64, which pass of a doubled batch (THOR) the token belongs to.
-        num_sentences: rows of the batch.
-        seed: the run's seed, or evaluation's.
+        sentence_uid: [T] int64, unique number of the sentence, the same on any rank, in any batch and in every beam.
+        token_id: [T] int64, vocabulary id (in the decoder, of the input token); -1: none.
+        language: [T] int64, target-language number; -1: unknown.
+        pass_index: [T] int64, pass of the token in a doubled batch (THOR).
+        num_sentences: number of sentences in the batch.
+        seed: seed of the run or of the evaluation.
         update: optimizer updates done so far; 0 in evaluation.
         layer: number of the sparse block in the model, encoder first.
-        training: dropout, jitter, capacity policies and draws may depend on it.
-        first_pass: all of ``pass_index`` is known to be 0, which spares draws a coordinate.
-        ranks: who shares the micro-batch.
-        fixed_size: the assignment's size must not depend on what is dropped (see
+        training: whether the router trains (jitter, capacity policies and random draws depend on it).
+        first_pass: whether all of ``pass_index`` is known to be 0, which saves a hash per draw.
+        ranks: reductions over the ranks that share the micro-batch.
+        fixed_size: whether the assignment's size must not depend on drops (see
             :func:`moe_train.routing.types.assignment_from_choices`).
     """
 
@@ -82,17 +82,17 @@ class RoutingContext:
     fixed_size: bool = False
 
     def at_layer(self, layer: int, fixed_size: bool = False) -> RoutingContext:
-        """The same tokens, seen by another sparse block."""
+        """The same tokens for another sparse block."""
         return dataclasses.replace(self, layer=layer, fixed_size=fixed_size)
 
     def select(self, rows: Tensor) -> RoutingContext:
-        """The context of some tokens only; ``rows`` [R] int64, increasing (SMoE's later strata)."""
+        """The context of the tokens ``rows`` [R] int64, increasing (for SMoE's later strata)."""
         taken = {n: getattr(self, n)[rows] for n in _PER_TOKEN}
         return dataclasses.replace(self, **taken)
 
     @classmethod
     def of_batch(cls, batch: int, length: int, device: torch.device | str = "cpu", **changes: object) -> RoutingContext:
-        """A context for ``batch`` sentences of ``length`` tokens, nothing known of them (tests, single layers)."""
+        """A context for ``batch`` sentences of ``length`` tokens without metadata (tests, single layers)."""
         sentence = torch.arange(batch, device=device).repeat_interleave(length)
         position = torch.arange(length, device=device).repeat(batch)
         unknown = torch.full_like(sentence, -1)

@@ -1,8 +1,8 @@
-"""Counted draws: randomness that is a function of where and when, not of a generator's state.
+"""Counter-based random numbers: a draw is a hash of its coordinates, not of a generator's state.
 
-Every random choice hashes (seed, update, pass, layer, sentence, position, stream). Activation recomputation, resuming,
-any number of ranks, step-by-step decoding and beam reordering therefore all see the same draw, which no stateful
-generator can promise. The hash is SplitMix64's finaliser (Steele et al., 2014) in wrapping int64 arithmetic.
+Every draw hashes (seed, update, pass, layer, sentence, position, stream). So activation recomputation, resuming, any
+number of ranks, step-by-step decoding and beam reordering all get the same draw, which a stateful generator cannot
+guarantee. The hash is SplitMix64's finaliser (Steele et al., 2014) in wrapping int64 arithmetic.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def _shift(value: Tensor, bits: int) -> Tensor:
     return (value >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def hash64(value: Tensor) -> Tensor:
-    """Mixes int64 of any shape into int64 that look uniform."""
+def splitmix64(value: Tensor) -> Tensor:
+    """Hashes int64 of any shape into uniformly distributed int64."""
     value = value + _GOLDEN
     value = (value ^ _shift(value, 30)) * _MIX_1
     value = (value ^ _shift(value, 27)) * _MIX_2
@@ -32,15 +32,15 @@ def hash64(value: Tensor) -> Tensor:
 
 
 def hash_numbers(*parts: int) -> int:
-    """What :func:`combine` makes of these numbers in turn, from 0, in plain Python: no kernel is launched."""
+    """:func:`combine` of these numbers in turn, starting from 0, in plain Python (no kernel is launched)."""
     state = 0
     for part in parts:
-        state = _hash_number(state ^ _hash_number(part))
+        state = _splitmix64_int(state ^ _splitmix64_int(part))
     return state - (1 << 64) if state >> 63 else state
 
 
-def _hash_number(value: int) -> int:
-    """:func:`hash64` of one number, unsigned."""
+def _splitmix64_int(value: int) -> int:
+    """:func:`splitmix64` of one number, unsigned."""
     value = (value + _GOLDEN) & _ALL
     value = ((value ^ (value >> 30)) * _MIX_1) & _ALL
     value = ((value ^ (value >> 27)) * _MIX_2) & _ALL
@@ -48,10 +48,10 @@ def _hash_number(value: int) -> int:
 
 
 def combine(state: Tensor | int, part: Tensor | int) -> Tensor:
-    """Absorbs one more coordinate into a hash state (broadcasting)."""
+    """Adds one more coordinate to a hash state (broadcasting)."""
     if not isinstance(part, Tensor):
         part = torch.full((), part, device=state.device if isinstance(state, Tensor) else None)
-    return hash64(hash64(part) ^ state)
+    return splitmix64(splitmix64(part) ^ state)
 
 
 def uniform_from(state: Tensor) -> Tensor:
@@ -59,16 +59,16 @@ def uniform_from(state: Tensor) -> Tensor:
     return _shift(state, 11).to(torch.float64) * (1.0 / (1 << 53))
 
 
-def counted(context: RoutingContext, stream: int, *, per: str = "token") -> Tensor:
+def counter_hash(context: RoutingContext, stream: int, *, per: str = "token") -> Tensor:
     """Hashed int64 [T] for each token of the context.
 
     Args:
-        stream: a number that tells apart the draws of one router (jitter, second expert ...).
-        per: ``token`` (own draw each), ``sentence`` (shared by a sentence's tokens), ``position`` (shared by the tokens
+        stream: a number that distinguishes the draws of one router (jitter, second expert ...).
+        per: ``token`` (one draw each), ``sentence`` (shared by a sentence's tokens), ``position`` (shared by the tokens
             at one position of all sentences) or ``batch`` (shared by all).
 
     Raises:
-        ValueError: another ``per``.
+        ValueError: ``per`` has another value.
     """
     if per not in ("token", "sentence", "position", "batch"):
         raise ValueError(f"draws are per token, sentence, position or batch, not per {per!r}")
@@ -85,12 +85,12 @@ def counted(context: RoutingContext, stream: int, *, per: str = "token") -> Tens
     return state if isinstance(state, Tensor) else torch.full_like(context.pass_index, state)
 
 
-def counted_uniform(context: RoutingContext, stream: int, width: int = 1, *, per: str = "token") -> Tensor:
-    """fp64 uniforms in [0, 1), [T, width]; see :func:`counted`."""
-    state = counted(context, stream, per=per).unsqueeze(1)
+def counter_uniform(context: RoutingContext, stream: int, width: int = 1, *, per: str = "token") -> Tensor:
+    """fp64 uniforms in [0, 1), [T, width]; see :func:`counter_hash`."""
+    state = counter_hash(context, stream, per=per).unsqueeze(1)
     return uniform_from(combine(state, torch.arange(width, device=state.device)))
 
 
-def counted_integer(context: RoutingContext, stream: int, high: int, *, per: str = "token") -> Tensor:
-    """int64 uniforms in 0 .. high - 1, [T]; see :func:`counted`."""
-    return (uniform_from(counted(context, stream, per=per)) * high).long().clamp_(max=high - 1)
+def counter_integer(context: RoutingContext, stream: int, high: int, *, per: str = "token") -> Tensor:
+    """int64 uniforms in 0 .. high - 1, [T]; see :func:`counter_hash`."""
+    return (uniform_from(counter_hash(context, stream, per=per)) * high).long().clamp_(max=high - 1)

@@ -1,4 +1,4 @@
-"""How a strategy's tokens spread over experts when loads are equal: what ``moe-plan`` counts rows from."""
+"""Expected distribution of tokens over experts with equal loads, from which ``moe-plan`` computes row counts."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ExpectedChoices:
-    """A part of the tokens that chooses alike: ``picks`` distinct experts among ``count`` consecutive ones.
+    """A part of the tokens, each of which chooses ``picks`` distinct experts among ``count`` consecutive ones.
 
-    A strategy is a list of these. Flat top-k is one; SAM is one a group, each with the group's share of the tokens;
-    SMoE is one a stratum, with the share of the tokens that reach it.
+    A strategy is a list of these. Top-k has one; SAM has one per group, with the group's share of the tokens; SMoE has
+    one per stratum, with the share of the tokens that reach it.
 
     Attributes:
-        share: rows that choose so, per token of the layer.
-        first: the first expert that may be chosen.
-        count: how many may be.
-        picks: experts of each row; a fraction only where ``independent``.
-        stage: choices of one stage exclude one another (groups), so that given loads move shares between them; those of
-            different stages follow one another (strata).
-        independent: every expert takes a row on its own, with probability picks / count (expert choice).
+        share: rows of this part, per token of the layer.
+        first: first expert that may be chosen.
+        count: number of experts that may be chosen.
+        picks: experts per row; not an integer only if ``independent``.
+        stage: parts of one stage are alternatives (groups), so that given loads change their shares; parts of different
+            stages follow one another (strata).
+        independent: each expert takes a row independently, with probability picks / count (expert choice).
     """
 
     share: float

@@ -1,7 +1,7 @@
-"""The gate: a linear map from tokens to scores, in full precision whatever the model's precision is.
+"""The gate: a linear map from tokens to scores, computed in at least fp32.
 
-Routing in half precision is unstable (Fedus et al., 2022, §2.4 "selective precision"), so autocast is switched off
-inside and half-precision inputs and weights are widened. fp64 stays fp64, for gradient checks and parity tests.
+Routing in half precision is unstable (Fedus et al., 2022, §2.4 "selective precision"), so autocast is disabled here and
+half-precision inputs and weights are cast to fp32. fp64 stays fp64, for gradient checks and parity tests.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def routing_dtype(x: Tensor) -> torch.dtype:
 
 
 def full_precision(x: Tensor) -> AbstractContextManager[Any]:
-    """A context in which autocast leaves x's device alone."""
+    """A context in which autocast is disabled on x's device."""
     if torch.amp.is_autocast_available(x.device.type):
         return torch.autocast(x.device.type, enabled=False)
     return contextlib.nullcontext()
@@ -38,7 +38,7 @@ def switch_init(weight: Tensor) -> Tensor:
 
 
 def linear_init(weight: Tensor) -> Tensor:
-    """The default of ``nn.Linear``, which fairseq's gates start from."""
+    """The default of ``nn.Linear``, which fairseq's gates use."""
     return nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
 
 
@@ -49,7 +49,7 @@ class LinearGate(nn.Module):
         dim: d.
         outputs: E, scores per token.
         init: fills the weight [E, d].
-        bias: adds a bias that starts at 0 (SAM).
+        bias: add a bias, initialised to 0 (SAM).
     """
 
     def __init__(self, dim: int, outputs: int, init: Initialiser = linear_init, *, bias: bool = False) -> None:
@@ -60,7 +60,7 @@ class LinearGate(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draws the weight anew; the bias goes to 0."""
+        """Initialises the weight, and sets the bias to 0."""
         with torch.no_grad():
             self.init(self.weight)
             if self.bias is not None:

@@ -1,5 +1,6 @@
-"""Keys of a strategy that may change after training: what its config names in ``evaluation_keys``, such as THOR's
-``inference``. They decide how a trained model routes and leave its parameters, and what they have learnt, as they are.
+"""Overrides of a strategy's ``evaluation_keys``, such as THOR's ``inference``.
+
+These keys decide how a trained model routes, and do not affect its parameters.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ _DECODER = "decoder."
 
 
 def evaluation_values(keys: Mapping[str, Any]) -> dict[str, Any]:
-    """Every such key of a ``routing`` group and its value; those of a decoder's own strategy as ``decoder.KEY``."""
+    """Evaluation keys and their values of a ``routing`` group; those of a decoder's own strategy as ``decoder.KEY``."""
     config = routing_config(keys)
     found = {key: getattr(config, key) for key in config.evaluation_keys}
     if config.decoder is not None:
@@ -24,11 +25,13 @@ def evaluation_values(keys: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def changed(keys: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """The ``routing`` group with ``changes``; those of a decoder's own strategy stand in a group ``decoder``, or as
-    ``decoder.KEY``.
+    """The ``routing`` group with ``changes``.
+
+    Args:
+        changes: new values; those of a decoder's own strategy in a group ``decoder``, or as ``decoder.KEY``.
 
     Raises:
-        ConfigError: a key that was part of the training, or a value that cannot be.
+        ConfigError: a key is not an evaluation key, or a value is invalid.
     """
     flat, allowed = _flat(changes), evaluation_values(keys)
     for key in flat:
@@ -43,15 +46,15 @@ def changed(keys: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
     if inner:
         before = keys["decoder"]
         found["decoder"] = {**({"name": before} if isinstance(before, str) else before), **inner}
-    evaluation_values(found)  # refuses values that cannot be
+    evaluation_values(found)  # raises ConfigError for invalid values
     return found
 
 
 def check_draw_seed(keys: Mapping[str, Any], draw_seed: int) -> None:
-    """Refuses a seed of draws where neither the ``routing`` group nor its decoder's own strategy draws at inference.
+    """Checks that a seed has an effect.
 
     Raises:
-        ConfigError: it would change nothing.
+        ConfigError: neither the ``routing`` group nor its decoder's own strategy draws experts at inference.
     """
     config = routing_config(keys)
     decoder = config if config.decoder is None else decoder_config(config)

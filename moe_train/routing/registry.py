@@ -1,4 +1,4 @@
-"""Strategies by name. Adding one is a file beside this that calls :func:`register`, and a line in ``__init__``."""
+"""Registry of routing strategies by name. Modules in :mod:`moe_train.routing.strategies` register themselves."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def register(name: str, config: type[RoutingConfig]) -> Callable[[R], R]:
     """Class decorator that makes ``routing=name`` build the decorated router.
 
     Raises:
-        ValueError: the name is taken.
+        ValueError: the name is already registered.
     """
 
     def decorate(router: R) -> R:
@@ -44,12 +44,12 @@ def register(name: str, config: type[RoutingConfig]) -> Callable[[R], R]:
 
 
 def registered_strategies() -> Mapping[str, Strategy]:
-    """All registered strategies by name; those of entry points are there once they have been looked up."""
+    """All registered strategies by name, including those of entry points that were looked up before."""
     return dict(_STRATEGIES)
 
 
 def find_strategy(name: str) -> Strategy | None:
-    """The strategy of that name, of this package or from outside; None where there is none."""
+    """The strategy of that name, from this package or from an entry point; None if there is none."""
     load_plugin("strategies", name, _STRATEGIES)
     return _STRATEGIES.get(name)
 
@@ -69,7 +69,7 @@ def routing_config(keys: Mapping[str, Any]) -> RoutingConfig:
     """Builds the strategy's own config from the ``routing`` group.
 
     Raises:
-        ConfigError: an unknown strategy or key, or values that cannot be.
+        ConfigError: unknown strategy or key, or invalid values.
     """
     name = keys.get("name")
     if not name:
@@ -93,13 +93,13 @@ def _built(target: Strategy, keys: Mapping[str, Any], where: str) -> RoutingConf
 
 
 def resolve(keys: Mapping[str, Any], *, ranks: int, nodes: int) -> dict[str, Any]:
-    """The ``routing`` group with every ``rank`` or ``node`` that stands for their number replaced by it.
+    """The ``routing`` group with the values ``rank`` and ``node`` of layout keys replaced by numbers.
 
-    Called once, at the first launch: from then on the number belongs to the model and is kept in its checkpoints.
+    Called once, at the first launch; from then on the number is a property of the model, kept in its checkpoints.
 
     Args:
-        ranks: ranks that the experts are spread over.
-        nodes: nodes that these ranks stand on.
+        ranks: number of ranks over which the experts are divided.
+        nodes: number of nodes of these ranks.
     """
     numbers = {"rank": ranks, "node": nodes}
     places = strategy(str(keys.get("name", ""))).config.layout_keys
@@ -111,10 +111,13 @@ def resolve(keys: Mapping[str, Any], *, ranks: int, nodes: int) -> dict[str, Any
 
 
 def decoder_config(config: RoutingConfig) -> RoutingConfig:
-    """What the decoder routes with: ``routing.decoder`` where it is set, else the same; refused where it is not causal.
+    """The decoder's config: ``routing.decoder`` if it is set, else ``config``.
 
-    Keys that ``routing.decoder`` leaves out are taken from the encoder's config where both strategies have them
-    (num_experts, expert sizes ...), so that naming a strategy is enough.
+    Keys missing in ``routing.decoder`` that all strategies have (num_experts, expert sizes ...) are taken from the
+    encoder's config, so that a strategy's name is enough.
+
+    Raises:
+        ConfigError: the strategy is not causal.
     """
     chosen = config
     if config.decoder is not None:

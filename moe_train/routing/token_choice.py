@@ -1,4 +1,4 @@
-"""What routers share in which each token chooses its experts: capacity, combine weights, losses, statistics."""
+"""Base class of routers in which each token chooses its experts: capacity, combine weights, losses, statistics."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from moe_train.config.check import NonNegativeFloat, PositiveFloat, Probability
 from moe_train.errors import ConfigError
 from moe_train.routing.balance_losses import balance_loss, world_load, z_loss
 from moe_train.routing.base import Router, RoutingConfig
-from moe_train.routing.capacity import Group, Rounding, capacity_of_shares, drop, expert_capacity, group_tokens
+from moe_train.routing.capacity import Group, Rounding, capacity_mask, capacity_of_shares, expert_capacity, group_tokens
 from moe_train.routing.context import RoutingContext
 from moe_train.routing.noise import mask_outputs
 from moe_train.routing.types import AuxiliaryLoss, Routing, assignment_from_choices, count_statistics
 
 Normalise = Literal["none", "before_drop", "after_drop"]
 
-_MAXIMA = 2  # up to which maxima one after another take less time than topk (measured on the CPU: 0.3 to 0.9 of it)
+_MAX_K_BY_ARGMAX = 2  # up to this k, repeated maxima take 0.3 to 0.9 of topk's time (measured on the CPU)
 
 
 @dataclass(frozen=True)
 class TokenChoiceConfig(RoutingConfig):
-    """Keys of the strategies in which tokens choose.
+    """Keys of token-choice strategies.
 
     Attributes:
         balance_weight: α of the balance loss.
         z_weight: coefficient of the squared log-partition of the scores (ST-MoE).
         jitter: ε; in training the router's input is multiplied by U(1-ε, 1+ε).
         capacity_factor: an expert takes at most ceil(factor · k · T / E) tokens in training; None: all (dropless).
-        evaluation_capacity_factor: the same at evaluation, where a limit makes outputs depend on batch mates.
-        capacity_group: whose tokens share a capacity: those of a ``rank`` or the ``global`` micro-batch.
-        batch_prioritised: serve tokens with the surest first choice first, instead of in the order of the batch.
-        expert_output_masking: p of NLLB's regulariser.
+        evaluation_capacity_factor: the same at evaluation, where a limit makes outputs depend on the rest of the batch.
+        capacity_group: tokens that share a capacity: those of a ``rank`` or of the ``global`` micro-batch.
+        batch_prioritised: tokens with a higher weight of their first choice have priority, instead of earlier tokens.
+        expert_output_masking: p of NLLB's expert-output masking.
     """
 
     evaluation_keys: ClassVar[tuple[str, ...]] = ("evaluation_capacity_factor",)
@@ -49,7 +49,7 @@ class TokenChoiceConfig(RoutingConfig):
 
 
 def check_top_k(top_k: int, available: int, what: str) -> None:
-    """Raises ConfigError unless ``top_k <= available``; ``what`` names what is available."""
+    """Raises ConfigError unless ``top_k <= available``; ``what`` describes ``available`` in the message."""
     if top_k > available:
         raise ConfigError(
             f"routing.top_k={top_k} is more than {what}, {available}",
@@ -59,7 +59,7 @@ def check_top_k(top_k: int, available: int, what: str) -> None:
 
 def best_experts(scores: Tensor, k: int) -> Tensor:
     """The k best columns [T, k] of each row of scores [T, E], the best first."""
-    if k > _MAXIMA:
+    if k > _MAX_K_BY_ARGMAX:
         return scores.topk(k, dim=-1).indices
     found = [scores.max(dim=-1, keepdim=True).indices]
     while len(found) < k:
@@ -69,7 +69,7 @@ def best_experts(scores: Tensor, k: int) -> Tensor:
 
 
 def normalised(weights: Tensor, present: Tensor | None) -> Tensor:
-    """Weights [T, k] over their sum per token; those that are not ``present`` [T, k] count as 0 (None: all are)."""
+    """Weights [T, k] divided by their sum per token; weights not ``present`` [T, k] count as 0 (None: all present)."""
     if present is not None:
         weights = weights * present
     return weights / weights.sum(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).eps)
@@ -79,7 +79,7 @@ def normalised(weights: Tensor, present: Tensor | None) -> Tensor:
 class RouterScores:
     """Attributes:
     logits: [T, E].
-    probabilities: [T, E], what the balance loss averages.
+    probabilities: [T, E], used by the balance loss.
     """
 
     logits: Tensor
@@ -87,7 +87,7 @@ class RouterScores:
 
 
 class TokenChoiceRouter(Router):
-    """Routers that end in :meth:`finish`.
+    """Base class of token-choice routers; ``forward`` ends with :meth:`build_routing`.
 
     Attributes:
         capacity_rounding: ``result``: an expert takes ceil(factor · k · T / E); ``share``: floor(factor · k ·
@@ -97,7 +97,7 @@ class TokenChoiceRouter(Router):
     config: TokenChoiceConfig
     capacity_rounding: Rounding = "result"
 
-    def finish(
+    def build_routing(
         self,
         scores: RouterScores,
         choices: Tensor,
@@ -105,14 +105,14 @@ class TokenChoiceRouter(Router):
         context: RoutingContext,
         normalise: Normalise = "none",
     ) -> Routing:
-        """Capacity, final weights, losses and statistics.
+        """Applies capacity, and computes final weights, losses and statistics.
 
         Args:
             choices: [T, k] expert ids, -1 for no choice.
-            weights: [T, k] combine weights before normalisation, of left-out choices too.
-            normalise: ``before_drop`` divides by the sum over all k, those that
-                :func:`~moe_train.routing.strategies.top_k.skip_second` leaves out or capacity
-                drops included; ``after_drop`` by the sum over what is carried out.
+            weights: [T, k] combine weights before normalisation, also of skipped choices.
+            normalise: ``before_drop`` divides by the sum over all k choices, including those skipped by
+                :func:`~moe_train.routing.strategies.top_k.skip_second` or dropped by capacity; ``after_drop`` divides
+                by the sum over the choices that are kept.
         """
         kept = self.kept(choices, weights, context)
         if normalise == "before_drop":
@@ -130,28 +130,30 @@ class TokenChoiceRouter(Router):
         )
 
     def kept(self, choices: Tensor, weights: Tensor, context: RoutingContext) -> Tensor | None:
-        """[T, k] bool, or None where every choice is carried out."""
+        """[T, k] bool, or None if every choice is kept."""
         config = self.config
         factor = config.capacity_factor if context.training else config.evaluation_capacity_factor
         if factor is None:
-            return choices >= 0 if self.may_choose_less(context) else None
+            return choices >= 0 if self.may_skip_choices(context) else None
         priority = weights[:, 0].detach() if config.batch_prioritised else None
         capacity = self.capacity(factor, choices, context)
-        return drop(choices, capacity, self.num_experts, context, group=config.capacity_group, priority=priority)
+        return capacity_mask(
+            choices, capacity, self.num_experts, context, group=config.capacity_group, priority=priority
+        )
 
     def capacity(self, factor: float, choices: Tensor, context: RoutingContext) -> Tensor:
-        """0-dim: pairs that an expert takes, rounded as ``capacity_rounding`` says."""
+        """0-dim: maximum number of pairs per expert, rounded according to ``capacity_rounding``."""
         tokens = group_tokens(choices, context, self.config.capacity_group)
         if self.capacity_rounding == "share":
             return capacity_of_shares(factor, tokens, choices.shape[1], self.num_experts)
         return expert_capacity(factor, tokens * choices.shape[1], self.num_experts)
 
-    def may_choose_less(self, context: RoutingContext) -> bool:
+    def may_skip_choices(self, context: RoutingContext) -> bool:
         """Whether choices can be -1."""
         return False
 
     def losses(self, scores: RouterScores, choices: Tensor, context: RoutingContext) -> dict[str, AuxiliaryLoss]:
-        """The balance loss and the z-loss where they have a weight; evaluation has none (and needs no reduction)."""
+        """The balance loss and the z-loss if their weights are not 0; none at evaluation (which needs no reduction)."""
         config, losses = self.config, dict[str, AuxiliaryLoss]()
         if not context.training or not (config.balance_weight or config.z_weight):
             return losses

@@ -1,6 +1,6 @@
-"""What routers return. Shapes: T tokens (real ones only), P pairs, k choices, E experts.
+"""Return types of routers. Shapes: T tokens (without padding), P pairs, k choices, E experts.
 
-Every strategy is a way to make an :class:`Assignment`; the expert pool carries it out:
+Every strategy computes an :class:`Assignment`; the expert pool then computes
 ``y_t = Σ over pairs (t, e, w) of w · f_e(x_t)``.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Assignment:
-    """Pairs of a token and an expert. A token may stand in no pair, then the layer adds nothing to it.
+    """Pairs of a token and an expert. The layer adds 0 to tokens without a pair.
 
     Attributes:
         token: [P] int64, row of x.
@@ -32,10 +32,10 @@ class Assignment:
 
 @dataclass(frozen=True)
 class AuxiliaryLoss:
-    """A loss that a router asks for.
+    """An auxiliary loss of a router.
 
-    ``value`` is this rank's share: the sum over the ranks that share the micro-batch is the loss as one process would
-    compute it, and so are the gradients. ``weight`` is its coefficient in the objective. 0-dim fp32.
+    ``value``, 0-dim fp32, is this rank's share: the sum over the ranks that share the micro-batch is the loss of one
+    process, for gradients too. ``weight`` is the coefficient in the objective.
     """
 
     value: Tensor
@@ -47,11 +47,11 @@ class RoutingStatistics:
     """Additive counts (sums over this rank's tokens, no gradient), so that ranks and micro-batches can be summed.
 
     Attributes:
-        load: [E] pairs carried out per expert.
-        requested: [E] pairs asked for per expert, drops included.
-        tokens: 0-dim, tokens routed.
-        entropy: 0-dim, summed over tokens, in nats (0 where a strategy has no distribution).
-        extra: further additive counts of a strategy, by name; logs show them over ``tokens``.
+        load: [E] pairs kept per expert.
+        requested: [E] pairs chosen per expert, including dropped ones.
+        tokens: 0-dim, number of tokens routed.
+        entropy: 0-dim, summed over tokens, in nats (0 if the strategy has no distribution).
+        extra: further additive counts of a strategy by name; logs show them divided by ``tokens``.
     """
 
     load: Tensor
@@ -62,19 +62,19 @@ class RoutingStatistics:
 
     @property
     def dropped(self) -> Tensor:
-        """0-dim: pairs asked for and not carried out."""
+        """0-dim: number of dropped pairs."""
         return self.requested.sum() - self.load.sum()
 
 
 @dataclass(frozen=True)
 class Routing:
-    """A router's whole answer.
+    """Output of a router.
 
     Attributes:
-        assignment: the pairs to carry out.
-        choices: [T, k] expert ids before drops (-1: no choice); what priority, SMoE's next stratum and fluctuation
-            look at.
-        kept: [T, k] bool, false where capacity dropped the choice.
+        assignment: the pairs to compute.
+        choices: [T, k] expert ids before drops (-1: no choice), used for priority, SMoE's next stratum and the
+            fluctuation analysis.
+        kept: [T, k] bool, False if the choice was dropped.
         losses: by name, for example ``balance_loss``.
         statistics: counts for the log, for balancing and for analysis.
     """
@@ -87,7 +87,7 @@ class Routing:
 
 
 def count_per_expert(ids: Tensor, num_experts: int) -> Tensor:
-    """[E] int64, how often each expert stands in ``ids`` (any shape); negative ids are not counted. No host sync."""
+    """[E] int64: how often each expert occurs in ``ids`` (any shape); negative ids are not counted. No host sync."""
     ids = ids.reshape(-1) + 1
     counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=ids.device)
     return counts.scatter_add_(0, ids.clamp(min=0), torch.ones_like(ids))[1:]
@@ -107,16 +107,16 @@ def assignment_from_choices(
     Args:
         choices: [T, k] expert ids.
         weights: [T, k] fp32.
-        kept: [T, k] bool, false wherever the id is negative; None keeps every choice (then shapes stay static and no
-            host sync is needed).
-        fixed_size: choices that are not kept stay as pairs of expert -1, so that no host sync is needed either.
+        kept: [T, k] bool, False wherever the id is negative; None: all choices are kept (shapes are static and no host
+            sync is needed).
+        fixed_size: choices that are not kept become pairs with expert -1, which also needs no host sync.
     """
     tokens, k = choices.shape
     token = torch.arange(tokens, device=choices.device).unsqueeze(1).expand(tokens, k)
     rank = torch.arange(k, device=choices.device).unsqueeze(0).expand(tokens, k)
     if kept is None or fixed_size:
-        carried = choices if kept is None else torch.where(kept, choices, -1)
-        return Assignment(token.reshape(-1), carried.reshape(-1), weights.reshape(-1), rank.reshape(-1))
+        expert = choices if kept is None else torch.where(kept, choices, -1)
+        return Assignment(token.reshape(-1), expert.reshape(-1), weights.reshape(-1), rank.reshape(-1))
     pair = kept.reshape(-1).nonzero().squeeze(1)
     return Assignment(*(value.reshape(-1)[pair] for value in (token, choices, weights, rank)))
 

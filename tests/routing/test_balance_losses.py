@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_train.routing import LocalReduction
-from moe_train.routing.balance_losses import balance_loss, chance_of_choice, squared_variation, world_load, z_loss
+from moe_train.routing.balance_losses import balance_loss, selection_probability, squared_variation, world_load, z_loss
 
 
 def test_uniform_loads_and_probabilities_give_one() -> None:
@@ -65,7 +65,7 @@ def test_the_chance_of_a_choice_is_how_often_it_is_made_with_other_noise() -> No
     generator = torch.Generator().manual_seed(0)
     logits, std = torch.randn(1, 5, generator=generator, dtype=torch.float64), 0.7
     noisy = logits + std * torch.randn(1, 5, generator=generator, dtype=torch.float64)
-    chance = chance_of_choice(logits, noisy, 2, std)
+    chance = selection_probability(logits, noisy, 2, std)
     threshold = noisy.topk(2).values[0, -1]
     for expert in range(5):
         drawn = logits[0, expert] + std * torch.randn(20_000, generator=generator, dtype=torch.float64)

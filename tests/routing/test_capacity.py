@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_train.routing.capacity import drop, expert_capacity, places_in_queue, serve
+from moe_train.routing.capacity import capacity_mask, expert_capacity, positions_in_expert, within_capacity
 from tests.routing.helpers import batch_context, make_router, tokens
 
 choice_rows = st.lists(st.permutations(range(5)), min_size=0, max_size=20)
@@ -37,18 +37,18 @@ def test_serving_follows_the_definition(
     order = list(range(len(chosen)))
     random.shuffle(order)  # type: ignore[attr-defined]
     choices = torch.tensor(chosen, dtype=torch.int64).reshape(len(chosen), k)
-    kept = serve(choices, torch.tensor(order, dtype=torch.int64), capacity, 5)
+    kept = within_capacity(choices, torch.tensor(order, dtype=torch.int64), capacity, 5)
     assert kept.tolist() == naive(chosen, order, capacity)
 
 
 def test_places_count_earlier_entries_of_the_same_expert() -> None:
-    assert places_in_queue(torch.tensor([2, 0, 2, 2, 0]), 3).tolist() == [0, 0, 1, 2, 1]
+    assert positions_in_expert(torch.tensor([2, 0, 2, 2, 0]), 3).tolist() == [0, 0, 1, 2, 1]
 
 
 def test_capacity_is_factor_times_fair_share_rounded_up() -> None:
     choices = torch.zeros(10, 1, dtype=torch.int64)
     for factor in (0.1, 1.0, 1.25, 2.0):
-        kept = drop(choices, expert_capacity(factor, torch.tensor(10.0), 4), 4, batch_context([10]))
+        kept = capacity_mask(choices, expert_capacity(factor, torch.tensor(10.0), 4), 4, batch_context([10]))
         assert int(kept.sum()) == min(10, max(1, math.ceil(factor * 10 / 4)))
         assert kept[: int(kept.sum())].all(), "the first of the batch are served first"
 
@@ -81,11 +81,11 @@ def test_what_is_rounded_is_a_key(
 def test_the_surest_tokens_come_first_where_asked() -> None:
     choices = torch.zeros(8, 1, dtype=torch.int64)
     sure = torch.tensor([0.1, 0.9, 0.3, 0.8, 0.2, 0.5, 0.4, 0.7])
-    kept = drop(choices, torch.tensor(4), 2, batch_context([8]), priority=sure)
+    kept = capacity_mask(choices, torch.tensor(4), 2, batch_context([8]), priority=sure)
     assert kept.squeeze(1).nonzero().squeeze(1).tolist() == [1, 3, 5, 7]
 
 
 def test_second_choices_never_displace_first_ones() -> None:
     choices = torch.tensor([[1, 0], [1, 0], [0, 1], [0, 1]])
-    kept = drop(choices, torch.tensor(2), 2, batch_context([4]))
+    kept = capacity_mask(choices, torch.tensor(2), 2, batch_context([4]))
     assert kept.tolist() == [[True, False]] * 4

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_train.routing.counter_rng import combine, counted, counted_integer, counted_uniform, hash_numbers
+from moe_train.routing.counter_rng import combine, counter_hash, counter_integer, counter_uniform, hash_numbers
 from moe_train.routing.noise import gumbel
 from tests.routing.helpers import batch_context
 
@@ -26,7 +26,7 @@ def test_plain_python_and_tensors_hash_alike(parts: list[int]) -> None:
 
 @pytest.mark.parametrize("width", [1, 5])
 def test_uniforms_fill_the_unit_interval_evenly(width: int) -> None:
-    draw = counted_uniform(batch_context([50] * 100), 3, width)
+    draw = counter_uniform(batch_context([50] * 100), 3, width)
     assert draw.shape == (5000, width)
     assert draw.min() >= 0 and draw.max() < 1
     counts = torch.histc(draw, bins=10, min=0, max=1)
@@ -36,10 +36,10 @@ def test_uniforms_fill_the_unit_interval_evenly(width: int) -> None:
 
 @pytest.mark.parametrize("change", [{"seed": 2}, {"update": 1}, {"layer": 1}])
 def test_each_coordinate_gives_draws_of_its_own(change: dict[str, int]) -> None:
-    base, other = (counted_uniform(batch_context([500], **c), 1).squeeze(1) for c in ({}, change))
+    base, other = (counter_uniform(batch_context([500], **c), 1).squeeze(1) for c in ({}, change))
     assert not torch.equal(base, other)
     assert abs(torch.corrcoef(torch.stack((base, other)))[0, 1].item()) < 0.15
-    streams = torch.stack([counted_uniform(batch_context([500]), s).squeeze(1) for s in (1, 2, 3)])
+    streams = torch.stack([counter_uniform(batch_context([500]), s).squeeze(1) for s in (1, 2, 3)])
     assert torch.corrcoef(streams).fill_diagonal_(0).abs().max() < 0.15
 
 
@@ -50,7 +50,7 @@ def test_draws_follow_tokens_wherever_they_stand(order: list[int]) -> None:
     taken = {n: getattr(context, n)[rows] for n in ("sentence", "position", "sentence_uid", "pass_index")}
     moved = dataclasses.replace(context, **taken)
     for per in ("token", "sentence", "position", "batch"):
-        assert torch.equal(counted(context, 1, per=per)[rows], counted(moved, 1, per=per))
+        assert torch.equal(counter_hash(context, 1, per=per)[rows], counter_hash(moved, 1, per=per))
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=4), number, st.integers(0, 9))
@@ -58,19 +58,19 @@ def test_what_is_known_of_the_pass_changes_no_draw(lengths: list[int], seed: int
     context = batch_context(lengths, seed=seed, update=update)
     known = dataclasses.replace(context, first_pass=True)
     for per in ("token", "sentence", "position", "batch"):
-        assert torch.equal(counted(context, 3, per=per), counted(known, 3, per=per))
+        assert torch.equal(counter_hash(context, 3, per=per), counter_hash(known, 3, per=per))
 
 
 def test_who_shares_a_draw() -> None:
     context = batch_context([4, 4])
-    shared = {p: len(counted(context, 1, per=p).unique()) for p in ("token", "sentence", "position", "batch")}
+    shared = {p: len(counter_hash(context, 1, per=p).unique()) for p in ("token", "sentence", "position", "batch")}
     assert shared == {"token": 8, "sentence": 2, "position": 4, "batch": 1}
     with pytest.raises(ValueError, match="per 'word'"):
-        counted(context, 1, per="word")
+        counter_hash(context, 1, per="word")
 
 
 def test_integers_stay_below_their_bound() -> None:
-    draw = counted_integer(batch_context([1000]), 1, 7)
+    draw = counter_integer(batch_context([1000]), 1, 7)
     assert set(draw.tolist()) == set(range(7))
 
 

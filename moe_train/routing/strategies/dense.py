@@ -1,4 +1,4 @@
-"""``routing=dense``: no experts; every layer keeps its plain feed-forward. The baseline of all comparisons."""
+"""``routing=dense``: no experts; every layer has a dense feed-forward. The baseline of all comparisons."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from moe_train.routing.registry import register
 
 @register("dense", RoutingConfig)
 class DenseRouter(Router):
-    """Never built into a model: the layer kind ``dense`` has no router. It only answers for the accounting."""
+    """Used for accounting only: the layer kind ``dense`` has no router."""
 
     layer_kind: ClassVar[LayerKind] = "dense"
 

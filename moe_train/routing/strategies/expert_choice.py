@@ -1,8 +1,8 @@
 """``routing=expert_choice``: experts choose tokens (Zhou et al., NeurIPS 2022, arXiv 2202.09368).
 
 ``S = softmax(X W)`` over experts; each expert takes the C tokens with the highest ``S[:, e]``, ``C = c · T / E``, and
-``y_t = Σ over the experts that took t of S[t, e] f_e(x_t)``. Loads are equal by construction, so no auxiliary loss; a
-token may be taken by no expert or by all. A token's experts depend on later tokens, so decoders refuse it.
+``y_t = Σ over the experts that chose t of S[t, e] f_e(x_t)``. Loads are equal by construction, so there is no auxiliary
+loss; a token may be chosen by no expert or by all. A token's experts depend on later tokens, so decoders reject it.
 """
 
 from __future__ import annotations
@@ -32,13 +32,12 @@ class ExpertChoiceConfig(RoutingConfig):
     """Keys of expert choice.
 
     Attributes:
-        capacity_factor: c, experts per token on average.
-        scope: the tokens that an expert chooses from: those of a ``sentence`` or of the ``batch`` (the paper's, where a
-            sentence's output depends on its batch mates).
-        capacity_rounding: of c · T / E where it ends in a half: ``half_up``, or ``half_even`` to the even neighbour, as
-            V-MoE's code.
+        capacity_factor: c, mean number of experts per token.
+        scope: the tokens that an expert chooses from: those of a ``sentence``, or of the ``batch`` (as in the paper;
+            outputs then depend on the other sentences of the batch).
+        capacity_rounding: rounding of halves in c · T / E: ``half_up``, or ``half_even`` as in V-MoE's code.
         score_noise: in training N(0, (score_noise / E)²) is added to the logits (V-MoE's code: 1).
-        capacity_group: what a batch is: a ``rank``'s tokens or the ``global`` micro-batch.
+        capacity_group: the batch: a ``rank``'s tokens or the ``global`` micro-batch.
     """
 
     name: str = "expert_choice"
@@ -51,7 +50,7 @@ class ExpertChoiceConfig(RoutingConfig):
 
 @register("expert_choice", ExpertChoiceConfig)
 class ExpertChoiceRouter(Router):
-    """Each expert takes its C best tokens."""
+    """Each expert chooses its C best tokens."""
 
     causal: ClassVar[bool] = False
 
@@ -61,14 +60,14 @@ class ExpertChoiceRouter(Router):
         self.gate = LinearGate(inputs.dim, config.num_experts, linear_init)
 
     def forward(self, x: Tensor, context: RoutingContext) -> Routing:
-        """Routes x [T, d]. ``choices`` has E columns, best first, -1 where no more experts took the token."""
+        """Routes x [T, d]. ``choices`` has E columns, best first, filled with -1."""
         logits = self.gate(x)
         if self.config.score_noise:
             logits = score_noise(logits, self.config.score_noise, context)
         scores = torch.softmax(logits, dim=-1)
-        taken = self.taken(scores.detach(), context)
-        _, experts = torch.where(taken, scores.detach(), -1.0).sort(dim=-1, descending=True, stable=True)
-        kept = taken.gather(1, experts)
+        chosen = self.chosen(scores.detach(), context)
+        _, experts = torch.where(chosen, scores.detach(), -1.0).sort(dim=-1, descending=True, stable=True)
+        kept = chosen.gather(1, experts)
         choices = torch.where(kept, experts, -1)
         return Routing(
             assignment=assignment_from_choices(experts, scores.gather(1, experts), kept),
@@ -78,43 +77,45 @@ class ExpertChoiceRouter(Router):
             statistics=count_statistics(choices, None, self.num_experts, scores),
         )
 
-    def taken(self, scores: Tensor, context: RoutingContext) -> Tensor:
-        """[T, E] bool: which expert took which token."""
+    def chosen(self, scores: Tensor, context: RoutingContext) -> Tensor:
+        """[T, E] bool: which expert has chosen which token."""
         factor, rounding = self.config.capacity_factor, self.config.capacity_rounding
         if self.config.scope == "sentence":
-            return take(scores, context.sentence, context.num_sentences, factor, rounding)
+            return choose_tokens(scores, context.sentence, context.num_sentences, factor, rounding)
         if not shared_by_ranks(context, self.config.capacity_group):
-            return take(scores, torch.zeros_like(context.sentence), 1, factor, rounding)
+            return choose_tokens(scores, torch.zeros_like(context.sentence), 1, factor, rounding)
         world = world_order(context)
-        everyone, _ = all_gather_rows(scores, context.ranks)
-        ordered = take(everyone[world.order], torch.zeros_like(world.order), 1, factor, rounding)
-        taken = torch.empty_like(ordered)
-        taken[world.order] = ordered
-        return taken[world.own]
+        all_scores, _ = all_gather_rows(scores, context.ranks)
+        ordered = choose_tokens(all_scores[world.order], torch.zeros_like(world.order), 1, factor, rounding)
+        chosen = torch.empty_like(ordered)
+        chosen[world.order] = ordered
+        return chosen[world.own]
 
     @classmethod
     def experts_per_token(cls, config: RoutingConfig) -> float:
-        """c, up to the rounding of C and short sentences."""
+        """c, apart from the rounding of C and from short sentences."""
         assert isinstance(config, ExpertChoiceConfig)
         return min(config.capacity_factor, float(config.num_experts))
 
     @classmethod
     def expected_choices(cls, config: RoutingConfig) -> tuple[ExpectedChoices, ...]:
-        """Each expert takes c / E of the tokens, whatever others take."""
+        """Each expert takes c / E of the tokens, independently of the others."""
         return (ExpectedChoices(1.0, 0, config.num_experts, cls.experts_per_token(config), independent=True),)
 
 
-def take(scores: Tensor, group: Tensor, num_groups: int, factor: float, rounding: HalfRounding = "half_up") -> Tensor:
+def choose_tokens(
+    scores: Tensor, group: Tensor, num_groups: int, factor: float, rounding: HalfRounding = "half_up"
+) -> Tensor:
     """Each expert's best tokens within each group of tokens.
 
     Args:
         scores: [T, E].
         group: [T] int64, non-decreasing, in 0 .. num_groups - 1.
         factor: an expert takes ``factor · T_g / E`` tokens of a group of T_g, rounded, at least 1 and at most T_g.
-        rounding: where halves go.
+        rounding: rounding of halves.
 
     Returns:
-        [T, E] bool. Of equal scores the earlier token is taken.
+        [T, E] bool. Of tokens with equal scores the earlier one is chosen.
     """
     sizes = group.new_zeros(num_groups).scatter_add(0, group, torch.ones_like(group))
     column = torch.arange(scores.shape[0], device=group.device) - (sizes.cumsum(0) - sizes)[group]

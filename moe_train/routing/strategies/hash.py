@@ -1,7 +1,7 @@
 """``routing=hash``: Hash Layers (Roller et al., NeurIPS 2021, arXiv 2106.04426).
 
-``expert = table[token id]`` with a table that is drawn once and never learnt; weight 1, no auxiliary loss. The decoder
-looks at the id of its input token. Tokens without an id (-1) are hashed by their position (the paper's position hash).
+``expert = table[token id]`` with a fixed random table; weight 1, no auxiliary loss. The decoder uses the id of its
+input token. Tokens without an id (-1) are hashed by their position (the paper's position hash).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from moe_train.routing.types import Routing
 @dataclass(frozen=True)
 class HashConfig(RoutingConfig):
     """Attributes:
-    table: ``balanced`` (most frequent first, each id to the expert with the least text so far) or ``random``.
+    table: ``balanced`` (ids by descending frequency, each assigned to the expert with the fewest tokens) or ``random``.
     """
 
     name: str = "hash"
@@ -33,7 +33,7 @@ class HashConfig(RoutingConfig):
 
 @register("hash", HashConfig)
 class HashRouter(Router):
-    """One expert per vocabulary id. The table [V] is a buffer, so that a checkpoint carries it."""
+    """One expert per vocabulary id. The table [V] is a buffer, so that it is part of a checkpoint."""
 
     table: Tensor
 
@@ -48,15 +48,15 @@ class HashRouter(Router):
         self.register_buffer("table", table)
 
     def state(self, ids: Tensor) -> Tensor:
-        """Hashes of ids [T], other ones in every layer."""
+        """Hashes of ids [T], different in every layer."""
         return combine(torch.full_like(ids, hash_numbers(self.seed, self.layer)), ids)
 
     def hashed(self, ids: Tensor) -> Tensor:
-        """Experts [T] of ids [T] by hashing alone."""
+        """Experts [T] of ids [T] by hash, without the table."""
         return (uniform_from(self.state(ids)) * self.num_experts).long()
 
     def forward(self, x: Tensor, context: RoutingContext) -> Routing:
-        """Routes x [T, d]; only the context's ids are looked at."""
+        """Routes x [T, d] by the ids in ``context``."""
         ids = context.token_id
         in_table = (ids >= 0) & (ids < len(self.table))
         expert = self.hashed(torch.where(ids >= 0, ids, -2 - context.position))
@@ -76,15 +76,15 @@ class HashRouter(Router):
 
 
 def balanced_table(frequency: Tensor, shuffled: Tensor, num_experts: int) -> Tensor:
-    """The greedy table of Roller et al., §3.1: from the most frequent id on, each to the expert with least text so far.
+    """The greedy table of Roller et al., §3.1: ids by descending frequency, each to the expert with the fewest tokens.
 
     Args:
-        frequency: [V] counts; where they are unknown, ones give each expert equally many ids.
-        shuffled: [V] the ids in random order, which decides between equals.
+        frequency: [V] counts; ones, if they are unknown, give all experts the same number of ids.
+        shuffled: [V] the ids in random order, which breaks ties.
     """
     order = shuffled[torch.argsort(frequency[shuffled], descending=True, stable=True)]
     counts = frequency.tolist()
-    # (text so far, ids so far, expert): ids never seen in training spread evenly too.
+    # (tokens, ids, expert): ids with a count of 0 are distributed evenly too.
     heap = [(0.0, 0, expert) for expert in range(num_experts)]
     table = [0] * len(counts)
     for token in order.tolist():

@@ -1,7 +1,7 @@
 """``routing=random``: a uniformly drawn expert per token, sentence or batch, with weight 1.
 
-The baseline that learnt gates must beat: THOR's analysis (Zuo et al., ICLR 2022, §3) finds that Switch's do not. Draws
-are counted, in training and at evaluation, so that equal seeds give equal routes.
+A baseline for learnt gates: THOR's analysis (Zuo et al., ICLR 2022, §3) finds that Switch's gate is not better. Draws
+are counter-based in training and at evaluation, so equal seeds give equal routes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from moe_train.routing.base import Router, RouterInputs, RoutingConfig
 from moe_train.routing.constant_routing import constant_routing
 from moe_train.routing.context import RoutingContext
-from moe_train.routing.counter_rng import counted_integer
+from moe_train.routing.counter_rng import counter_integer
 from moe_train.routing.noise import EXPERT
 from moe_train.routing.registry import register
 from moe_train.routing.types import Routing
@@ -23,7 +23,7 @@ from moe_train.routing.types import Routing
 @dataclass(frozen=True)
 class RandomConfig(RoutingConfig):
     """Attributes:
-    draw: who shares a draw: nobody (``token``), a ``sentence``'s tokens, or the whole ``batch``.
+    draw: one draw per ``token``, ``sentence`` or ``batch``.
     """
 
     evaluation_keys: ClassVar[tuple[str, ...]] = ("draw",)
@@ -45,8 +45,8 @@ class RandomRouter(Router):
         self.draw = config.draw
 
     def forward(self, x: Tensor, context: RoutingContext) -> Routing:
-        """Routes x [T, d], whose values do not matter."""
-        expert = counted_integer(context, EXPERT, self.num_experts, per=self.draw)
+        """Routes x [T, d] independently of its values."""
+        expert = counter_integer(context, EXPERT, self.num_experts, per=self.draw)
         return constant_routing(x, expert.unsqueeze(1), self.num_experts)
 
     @classmethod

@@ -1,8 +1,8 @@
 """``routing=sam``: switch and mixture routing (SAM, Jiang et al., 2021, arXiv 2110.07431).
 
-Experts stand in G groups of E/G. A switch router picks one group per token, a mixture router picks k experts inside it,
-so that all k stand on one device and communication does not grow with k. No official code is public; these are our
-equations, after the paper's abstract and a third party's implementation (docs/strategies.md says which is which):
+Experts form G groups of E/G. A switch router picks one group per token, a mixture router picks k experts inside it, so
+that all k are on one device and communication does not grow with k. There is no public official code; the equations
+follow the paper's abstract and a third-party implementation (docs/strategies.md gives the source of each):
 
     shared matrix: p = softmax(W x + b) over all E, P_g = Σ_{e in g} p_e          weight of e: p_e
     two matrices:  P = softmax(W_s x) over groups, q = softmax(W_m x) inside g    weight of e: P_g q_e
@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from moe_train.config.check import NonNegativeFloat, PositiveFloat
 from moe_train.errors import ConfigError
 from moe_train.routing.balance_losses import WorldLoad, balance_loss, world_load, z_loss
-from moe_train.routing.base import ExpertPlacement, Experts, RouterInputs, RoutingConfig
-from moe_train.routing.capacity import drop, expert_capacity, group_tokens
+from moe_train.routing.base import ExpertCount, ExpertPlacement, RouterInputs, RoutingConfig
+from moe_train.routing.capacity import capacity_mask, expert_capacity, group_tokens
 from moe_train.routing.context import RoutingContext
 from moe_train.routing.expected_load import ExpectedChoices
 from moe_train.routing.gate import LinearGate, linear_init
@@ -34,22 +34,22 @@ from moe_train.routing.types import AuxiliaryLoss, Routing
 
 @dataclass(frozen=True)
 class SamConfig(TokenChoiceConfig):
-    """Keys beyond those of all token-choice strategies.
+    """Keys in addition to those of all token-choice strategies.
 
     Attributes:
         top_k: k, experts per token, all in one group.
-        num_groups: G, a number of the model; ``rank`` and ``node`` become their number at the first launch.
+        num_groups: G, a property of the model; ``rank`` and ``node`` are replaced by their number at the first launch.
         matrices: ``shared`` or ``two``.
-        group_balance_weight: of the balance loss over groups.
-        alignment_weight: of the loss that punishes experts outside the group which beat a chosen one.
-        alignment_gradient: ``outside`` treats the weakest chosen probability as a constant; ``both`` raises it as well.
+        group_balance_weight: weight of the balance loss over groups.
+        alignment_weight: weight of the loss on experts outside the group with a higher probability than a chosen one.
+        alignment_gradient: ``outside`` treats the lowest chosen probability as a constant; ``both`` raises it too.
         group_capacity_factor: a group takes at most ceil(factor · T / G) tokens in training; None: all.
     """
 
     layout_keys: ClassVar[tuple[str, ...]] = ("num_groups",)
     name: str = "sam"
-    top_k: Experts = 2
-    num_groups: Experts | Literal["rank", "node"] = 4
+    top_k: ExpertCount = 2
+    num_groups: ExpertCount | Literal["rank", "node"] = 4
     matrices: Literal["shared", "two"] = "shared"
     group_balance_weight: NonNegativeFloat = 0.01
     alignment_weight: NonNegativeFloat = 0.01
@@ -68,16 +68,16 @@ class SamConfig(TokenChoiceConfig):
                 self.top_k, self.group_size, "the experts of a group (routing.num_experts / routing.num_groups)"
             )
 
-    def layout_warning(self, spread: ExpertPlacement) -> str | None:
-        """Where a group is torn over ranks, a token no longer travels once."""
-        return spread.split_groups(self.num_experts, self.groups)
+    def layout_warning(self, placement: ExpertPlacement) -> str | None:
+        """A warning if a group is split over ranks, so that a token may be sent to several ranks."""
+        return placement.split_groups(self.num_experts, self.groups)
 
     @property
     def groups(self) -> int:
         """G.
 
         Raises:
-            ConfigError: it still says ``rank`` or ``node``.
+            ConfigError: it is still ``rank`` or ``node``.
         """
         if isinstance(self.num_groups, int):
             return self.num_groups
@@ -99,9 +99,9 @@ class SamConfig(TokenChoiceConfig):
 @dataclass(frozen=True)
 class Levels:
     """Attributes:
-    expert: [T, E] probabilities of all experts; they sum to 1.
-    group: [T, G], the sums inside groups.
-    logits: what the z-loss looks at, one tensor per softmax.
+    expert: [T, E] probabilities of all experts, which sum to 1.
+    group: [T, G] probabilities of the groups.
+    logits: inputs of the z-loss, one tensor per softmax.
     """
 
     expert: Tensor
@@ -133,8 +133,8 @@ class SamRouter(TokenChoiceRouter):
         best = best_experts(inside.squeeze(1), self.config.top_k)
         choices = group * self.group_size + best
         weights = levels.expert.gather(1, choices)
-        routing = self.finish(RouterScores(levels.logits[0], levels.expert), choices, weights, context)
-        return dataclasses.replace(routing, losses=self.both_levels(levels, choices, weights, context))
+        routing = self.build_routing(RouterScores(levels.logits[0], levels.expert), choices, weights, context)
+        return dataclasses.replace(routing, losses=self.level_losses(levels, choices, weights, context))
 
     def by_group(self, per_expert: Tensor) -> Tensor:
         """[T, E] as [T, G, E/G]."""
@@ -152,7 +152,7 @@ class SamRouter(TokenChoiceRouter):
         return Levels((group.unsqueeze(2) * inside).flatten(1), group, (switch, mixture))
 
     def kept(self, choices: Tensor, weights: Tensor, context: RoutingContext) -> Tensor | None:
-        """Groups drop first, with all of a token's choices; then experts drop among what is left."""
+        """Applies the groups' capacity, which drops all choices of a token, and then the experts' capacity."""
         factor = self.config.group_capacity_factor
         if factor is None or not context.training:
             return super().kept(choices, weights, context)
@@ -160,19 +160,19 @@ class SamRouter(TokenChoiceRouter):
         capacity = expert_capacity(factor, group_tokens(choices, context, share), self.groups)
         priority = weights.sum(-1).detach() if self.config.batch_prioritised else None
         group = choices[:, :1] // self.group_size
-        entered = drop(group, capacity, self.groups, context, group=share, priority=priority)
+        entered = capacity_mask(group, capacity, self.groups, context, group=share, priority=priority)
         left = torch.where(entered, choices, -1)
         kept = super().kept(left, weights, context)
         return entered.expand_as(choices) if kept is None else kept
 
     def losses(self, scores: RouterScores, choices: Tensor, context: RoutingContext) -> dict[str, AuxiliaryLoss]:
-        """None here: :meth:`both_levels` needs more than the scores."""
+        """None; :meth:`level_losses` computes them, since it needs more than the scores."""
         return {}
 
-    def both_levels(
+    def level_losses(
         self, levels: Levels, choices: Tensor, weights: Tensor, context: RoutingContext
     ) -> dict[str, AuxiliaryLoss]:
-        """Balance of experts (k at uniform), balance of groups (1 at uniform), alignment, and the z-loss."""
+        """Balance loss of experts (k if uniform), balance loss of groups (1 if uniform), alignment loss, z-loss."""
         config = self.config
         if not context.training:
             return {}
@@ -208,7 +208,7 @@ class SamRouter(TokenChoiceRouter):
 
 
 def alignment(expert: Tensor, choices: Tensor, weights: Tensor, group_size: int, *, both: bool) -> Tensor:
-    """[T]: Σ over experts outside the chosen group of max(0, p_e - p_(k)), p_(k) the weakest chosen probability.
+    """[T]: Σ over experts outside the chosen group of max(0, p_e - p_(k)), with p_(k) the lowest chosen probability.
 
     Args:
         expert: [T, E] probabilities.

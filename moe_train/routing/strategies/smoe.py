@@ -1,10 +1,9 @@
 """``routing=smoe``: Stratified Mixture of Experts (Xu et al., Findings of EMNLP 2023, arXiv 2305.02176, §3).
 
-The E experts stand in L strata. Stratum i has a gate of its own over E_i, the experts of the strata i … L (Eq. 5). A
-token enters at stratum 1, passes its top-k experts (k = 2), and goes on at the stratum behind that of its first choice,
-even where capacity drops that choice; after an expert of the last stratum it leaves. Tokens thus pass 1 to L times, and
-take as much capacity as they ask for. The passes, their norms and residuals are composed in
-:mod:`moe_train.layers.stratified`.
+The E experts are divided into L strata. Stratum i has its own gate over E_i, the experts of the strata i … L (Eq. 5). A
+token starts at stratum 1, is processed by its top-k experts (k = 2), and continues at the stratum after that of its
+first choice, even if capacity drops that choice; it leaves after an expert of the last stratum. So tokens make 1 to L
+passes. The passes, their norms and residuals are in :mod:`moe_train.layers.stratified`.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from moe_train.config.check import Range
 from moe_train.errors import ConfigError
-from moe_train.routing.base import Experts, LayerKind, Router, RouterInputs, RoutingConfig
+from moe_train.routing.base import ExpertCount, LayerKind, Router, RouterInputs, RoutingConfig
 from moe_train.routing.capacity import group_tokens
 from moe_train.routing.context import RankReduction, RoutingContext
 from moe_train.routing.counter_rng import hash_numbers
@@ -34,25 +33,25 @@ from moe_train.routing.types import AuxiliaryLoss, Routing
 
 @dataclass(frozen=True)
 class SMoEConfig(TokenChoiceConfig):
-    """Keys beyond those of all token-choice strategies. The official code's choices stand in brackets.
+    """Keys in addition to those of all token-choice strategies. Values of the official code are in brackets.
 
-    ``capacity_factor`` c means here, as in the paper, that an expert takes c · k · ⌈T_i / E_i⌉ of the T_i tokens that
-    are active at stratum i; over ranks, T_i is the largest.
+    With ``capacity_factor`` c an expert takes c · k · ⌈T_i / E_i⌉ of the T_i tokens that are active at stratum i, as in
+    the paper; T_i is the maximum over ranks.
 
     Attributes:
-        strata: their sizes in order; None: two halves.
+        strata: sizes of the strata in order; None: two halves.
         top_k: k.
         second_expert: how the second expert is chosen in training [sampling].
-        normalise: raw weights (Eq. 6), or over their sum [after_drop].
-        norm: ``paper``: x + experts(LN_i(x)) in every pass (Eq. 4, 7); ``official``: from the second stratum on a
-            token's stream is itself normalised, and once more where it leaves.
-        balance_over: the balance losses of the gates are averaged over all ``strata`` (Eq. 11) or over the passes
-            ``executed``, that is those with a token [executed].
+        normalise: raw weights (Eq. 6), or weights divided by their sum [after_drop].
+        norm: ``paper``: x + experts(LN_i(x)) in every pass (Eq. 4, 7); ``official``: a token's residual stream is
+            normalised when it enters a later stratum, and when it leaves.
+        balance_over: the balance losses of the gates are averaged over all ``strata`` (Eq. 11), or over the
+            ``executed`` passes, those with a token [executed].
     """
 
     name: str = "smoe"
     strata: Annotated[tuple[int, ...] | None, Range(above=0, most=2**20)] = None
-    top_k: Experts = 2
+    top_k: ExpertCount = 2
     second_expert: SecondExpert = "all"
     normalise: Normalise = "none"
     norm: Literal["paper", "official"] = "paper"
@@ -83,10 +82,10 @@ class SMoEConfig(TokenChoiceConfig):
 
 
 class StratumRouter(TokenChoiceRouter):
-    """The gate of one stratum. It sees only active tokens; the expert ids that it gives are global.
+    """The gate of one stratum. Its input are the active tokens; the expert ids that it returns are global.
 
     Attributes:
-        first: the first expert that it sees.
+        first: the first expert that it can choose.
         num_experts: E_i.
     """
 
@@ -101,7 +100,7 @@ class StratumRouter(TokenChoiceRouter):
     def forward(self, x: Tensor, context: RoutingContext) -> Routing:
         """Routes the T_i active tokens x [T_i, d]."""
         config = self.config
-        context = context.at_layer(hash_numbers(context.layer, self.stratum))  # every pass draws on its own
+        context = context.at_layer(hash_numbers(context.layer, self.stratum))  # different draws in each pass
         policy: SecondExpert = config.second_expert if context.training else "all"
         if config.jitter:
             x = jitter(x, config.jitter, context)
@@ -112,11 +111,11 @@ class StratumRouter(TokenChoiceRouter):
         if policy == "random":
             choices = skip_second(choices, weights.detach(), config.normalise, context)
         return self.with_global_ids(
-            self.finish(RouterScores(logits, probabilities), choices, weights, context, config.normalise)
+            self.build_routing(RouterScores(logits, probabilities), choices, weights, context, config.normalise)
         )
 
-    def may_choose_less(self, context: RoutingContext) -> bool:
-        """The random policy leaves second experts out."""
+    def may_skip_choices(self, context: RoutingContext) -> bool:
+        """True with the random policy, which skips second experts."""
         return self.config.second_expert == "random" and context.training
 
     def capacity(self, factor: float, choices: Tensor, context: RoutingContext) -> Tensor:
@@ -127,7 +126,7 @@ class StratumRouter(TokenChoiceRouter):
         return torch.ceil(factor * choices.shape[1] * torch.ceil(tokens / self.num_experts))
 
     def with_global_ids(self, routing: Routing) -> Routing:
-        """The same routing, its experts counted from the first stratum on."""
+        """The same routing, with experts numbered from the first stratum."""
         assignment, statistics, choices = routing.assignment, routing.statistics, routing.choices
         pad = (self.first, 0)
         return dataclasses.replace(
@@ -147,8 +146,8 @@ class SMoERouter(Router):
     """The gates of all strata.
 
     Attributes:
-        strata: one :class:`StratumRouter` each.
-        stratum_of: [E] int64, each expert's stratum.
+        strata: one :class:`StratumRouter` per stratum.
+        stratum_of: [E] int64, stratum of each expert.
     """
 
     layer_kind: ClassVar[LayerKind] = "stratified"
@@ -166,12 +165,12 @@ class SMoERouter(Router):
         self.register_buffer("stratum_of", stratum_of, persistent=False)
 
     def forward(self, x: Tensor, context: RoutingContext, stratum: int = 0) -> Routing:
-        """Routes the tokens x [T_i, d] that are active at ``stratum``, counted from 0."""
+        """Routes the tokens x [T_i, d] that are active at ``stratum`` (numbered from 0)."""
         routing: Routing = self.strata[stratum](x, context)
         return routing
 
     def next_stratum(self, choices: Tensor) -> Tensor:
-        """[T] where tokens go on after ``choices`` [T, k], dropped or not; L: they leave."""
+        """[T]: the next stratum of each token after ``choices`` [T, k], dropped or not; L: the token leaves."""
         return self.stratum_of[choices[:, 0]] + 1
 
     def block_losses(self, passes: Sequence[Routing], ranks: RankReduction) -> dict[str, AuxiliaryLoss]:
@@ -189,13 +188,13 @@ class SMoERouter(Router):
 
     @classmethod
     def experts_per_token(cls, config: RoutingConfig) -> float:
-        """k times the passes expected where routing is uniform over the visible experts, as the paper counts FLOPs."""
+        """k times the expected passes with uniform routing over the visible experts, as in the paper's FLOPs."""
         assert isinstance(config, SMoEConfig)
         return config.top_k * sum(expected_visits(config.sizes))
 
     @classmethod
     def expected_choices(cls, config: RoutingConfig) -> tuple[ExpectedChoices, ...]:
-        """A pass per stratum: those who stop there choose k of the experts that it sees."""
+        """One part per stratum: the tokens that visit it choose k of its visible experts."""
         assert isinstance(config, SMoEConfig)
         starts = [sum(config.sizes[:i]) for i in range(len(config.sizes))]
         return tuple(
@@ -207,16 +206,16 @@ class SMoERouter(Router):
 
     @classmethod
     def router_flops_per_token(cls, config: RoutingConfig, dim: int) -> float:
-        """Each gate as often as it is expected to be visited."""
+        """FLOPs of each gate times its expected number of visits."""
         assert isinstance(config, SMoEConfig)
         sizes = config.sizes
         return sum(v * 2.0 * dim * sum(sizes[i:]) for i, v in enumerate(expected_visits(sizes)))
 
 
 def expected_visits(sizes: Sequence[int]) -> tuple[float, ...]:
-    """How often a token stops at each stratum where routing is uniform; the sum is the paper's mean number of passes.
+    """Expected visits of a token to each stratum with uniform routing; the sum is the paper's mean number of passes.
 
-    Equal strata give the harmonic number H_L.
+    For equal strata the sum is the harmonic number H_L.
     """
     visits = [1.0] + [0.0] * (len(sizes) - 1)
     for i in range(len(sizes)):

@@ -23,10 +23,10 @@ from moe_train.routing.types import Routing
 
 @dataclass(frozen=True)
 class SwitchConfig(TokenChoiceConfig):
-    """Keys beyond those of all token-choice strategies.
+    """Keys in addition to those of all token-choice strategies.
 
     Attributes:
-        capacity_rounding: ``result`` takes the paper's factor · T / E and rounds it up; ``share`` is fairseq's
+        capacity_rounding: ``result``: the paper's ceil(factor · T / E); ``share``: fairseq's
             floor(factor · ceil(T / E)).
     """
 
@@ -51,7 +51,7 @@ class SwitchRouter(TokenChoiceRouter):
         logits = self.gate(x)
         probabilities = torch.softmax(logits, dim=-1)
         weights, choices = probabilities.max(dim=-1, keepdim=True)
-        return self.finish(RouterScores(logits, probabilities), choices, weights, context)
+        return self.build_routing(RouterScores(logits, probabilities), choices, weights, context)
 
     @classmethod
     def experts_per_token(cls, config: RoutingConfig) -> float:

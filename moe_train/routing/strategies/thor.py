@@ -1,8 +1,8 @@
 """``routing=thor``: Transformer with Stochastic Experts (Zuo et al., ICLR 2022, arXiv 2110.04260).
 
 No gate: experts are drawn at random in training and at inference, with weight 1. Training makes two passes over each
-batch with other experts and adds ``α/2 [KL(p₁‖p₂) + KL(p₂‖p₁)]`` so that the experts agree (``routing.passes=2``,
-``routing.consistency_weight`` = α); the objective belongs to the criterion, and with one expert it is R-Drop's.
+batch with different experts and adds ``α/2 [KL(p₁‖p₂) + KL(p₂‖p₁)]`` so that the experts agree (``routing.passes=2``,
+``routing.consistency_weight`` = α). The criterion computes this loss; with one expert it is R-Drop's.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from moe_train.routing.base import ExpertPlacement, Router, RouterInputs, RoutingConfig
 from moe_train.routing.constant_routing import constant_routing
 from moe_train.routing.context import RoutingContext
-from moe_train.routing.counter_rng import counted_integer
+from moe_train.routing.counter_rng import counter_integer
 from moe_train.routing.expected_load import ExpectedChoices
 from moe_train.routing.noise import EXPERT, PARTNER
 from moe_train.routing.registry import register
@@ -31,12 +31,13 @@ class ThorConfig(RoutingConfig):
     """Keys of THOR.
 
     Attributes:
-        draw: who shares an expert in training; the paper draws one per layer, pass and ``batch``.
-        pair: the experts of the two passes are ``distinct`` (the paper's pair), or ``independent`` draws, in which the
-            same expert can come twice (the official code).
-        inference: who shares an expert at evaluation: ``token`` and ``sentence`` are the paper's Dispatch(t) and
-            Dispatch(s); ``position`` is what the official code does for sentences (all sentences share the expert of a
-            position); ``ensemble`` averages the outputs of all experts.
+        draw: one expert per ``token``, ``sentence`` or ``batch`` in training; the paper draws one per layer, pass and
+            ``batch``.
+        pair: the experts of the two passes are ``distinct`` (the paper), or ``independent`` draws, which may be equal
+            (the official code).
+        inference: one expert per ``token`` or ``sentence`` (the paper's Dispatch(t) and Dispatch(s)), or per
+            ``position`` (the official code's Dispatch(s): all sentences share the expert of a position); ``ensemble``
+            averages the outputs of all experts.
     """
 
     evaluation_keys: ClassVar[tuple[str, ...]] = ("inference",)
@@ -52,13 +53,13 @@ class ThorConfig(RoutingConfig):
         """Unless all experts are averaged."""
         return self.inference != "ensemble"
 
-    def layout_warning(self, spread: ExpertPlacement) -> str | None:
-        """One expert for a whole pass keeps one rank busy."""
+    def layout_warning(self, placement: ExpertPlacement) -> str | None:
+        """A warning with ``draw=batch``: a pass uses one expert, and so one rank."""
         if self.draw != "batch":
             return None
         return (
             "routing.draw=batch sends all tokens of a pass to one expert, and so to one rank of"
-            f" {spread.expert_parallel} while the others wait; routing.draw=sentence or token keeps them all busy"
+            f" {placement.expert_parallel} while the others wait; routing.draw=sentence or token keeps them all busy"
         )
 
 
@@ -71,36 +72,36 @@ class ThorRouter(Router):
         self.config: ThorConfig = config
 
     def forward(self, x: Tensor, context: RoutingContext) -> Routing:
-        """Routes x [T, d], whose values do not matter."""
+        """Routes x [T, d] independently of its values."""
         if not context.training and self.config.inference == "ensemble":
-            everyone = torch.arange(self.num_experts, device=x.device).expand(x.shape[0], -1)
-            return constant_routing(x, everyone, self.num_experts, weight=1 / self.num_experts)
+            all_experts = torch.arange(self.num_experts, device=x.device).expand(x.shape[0], -1)
+            return constant_routing(x, all_experts, self.num_experts, weight=1 / self.num_experts)
         return constant_routing(x, self.drawn(context).unsqueeze(1), self.num_experts)
 
     def drawn(self, context: RoutingContext) -> Tensor:
-        """The expert [T] of each token, uniform in every pass."""
+        """The expert [T] of each token, uniformly distributed in every pass."""
         per = self.config.draw if context.training else self.config.inference
         if not context.training or self.config.pair == "independent" or self.num_experts == 1:
-            return counted_integer(context, EXPERT, self.num_experts, per=per)
+            return counter_integer(context, EXPERT, self.num_experts, per=per)
         both = dataclasses.replace(context, pass_index=torch.zeros_like(context.pass_index))
-        first = counted_integer(both, EXPERT, self.num_experts, per=per)
-        step = 1 + counted_integer(both, PARTNER, self.num_experts - 1, per=per)
+        first = counter_integer(both, EXPERT, self.num_experts, per=per)
+        step = 1 + counter_integer(both, PARTNER, self.num_experts - 1, per=per)
         return (first + context.pass_index * step) % self.num_experts
 
     @classmethod
     def experts_per_token(cls, config: RoutingConfig) -> float:
-        """One, or all of them for the ensemble."""
+        """One, or E for the ensemble."""
         assert isinstance(config, ThorConfig)
         return float(config.num_experts) if config.inference == "ensemble" else 1.0
 
     @classmethod
     def expected_choices(cls, config: RoutingConfig) -> tuple[ExpectedChoices, ...]:
-        """One in training, whatever inference does."""
+        """One expert in training, independent of ``inference``."""
         return (ExpectedChoices(1.0, 0, config.num_experts, 1),)
 
     @classmethod
     def max_load_share(cls, config: RoutingConfig, parts: int) -> float:
-        """With ``draw=batch`` a pass goes to one expert: both passes to one part, or half the rows to each of two."""
+        """With ``draw=batch`` each pass uses one expert: both in one part, or half of the rows in each of two."""
         assert isinstance(config, ThorConfig)
         if config.draw != "batch":
             return 1.0 / parts

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from moe_train.config.check import NonNegativeFloat
 from moe_train.errors import ConfigError
-from moe_train.routing.balance_losses import chance_of_choice, squared_variation
-from moe_train.routing.base import Experts, RouterInputs, RoutingConfig
+from moe_train.routing.balance_losses import selection_probability, squared_variation
+from moe_train.routing.base import ExpertCount, RouterInputs, RoutingConfig
 from moe_train.routing.capacity import Rounding
 from moe_train.routing.context import RoutingContext
-from moe_train.routing.counter_rng import counted_uniform
+from moe_train.routing.counter_rng import counter_uniform
 from moe_train.routing.gate import LinearGate, linear_init
 from moe_train.routing.noise import SECOND_EXPERT, gumbel, jitter, score_noise
 from moe_train.routing.registry import register
@@ -41,24 +41,25 @@ SecondExpert = Literal["all", "sampling", "random"]
 
 @dataclass(frozen=True)
 class TopKConfig(TokenChoiceConfig):
-    """Keys beyond those of all token-choice strategies.
+    """Keys in addition to those of all token-choice strategies.
 
     Attributes:
         top_k: k.
-        second_expert: how choices after the first are made in training; evaluation always takes ``all``.
-        normalise: weights over their sum, before or after drops.
+        second_expert: how choices after the first are made in training; evaluation always uses ``all``.
+        normalise: divide weights by their sum, before or after drops.
         capacity_rounding: ``result`` takes factor · k · T / E and rounds it up; ``share`` is fairseq's
             floor(factor · k · ceil(T / E)).
         scores: ``softmax`` or ``sigmoid``.
         score_noise: in training N(0, (score_noise / E)²) is added to the logits (V-MoE: 1).
-        importance_weight: of V-MoE's loss on the squared variation of experts' summed probabilities.
-        load_weight: of V-MoE's loss on the squared variation of experts' expected loads under the noise.
-        balancing_bias_rate: step of the bias that steers selection (not weights) towards equal loads; 0: no bias.
-        shared_expert: one more expert that every token passes; built by the layer.
+        importance_weight: weight of V-MoE's loss on the squared variation of the experts' summed probabilities.
+        load_weight: weight of V-MoE's loss on the squared variation of the experts' expected loads under the noise.
+        balancing_bias_rate: step size of the bias added to the scores for selection (not to the weights) to balance
+            loads; 0: no bias.
+        shared_expert: one more expert that processes every token; built by the layer.
     """
 
     name: str = "top_k"
-    top_k: Experts = 2
+    top_k: ExpertCount = 2
     second_expert: SecondExpert = "all"
     normalise: Normalise = "after_drop"
     capacity_rounding: Rounding = "result"
@@ -74,7 +75,7 @@ class TopKConfig(TokenChoiceConfig):
         check_top_k(self.top_k, self.num_experts, "routing.num_experts")
         if self.load_weight and (not self.score_noise or self.second_expert != "all" or self.balancing_bias_rate):
             raise ConfigError(
-                "routing.load_weight needs choices that only noise on the scores makes random",
+                "routing.load_weight needs noise on the scores as the only source of randomness in the choices",
                 remedy="set routing.score_noise=1.0, routing.second_expert=all and routing.balancing_bias_rate=0",
             )
         if self.top_k == 1 and self.normalise != "none":
@@ -84,7 +85,7 @@ class TopKConfig(TokenChoiceConfig):
             )
         if self.shared_expert and self.expert_sublayers > 1:
             raise ConfigError(
-                "routing.shared_expert stands beside experts of one sub-layer only",
+                "routing.shared_expert works with experts of one sub-layer only",
                 remedy="set routing.expert_sublayers=1",
             )
         if self.second_expert == "random" and self.top_k != 2:
@@ -95,7 +96,7 @@ class TopKConfig(TokenChoiceConfig):
 
     @property
     def has_shared_expert(self) -> bool:
-        """As ``shared_expert`` says."""
+        """``shared_expert``."""
         return self.shared_expert
 
 
@@ -121,24 +122,26 @@ class TopKRouter(TokenChoiceRouter):
         if self.config.score_noise:
             logits = score_noise(clean, self.config.score_noise, context)
         scores = self.scores(logits)
-        steered = scores.detach() if self.balancing_bias is None else scores.detach() + self.balancing_bias
-        choices = select(steered, logits.detach(), self.config.top_k, self.policy(context), context)
+        selection = scores.detach() if self.balancing_bias is None else scores.detach() + self.balancing_bias
+        choices = select(selection, logits.detach(), self.config.top_k, self.policy(context), context)
         weights = scores.gather(1, choices)
         if self.policy(context) == "random":
             choices = skip_second(choices, weights.detach(), self.config.normalise, context)
         probabilities = scores if logits is clean else self.scores(clean)
         if self.config.scores == "sigmoid":
             probabilities = normalised(probabilities, None)
-        routing = self.finish(RouterScores(clean, probabilities), choices, weights, context, self.config.normalise)
-        varied = self.variation(RouterScores(clean, probabilities), logits, context)
-        return dataclasses.replace(routing, losses={**routing.losses, **varied})
+        routing = self.build_routing(
+            RouterScores(clean, probabilities), choices, weights, context, self.config.normalise
+        )
+        further = self.variation_losses(RouterScores(clean, probabilities), logits, context)
+        return dataclasses.replace(routing, losses={**routing.losses, **further})
 
     def scores(self, logits: Tensor) -> Tensor:
-        """[T, E] of logits [T, E]."""
+        """Scores [T, E] of logits [T, E]."""
         return torch.sigmoid(logits) if self.config.scores == "sigmoid" else torch.softmax(logits, dim=-1)
 
-    def variation(self, clean: RouterScores, noisy: Tensor, context: RoutingContext) -> dict[str, AuxiliaryLoss]:
-        """V-MoE's losses where they have a weight (Riquelme et al., NeurIPS 2021, arXiv 2106.05974, §A.2)."""
+    def variation_losses(self, clean: RouterScores, noisy: Tensor, context: RoutingContext) -> dict[str, AuxiliaryLoss]:
+        """V-MoE's losses with a weight above 0 (Riquelme et al., NeurIPS 2021, arXiv 2106.05974, §A.2)."""
         config, found = self.config, dict[str, AuxiliaryLoss]()
         if not context.training:
             return found
@@ -147,17 +150,17 @@ class TopKRouter(TokenChoiceRouter):
             value = squared_variation(clean.probabilities.sum(0), tokens, context.ranks)
             found["importance_loss"] = AuxiliaryLoss(value, config.importance_weight)
         if config.load_weight:
-            chance = chance_of_choice(clean.logits, noisy, config.top_k, config.score_noise / self.num_experts)
+            chance = selection_probability(clean.logits, noisy, config.top_k, config.score_noise / self.num_experts)
             value = squared_variation(chance.sum(0), tokens, context.ranks)
             found["load_loss"] = AuxiliaryLoss(value, config.load_weight)
         return found
 
     def policy(self, context: RoutingContext) -> SecondExpert:
-        """The second-expert policy in force: evaluation is deterministic."""
+        """The second-expert policy; evaluation is deterministic."""
         return self.config.second_expert if context.training else "all"
 
-    def may_choose_less(self, context: RoutingContext) -> bool:
-        """The random policy leaves second experts out."""
+    def may_skip_choices(self, context: RoutingContext) -> bool:
+        """True with the random policy, which skips second experts."""
         return self.policy(context) == "random"
 
     def after_update(self, statistics: RoutingStatistics) -> None:
@@ -169,29 +172,29 @@ class TopKRouter(TokenChoiceRouter):
 
     @classmethod
     def experts_per_token(cls, config: RoutingConfig) -> float:
-        """k; a shared expert is a dense part of the layer and counts there."""
+        """k; a shared expert is counted as a dense part of the layer."""
         assert isinstance(config, TopKConfig)
         return float(config.top_k)
 
 
-def select(steered: Tensor, logits: Tensor, k: int, policy: SecondExpert, context: RoutingContext) -> Tensor:
+def select(scores: Tensor, logits: Tensor, k: int, policy: SecondExpert, context: RoutingContext) -> Tensor:
     """The k choices [T, k] of each token.
 
     Args:
-        steered: [T, E] scores, with the balancing bias where there is one.
+        scores: [T, E], including the balancing bias if there is one.
         logits: [T, E]; ``sampling`` draws the later choices without replacement from their softmax (Gumbel top-k).
     """
     if policy != "sampling" or k == 1:
-        return best_experts(steered, k)
-    first = steered.argmax(dim=-1, keepdim=True)
+        return best_experts(scores, k)
+    first = scores.argmax(dim=-1, keepdim=True)
     noisy = (logits + gumbel(context, logits.shape[1])).scatter(1, first, float("-inf"))
     return torch.cat((first, best_experts(noisy, k - 1)), dim=1)
 
 
 def skip_second(choices: Tensor, weights: Tensor, normalise: Normalise, context: RoutingContext) -> Tensor:
-    """Leaves out the second of two choices unless 2·g₂ > U(0, 1) (GShard, Alg. 1); -1 where it is left out."""
+    """Replaces the second of two choices by -1 unless 2·g₂ > U(0, 1) (GShard, Alg. 1)."""
     second = weights[:, 1]
     if normalise == "before_drop":
         second = second / weights.sum(-1).clamp(min=torch.finfo(weights.dtype).eps)
-    taken = 2 * second > counted_uniform(context, SECOND_EXPERT).squeeze(1)
+    taken = 2 * second > counter_uniform(context, SECOND_EXPERT).squeeze(1)
     return torch.stack((choices[:, 0], torch.where(taken, choices[:, 1], -1)), dim=1)

@@ -2,9 +2,8 @@
 
 Tokens are projected, ``z = W h`` with d_e ≪ d, and scored by the cosine to each expert's embedding,
 ``s_i = z · e_i / (‖z‖ ‖e_i‖)`` (Eq. 6). The token goes to ``k = argmax s`` and its output is weighted by
-``softmax(s / τ)_k`` or ``σ(s_k / τ)`` with a learnt temperature τ (Eq. 7). The balance loss looks at
-``softmax(s / τ₀)`` with a fixed τ₀ (§3.2). Scores in [-1, 1] of a few dimensions keep hidden states from collapsing
-onto expert embeddings.
+``softmax(s / τ)_k`` or ``σ(s_k / τ)`` with a learnt temperature τ (Eq. 7). The balance loss uses ``softmax(s / τ₀)``
+with a fixed τ₀ (§3.2). Low-dimensional scores in [-1, 1] prevent hidden states from collapsing onto expert embeddings.
 """
 
 from __future__ import annotations
@@ -36,17 +35,17 @@ Temperature = Annotated[float, Range(least=SMALLEST_TEMPERATURE, most=1e12)]
 
 @dataclass(frozen=True)
 class XMoEConfig(TokenChoiceConfig):
-    """Keys beyond those of all token-choice strategies.
+    """Keys in addition to those of all token-choice strategies.
 
     Attributes:
-        mode: ``paper``, or ``torchscale`` for what the released code does: two experts per token with weights over
-            their sum, the second kept at random in training; z is not normalised (its length acts as a temperature);
-            no learnt temperature; d_e = 16; the balance loss looks at the gate's own probabilities; a capacity, where
-            one is set, is rounded as fairseq's, floor(factor · 2 · ceil(T / E)).
+        mode: ``paper``, or ``torchscale`` as in the released code: two experts per token with normalised weights, the
+            second kept at random in training; z is not normalised (its length acts as a temperature); no learnt
+            temperature; d_e = 16; the balance loss uses the gate's probabilities; a capacity is rounded as in fairseq,
+            floor(factor · 2 · ceil(T / E)).
         gate: ``softmax`` or ``sigmoid`` (paper mode).
-        routing_dim: d_e; None: num_experts / 2 in paper mode (the best of T4), 16 in torchscale mode.
+        routing_dim: d_e; None: num_experts / 2 in paper mode (the best in Table 4), 16 in torchscale mode.
         balance_temperature: τ₀; None: 0.3 for softmax, 0.07 for sigmoid.
-        initial_temperature: of τ; None: τ₀.
+        initial_temperature: initial value of τ; None: τ₀.
     """
 
     name: str = "xmoe"
@@ -82,7 +81,7 @@ class XMoEConfig(TokenChoiceConfig):
 
     @property
     def tau_0(self) -> float:
-        """The balance loss's temperature."""
+        """Temperature of the balance loss."""
         return self.balance_temperature or BALANCE_TEMPERATURE[self.gate]
 
 
@@ -112,15 +111,15 @@ class XMoERouter(TokenChoiceRouter):
             x = jitter(x, self.config.jitter, context)
         cosine = self.scores(x)
         if self.config.mode == "torchscale":
-            return self.released(cosine, context)
+            return self.torchscale_routing(cosine, context)
         logits = cosine / self.temperature
         gates = torch.sigmoid(logits) if self.config.gate == "sigmoid" else torch.softmax(logits, dim=-1)
         choices = cosine.detach().argmax(dim=-1, keepdim=True)
         balanced = torch.softmax(cosine / self.config.tau_0, dim=-1)
-        return self.finish(RouterScores(logits, balanced), choices, gates.gather(1, choices), context)
+        return self.build_routing(RouterScores(logits, balanced), choices, gates.gather(1, choices), context)
 
     def scores(self, x: Tensor) -> Tensor:
-        """[T, E] of x [T, d]: cosines in [-1, 1]; in torchscale mode these times ‖z‖."""
+        """Scores [T, E] of x [T, d]: cosines in [-1, 1]; in torchscale mode cosines times ‖z‖."""
         z = self.projection(x)
         with full_precision(x):
             embedding = F.normalize(self.embedding.to(routing_dtype(x)), dim=-1)
@@ -128,22 +127,22 @@ class XMoERouter(TokenChoiceRouter):
 
     @property
     def temperature(self) -> Tensor:
-        """τ, 0-dim; its logarithm is learnt, so that it stays positive."""
+        """τ, 0-dim; its logarithm is the parameter, so that τ stays positive."""
         assert self.log_temperature is not None
         return self.log_temperature.exp().clamp(min=SMALLEST_TEMPERATURE)
 
-    def released(self, logits: Tensor, context: RoutingContext) -> Routing:
-        """Top-2 softmax as in torchscale's recipes; at evaluation the second expert is always taken."""
+    def torchscale_routing(self, logits: Tensor, context: RoutingContext) -> Routing:
+        """Top-2 softmax as in torchscale's recipes; at evaluation the second expert is always used."""
         gates = torch.softmax(logits, dim=-1)
         policy: SecondExpert = "random" if context.training else "all"
         choices = select(gates.detach(), logits.detach(), 2, policy, context)
         weights = gates.gather(1, choices)
         if policy == "random":
             choices = skip_second(choices, weights.detach(), "before_drop", context)
-        return self.finish(RouterScores(logits, gates), choices, weights, context, "before_drop")
+        return self.build_routing(RouterScores(logits, gates), choices, weights, context, "before_drop")
 
-    def may_choose_less(self, context: RoutingContext) -> bool:
-        """Torchscale leaves second experts out at random."""
+    def may_skip_choices(self, context: RoutingContext) -> bool:
+        """True in torchscale mode, which skips second experts at random."""
         return self.config.mode == "torchscale" and context.training
 
     @classmethod

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from moe_train.errors import ConfigError
 from moe_train.routing import decoder_config, routing_config, strategy
-from moe_train.routing.strategies.expert_choice import take
+from moe_train.routing.strategies.expert_choice import choose_tokens
 from tests.routing.helpers import batch_context, make_router, pairs_by_token, tokens
 
 
@@ -27,7 +27,7 @@ def test_each_expert_takes_the_best_of_each_sentence(
     total = sum(lengths)
     scores = torch.rand(total, num_experts, generator=torch.Generator().manual_seed(seed))
     group = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    taken = take(scores, group, len(lengths), factor)
+    taken = choose_tokens(scores, group, len(lengths), factor)
     for sentence, length in enumerate(lengths):
         rows = (group == sentence).nonzero().squeeze(1)
         capacity = min(length, max(1, math.floor(factor * length / num_experts + 0.5)))

@@ -116,7 +116,7 @@ def test_a_number_that_the_user_changes_is_not_hidden() -> None:
 @pytest.mark.parametrize(
     ("routing", "layout", "said"),
     [
-        ({"name": "sam", "num_groups": 2}, {"expert_parallel": 4}, "groups stay whole with"),
+        ({"name": "sam", "num_groups": 2}, {"expert_parallel": 4}, "groups are not split with"),
         ({"name": "sam", "num_groups": 4}, {"expert_parallel": 4}, None),
         ({"name": "sam", "num_groups": 2}, {"expert_parallel": 1}, None),
         (
