@@ -15,7 +15,7 @@ from moe_train.data.text.lines import read_lines, reading, sha256
 from moe_train.data.text.pairs import MASK, SPLITS, Pair, Sides, parse_sides, tag
 from moe_train.data.text.tokenizer import Tokenizer
 from moe_train.data.text.vocabulary import dictionary_size, load_dictionary
-from moe_train.data.verification import file_digests
+from moe_train.data.verification import InputFiles, file_digests
 from moe_train.errors import DataError, did_you_mean
 
 if TYPE_CHECKING:
@@ -47,6 +47,11 @@ class DataFolder:
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path, self.manifest = path, manifest
+
+    @property
+    def inputs(self) -> InputFiles:
+        """None: the manifest lists all files."""
+        return InputFiles(self.path)
 
     @classmethod
     def open(cls, path: Path | str, verify: bool = False) -> DataFolder:

@@ -142,7 +142,7 @@ def open_run(
             check_input_files(folder, opened, verify, keep=False)
             note_changed_folder(folder, opened, main)
         trained = known.trained
-    trained = trained or tuple(getattr(task, "directions", ()))
+    trained = trained or task.directions
     return OpenedRun(folder, config, opened, task, checkpoint, _inference(config, inference.draw_seed), trained)
 
 

@@ -19,13 +19,13 @@ from moe_train.data.text.lines import sha256
 from moe_train.evaluation.loading import LoadedRun, choose_device, load_run
 from moe_train.evaluation.result_files import ResultFiles, part_name, writable_folder, writing
 from moe_train.evaluation.routed_tokens import describe_routed
+from moe_train.tasks.logged_metrics import shown_metrics
 from moe_train.training.checkpoint.checksums import MANIFEST, replace_text
 from moe_train.training.data_loader import move
-from moe_train.training.metrics.sums import MetricSums, per_token, total
+from moe_train.training.metrics.sums import MetricSums, total
 from moe_train.training.run.run_info import versions
 
 _DECIDING = ("checkpoint_digest", "data_fingerprint", "max_sentences", "routing", "draw_seed")
-_SHOWN = ("accuracy", "macro_f1", "ppl", "nll_loss")
 
 
 def measure(config: EvaluateConfig) -> dict[str, Any]:
@@ -50,8 +50,7 @@ def measure(config: EvaluateConfig) -> dict[str, Any]:
     start = time.perf_counter()
     sums = {name: _measure_set(run, config.split, name, batches, device) for name, batches in sets.items()}
     seconds = time.perf_counter() - start
-    measures = getattr(run.task, "measures", per_token)
-    found = {name: measures(entry.scalars()) for name, entry in sums.items()}
+    found = {name: run.task.measures(entry.scalars()) for name, entry in sums.items()}
     zero_shot = [name for name in found if run.trained and name not in run.trained]
     items = sum(entry["sentences"] for entry in found.values())
     settings = {
@@ -60,7 +59,6 @@ def measure(config: EvaluateConfig) -> dict[str, Any]:
         "checkpoint_digest": sha256(run.checkpoint / MANIFEST),
         "data_fingerprint": run.data.fingerprint,
     }
-    summary: dict[str, Any] = getattr(run.task, "summary", lambda _: {})(found)
     content = {
         "task": run.config.task.name,
         "split": config.split,
@@ -68,7 +66,7 @@ def measure(config: EvaluateConfig) -> dict[str, Any]:
         "sets": found,
         "average": _average({name: entry for name, entry in found.items() if name not in zero_shot} or found),
         "zero_shot": zero_shot,
-        "summary": summary,
+        "summary": run.task.summary(found),
         "routing": {name: describe_routed(entry) for name, entry in sums.items()},
         "items": items,
         "seconds": seconds,
@@ -109,7 +107,7 @@ def _measure_set(run: LoadedRun, split: str, name: str, batches: Sequence[Indice
 
 def _average(sets: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     """The plain mean over sets of what all of them have."""
-    names = [name for name in _SHOWN if all(name in entry for entry in sets.values())]
+    names = [name for name in (*shown_metrics(), "ppl", "nll_loss") if all(name in entry for entry in sets.values())]
     return {name: sum(entry[name] for entry in sets.values()) / len(sets) for name in names}
 
 

@@ -6,41 +6,18 @@ import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from moe_train.config import RunConfig, SearchConfig
-from moe_train.data.folder import DataFolder
+from moe_train.config import SearchConfig
 from moe_train.evaluation.routed_tokens import counting
 from moe_train.evaluation.search.beam_search import BeamSearch, DecodableModel
 from moe_train.routing.context import RankReduction
+from moe_train.tasks.base import TranslatingTask
 
 _FRAME = 2  # a tag and the end symbol, at most
 _LINE_ENDS = {ord(c): " " for c in "\r\n"}
-
-
-class InferenceTask(Protocol):
-    """The part of a translation task that translating needs."""
-
-    config: RunConfig
-    folder: DataFolder
-    directions: tuple[str, ...]
-
-    @property
-    def target_dictionary(self) -> Any:
-        """fairseq's Dictionary of the target side."""
-
-    def inference_sample(
-        self, sentences: Sequence[Any], source: str, target: str, uids: Sequence[int]
-    ) -> dict[str, Any]:
-        """A batch to translate: ids without end and tags → ``net_input`` with ``prev_output_tokens`` [B, P]."""
-
-    def max_positions(self) -> tuple[int, int]:
-        """Longest source and target in tokens."""
-
-    def source_room(self, direction: str) -> int:
-        """Longest source in tokens, tag and end left out."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +107,7 @@ class Encoded:
         return result
 
 
-def encode(task: InferenceTask, lines: Sequence[str], source: str, target: str, batch_tokens: int) -> Encoded:
+def encode(task: TranslatingTask, lines: Sequence[str], source: str, target: str, batch_tokens: int) -> Encoded:
     """Cuts lines of one direction into jobs."""
     tokenizer, longest = task.folder.tokenizer(), task.max_positions()[0]
     filled = [n for n, line in enumerate(lines) if line.strip()]
@@ -159,7 +136,7 @@ class Translator:
 
     def __init__(
         self,
-        task: InferenceTask,
+        task: TranslatingTask,
         model: DecodableModel,
         search: SearchConfig,
         device: torch.device | str = "cpu",

@@ -14,15 +14,16 @@ from moe_train.config import SearchConfig
 from moe_train.data.folder import DataFolder
 from moe_train.evaluation.long_lines import cut_note
 from moe_train.evaluation.scoring.bleu_chrf import Scorer
-from moe_train.evaluation.translator import Encoded, InferenceTask, Job, JobResult, Translator, encode
+from moe_train.evaluation.translator import Encoded, Job, JobResult, Translator, encode
 from moe_train.routing.context import LocalReduction
+from moe_train.tasks.base import TranslatingTask
 from moe_train.training.runtime.world import World
 
 _log = logging.getLogger(__name__)
 
 
 def make_bleu_validator(
-    task: InferenceTask,
+    task: TranslatingTask,
     data: DataFolder,
     search: SearchConfig,
     *,
@@ -61,7 +62,7 @@ def make_bleu_validator(
 
 
 def _hold(
-    task: InferenceTask, data: DataFolder, split: str, direction: str, search: SearchConfig, limit: int
+    task: TranslatingTask, data: DataFolder, split: str, direction: str, search: SearchConfig, limit: int
 ) -> tuple[Encoded, list[str]]:
     source, target = direction.split("-")
     sources, references = data.raw(split, direction)

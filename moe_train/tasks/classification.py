@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,7 +26,7 @@ from moe_train.errors import ConfigError, DataError
 from moe_train.models.encoder import build_text_classifier
 from moe_train.models.trainable import TrainableModel
 from moe_train.routing import RoutingConfig, routing_config
-from moe_train.tasks.base import Sample
+from moe_train.tasks.base import Sample, TrainingTask
 from moe_train.tasks.classification_criterion import ClassificationCriterion, macro_f1
 from moe_train.tasks.lm import token_frequency
 from moe_train.tasks.registry import register_task
@@ -64,8 +63,8 @@ def _open(config: RunConfig) -> LabelledTexts:
 
 
 @register_task("cross_lingual_classification", _open)
-class ClassificationTask:
-    """Fulfils :class:`moe_train.tasks.base.TrainingTask`; one target a text, its class."""
+class ClassificationTask(TrainingTask):
+    """Texts and their classes: one target per text."""
 
     def __init__(self, config: RunConfig, data: LabelledTexts) -> None:
         assert isinstance(config.task, ClassificationConfig)
@@ -80,11 +79,6 @@ class ClassificationTask:
             ConfigError: neither ``task.vocabulary`` nor a run to start from tells it.
         """
         return DataFolder.open(self.keys.vocabulary or _data_of_run(self.config.training.init_from))
-
-    @property
-    def trained(self) -> tuple[str, ...]:
-        """Empty: languages that are not trained in are measured and averaged alike; ``summary`` tells them apart."""
-        return ()
 
     @cached_property
     def dictionary(self) -> Dictionary:
@@ -157,10 +151,6 @@ class ClassificationTask:
         """The training languages' valid files."""
         return {name: self._batches("valid", name, 0) for name in self.keys.languages}
 
-    def validation_sample(self, name: str, indices: Indices) -> Sample:
-        """A rank's rows of a micro-batch of :meth:`validation_sets`."""
-        return self.evaluation_sample("valid", name, indices)
-
     def evaluation_sets(self, split: str, max_items: int = 0) -> Mapping[str, Sequence[Indices]]:
         """Every file of a split: languages, and those of the same items in English.
 
@@ -177,11 +167,9 @@ class ClassificationTask:
 
     def measures(self, sums: Mapping[str, float]) -> dict[str, Any]:
         """Means per item of a criterion's sums, and macro-F1."""
-        items = max(sums["ntokens"], 1.0)
-        named = {"loss", "nll_loss", "accuracy"} | {name for name in sums if name.endswith("_loss")}
-        means = {name: value / items for name, value in sums.items() if name in named}
-        means["ppl"] = math.exp(min(means["nll_loss"], 700.0))
-        return {**means, "macro_f1": macro_f1(dict(sums), len(self.data.classes)), "sentences": int(sums["nsentences"])}
+        found = super().measures({name: value for name, value in sums.items() if not name.startswith("class/")})
+        items, _ = found.pop("sentences"), found.pop("tokens")
+        return {**found, "macro_f1": macro_f1(dict(sums), len(self.data.classes)), "sentences": items}
 
     def summary(self, sets: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         """``gap`` of each language to the same items in English, and ``zero_shot``, the mean of the others."""

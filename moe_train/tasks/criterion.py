@@ -34,13 +34,11 @@ from moe_train.layers import RoutingRecord
 from moe_train.routing.types import AuxiliaryLoss
 from moe_train.tasks.base import Sample
 from moe_train.tasks.flags import MoECriterionFlags
+from moe_train.tasks.logged_metrics import COUNTS, reduction
 
 apply()
 from fairseq import metrics  # noqa: E402
 from fairseq.criterions import FairseqCriterion, register_criterion  # noqa: E402
-
-_COUNTS = ("ntokens", "nsentences", "sample_size")
-_NAMED = (*_COUNTS, "loss", "nll_loss", "routing")
 
 
 @register_criterion("moe_label_smoothed_cross_entropy", dataclass=MoECriterionFlags)
@@ -116,14 +114,17 @@ class MoELabelSmoothedCrossEntropy(FairseqCriterion):  # type: ignore[misc]
         totals: dict[str, float] = defaultdict(float)
         for output in logging_outputs:
             for name, value in output.items():
-                if name != "routing":
+                if name != "routing" and reduction(name) == "max":
+                    totals[name] = max(totals.get(name, -math.inf), float(value))
+                elif name != "routing":
                     totals[name] += float(value)
         tokens = max(totals["ntokens"], 1.0)
         for name in ("loss", "nll_loss"):
             metrics.log_scalar(name, totals[name] / tokens / math.log(2), tokens, round=3)
         metrics.log_derived("ppl", lambda meters: round(2.0 ** min(meters["nll_loss"].avg, 100.0), 2))
-        for name in totals.keys() - set(_NAMED):
-            metrics.log_scalar(name, totals[name] / tokens, tokens, round=4)
+        for name in totals.keys() - {*COUNTS, "loss", "nll_loss"}:
+            value = totals[name] / tokens if reduction(name) == "mean" else totals[name]
+            metrics.log_scalar(name, value, tokens, round=4)
 
     @staticmethod
     def logging_outputs_can_be_summed() -> bool:

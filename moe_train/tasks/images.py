@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,9 +15,8 @@ from moe_train.data.images import DIGITS, Images, ImageSet, open_images
 from moe_train.errors import DataError
 from moe_train.models.trainable import TrainableModel
 from moe_train.models.vision import ImageShape, build_vision_model
-from moe_train.routing import RoutingConfig, routing_config
 from moe_train.tasks.augmentation import augment
-from moe_train.tasks.base import Sample
+from moe_train.tasks.base import Sample, TrainingTask
 from moe_train.tasks.classification_criterion import ClassificationCriterion
 from moe_train.tasks.registry import register_task
 
@@ -29,8 +27,8 @@ def _open(config: RunConfig) -> Images:
 
 
 @register_task("image_classification", _open, built_in=(DIGITS,))
-class ImageTask:
-    """Fulfils :class:`moe_train.tasks.base.TrainingTask`; an image is what a sentence is to translation.
+class ImageTask(TrainingTask):
+    """Images and their classes; an image is what a sentence is in translation.
 
     ``training.tokens_per_update`` counts images: each has one target, its label.
     """
@@ -40,20 +38,6 @@ class ImageTask:
     def __init__(self, config: RunConfig, data: Images) -> None:
         assert isinstance(config.task, ImageConfig)
         self.config, self.keys, self.data = config, config.task, data
-
-    @cached_property
-    def routing(self) -> RoutingConfig:
-        """The strategy's own config."""
-        return routing_config(self.config.routing)
-
-    @property
-    def vocabulary(self) -> None:
-        """None: a model of images."""
-
-    @property
-    def trained(self) -> tuple[str, ...]:
-        """Empty: there is one set."""
-        return ()
 
     @property
     def shape(self) -> ImageShape:
@@ -93,14 +77,6 @@ class ImageTask:
     def train_sample(self, indices: Indices, update: int = 0) -> Sample:
         """A rank's rows of a training micro-batch, augmented."""
         return self._sample(self.data.splits["train"], indices, update)
-
-    def validation_sets(self) -> Mapping[str, Sequence[Indices]]:
-        """One set, ``valid``, in batches of training's size; ``training.validation.max_sentences`` cuts it."""
-        return self.evaluation_sets("valid", self.config.training.validation.max_sentences)
-
-    def validation_sample(self, name: str, indices: Indices) -> Sample:
-        """A rank's rows of a micro-batch of :meth:`validation_sets`."""
-        return self.evaluation_sample("valid", name, indices)
 
     def evaluation_sets(self, split: str, max_items: int = 0) -> Mapping[str, Sequence[Indices]]:
         """Batches of a held-out split, always the same.

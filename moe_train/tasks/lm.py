@@ -19,8 +19,7 @@ from moe_train.data.text.pairs import tag
 from moe_train.errors import ConfigError
 from moe_train.models.encoder import build_masked_language_model
 from moe_train.models.trainable import TrainableModel
-from moe_train.routing import RoutingConfig, routing_config
-from moe_train.tasks.base import Sample
+from moe_train.tasks.base import Sample, TrainingTask
 from moe_train.tasks.criterion import MoELabelSmoothedCrossEntropy
 from moe_train.tasks.masking import Masking
 from moe_train.tasks.monolingual_text import MonolingualText, languages_read, open_text
@@ -36,8 +35,8 @@ _EVALUATION_SEED, _EVALUATION_UPDATE = 1, -1
 
 
 @register_task("cross_lingual_lm")
-class LanguageModelTask:
-    """Fulfils :class:`moe_train.tasks.base.TrainingTask`; losses are per masked token, perplexities per language.
+class LanguageModelTask(TrainingTask):
+    """Masked language models; losses are per masked token, perplexities per language.
 
     An item is a sentence, a pair of them, or with ``task.pack`` a block of sentences, in training and evaluation alike.
     """
@@ -71,11 +70,6 @@ class LanguageModelTask:
     def target_dictionary(self) -> Dictionary:
         """The joint dictionary."""
         return self.dictionary
-
-    @cached_property
-    def routing(self) -> RoutingConfig:
-        """The strategy's own config."""
-        return routing_config(self.config.routing)
 
     @cached_property
     def masking(self) -> Masking:
@@ -147,14 +141,6 @@ class LanguageModelTask:
         return self._sample(self.split("train"), indices, self.config.seed, update)
 
     # --- evaluation -------------------------------------------------------------------------------------------------
-
-    def validation_sets(self) -> Mapping[str, Sequence[Indices]]:
-        """Micro-batches by language; ``training.validation.max_sentences`` takes the first so many of each."""
-        return self.evaluation_sets("valid", self.config.training.validation.max_sentences)
-
-    def validation_sample(self, name: str, indices: Indices) -> Sample:
-        """A rank's rows of a micro-batch of :meth:`validation_sets`."""
-        return self.evaluation_sample("valid", name, indices)
 
     def evaluation_sets(self, split: str, max_items: int = 0) -> Mapping[str, Sequence[Indices]]:
         """Batches of a held-out split by language; sentences beyond ``model.max_positions`` are left out, and counted.

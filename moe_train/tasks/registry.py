@@ -10,21 +10,26 @@ from typing import Any, Protocol, TypeVar
 
 from moe_train.config import RunConfig
 from moe_train.data.folder import DataFolder
+from moe_train.data.verification import InputFiles
 from moe_train.errors import ConfigError
 from moe_train.plugins import load_plugin, offer_names
 from moe_train.tasks.base import TrainingTask
 
 
 class TaskData(Protocol):
-    """What every task's data has."""
+    """Interface of a task's data."""
 
     @property
     def path(self) -> Path:
-        """Where it lies."""
+        """Its folder or file."""
 
     @property
     def fingerprint(self) -> str:
         """Equal for equal data."""
+
+    @property
+    def inputs(self) -> InputFiles:
+        """Files that no manifest lists, whose checksums a run keeps."""
 
 
 TaskBuilder = Callable[[RunConfig, Any], TrainingTask]

@@ -99,7 +99,8 @@ class TrainStep:
         own = tuple(rank for rank in range(size) if not_finite[rank])
         experts = tuple(rank for rank in range(size) if not_finite[size + rank])
         traffic = TrafficCounters.of_numbers(sent.tolist())
-        return sums.with_values(values), own or experts, stops > 0, traffic
+        maxima = self.world.max(sums.values) if sums.has_maxima else values
+        return sums.with_values(values, maxima), own or experts, stops > 0, traffic
 
 
 def seed_generators(*parts: int) -> None:

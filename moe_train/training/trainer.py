@@ -132,7 +132,7 @@ class Trainer:
         if self.account is not None and (pairs := line.get("pairs_per_token")):
             counted = self.account(self.train_step.engine.module, {int(layer): n for layer, n in pairs.items()})
             line["flops_per_token"] = self.flops = float(counted["flops_per_token"])
-        if unit := getattr(self.data_loader.task, "unit", None):  # one target each
+        if unit := self.data_loader.task.unit:  # one target each
             line[f"{unit}_per_second"] = line["words_per_second"]
         self.interval = MetricInterval()
         self.writer.trained(line)

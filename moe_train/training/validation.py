@@ -6,7 +6,6 @@ batch, and the batches' sums are added in the order of the batches.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,9 +16,9 @@ import torch
 from torch import nn
 
 from moe_train.routing.context import LocalReduction, RankReduction
+from moe_train.tasks.logged_metrics import reduced
 from moe_train.training.data_loader import move
 from moe_train.training.engines import Engine
-from moe_train.training.metrics.sums import per_token
 from moe_train.training.runtime.world import World
 
 if TYPE_CHECKING:
@@ -58,7 +57,7 @@ class Validator:
             module.train(was_training)
             self.criterion.train(was_training)
             module.set_ranks(self.ranks)
-        line = _summary(jobs, names, self.world.sum(table).tolist(), getattr(self.task, "measures", per_token))
+        line = _summary(jobs, names, self.world.sum(table).tolist(), self.task.measures)
         return line | rate(self.task, line["sentences"], time.monotonic() - started)
 
     def _table(self, jobs: list[Job], between: Callable[[], None]) -> tuple[list[str], torch.Tensor]:
@@ -87,8 +86,7 @@ class Validator:
 
 def rate(task: TrainingTask, items: float, seconds: float) -> dict[str, float]:
     """``images_per_second`` where the task counts images."""
-    unit = getattr(task, "unit", None)
-    return {f"{unit}_per_second": items / max(seconds, 1e-9)} if unit else {}
+    return {f"{task.unit}_per_second": items / max(seconds, 1e-9)} if task.unit else {}
 
 
 def _summary(jobs: list[Job], names: list[str], table: list[list[float]], measures: Measures) -> dict[str, Any]:
@@ -101,4 +99,4 @@ def _summary(jobs: list[Job], names: list[str], table: list[list[float]], measur
 
 
 def _sums(names: list[str], rows: list[list[float]]) -> dict[str, float]:
-    return {name: math.fsum(column) for name, column in zip(names, zip(*rows, strict=True), strict=False)}
+    return {name: reduced(name, column) for name, column in zip(names, zip(*rows, strict=True), strict=False)}

@@ -13,6 +13,7 @@ from moe_train.config import RunConfig, build
 from moe_train.data.batching import BatchSettings, Indices, WorldBatches
 from moe_train.models.trainable import TrainableModel
 from moe_train.routing.types import RoutingStatistics, count_statistics
+from moe_train.tasks.base import TrainingTask
 
 SYMBOLS, EXPERTS, WIDTH, SENTENCES = 12, 4, 16, 120
 
@@ -61,8 +62,8 @@ class ToyCriterion(nn.Module):
         return loss * sample.get("factor", 1.0), sample["ntokens"], logging
 
 
-class ToyTask:
-    """Implements :class:`moe_train.tasks.base.TrainingTask`."""
+class ToyTask(TrainingTask):
+    """Sequences, in two held-out sets."""
 
     def __init__(self, config: RunConfig, dropout: float = 0.1) -> None:
         self.config, self.dropout = config, dropout
@@ -71,7 +72,7 @@ class ToyTask:
         self.steps = draws.integers(1, 4, SENTENCES)
         self.lengths = draws.integers(3, 9, SENTENCES)
 
-    def build_model(self, layout: Any = None) -> nn.Module:
+    def build_model(self, layout: Any = None) -> TrainableModel:
         """Always the same weights for a seed."""
         torch.manual_seed(self.config.seed)
         return ToyModel(self.dropout)
@@ -98,11 +99,11 @@ class ToyTask:
             "net_input": {"symbols": torch.from_numpy(sources)},
         }
 
-    def validation_sets(self) -> Mapping[str, Sequence[Indices]]:
+    def evaluation_sets(self, split: str, max_items: int = 0) -> Mapping[str, Sequence[Indices]]:
         """Two sets of uneven size."""
         return {"a-b": [np.arange(0, 7), np.arange(7, 20)], "b-a": [np.arange(20, 31)]}
 
-    def validation_sample(self, name: str, indices: Indices) -> dict[str, Any]:
+    def evaluation_sample(self, split: str, name: str, indices: Indices) -> dict[str, Any]:
         """As in training."""
         return self.train_sample(indices)
 

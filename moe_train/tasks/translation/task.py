@@ -22,8 +22,7 @@ from moe_train.errors import DataError, note
 from moe_train.fairseq_compat import apply
 from moe_train.models import build_model
 from moe_train.models.trainable import TrainableModel
-from moe_train.routing import RoutingConfig, routing_config
-from moe_train.tasks.base import Sample
+from moe_train.tasks.base import Sample, TranslatingTask
 from moe_train.tasks.criterion import MoELabelSmoothedCrossEntropy
 from moe_train.tasks.registry import register_task
 from moe_train.tasks.translation.parallel_text import ParallelText, Tags, open_split
@@ -38,8 +37,8 @@ _log = logging.getLogger(__name__)
 
 
 @register_task("translation")
-class TranslationTask(FairseqTask):  # type: ignore[misc]
-    """A fairseq task that also fulfils :class:`moe_train.tasks.base.TrainingTask`.
+class TranslationTask(TranslatingTask, FairseqTask):  # type: ignore[misc]
+    """Translation, as one of fairseq's tasks too.
 
     Args:
         config: ``task``, ``training``, ``model``, ``routing`` and ``seed`` are read.
@@ -58,12 +57,18 @@ class TranslationTask(FairseqTask):  # type: ignore[misc]
                 str(folder.path),
                 "train a masked language model on it (task=cross_lingual_lm), or prepare pairs (corpus=text)",
             )
-        self.directions: tuple[str, ...] = config.task.directions or folder.directions
-        for name in self.directions:
+        self._directions = config.task.directions or folder.directions
+        for name in self._directions:
             if name not in folder.directions:
                 remedy = offer_direction(name, folder.directions)
                 raise DataError(f"the data folder has no direction '{name}'", str(folder.path), remedy)
         self._splits: dict[str, ParallelText] = {}
+        self._held_out: dict[str, dict[str, ParallelText]] = {}
+
+    @property
+    def directions(self) -> tuple[str, ...]:
+        """``task.directions``; all of the folder if there are none."""
+        return self._directions
 
     @property
     def vocabulary(self) -> DataFolder:
@@ -89,11 +94,6 @@ class TranslationTask(FairseqTask):  # type: ignore[misc]
     def target_dictionary(self) -> Dictionary:
         """The joint dictionary."""
         return self.dictionary
-
-    @cached_property
-    def routing(self) -> RoutingConfig:
-        """The strategy's own config."""
-        return routing_config(self.config.routing)
 
     def max_positions(self) -> tuple[int, int]:
         """Longest source and target in tokens."""
@@ -187,32 +187,31 @@ class TranslationTask(FairseqTask):  # type: ignore[misc]
 
     # --- validation -------------------------------------------------------------------------------------------------
 
-    @cached_property
-    def _validation(self) -> dict[str, ParallelText]:
-        text = self.split("valid")
-        return {d.name: ParallelText([d], text.pad) for d in text.directions if len(d)}
+    def evaluation_sets(self, split: str, max_items: int = 0) -> Mapping[str, Sequence[Indices]]:
+        """Batches by direction, always the same, of the budget of tokens that training has.
 
-    def validation_sets(self) -> Mapping[str, Sequence[Indices]]:
-        """Micro-batches by direction, always the same, of the budget that training has.
-
-        ``training.validation.max_sentences`` takes the first so many of each direction; sentences beyond the model's
-        ``max_positions`` are left out, with a warning that counts them.
+        Sentences beyond the model's ``max_positions`` are left out, with a warning that counts them.
         """
-        training = self.config.training
-        budget = training.micro_batch_tokens
+        budget, limit = self.config.training.micro_batch_tokens, self.config.model.max_positions
         sets: dict[str, Sequence[Indices]] = {}
-        for name, text in self._validation.items():
-            kept = np.maximum(text.source_lengths, text.target_lengths) <= self.config.model.max_positions
+        for name, text in self._by_direction(split).items():
+            kept = np.maximum(text.source_lengths, text.target_lengths) <= limit
             if not kept.all():
-                limit = self.config.model.max_positions
-                _log.warning("valid %s: %d sentences of more than %d tokens left out", name, (~kept).sum(), limit)
-            items = np.flatnonzero(kept)[: training.validation.max_sentences or None]
+                _log.warning("%s %s: %d sentences of more than %d tokens left out", split, name, (~kept).sum(), limit)
+            items = np.flatnonzero(kept)[: max_items or None]
             sets[name] = cut_by_length(items, text.source_lengths[items], text.target_lengths[items], budget)
         return sets
 
-    def validation_sample(self, name: str, indices: Indices) -> Sample:
-        """A rank's rows of a micro-batch of :meth:`validation_sets`."""
-        return self._validation[name].sample(indices)
+    def evaluation_sample(self, split: str, name: str, indices: Indices) -> Sample:
+        """Rows of a batch of :meth:`evaluation_sets`."""
+        return self._by_direction(split)[name].sample(indices)
+
+    def _by_direction(self, split: str) -> dict[str, ParallelText]:
+        """Each direction's sentences of a split, of directions that have some."""
+        if split not in self._held_out:
+            text = self.split(split)
+            self._held_out[split] = {d.name: ParallelText([d], text.pad) for d in text.directions if len(d)}
+        return self._held_out[split]
 
     # --- translating ------------------------------------------------------------------------------------------------
 

@@ -11,6 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from moe_train.tasks.logged_metrics import shown_text
+
 LOG = logging.getLogger("moe_train")
 _NAMED = 3  # layers whose experts without tokens are counted by name
 _SPEED_PERIOD = 3600.0  # seconds of which the time left is reckoned: after Rich's 30 a slow update has no time left
@@ -74,11 +76,9 @@ class ConsoleLogger:
     def validated(self, line: Mapping[str, Any], best: bool) -> None:
         """Prints a line of valid.jsonl."""
         bleu = f", BLEU {line['bleu']:.2f}" if "bleu" in line else ""
-        for name in ("accuracy", "macro_f1"):
-            bleu += f", {name.replace('_', ' ')} {line[name]:.4f}" if name in line else ""
         self.say(
             f"validation at update {line['update']}: loss {line['loss']:.4f}, nll {line['nll_loss']:.4f}, "
-            f"ppl {line['ppl']:.2f}{bleu}{' (best so far)' if best else ''}"
+            f"ppl {line['ppl']:.2f}{bleu}{shown_text(line)}{' (best so far)' if best else ''}"
         )
 
     def say(self, text: str) -> None:
@@ -97,6 +97,7 @@ def training_text(line: Mapping[str, Any], blocks: Mapping[int, str] = MappingPr
     parts = [f"loss {line['loss']:.3f}"]
     if line.get("ppl") is not None:
         parts.append(f"ppl {line['ppl']:.2f}")
+    parts[-1] += shown_text(line)
     parts.append(f"lr {line['lr']:.2e}")
     unit = "images" if "images_per_second" in line else "words"
     parts.append(f"{line[f'{unit}_per_second']:,.0f} {unit}/s")

@@ -17,16 +17,18 @@ from torch import Tensor
 
 from moe_train.parallel.traffic import TrafficCounters
 from moe_train.routing.types import RoutingStatistics
+from moe_train.tasks.logged_metrics import per_token, reduction
 
 ROUTING = "routing"
-COUNTS = ("ntokens", "nsentences", "sample_size")
 _FIELDS = ("load", "requested", "tokens", "entropy")
 Layout = tuple[tuple[str, tuple[int, ...]], ...]
 
 
 @dataclass(frozen=True)
 class MetricSums:
-    """A criterion's logging output as named additive numbers; routing statistics are ``routing/<layer>/<field>``.
+    """A criterion's logging output as named numbers that are added; routing statistics are ``routing/<layer>/<field>``.
+
+    Metrics registered as maxima (:mod:`moe_train.tasks.logged_metrics`) are not added: the larger value is kept.
 
     Attributes:
         layout: name and shape of each, in the order of ``values``.
@@ -52,15 +54,27 @@ class MetricSums:
         if self.layout != other.layout:
             names = ", ".join(sorted(str(name) for name in set(self.layout) ^ set(other.layout)))
             raise ValueError(f"a criterion reported other names than before: {names}")
-        return MetricSums(self.layout, self.values + other.values)
+        return self.with_values(self.values + other.values, torch.maximum(self.values, other.values))
 
-    def with_values(self, values: Tensor) -> MetricSums:
-        """The same names with other numbers (after a reduction)."""
-        return MetricSums(self.layout, values)
+    def with_values(self, sums: Tensor, maxima: Tensor) -> MetricSums:
+        """The same names with other values, [N] each: ``maxima`` of metrics that are maxima, ``sums`` of the others."""
+        if not self.has_maxima:
+            return MetricSums(self.layout, sums)
+        parts = zip(self.layout, *(values.split(self._sizes) for values in (sums, maxima)), strict=True)
+        return MetricSums(self.layout, torch.cat([m if reduction(name) == "max" else s for (name, _), s, m in parts]))
+
+    @property
+    def has_maxima(self) -> bool:
+        """Whether there are metrics that are maxima."""
+        return any(reduction(name) == "max" for name, _ in self.layout)
+
+    @property
+    def _sizes(self) -> list[int]:
+        return [math.prod(shape) for _, shape in self.layout]
 
     def named(self) -> dict[str, Tensor]:
         """Name → fp64 tensor in its shape."""
-        pieces = self.values.split([math.prod(shape) for _, shape in self.layout])
+        pieces = self.values.split(self._sizes)
         return {name: piece.view(shape) for (name, shape), piece in zip(self.layout, pieces, strict=True)}
 
     def scalars(self) -> dict[str, float]:
@@ -158,15 +172,6 @@ class MetricInterval:
             interval._norms = [float(n) for n in content["norms"]]
             interval._traffic += TrafficCounters.of_numbers(content.get("traffic", interval._traffic.numbers()))
         return interval
-
-
-def per_token(scalars: Mapping[str, float]) -> dict[str, Any]:
-    """Sums → means per target token; ``ppl`` is e^(nll_loss)."""
-    tokens = scalars.get("ntokens", 0.0)
-    content: dict[str, Any] = {n: v / max(tokens, 1.0) for n, v in scalars.items() if n not in COUNTS}
-    if "nll_loss" in content:
-        content["ppl"] = math.exp(min(content["nll_loss"], 700.0))
-    return content | {"tokens": int(tokens), "sentences": int(scalars.get("nsentences", 0.0))}
 
 
 def describe_routing(layers: Mapping[int, RoutingStatistics]) -> dict[str, Any]:

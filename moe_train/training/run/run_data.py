@@ -45,9 +45,8 @@ class RunData:
         Raises:
             DataError: the vocabulary cannot be read.
         """
-        # A task of somebody else's may have neither.
-        vocabulary, trained = getattr(task, "vocabulary", None), getattr(task, "trained", ())
-        return cls({} if vocabulary is None else vocabulary.vocabulary_digests(), tuple(trained))
+        vocabulary = task.vocabulary
+        return cls({} if vocabulary is None else vocabulary.vocabulary_digests(), tuple(task.trained))
 
     @classmethod
     def said_by(cls, folder: RunFolder) -> RunData:
@@ -100,7 +99,7 @@ class RunData:
         Raises:
             DataError: they mean others.
         """
-        folder: DataFolder | None = getattr(task, "vocabulary", None)
+        folder = task.vocabulary
         if folder is None or not self.vocabulary:
             return
         for name, digest in folder.vocabulary_digests().items():
@@ -166,7 +165,7 @@ def verify_data(
         DataError: on every rank, whichever of them found it; names the file.
     """
     world = world or World()
-    vocabulary: DataFolder | None = getattr(task, "vocabulary", None)
+    vocabulary = task.vocabulary if task is not None else None
     folders = {id(found): found for found in (data, vocabulary) if isinstance(found, DataFolder)}
 
     def verify() -> None:
@@ -185,7 +184,7 @@ def check_input_files(folder: RunFolder, data: TaskData, how: DataVerify, keep: 
     Raises:
         DataError: a file that is gone or altered; it is named.
     """
-    inputs: InputFiles = getattr(data, "inputs", InputFiles(data.path))
+    inputs = data.inputs
     if how == "never" or not inputs.names:
         return
     path = folder.path / DATA_FILES
