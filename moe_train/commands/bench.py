@@ -37,7 +37,7 @@ from moe_train.config.paths import configs_directory
 from moe_train.console import lossy_streams, require_output
 from moe_train.errors import UserError
 from moe_train.kernels.cpu.amx_mlp import is_supported
-from moe_train.kernels.cpu.cpu_info import processor_maker
+from moe_train.kernels.cpu.cpu_info import processor_vendor
 from moe_train.launch.job.env import requested_threads
 from moe_train.screen import Screen
 from moe_train.training.checkpoint.checksums import replace_text
@@ -160,7 +160,7 @@ def _report(given: argparse.Namespace, title: str, lines: Lines, notes: Sequence
 
 
 def _processor() -> str:
-    return f"{processor_maker() or platform.processor() or platform.machine()} with {os.cpu_count()} cores"
+    return f"{processor_vendor() or platform.processor() or platform.machine()} with {os.cpu_count()} cores"
 
 
 def _tracked(plan: Sequence[Any]) -> Iterable[Any]:

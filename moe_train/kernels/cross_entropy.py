@@ -1,8 +1,8 @@
-"""Label-smoothed cross-entropy as fairseq defines it, without its copies of the [N, V] scores.
+"""Label-smoothed cross-entropy as in fairseq, without copies of the [N, V] scores.
 
     loss = (1 − ε − ε/(V−1)) · nll + ε/(V−1) · Σ_v −log p_v,        nll = −log p_target
 
-The weights of all classes sum to one: the gradient by a logit is p − q, with q = ε/(V−1), and 1 − ε at the target.
+The class weights q sum to one: q = 1 − ε at the target, ε/(V−1) elsewhere. The gradient of a logit is p − q.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from moe_train.kernels.cpu.matmul import linear, linear_into
 
 
 def label_smoothed_nll(logits: Tensor, target: Tensor, eps: float, ignore: int = -100) -> tuple[Tensor, Tensor]:
-    """Sums over the rows whose target is not ``ignore``.
+    """Loss and nll, summed over the rows whose target is not ``ignore``.
 
     Args:
         logits: [N, V], any floating type; p is computed in fp32 (fp64 for fp64).
         target: [N] int64.
         eps: label smoothing ε.
-        ignore: targets of this index count for nothing (padding).
+        ignore: rows with this target are skipped (padding).
 
     Returns:
         loss and nll, 0-dim fp32, in nats. Only the loss has a gradient.
@@ -34,18 +34,18 @@ def label_smoothed_nll(logits: Tensor, target: Tensor, eps: float, ignore: int =
 def fused_label_smoothed_nll(
     features: Tensor, weight: Tensor, target: Tensor, eps: float, ignore: int = -100, chunk_rows: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """:func:`label_smoothed_nll` of ``features @ weight.T``, the product included.
+    """:func:`label_smoothed_nll` of ``features @ weight.T``, fused with the product.
 
-    The scores exist for a few rows at a time, small enough for the processor's cache, and the gradients by features and
-    weight are computed while they do. Use it where nothing else needs the logits; on tens of thousands of tokens it
-    also saves gigabytes.
+    Logits exist for a few rows at a time, which fit in the processor's cache, and the gradients of features and weight
+    are computed from them at once. Use it if nothing else needs the logits; with tens of thousands of tokens it also
+    saves gigabytes.
 
     Args:
         features: [N, d].
         weight: [V, d], the output embedding.
         target, eps, ignore: as above.
-        chunk_rows: rows at a time; 0 chooses 256 MiB of scores on a GPU, 8 MiB on a CPU, and 256 rows at least: with
-            fewer, the weight's gradient is read and written more often than it is worth.
+        chunk_rows: rows at a time; 0: 256 MiB of logits on a GPU, 8 MiB on a CPU, and at least 256 rows, since with
+            fewer rows the weight's gradient is read and written too often.
 
     Returns:
         loss and nll, 0-dim fp32, in nats. Only the loss has a gradient.
@@ -53,8 +53,8 @@ def fused_label_smoothed_nll(
     if torch.is_autocast_enabled(features.device.type):
         kind = torch.get_autocast_dtype(features.device.type)
         features, weight = features.to(kind), weight.to(kind)
-    room = (8 if features.device.type == "cpu" else 256) << 20
-    rows = chunk_rows or max(room // (4 * weight.shape[0]), 256)
+    chunk_bytes = (8 if features.device.type == "cpu" else 256) << 20
+    rows = chunk_rows or max(chunk_bytes // (4 * weight.shape[0]), 256)
     loss, nll = _FusedLabelSmoothedNll.apply(features, weight, target, eps, ignore, rows)  # type: ignore[no-untyped-call]
     return loss, nll
 
@@ -64,13 +64,13 @@ def _accumulation_type(dtype: torch.dtype) -> torch.dtype:
 
 
 class _Smoothed(NamedTuple):
-    """The loss of some rows, and what its gradient is made of.
+    """The loss of N rows, and what its gradient needs.
 
     Attributes:
         loss, nll: 0-dim.
         p: [N, V] probabilities.
-        real: [N] bool, which rows count.
-        target: [N] int64, valid at rows that do not.
+        real: [N] bool, False for ignored rows.
+        target: [N] int64, 0 for ignored rows.
     """
 
     loss: Tensor
@@ -81,10 +81,10 @@ class _Smoothed(NamedTuple):
 
 
 def _smoothed(logits: Tensor, target: Tensor, eps: float, ignore: int, overwrite: bool) -> _Smoothed:
-    """From logits [N, V], which are overwritten where they may be.
+    """The loss of logits [N, V], which p overwrites if ``overwrite``.
 
-    log p = logit − lse, and the log-sum-exp of a row is its largest logit less the log of its largest p, so that one
-    pass of exponentials serves the loss and the gradient.
+    log p = logit − lse, and the log-sum-exp of a row is its largest logit minus the log of its largest p, so that one
+    pass of exponentials is enough for the loss and the gradient.
     """
     kind, vocabulary = _accumulation_type(logits.dtype), logits.shape[1]
     real = target.ne(ignore)
@@ -103,7 +103,7 @@ def _smoothed(logits: Tensor, target: Tensor, eps: float, ignore: int, overwrite
 
 
 def _gradient_(p: Tensor, target: Tensor, real: Tensor, eps: float) -> Tensor:
-    """Turns p [N, V] into the loss's gradient by the logits, in place."""
+    """Turns p [N, V] into the gradient of the logits, in place."""
     each = eps / max(p.shape[1] - 1, 1)
     gradient = p.sub_(each) if eps else p
     at_target = gradient.new_full((target.shape[0], 1), -(1.0 - eps - each))
@@ -114,12 +114,12 @@ def _gradient_(p: Tensor, target: Tensor, real: Tensor, eps: float) -> Tensor:
 
 
 class _LabelSmoothedNll(torch.autograd.Function):
-    """Keeps p, and makes the gradient of it in place."""
+    """Keeps p, and computes the gradient from it in place."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor, eps: float, ignore: int) -> tuple[Tensor, Tensor]:
         rows = _smoothed(logits, target, eps, ignore, overwrite=False)
-        # Not save_for_backward: it would forbid the change in place; nobody else sees this tensor.
+        # Not save_for_backward, which forbids in-place changes; no other code has this tensor.
         ctx.p = rows.p
         ctx.save_for_backward(rows.real, rows.target)
         ctx.eps, ctx.dtype = eps, logits.dtype
@@ -130,14 +130,14 @@ class _LabelSmoothedNll(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
         if ctx.p is None:
-            raise RuntimeError("label_smoothed_nll can be differentiated once only: its buffer has been used up")
+            raise RuntimeError("label_smoothed_nll can be differentiated only once: backward overwrites its buffer")
         real, target = ctx.saved_tensors
         gradient, ctx.p = _gradient_(ctx.p, target, real, ctx.eps), None
         return gradient.mul_(grad_loss).to(ctx.dtype), None, None, None
 
 
 class _FusedLabelSmoothedNll(torch.autograd.Function):
-    """Goes through the rows in chunks and computes both gradients on the way."""
+    """Computes the loss and both gradients in chunks of rows."""
 
     @staticmethod
     def forward(
@@ -168,9 +168,10 @@ class _FusedLabelSmoothedNll(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
-        by_features = None if ctx.grad_features is None else ctx.grad_features * grad_loss.to(ctx.grad_features.dtype)
-        by_weight = None if ctx.grad_weight is None else (ctx.grad_weight * grad_loss).to(ctx.weight_type)
-        return by_features, by_weight, None, None, None, None
+        grad_features, grad_weight = ctx.grad_features, ctx.grad_weight
+        grad_features = None if grad_features is None else grad_features * grad_loss.to(grad_features.dtype)
+        grad_weight = None if grad_weight is None else (grad_weight * grad_loss).to(ctx.weight_type)
+        return grad_features, grad_weight, None, None, None, None
 
 
 def _add_product_(total: Tensor, gradient: Tensor, x: Tensor) -> None:

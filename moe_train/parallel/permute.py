@@ -167,7 +167,7 @@ def _unpermute_gradients(grad: Tensor, values: Tensor, weight: Tensor, rows: Row
         return torch.zeros_like(values), torch.zeros_like(weight)
     grad = grad.contiguous()
     if grad.dtype == values.dtype == torch.bfloat16 and segment_sum.is_supported(values):
-        grad_values, grad_weight = segment_sum.add_up_backward(grad, values, weight, rows.row_token, rows.row_pair)
+        grad_values, grad_weight = segment_sum.weighted_sums_grad(grad, values, weight, rows.row_token, rows.row_pair)
         return grad_values, grad_weight.to(weight.dtype)
     row = torch.arange(values.shape[0], device=values.device)
     of_row = torch.cat([weight, weight.new_zeros(1)])[rows.row_pair]
@@ -203,7 +203,7 @@ def _sum(values: Tensor, weight: Tensor | None, rows: RowIndex, dtype: torch.dty
         return (moved if weight is None else weight.to(_accumulation_dtype(values)).unsqueeze(1) * moved).to(dtype)
     by = weight if weight is None or rows.by_token is rows.pair_row else weight[rows.row_pair[rows.by_token]]
     if dtype == values.dtype == torch.bfloat16 and segment_sum.is_supported(values):
-        return segment_sum.add_up(values, rows.by_token, rows.token_start, by)
+        return segment_sum.weighted_sums(values, rows.by_token, rows.token_start, by)
     return _segment_sums(values, rows.by_token, rows.token_start, by, dtype)
 
 

@@ -1,1 +1,1 @@
-"""For CPUs: products, segment sums, dropout, memory and threads."""
+"""CPU kernels: matrix products, segment sums, dropout, memory and threads."""

@@ -1,11 +1,12 @@
 /* Products of bfloat16 matrices on the matrix unit of x86 processors (AMX), with fp32 sums.
  *
- * The unit multiplies tiles: 16 rows of 64 bytes. Of A [M, K] a tile holds 16 rows of 32 numbers; of B [K, N] it holds
- * 16 columns, in a row for each pair of neighbours in K. So a matrix is packed first, by patches of 32 x 32 numbers,
- * each of which makes two tiles, and the edges are filled up with zeros.
+ * The unit multiplies tiles: 16 rows of 64 bytes. A tile of A [M, K] holds 16 rows of 32 numbers; a tile of B [K, N]
+ * holds 16 columns, in one row for each pair of neighbours in K. So a matrix is packed first, in patches of 32 x 32
+ * numbers, two tiles each, padded with zeros at the edges.
  *
- * One operand of a product is packed whole, or as much of it as second-level caches hold; the other passes by in panels
- * of 32 rows or columns, and while some are multiplied the next are fetched: that is what small products wait for.
+ * One operand of a product is held: packed whole, or as much of it as fits in the second-level cache. The other passes
+ * in panels of 32 rows or columns; while some are multiplied the next are prefetched, since small products are bound by
+ * memory latency.
  */
 #ifndef MOE_TRAIN_MATRIX_H
 #define MOE_TRAIN_MATRIX_H
@@ -22,40 +23,40 @@ enum {
     SHALLOW = 8,    /* two panels of so many pairs are two thirds of a first-level cache (48 KB) */
 };
 
-/* One side of a product. Numbers stand in patches: `down` from a patch to that below it, `across` to that beside it. */
+/* One operand of a product, in patches. `down`: distance to the patch below; `across`: to the patch on the right. */
 typedef struct {
     const bf16 *at;
     long stride, down, across; /* in numbers; stride: from row to row within a patch */
     long rows, columns;        /* as stored */
-    int turned;                /* the product takes the transposed of what is stored */
+    int turned;                /* the operand is the transpose of the stored matrix */
     int left;                  /* it is A, not B */
-    const char *packed;        /* its tiles, where they are there already */
+    const char *packed;        /* its tiles, if it is stored as tiles */
 } Operand;
 
-/* Where a product goes, and what is done to it on the way out. */
+/* Destination of a product, and operations applied before it is written. */
 typedef struct {
     bf16 *at;
     long stride, down, across, rows, columns;
-    int patched;       /* blocks are written whole, with what the edges are filled up by */
+    int patched;       /* whole blocks are written, padding included */
     const bf16 *bias;  /* [columns], added */
     const bf16 *scale; /* [rows, columns], multiplied after ReLU */
-    const bf16 *kept;  /* laid out like `at`: zero where this is, times `factor` elsewhere */
+    const bf16 *kept;  /* laid out like `at`: the result is 0 where this is 0, else multiplied by `factor` */
     float factor;
-    float *sums; /* [columns], to which the sums over rows are added */
+    float *sums; /* [columns], the sums over rows are added to it */
     int relu;
-    int fresh; /* written past the caches: nobody reads it soon */
+    int fresh; /* non-temporal stores: it is not read soon */
 } Result;
 
 INLINE long blocks(long n) { return (n + BLOCK - 1) / BLOCK; }
-INLINE long least(long a, long b) { return a < b ? a : b; }
-INLINE long most(long a, long b) { return a > b ? a : b; }
+INLINE long min_of(long a, long b) { return a < b ? a : b; }
+INLINE long max_of(long a, long b) { return a > b ? a : b; }
 
-/* A matrix [rows, columns] as C stores it. */
+/* A row-major matrix [rows, columns]. */
 INLINE Operand plain(const bf16 *at, long rows, long columns, int turned, int left) {
     return (Operand){at, columns, BLOCK * columns, BLOCK, rows, columns, turned, left, 0};
 }
 
-/* A matrix stored patch after patch, in rows of patches: as A those are tiles already. */
+/* A matrix stored patch after patch, in rows of patches: as operand A these are tiles already. */
 INLINE Operand patched(const bf16 *at, long rows, long columns, int turned, int left) {
     long full = blocks(columns) * BLOCK;
     const char *packed = left && !turned ? (const char *)at : 0;
@@ -102,7 +103,7 @@ INLINE __m512i row_of_patch(const Operand *o, const bf16 *at, long i, long rows,
     return load(i < rows ? mask : 0, at + i * o->stride);
 }
 
-/* The patch at (down, across), in patches, as two tiles. */
+/* Packs the patch with index (down, across) as two tiles. */
 INLINE void pack_patch(char *to, const Operand *o, long down, long across) {
     static const uint16_t ZIP[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
                                      8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
@@ -110,7 +111,7 @@ INLINE void pack_patch(char *to, const Operand *o, long down, long across) {
     long rows = o->rows - down * BLOCK;
     __mmask32 mask = first(o->columns - across * BLOCK);
     __m512i one[16], two[16];
-    if (o->turned == o->left) { /* K runs down what is stored: neighbours in K are zipped */
+    if (o->turned == o->left) { /* K is the stored row dimension: rows that are neighbours in K are interleaved */
         __m512i low = _mm512_loadu_si512(ZIP), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
         for (int i = 0; i < 16; i++) {
             __m512i even = row_of_patch(o, at, 2 * i, rows, mask), odd = row_of_patch(o, at, 2 * i + 1, rows, mask);
@@ -133,12 +134,12 @@ INLINE void pack_patch(char *to, const Operand *o, long down, long across) {
     }
 }
 
-/* Whether M (of A) or N (of B) runs down what is stored; K then runs across. */
+/* Whether M (of A) or N (of B) is the stored row dimension; K is then the column dimension. */
 INLINE int runs_down(const Operand *o) { return o->left != o->turned; }
 INLINE long extent(const Operand *o) { return blocks(runs_down(o) ? o->rows : o->columns); } /* panels */
 INLINE long depth(const Operand *o) { return blocks(runs_down(o) ? o->columns : o->rows); }  /* pairs of tiles in one */
 
-/* Panels from .. upto - 1, in the order in which they stand in memory. */
+/* Packs panels from .. upto - 1, in memory order. */
 static void pack(char *to, const Operand *o, long from, long upto) {
     long deep = depth(o);
     if (runs_down(o)) {
@@ -167,12 +168,12 @@ INLINE void fetch(Ahead next, long k) {
         _mm_prefetch((const char *)(next.at + k * next.step + i * next.stride), _MM_HINT_T1);
 }
 
-/* One block of 32 x 32 sums, from a panel of A and one of B; of A's rows the first 16 alone where the others are zero.
+/* One block of 32 x 32 sums, from a panel of A and one of B; only the first 16 rows of A if the others are zero.
  *
- * Each tile is loaded again as soon as its last product has been asked for: where another core thread shares the unit
- * and the caches, products and loads overlap less by themselves (a sixth faster there, the same elsewhere). */
+ * Each tile is loaded again as soon as its last product is issued: if another hardware thread shares the unit and the
+ * caches, products and loads overlap less otherwise (a sixth faster there, the same elsewhere). */
 INLINE void multiply(const char *a, const char *b, long deep, int whole, float *sums, Ahead next) {
-    __asm__ volatile("" ::: "memory"); /* tile loads do not tell the compiler that they read memory */
+    __asm__ volatile("" ::: "memory"); /* the compiler does not know that tile loads read memory */
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -212,9 +213,9 @@ INLINE void add_to(float *sums, __mmask32 mask, __m512 low, __m512 high) {
     _mm512_mask_storeu_ps(sums + 16, mask_high, _mm512_add_ps(_mm512_maskz_loadu_ps(mask_high, sums + 16), high));
 }
 
-/* Writes the block at (down, across), in blocks. */
+/* Writes the block with index (down, across). */
 INLINE void finish(const Result *c, long down, long across, const float *block) {
-    long real = least(c->rows - down * BLOCK, BLOCK), rows = c->patched ? BLOCK : real;
+    long real = min_of(c->rows - down * BLOCK, BLOCK), rows = c->patched ? BLOCK : real;
     long place = down * c->down + across * c->across;
     __mmask32 mask = first(c->columns - across * BLOCK), written = c->patched ? first(BLOCK) : mask;
     __m512 zero = _mm512_setzero_ps(), sum_low = zero, sum_high = zero, factor = _mm512_set1_ps(c->factor);
@@ -222,7 +223,7 @@ INLINE void finish(const Result *c, long down, long across, const float *block) 
     for (long i = 0; i < rows; i++, block += BLOCK, place += c->stride) {
         __m512 low = _mm512_add_ps(_mm512_load_ps(block), low_half(bias));
         __m512 high = _mm512_add_ps(_mm512_load_ps(block + 16), high_half(bias));
-        if (c->relu) { /* operands in this order: a NaN stays one */
+        if (c->relu) { /* in this operand order NaN is kept */
             low = _mm512_max_ps(zero, low);
             high = _mm512_max_ps(zero, high);
         }
@@ -252,29 +253,29 @@ INLINE void finish(const Result *c, long down, long across, const float *block) 
     if (c->sums) add_to(c->sums + across * BLOCK, mask, sum_low, sum_high);
 }
 
-INLINE long held_panels(const Operand *o) { return least(extent(o), most(1, HELD / (depth(o) * PAIR))); }
+INLINE long held_panels(const Operand *o) { return min_of(extent(o), max_of(1, HELD / (depth(o) * PAIR))); }
 
-/* How many pass by together: two where both stay in the first-level cache, so that what is held comes from the second
- * half as often. */
+/* Panels of the passing operand per round: two if both fit in the first-level cache, which halves the reads of the held
+ * operand from the second-level cache. */
 INLINE long passing_panels(const Operand *o) { return depth(o) <= SHALLOW ? 2 : 1; }
 
-/* Bytes of room that a product needs. */
-INLINE long room_of_product(const Operand *held, const Operand *passing) {
+/* Bytes of workspace that a product needs. */
+INLINE long workspace_of_product(const Operand *held, const Operand *passing) {
     long kept = held->packed ? 0 : held_panels(held), passed = passing->packed ? 0 : passing_panels(passing);
     return SUMS + (kept + passed) * depth(held) * PAIR;
 }
 
-/* A B, with A held and B passing by, or the other way round. `room` starts at a multiple of 64 bytes. */
-static void product(const Operand *held, const Operand *passing, const Result *c, char *room) {
+/* A B, with A held and B passing, or the other way round. `workspace` is aligned to 64 bytes. */
+static void product(const Operand *held, const Operand *passing, const Result *c, char *workspace) {
     long deep = depth(held), panel = deep * PAIR, step = held_panels(held), group = passing_panels(passing);
-    float *sums = (float *)room;
-    char *of_held = room + SUMS, *of_passing = of_held + (held->packed ? 0 : step * panel);
+    float *sums = (float *)workspace;
+    char *of_held = workspace + SUMS, *of_passing = of_held + (held->packed ? 0 : step * panel);
     for (long from = 0; from < extent(held); from += step) {
-        long count = least(step, extent(held) - from);
+        long count = min_of(step, extent(held) - from);
         const char *stay = held->packed ? held->packed + from * panel : of_held;
         if (!held->packed) pack(of_held, held, from, from + count);
         for (long x = 0; x < extent(passing); x += group) {
-            long together = least(group, extent(passing) - x);
+            long together = min_of(group, extent(passing) - x);
             const char *pass = passing->packed ? passing->packed + x * panel : of_passing;
             if (!passing->packed) pack(of_passing, passing, x, x + together);
             for (long j = 0; j < count; j++) {
@@ -291,7 +292,7 @@ static void product(const Operand *held, const Operand *passing, const Result *c
     }
 }
 
-/* Eight tiles of 16 rows of 64 bytes; undone by _tile_release. */
+/* Configures eight tiles of 16 rows of 64 bytes; undone by _tile_release. */
 static void configure(void) {
     struct {
         uint8_t palette, start, reserved[14];

@@ -1,7 +1,7 @@
-/* The feed-forward of one expert in bfloat16: act(X W1 + b1) W2 + b2 with ReLU, its dropout, and all gradients.
+/* Feed-forward of one expert in bfloat16: act(X W1 + b1) W2 + b2 with ReLU and dropout, and all gradients.
  *
- * X [n, d], W1 [d, h], b1 [h], W2 [h, d], b2 [d]. `hidden` [n, h] is what stands between the products; it is kept from
- * forward to backward by patches, n and h filled up to multiples of 32. Called by moe_train/experts/native.py.
+ * X [n, d], W1 [d, h], b1 [h], W2 [h, d], b2 [d]. `hidden` [n, h] are the rows between the products; they are kept from
+ * forward to backward in patches, n and h padded to multiples of 32. Called by moe_train/kernels/cpu/amx_mlp.py.
  */
 #include <pthread.h>
 #include <stdlib.h>
@@ -13,48 +13,49 @@
 
 enum { ASK_FOR_UNIT = 0x1023, TILE_DATA = 18, LARGE_PAGE = 2 << 20, KEPT = 32 << 20, NO_MEMORY = 1 };
 
-/* Room of this thread's own, kept up to KEPT bytes: a fresh one would cost its pages anew with every expert. */
-static __thread char *own_room;
+/* Workspace of this thread, kept between calls up to KEPT bytes, since a new one has to map its pages again. */
+static __thread char *own_workspace;
 static __thread long own_size;
-static pthread_key_t room_of_thread; /* frees it where the thread ends */
+static pthread_key_t workspace_key; /* frees the workspace when the thread ends */
 
-__attribute__((constructor)) static void prepare(void) { pthread_key_create(&room_of_thread, free); }
+__attribute__((constructor)) static void prepare(void) { pthread_key_create(&workspace_key, free); }
 
-static void keep(char *room, long size) {
-    free(own_room);
-    own_room = room;
-    own_size = room ? size : 0;
-    pthread_setspecific(room_of_thread, room);
+static void keep(char *workspace, long size) {
+    free(own_workspace);
+    own_workspace = workspace;
+    own_size = workspace ? size : 0;
+    pthread_setspecific(workspace_key, workspace);
 }
 
-static char *room_of(long size) {
+static char *workspace_of(long size) {
     if (size > own_size) {
         size = (size + LARGE_PAGE - 1) / LARGE_PAGE * LARGE_PAGE;
         keep(0, 0);
         keep(aligned_alloc(LARGE_PAGE, size), size);
-        if (own_room) madvise(own_room, size, MADV_HUGEPAGE);
+        if (own_workspace) madvise(own_workspace, size, MADV_HUGEPAGE);
     }
-    return own_room;
+    return own_workspace;
 }
 
-static void leave(void) {
+static void release(void) {
     _tile_release();
     if (own_size > KEPT) keep(0, 0);
 }
 
-/* Asks Linux for the matrix unit, once for a process and its threads to come. 0: granted. */
-int moe_ask(void) { return (int)syscall(SYS_arch_prctl, ASK_FOR_UNIT, TILE_DATA); }
+/* Requests permission to use the matrix unit, for the process and all threads started later. 0: permitted. */
+int moe_request_amx(void) { return (int)syscall(SYS_arch_prctl, ASK_FOR_UNIT, TILE_DATA); }
 
-/* y [n, d]. `hidden`: NULL where nobody needs it later. `scale` [n, h]: dropout's, or NULL. */
+/* y [n, d]. `hidden`: NULL if there is no backward. `scale` [n, h]: factors of dropout, or NULL. */
 int moe_forward(bf16 *y, bf16 *hidden, const bf16 *x, const bf16 *w1, const bf16 *b1, const bf16 *w2, const bf16 *b2,
                 const bf16 *scale, long n, long d, long h) {
     long size = hidden ? 0 : blocks(n) * blocks(h) * PAIR;
     Operand by_rows = plain(x, n, d, 0, 1), first_weight = plain(w1, d, h, 0, 0), second_weight = plain(w2, h, d, 0, 0);
     Operand like_hidden = patched(x, n, h, 0, 1); /* of its size */
-    long need = most(room_of_product(&by_rows, &first_weight), room_of_product(&like_hidden, &second_weight));
-    char *room = room_of(size + need);
-    if (!room) return NO_MEMORY;
-    if (!hidden) hidden = (bf16 *)room;
+    long need = workspace_of_product(&by_rows, &first_weight);
+    need = max_of(need, workspace_of_product(&like_hidden, &second_weight));
+    char *workspace = workspace_of(size + need);
+    if (!workspace) return NO_MEMORY;
+    if (!hidden) hidden = (bf16 *)workspace;
     Operand by_hidden = patched(hidden, n, h, 0, 1);
     Result between = to_patched(hidden, n, h), last = to_plain(y, n, d);
     between.bias = b1;
@@ -62,9 +63,9 @@ int moe_forward(bf16 *y, bf16 *hidden, const bf16 *x, const bf16 *w1, const bf16
     between.relu = 1;
     last.bias = b2;
     configure();
-    product(&by_rows, &first_weight, &between, room + size);
-    product(&by_hidden, &second_weight, &last, room + size);
-    leave();
+    product(&by_rows, &first_weight, &between, workspace + size);
+    product(&by_hidden, &second_weight, &last, workspace + size);
+    release();
     return 0;
 }
 
@@ -82,8 +83,8 @@ static void add_rows(float *sums, const bf16 *x, long rows, long columns) {
     }
 }
 
-/* Gradients of x, w1, b1, w2 and b2, given y's; those of biases are in fp32 and added to what stands there. NULL: nobody
- * asks. `factor`: what dropout multiplied what it left by. */
+/* Gradients of x, w1, b1, w2 and b2, from the gradient of y; those of biases are fp32 and accumulated. NULL: not
+ * computed. `factor`: 1 / (1 - p) of dropout. */
 int moe_backward(bf16 *gx, bf16 *gw1, float *gb1, bf16 *gw2, float *gb2, const bf16 *gy, const bf16 *hidden,
                  const bf16 *x, const bf16 *w1, const bf16 *w2, float factor, long n, long d, long h) {
     long size = blocks(n) * blocks(h) * PAIR;
@@ -91,35 +92,35 @@ int moe_backward(bf16 *gx, bf16 *gw1, float *gb1, bf16 *gw2, float *gb2, const b
     Operand hidden_turned = patched(hidden, n, h, 1, 1), gy_right = plain(gy, n, d, 0, 0);
     Operand w1_turned = plain(w1, d, h, 1, 0), x_turned = plain(x, n, d, 1, 1);
     Operand like_g_left = patched(hidden, n, h, 0, 1), like_g_right = patched(hidden, n, h, 0, 0);
-    long need = most(room_of_product(&gy_left, &w2_turned), room_of_product(&gy_right, &hidden_turned));
-    need = most(need, room_of_product(&like_g_left, &w1_turned));
-    need = most(need, room_of_product(&like_g_right, &x_turned));
-    bf16 *g = (bf16 *)room_of(size + need); /* the gradient of what goes into ReLU */
+    long need = max_of(workspace_of_product(&gy_left, &w2_turned), workspace_of_product(&gy_right, &hidden_turned));
+    need = max_of(need, workspace_of_product(&like_g_left, &w1_turned));
+    need = max_of(need, workspace_of_product(&like_g_right, &x_turned));
+    bf16 *g = (bf16 *)workspace_of(size + need); /* gradient of ReLU's input */
     if (!g) return NO_MEMORY;
-    char *room = (char *)g + size;
+    char *workspace = (char *)g + size;
     Operand g_left = patched(g, n, h, 0, 1), g_right = patched(g, n, h, 0, 0);
     Result to_g = to_patched(g, n, h);
     to_g.kept = hidden;
     to_g.factor = factor;
     to_g.sums = gb1;
     configure();
-    product(&gy_left, &w2_turned, &to_g, room);
+    product(&gy_left, &w2_turned, &to_g, workspace);
     if (gb2) add_rows(gb2, gy, n, d);
     if (gw2) {
         Result to_w2 = to_plain(gw2, h, d);
         to_w2.fresh = d % BLOCK == 0 && (uintptr_t)gw2 % 64 == 0;
-        product(&gy_right, &hidden_turned, &to_w2, room);
+        product(&gy_right, &hidden_turned, &to_w2, workspace);
     }
     if (gx) {
         Result to_x = to_plain(gx, n, d);
-        product(&g_left, &w1_turned, &to_x, room);
+        product(&g_left, &w1_turned, &to_x, workspace);
     }
     if (gw1) {
         Result to_w1 = to_plain(gw1, d, h);
         to_w1.fresh = h % BLOCK == 0 && (uintptr_t)gw1 % 64 == 0;
-        product(&g_right, &x_turned, &to_w1, room);
+        product(&g_right, &x_turned, &to_w1, workspace);
     }
     _mm_sfence();
-    leave();
+    release();
     return 0;
 }

@@ -1,9 +1,9 @@
-"""The feed-forward of all local experts by a kernel in C (amx_mlp.c): bf16 and ReLU, on CPUs with AMX.
+"""Feed-forward of all local experts by a C kernel (amx_mlp.c): bf16 and ReLU, on CPUs with AMX.
 
-Expert by expert, each in one call that keeps what it can in caches, fetches the next weights while it multiplies, and
-writes weight gradients past the caches. Rows need no padding; hidden rows, kept for backward, stand in blocks of 32 for
-each expert. Shapes: rows [N, d] in expert order, of which ``counts`` says how many each expert has; w1 [E, d, h],
-b1 [E, h], w2 [E, h, d], b2 [E, d].
+One call per expert, which works in cache, prefetches the next weights while it multiplies, and writes weight gradients
+with non-temporal stores. Rows need no padding; hidden rows, kept for backward, are stored in blocks of 32 per expert.
+Shapes: rows [N, d] in expert order, ``counts[e]`` of them for expert e; w1 [E, d, h], b1 [E, h], w2 [E, h, d],
+b2 [E, d].
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ _BLOCK = 32  # rows and columns that the kernel computes at a time
 
 
 def is_supported(like: Tensor) -> bool:
-    """Whether the kernel takes rows like these, as things are."""
-    return library_for(like, _SOURCE) is not None and _amx_granted()
+    """Whether the kernel can compute rows like these in this process."""
+    return library_for(like, _SOURCE) is not None and _amx_permitted()
 
 
 def check_shapes(
     rows: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, counts: Sequence[int]
 ) -> None:
-    """The kernel would read and write wherever it is sent.
+    """Checks the arguments, since the kernel does not check bounds.
 
     Raises:
-        ValueError: shapes or types do not fit each other or the counts.
+        ValueError: shapes or types do not match each other or the counts.
     """
     experts, d, h = w1.shape
     wanted = {"rows": (sum(counts), d), "w1": (len(counts), d, h), "b1": (experts, h)}
@@ -57,20 +57,20 @@ def forward(
     b2: Tensor | None,
     scale: Tensor | None,
     counts: Sequence[int],
-    keeps_hidden: bool,
+    keep_hidden: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """y [N, d], and the hidden rows for :func:`backward` where ``keeps_hidden``.
+    """y [N, d], and the hidden rows for :func:`backward` if ``keep_hidden``.
 
     Args:
         rows, w1, b1, w2, b2: contiguous.
-        scale: [N, h], what dropout multiplies the hidden rows by; None: nothing.
+        scale: [N, h], factors of dropout on the hidden rows; None: no dropout.
 
     Raises:
-        MemoryError: no room for one expert's hidden rows.
+        MemoryError: the hidden rows of one expert cannot be allocated.
     """
     y = torch.empty_like(rows)
     row_start, block_start, expert = _starts(counts), _block_starts(counts), range(len(counts) + 1)
-    hidden = empty((block_start[-1], _whole_blocks(w1.shape[2])), rows) if keeps_hidden else None
+    hidden = empty((block_start[-1], _whole_blocks(w1.shape[2])), rows) if keep_hidden else None
     _run(
         _functions()["moe_forward"],
         (
@@ -94,18 +94,18 @@ def backward(
     dropout_scale: float,
     counts: Sequence[int],
 ) -> None:
-    """Writes the gradients of rows, w1, b1 (fp32), w2, b2 (fp32) into the given tensors; None: not wanted.
+    """Writes the gradients of rows, w1, b1 (fp32), w2, b2 (fp32) into the tensors ``into``; None: not computed.
 
     Args:
-        grad: of y, [N, d], contiguous.
-        dropout_scale: what dropout multiplies what it leaves by.
+        grad: gradient of y, [N, d], contiguous.
+        dropout_scale: 1 / (1 - p) of dropout.
     """
     row_start, block_start, expert = _starts(counts), _block_starts(counts), range(len(counts) + 1)
-    by_rows, *by_parameters = into
+    grad_rows, *grad_parameters = into
     _run(
         _functions()["moe_backward"],
         (
-            *(_addresses(by_rows, row_start), *(_addresses(gradient, expert) for gradient in by_parameters)),
+            *(_addresses(grad_rows, row_start), *(_addresses(gradient, expert) for gradient in grad_parameters)),
             *(_addresses(grad, row_start), _addresses(hidden, block_start), _addresses(rows, row_start)),
             *(_addresses(w1, expert), _addresses(w2, expert)),
             [dropout_scale] * len(counts),
@@ -116,7 +116,7 @@ def backward(
 
 
 def _starts(sizes: Sequence[int]) -> Sequence[int]:
-    """Where each expert's part starts, and where the last one ends."""
+    """Start of each expert's part, and the end of the last one."""
     return list(accumulate(sizes, initial=0))
 
 
@@ -129,7 +129,7 @@ def _whole_blocks(size: int) -> int:
 
 
 def _addresses(buffer: Tensor | None, starts: Sequence[int]) -> Sequence[int | None]:
-    """The address of each expert's part of a contiguous buffer; None for each where there is none."""
+    """Address of each expert's part of a contiguous buffer; a list of None if there is no buffer."""
     if buffer is None:
         return [None] * (len(starts) - 1)
     begin, step = buffer.data_ptr(), buffer.stride(0) * buffer.element_size()
@@ -146,7 +146,7 @@ def _run(
     def work(experts: Iterable[int]) -> None:
         for e in experts:
             if function(*calls[e]):
-                raise MemoryError(f"no room for the hidden rows of an expert with {counts[e]} rows of {h} numbers")
+                raise MemoryError(f"cannot allocate the hidden rows of an expert: {counts[e]} rows of {h} numbers")
 
     parallel_for(work, counts, 8.0 * d * h)
 
@@ -154,7 +154,7 @@ def _run(
 @functools.cache
 def _functions() -> Mapping[str, Callable[..., int]]:
     kernels = library(_SOURCE)
-    assert kernels is not None and _amx_granted()
+    assert kernels is not None and _amx_permitted()
     pointer, size = ctypes.c_void_p, ctypes.c_long
     forward, backward = kernels.moe_forward, kernels.moe_backward
     forward.argtypes = [pointer] * 8 + [size] * 3
@@ -163,10 +163,10 @@ def _functions() -> Mapping[str, Callable[..., int]]:
 
 
 @functools.cache
-def _amx_granted() -> bool:
-    """Whether Linux lets this process use the matrix unit."""
+def _amx_permitted() -> bool:
+    """Whether Linux permits this process to use the matrix unit."""
     kernels = library(_SOURCE)
-    if kernels is None or kernels.moe_ask() == 0:
+    if kernels is None or kernels.moe_request_amx() == 0:
         return kernels is not None
-    LOG.warning("Linux does not lend this process the matrix unit (AMX): bf16 experts take torch's products")
+    LOG.warning("Linux does not permit this process to use the matrix unit (AMX): bf16 experts use torch's products")
     return False

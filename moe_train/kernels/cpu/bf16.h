@@ -1,4 +1,4 @@
-/* Numbers in bfloat16, 32 at a time, widened to fp32 and back. */
+/* Conversion of 32 bfloat16 numbers to fp32 and back. */
 #ifndef MOE_TRAIN_BF16_H
 #define MOE_TRAIN_BF16_H
 
@@ -10,7 +10,7 @@ enum { WIDTH = 32 };
 
 #define INLINE static inline __attribute__((always_inline))
 
-/* The first n of 32, all of them where n is larger. */
+/* Mask of the first n of 32; all of them if n is larger. */
 INLINE __mmask32 first(long n) { return n >= WIDTH ? 0xffffffffu : n <= 0 ? 0 : (1u << n) - 1; }
 
 INLINE __m512i load(__mmask32 mask, const bf16 *at) { return _mm512_maskz_loadu_epi16(mask, at); }

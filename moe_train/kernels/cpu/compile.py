@@ -1,7 +1,7 @@
-"""Our kernels in C: compiled when they are first needed, where the processor has the units that they are written for.
+"""Compiles and loads the C kernels on first use, if the processor has the instructions that they need.
 
-They are for bf16 on CPUs with matrix units (AMX), whose speed is lost to memory and calls between torch's operators
-(docs/decisions/0010). Nothing needs them: without a compiler, or on other processors, torch's own products serve.
+They are for bf16 on CPUs with matrix units (AMX), where torch's operators lose time to memory traffic and calls
+(docs/decisions/0010). They are optional: without a compiler, or on other processors, torch's operators are used.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from moe_train.kernels.cpu.cpu_info import processor_flags
 
-SWITCH = "MOE_TRAIN_KERNELS"  # set it to "off" (or 0, no, false) to do without
+SWITCH = "MOE_TRAIN_KERNELS"  # "off" (or 0, no, false) disables the kernels
 
-_UNITS = ("avx512f", "avx512bw", "avx512vl", "avx512_bf16", "amx_tile", "amx_bf16")
+_REQUIRED_FLAGS = ("avx512f", "avx512bw", "avx512vl", "avx512_bf16", "amx_tile", "amx_bf16")
 _FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-pthread", "-mprefer-vector-width=512")
-_FOR_UNITS = tuple("-m" + unit.replace("_", "-").replace("avx512-", "avx512") for unit in _UNITS)
+_FLAG_OPTIONS = tuple("-m" + unit.replace("_", "-").replace("avx512-", "avx512") for unit in _REQUIRED_FLAGS)
 _HEADERS = Path(__file__).parent
 _COMPILERS = ("gcc", "cc", "clang")
-_SECONDS = 120
+_TIMEOUT = 120
 
 _log = logging.getLogger(__name__)
 
 
 def library_for(like: Tensor, source: Path) -> ctypes.CDLL | None:
-    """The library of a C file, where it serves tensors like this one: bf16, on this CPU, not watched by anybody.
+    """The library of a C file if it can be used for ``like``: bf16, on the CPU, and torch's operators are not traced.
 
-    Who counts or traces torch's operators (a FLOP counter, a compiler) must see them.
+    FLOP counters and compilers that trace torch's operators must see them.
     """
     if like.dtype != torch.bfloat16 or like.device.type != "cpu":
         return None
@@ -51,24 +51,24 @@ def library_for(like: Tensor, source: Path) -> ctypes.CDLL | None:
 
 @functools.cache
 def library(source: Path) -> ctypes.CDLL | None:
-    """The library of a C file; None where the processor lacks the units or it cannot be built, which is logged."""
+    """The library of a C file; None if the processor lacks the instructions, or if the build fails (logged)."""
     off = os.environ.get(SWITCH, "").lower() in ("off", "0", "no", "false")
-    if off or not processor_flags().issuperset(_UNITS):
+    if off or not processor_flags().issuperset(_REQUIRED_FLAGS):
         return None
     compiler = _compiler()
     if compiler is None:
         return None
     try:
-        return _from_cache(source, compiler)
+        return _load_or_build(source, compiler)
     except (OSError, subprocess.SubprocessError) as error:
-        said = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
-        _warn(f"{source.name} could not be built by {shlex.join(compiler)}: {said.strip()[-500:]}")
+        message = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
+        _warn(f"{source.name} could not be built by {shlex.join(compiler)}: {message.strip()[-500:]}")
         return None
 
 
 @functools.cache
 def _compiler() -> tuple[str, ...] | None:
-    """The command of a C compiler."""
+    """The command of a C compiler; None if there is none."""
     if asked := shlex.split(os.environ.get("CC", "")):
         return tuple(asked)
     found = next((name for name in _COMPILERS if shutil.which(name)), None)
@@ -79,26 +79,26 @@ def _compiler() -> tuple[str, ...] | None:
 
 def _warn(why: str) -> None:
     _log.warning(
-        "bf16 experts on this CPU take torch's products instead of our kernels, which are faster: %s. "
+        "bf16 experts on this CPU use torch's products instead of the faster C kernels: %s. "
         "Install gcc 11 or newer; %s=off silences this.",
         why,
         SWITCH,
     )
 
 
-def _from_cache(source: Path, compiler: tuple[str, ...]) -> ctypes.CDLL:
-    """Loads what was built before from the same text by the same command, or builds it.
+def _load_or_build(source: Path, compiler: tuple[str, ...]) -> ctypes.CDLL:
+    """Loads a library built earlier from the same sources by the same command, or builds it.
 
     Raises:
-        OSError: what was built cannot be loaded, or there is no place for it.
+        OSError: the library cannot be written or loaded.
         subprocess.SubprocessError: the compiler failed.
     """
-    command = (*compiler, *_FLAGS, *_FOR_UNITS)
+    command = (*compiler, *_FLAGS, *_FLAG_OPTIONS)
     texts = [source, *sorted({*source.parent.glob("*.h"), *_HEADERS.glob("*.h")})]
-    words = [*command, _age_of(compiler[0])]
+    words = [*command, _compiler_stamp(compiler[0])]
     digest = hashlib.sha256(b"\0".join([*(path.read_bytes() for path in texts), *map(os.fsencode, words)]))
     with contextlib.ExitStack() as stack:
-        folder = _own_folder() or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="moe_train-")))
+        folder = _cache_folder() or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="moe_train-")))
         built = folder / f"{source.stem}-{digest.hexdigest()[:24]}.so"
         if built.exists():
             with contextlib.suppress(OSError):  # damaged: built again
@@ -107,27 +107,27 @@ def _from_cache(source: Path, compiler: tuple[str, ...]) -> ctypes.CDLL:
         return ctypes.CDLL(str(built))
 
 
-def _age_of(compiler: str) -> str:
-    """What changes where another version of it is installed."""
-    found = shutil.which(compiler)
-    about = Path(found).stat() if found else None
-    return f"{about.st_size}:{about.st_mtime_ns}" if about else ""
+def _compiler_stamp(compiler: str) -> str:
+    """Size and modification time of the compiler, which change with its version."""
+    path = shutil.which(compiler)
+    status = Path(path).stat() if path else None
+    return f"{status.st_size}:{status.st_mtime_ns}" if status else ""
 
 
-def _own_folder() -> Path | None:
-    """Where libraries are kept; None where that cannot be, or others may write there or above."""
+def _cache_folder() -> Path | None:
+    """The folder of built libraries; None if it cannot be made, or if other users can write to it or its parents."""
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moe_train" / "kernels"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder = folder.resolve()
-        safe = _only_ours(folder) and all(_only_ours(parent, sticky=True) for parent in folder.parents)
-    except (OSError, RuntimeError):  # the second: nobody knows where home is
+        safe = _only_we_can_write(folder) and all(_only_we_can_write(parent, sticky=True) for parent in folder.parents)
+    except (OSError, RuntimeError):  # RuntimeError: the home folder is unknown
         return None
     return folder if safe and os.access(folder, os.W_OK) else None
 
 
-def _only_ours(folder: Path, sticky: bool = False) -> bool:
-    """Whether nobody but us and root may change what stands in a folder; ``sticky``: or what others own there."""
+def _only_we_can_write(folder: Path, sticky: bool = False) -> bool:
+    """Whether only this user and root can write to a folder. ``sticky``: a folder with the sticky bit is accepted."""
     found = folder.stat()
     open_to_others = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
     if sticky and found.st_mode & stat.S_ISVTX:
@@ -136,10 +136,10 @@ def _only_ours(folder: Path, sticky: bool = False) -> bool:
 
 
 def _build(source: Path, to: Path, command: tuple[str, ...]) -> None:
-    """Compiles beside the place and then moves there, since other ranks may be at it too."""
+    """Compiles to a temporary folder and then renames, since other ranks may build at the same time."""
     with tempfile.TemporaryDirectory(dir=to.parent, prefix=".building-") as folder:
         made = Path(folder) / to.name
         subprocess.run(
-            [*command, str(source), "-o", str(made)], check=True, capture_output=True, text=True, timeout=_SECONDS
+            [*command, str(source), "-o", str(made)], check=True, capture_output=True, text=True, timeout=_TIMEOUT
         )
         made.replace(to)

@@ -1,4 +1,4 @@
-"""What the processor says of itself."""
+"""Vendor and instruction flags of the processor, from /proc/cpuinfo."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from collections.abc import Mapping
 from pathlib import Path
 
 
-def processor_maker() -> str:
-    """Who made the processor; empty where the system does not tell."""
+def processor_vendor() -> str:
+    """Vendor of the processor; empty if unknown."""
     return _first_processor().get("vendor_id", "")
 
 
 def processor_flags() -> frozenset[str]:
-    """The units and instructions that it has, in Linux's names; empty where the system does not tell."""
+    """Linux's names of the processor's instruction sets; empty if unknown."""
     return frozenset(_first_processor().get("flags", "").split())
 
 
 @functools.cache
 def _first_processor() -> Mapping[str, str]:
-    """What /proc/cpuinfo says of the first processor."""
+    """The entry of the first processor in /proc/cpuinfo."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
     except OSError:

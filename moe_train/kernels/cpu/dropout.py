@@ -1,4 +1,4 @@
-"""Dropout whose draws cost a quarter of torch's on the CPU, where they are a tenth of a small model's training time."""
+"""Dropout with a quarter of torch's cost for random numbers on the CPU, a tenth of a small model's training time."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ _DRAWS = 1 << 16
 
 
 def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
-    """Zeroes elements of x with probability p and scales the others by 1 / (1 - p); x itself outside training.
+    """Zeroes elements of x with probability p and scales the others by 1 / (1 - p); returns x outside training.
 
-    On the CPU each 64-bit number of torch's default generator decides over four elements, so p is rounded to a multiple
-    of 2^-16 (and the scale follows it: the expectation stays x). Elsewhere this is torch's own dropout.
+    On the CPU each 64-bit number of torch's default generator is used for four elements, so p is rounded to a multiple
+    of 2^-16, and the scale uses the rounded p, so that the expectation is x. Elsewhere this is torch's dropout.
     """
     if not p or not training:
         return x

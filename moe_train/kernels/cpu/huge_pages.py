@@ -1,9 +1,8 @@
-"""Large buffers in huge pages, where Linux lends them to those that ask.
+"""Large buffers in huge pages, if Linux provides them on request (madvise).
 
-A fresh buffer of many megabytes is mapped page by page as it is first written, 4 KiB at a time, and the kernel clears
-each: for the gradients of a layer's experts that takes as long as a matrix product (docs/decisions/0009). In pages of
-2 MiB it takes a fraction of that. torch asks for them itself where THP_MEM_ALLOC_ENABLE=1 is set; for these buffers
-there is nothing to set.
+The operating system maps and clears a new buffer of many megabytes in pages of 4 KiB as it is first written, which for
+the gradients of a layer's experts takes as long as a matrix product (docs/decisions/0009). With pages of 2 MiB it takes
+a fraction of that. torch requests huge pages only if THP_MEM_ALLOC_ENABLE=1 is set; these buffers need no setting.
 """
 
 from __future__ import annotations
@@ -32,24 +31,24 @@ def empty(shape: Sequence[int], like: Tensor) -> Tensor:
 
 
 def advise(begin: int, size: int) -> None:
-    """Asks for huge pages for so many bytes of memory from an address on."""
-    if (ask := _advice()) is not None:
+    """Requests huge pages for ``size`` bytes of memory from address ``begin``."""
+    if (madvise := _madvise()) is not None:
         page = mmap.PAGESIZE
         start = -(-begin // page) * page
-        ask(start, (begin + size - start) // page * page, _MADV_HUGEPAGE)
+        madvise(start, (begin + size - start) // page * page, _MADV_HUGEPAGE)
 
 
 def empty_like(like: Tensor) -> Tensor:
-    """The same in ``like``'s shape."""
+    """:func:`empty` in ``like``'s shape."""
     return empty(like.shape, like)
 
 
 @functools.cache
-def _advice() -> Callable[[int, int, int], int] | None:
-    """The system's ``madvise``; None where it has no huge pages for those that ask."""
+def _madvise() -> Callable[[int, int, int], int] | None:
+    """The system's ``madvise``; None if the system does not provide huge pages on request."""
     try:
-        lent = sys.platform == "linux" and "[never]" not in _SWITCH.read_text(encoding="ascii")
-        madvise = ctypes.CDLL(None).madvise if lent else None
+        enabled = sys.platform == "linux" and "[never]" not in _SWITCH.read_text(encoding="ascii")
+        madvise = ctypes.CDLL(None).madvise if enabled else None
     except (OSError, AttributeError):
         return None
     if madvise is not None:

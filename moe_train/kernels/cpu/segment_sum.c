@@ -1,14 +1,14 @@
-/* Rows of bfloat16 added up and multiplied, with fp32 sums. Called by moe_train/kernels/cpu/segment_sum.py.
+/* Weighted sums of bfloat16 rows, accumulated in fp32. Called by moe_train/kernels/cpu/segment_sum.py.
  *
- * Each pass reads every row once; torch's kernels for the same widen rows to fp32 first, or take weights in the type of
- * the rows. Tokens, or rows, from .. upto - 1 are done.
+ * Each pass reads every row once; torch's kernels for the same convert rows to fp32 first, or take weights in the type
+ * of the rows. Tokens, or rows, from .. upto - 1 are computed.
  */
 #include "bf16.h"
 
 /* out [T, d]: for each token t the sum over p of weight[p] times row ids[p] of values, p from start[t] to before
- * start[t + 1], which is `total` for the last of all T tokens. weight: NULL where all are 1. */
-void moe_add_up(bf16 *out, const bf16 *values, const int64_t *ids, const int64_t *start, const float *weight,
-                long tokens, long total, long from, long upto, long d) {
+ * start[t + 1], which is `total` for the last of all T tokens. weight: NULL if all are 1. */
+void moe_weighted_sums(bf16 *out, const bf16 *values, const int64_t *ids, const int64_t *start, const float *weight,
+                       long tokens, long total, long from, long upto, long d) {
     for (long t = from; t < upto; t++) {
         long end = t + 1 < tokens ? start[t + 1] : total;
         for (long c = 0; c < d; c += WIDTH) {
@@ -25,11 +25,12 @@ void moe_add_up(bf16 *out, const bf16 *values, const int64_t *ids, const int64_t
     }
 }
 
-/* Of y_t = sum of weight[pair[i]] values[i] over the rows i of token t, given y's gradient [T, d]: by_values [n, d], and
- * by_weight [pairs], for each the product of its row of values and its token's gradient. Rows whose pair is none of
- * these are padding, whose gradient is zero. */
-void moe_add_up_backward(bf16 *by_values, float *by_weight, const bf16 *grad, const bf16 *values, const float *weight,
-                         const int64_t *token, const int64_t *pair, long pairs, long from, long upto, long d) {
+/* Gradients of y_t = sum of weight[pair[i]] values[i] over the rows i of token t, from y's gradient [T, d]: by_values
+ * [n, d], and by_weight [pairs], the dot product of the pair's row of values and its token's gradient. Rows whose pair
+ * is out of range are padding, with a zero gradient. */
+void moe_weighted_sums_grad(bf16 *by_values, float *by_weight, const bf16 *grad, const bf16 *values,
+                                  const float *weight, const int64_t *token, const int64_t *pair, long pairs, long from,
+                            long upto, long d) {
     for (long i = from; i < upto; i++) {
         const bf16 *grads = grad + token[i] * d, *row = values + i * d;
         int real = pair[i] < pairs;

@@ -1,7 +1,7 @@
-"""Work side by side on the CPU: each thread takes whole experts, instead of all threads sharing every product.
+"""Thread pool over experts on the CPU: each thread computes whole experts, instead of all threads sharing each product.
 
-A layer's products are small and many; dividing each over threads costs a rendezvous a product. Batched products spare
-that, but loads differ, so they would need padding; whole experts per thread need neither. Each thread computes with one
+A layer's products are small and many, and dividing each over threads costs a synchronisation per product. Batched
+products avoid that but need padding, since loads differ; whole experts per thread need neither. Each thread uses one
 core, so results do not depend on the number of threads.
 """
 
@@ -17,26 +17,26 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-_WORTHWHILE_FLOPS = 1e8  # below this, handing work over costs more than it saves
-_UNEVEN = 1.3  # where the fullest thread has more than this times its share, all threads share every product
+_MIN_PARALLEL_FLOPS = 1e8  # below this, handing work to threads costs more than it saves
+_MAX_IMBALANCE = 1.3  # if the largest load exceeds the mean by this factor, all threads share each product instead
 
 
 def parallel_for(work: Callable[[Iterable[int]], None], rows: Sequence[int], flops_per_row: float) -> None:
-    """Calls ``work`` on all experts (or other pieces) that have rows, in several threads where that pays.
+    """Calls ``work`` on all experts (or other parts) that have rows, in several threads if that is faster.
 
     Args:
-        work: gets numbers of experts, the fullest first; experts must not touch the same memory, and gradients are not
-            recorded in it.
-        rows: of each expert.
-        flops_per_row: how much work a row is.
+        work: is called with an iterable of expert ids, the largest first; it must be safe to run for different experts
+            in parallel, and runs without gradients.
+        rows: number of rows of each expert.
+        flops_per_row: FLOPs per row.
     """
     busy = sorted((e for e, count in enumerate(rows) if count), key=lambda e: -rows[e])
     threads = min(_threads(sum(rows) * flops_per_row), len(busy))
-    if threads < 2 or largest_part(busy, rows, threads) * threads > _UNEVEN * sum(rows):
+    if threads < 2 or largest_load(busy, rows, threads) * threads > _MAX_IMBALANCE * sum(rows):
         work(busy)
         return
     inference = torch.is_inference_mode_enabled()
-    queue = iter(busy)  # each thread takes the next, so that a slow core takes fewer
+    queue = iter(busy)  # shared by the threads, so that a slow core takes fewer experts
 
     def call(_: int) -> None:
         with torch.inference_mode(inference), torch.no_grad():
@@ -48,50 +48,50 @@ def parallel_for(work: Callable[[Iterable[int]], None], rows: Sequence[int], flo
             futures.append(_executor(threads).submit(call, number))
         for future in futures:
             future.result()
-    except BaseException:  # Ctrl-C too: whoever called must not let go of memory that is being written
+    except BaseException:  # including Ctrl-C: the caller must not free memory that threads still write to
         for _ in queue:
             pass
         wait(futures)
         raise
 
 
-def largest_part(experts: Sequence[int], rows: Sequence[int], parts: int) -> int:
-    """Rows of the fullest of ``parts`` parts, where each expert in turn goes to the emptiest."""
-    filled = [0] * parts
+def largest_load(experts: Sequence[int], rows: Sequence[int], parts: int) -> int:
+    """Rows of the largest of ``parts`` parts, if each expert in turn goes to the smallest part."""
+    loads = [0] * parts
     for e in experts:
-        heapq.heapreplace(filled, filled[0] + rows[e])
-    return max(filled)
+        heapq.heapreplace(loads, loads[0] + rows[e])
+    return max(loads)
 
 
 def _threads(flops: float) -> int:
-    """How many threads to use: those of torch, unless the work is small or someone watches this thread's operators."""
-    hang_watchdog = _get_current_dispatch_mode() is not None
-    return 1 if hang_watchdog or flops < _WORTHWHILE_FLOPS else torch.get_num_threads()
+    """Number of threads: torch's, or 1 if the work is small or a dispatch mode traces this thread's operators."""
+    traced = _get_current_dispatch_mode() is not None
+    return 1 if traced or flops < _MIN_PARALLEL_FLOPS else torch.get_num_threads()
 
 
 @functools.lru_cache(maxsize=4)
 def _executor(threads: int) -> ThreadPoolExecutor:
-    """Threads that compute with one core each."""
+    """Threads that use one core each."""
     before = torch.get_num_threads()
     executor = ThreadPoolExecutor(threads, "expert", initializer=_use_one_core)
     started = threading.Barrier(threads)
     list(executor.map(lambda _: started.wait(), range(threads)))
-    torch.set_num_threads(before)  # each start has set torch's default for threads to come
+    torch.set_num_threads(before)  # each start has changed torch's default for new threads
     return executor
 
 
 def _use_one_core() -> None:
-    """Computes with one core from now on, and makes OpenMP's other threads leave the cores while they have no work.
+    """Limits this thread to one core, and shortens the busy waiting of GNU OpenMP's other threads.
 
-    After each of its loops, GNU OpenMP's threads wait for the next one awake (5 to 7 ms, measured), and our threads
-    would lack their cores. With more threads than there are cores it waits a 300th of that (its GOMP_SPINCOUNT).
-    Hence one loop here over two threads, the second of which then sleeps for good: with those of torch that makes more
-    than there are cores wherever half of the cores or more are in use.
+    After each loop, GNU OpenMP's threads wait actively for the next one (5 to 7 ms, measured), which takes cores from
+    this pool. With more threads than cores they wait a 300th of that (GOMP_SPINCOUNT). So each thread of this pool runs
+    one loop over two threads, the second of which then sleeps: together with torch's threads that makes more threads
+    than cores if half of the cores or more are in use.
     """
-    torch.get_num_threads()  # a thread's own number is first set from the default, and that only once
+    torch.get_num_threads()  # the first call sets this thread's number from the default, only once
     torch.set_num_threads(2)
     torch.zeros(1 << 17).add_(1)
     torch.set_num_threads(1)
 
 
-os.register_at_fork(after_in_child=_executor.cache_clear)  # threads do not live on in a forked process
+os.register_at_fork(after_in_child=_executor.cache_clear)  # threads do not exist in a forked process

@@ -25,8 +25,8 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A C file of its own, an empty place for libraries, and a processor with everything."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv(compile.SWITCH, raising=False)
-    monkeypatch.setattr(compile, "processor_flags", lambda: frozenset(compile._UNITS))
-    monkeypatch.setattr(compile, "_FOR_UNITS", ())
+    monkeypatch.setattr(compile, "processor_flags", lambda: frozenset(compile._REQUIRED_FLAGS))
+    monkeypatch.setattr(compile, "_FLAG_OPTIONS", ())
     monkeypatch.setattr(compile, "_compiler", compile._compiler.__wrapped__)
     folder = tmp_path / "source"
     folder.mkdir()
@@ -60,7 +60,7 @@ def test_a_damaged_library_is_built_again(source: Path, tmp_path: Path) -> None:
     folder = tmp_path / "cache" / "moe_train" / "kernels"
     command = compile._compiler()
     assert command is not None
-    compile._from_cache(source, command)
+    compile._load_or_build(source, command)
     (first,) = built(tmp_path)
     name = first.name
     shutil.rmtree(folder)  # a loaded file must not be written over
@@ -116,7 +116,7 @@ def test_the_kernels_compile_without_a_warning(name: str, tmp_path: Path) -> Non
         pytest.skip("the kernels are for x86-64")
     compiler, package = compile._compiler.__wrapped__(), Path(compile.__file__).parents[2]
     assert compiler is not None
-    command = [*compiler, *compile._FLAGS, *compile._FOR_UNITS, f"-I{compile._HEADERS}"]
+    command = [*compiler, *compile._FLAGS, *compile._FLAG_OPTIONS, f"-I{compile._HEADERS}"]
     if subprocess.run([*command, "-E", "-x", "c", os.devnull], capture_output=True, check=False).returncode:
         pytest.skip(f"{compiler[0]} does not know AMX")
     source = str(package / name)
@@ -130,7 +130,7 @@ def test_processes_that_build_at_once(source: Path, tmp_path: Path) -> None:
     command = compile._compiler()
     assert command is not None
     with ThreadPoolExecutor(4) as four:
-        libraries = list(four.map(lambda _: compile._from_cache(source, command), range(4)))
+        libraries = list(four.map(lambda _: compile._load_or_build(source, command), range(4)))
     assert [library.answer() for library in libraries] == [42] * 4
     assert len(built(tmp_path)) == 1
 

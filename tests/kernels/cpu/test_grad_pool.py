@@ -69,7 +69,7 @@ def test_sizes_in_turn_wait_for_each_other(memory: grad_pool._Memory, monkeypatc
 
 def test_what_waits_for_long_is_given_up(memory: grad_pool._Memory, monkeypatch: pytest.MonkeyPatch) -> None:
     """It was an earlier model's."""
-    monkeypatch.setattr(grad_pool, "_PATIENCE", 3)
+    monkeypatch.setattr(grad_pool, "_MAX_IDLE_ACQUISITIONS", 3)
     early = grad_pool.gradient_like(LARGE)
     kept = grad_pool.gradient_like(LARGE)
     kept.fill_(3)
@@ -85,7 +85,7 @@ def test_what_waits_for_long_is_given_up(memory: grad_pool._Memory, monkeypatch:
 def test_watched_it_is_torchs(memory: grad_pool._Memory) -> None:
     with FlopCounterMode(display=False):
         grad_pool.gradient_like(LARGE)
-    assert memory.free == {} and memory.loans == 0
+    assert memory.free == {} and memory.acquisitions == 0
 
 
 def test_small_ones_and_other_devices_are_torchs(memory: grad_pool._Memory) -> None:

@@ -26,7 +26,7 @@ def flags(buffer: Tensor) -> set[str]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_large_buffers_stand_in_huge_pages(dtype: torch.dtype) -> None:
-    if huge_pages._advice() is None:
+    if huge_pages._madvise() is None:
         pytest.skip("this kernel lends no huge pages (/sys/kernel/mm/transparent_hugepage/enabled)")
     like = torch.zeros(1, dtype=dtype)
     buffer = huge_pages.empty((48 << 20,), like)  # too large for the heap: a mapping of its own
@@ -38,7 +38,7 @@ def test_small_buffers_and_other_devices_are_left_alone(monkeypatch: pytest.Monk
     def never() -> None:
         raise AssertionError("nothing is to be asked")
 
-    monkeypatch.setattr(huge_pages, "_advice", never)
+    monkeypatch.setattr(huge_pages, "_madvise", never)
     assert huge_pages.empty((3, 5), torch.zeros(1, dtype=torch.int64)).dtype == torch.int64
     assert huge_pages.empty_like(torch.zeros(1 << 28, device="meta")).device.type == "meta"
 
@@ -48,7 +48,7 @@ def test_without_huge_pages_the_buffer_is_there_all_the_same(monkeypatch: pytest
     switch.write_text("always madvise [never]\n", encoding="ascii")
     for path in (switch, tmp_path / "absent"):
         monkeypatch.setattr(huge_pages, "_SWITCH", path)
-        huge_pages._advice.cache_clear()
-        assert huge_pages._advice() is None
+        huge_pages._madvise.cache_clear()
+        assert huge_pages._madvise() is None
         assert huge_pages.empty_like(torch.zeros(4 << 20)).shape == (4 << 20,)
-    huge_pages._advice.cache_clear()
+    huge_pages._madvise.cache_clear()

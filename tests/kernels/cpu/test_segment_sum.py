@@ -28,7 +28,7 @@ def test_add_up(sizes: list[int], dim: int, weighted: bool, seed: int) -> None:
     values = draw(seed, max(total, 1), dim)
     ids = torch.randperm(values.shape[0], generator=torch.Generator().manual_seed(seed))[:total]
     weight = draw(seed + 1, total).float() + 2**-12 if weighted else None
-    found = segment_sum.add_up(values, ids, count.cumsum(0) - count, weight)
+    found = segment_sum.weighted_sums(values, ids, count.cumsum(0) - count, weight)
     rows = values.double()[ids] * (1 if weight is None else weight.double()[:, None])
     bag = torch.arange(len(sizes)).repeat_interleave(count)
     wanted = torch.zeros(len(sizes), dim, dtype=torch.float64).index_add(0, bag, rows)
@@ -45,7 +45,7 @@ def test_add_up_backward(tokens: list[int], padding: int, dim: int, seed: int) -
     token = torch.tensor([*tokens, 0], dtype=torch.int64)[pair]
     grad, values, weight = draw(seed, 4, dim), draw(seed + 1, total, dim), draw(seed + 2, pairs).float()
     values[pair == pairs] = float("nan")
-    by_values, by_weight = segment_sum.add_up_backward(grad, values, weight, token, pair)
+    by_values, by_weight = segment_sum.weighted_sums_grad(grad, values, weight, token, pair)
     scale = torch.cat([weight, weight.new_zeros(1)])[pair]
     torch.testing.assert_close(by_values, (scale[:, None] * grad.float()[token]).to(torch.bfloat16), rtol=0, atol=0)
     rows = order.argsort()[:pairs]
@@ -57,7 +57,7 @@ def test_numbers_that_are_none() -> None:
     """NaN and infinity pass through, and what is too large becomes infinite."""
     row = torch.tensor([[float("nan"), float("inf"), -float("inf"), 3.3e38, 0.0]]).to(torch.bfloat16)
     one = torch.zeros(1, dtype=torch.int64)
-    twice = segment_sum.add_up(row, one, one, torch.tensor([2.0]))
+    twice = segment_sum.weighted_sums(row, one, one, torch.tensor([2.0]))
     torch.testing.assert_close(twice, row * 2, rtol=0, atol=0, equal_nan=True)
 
 
@@ -65,11 +65,11 @@ def test_any_number_of_threads() -> None:
     values, before = draw(0, 20_000, 128), torch.get_num_threads()
     rows, starts, weight = torch.arange(20_000), torch.arange(0, 20_000, 2), torch.rand(20_000)
     grad, token, outcomes = draw(1, 10_000, 128), rows // 2, []
-    assert segment_sum._COST * values.numel() > thread_pool._WORTHWHILE_FLOPS
+    assert segment_sum._COST * values.numel() > thread_pool._MIN_PARALLEL_FLOPS
     for number in (1, 2, 3):
         torch.set_num_threads(number)
-        sums = segment_sum.add_up(values, rows, starts, weight)
-        outcomes.append((sums, *segment_sum.add_up_backward(grad, values, weight, token, rows)))
+        sums = segment_sum.weighted_sums(values, rows, starts, weight)
+        outcomes.append((sums, *segment_sum.weighted_sums_grad(grad, values, weight, token, rows)))
     torch.set_num_threads(before)
     for single, *others in zip(*outcomes, strict=True):
         assert all(torch.equal(single, other) for other in others)
@@ -78,6 +78,6 @@ def test_any_number_of_threads() -> None:
 def test_other_ids_are_refused() -> None:
     values, ids = draw(0, 2, 4), torch.zeros(2, dtype=torch.int64)
     with pytest.raises(ValueError, match="int32"):
-        segment_sum.add_up(values, ids.int(), ids, None)
+        segment_sum.weighted_sums(values, ids.int(), ids, None)
     with pytest.raises(ValueError, match="int32"):
-        segment_sum.add_up_backward(values, values, torch.ones(2), ids.int(), ids)
+        segment_sum.weighted_sums_grad(values, values, torch.ones(2), ids.int(), ids)

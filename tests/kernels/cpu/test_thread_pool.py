@@ -31,7 +31,7 @@ def two_threads() -> object:
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=40), st.integers(1, 6))
 def test_the_fullest_part_is_within_one_expert_of_even(rows: list[int], parts: int) -> None:
     busy = sorted((e for e, count in enumerate(rows) if count), key=lambda e: -rows[e])
-    fullest = thread_pool.largest_part(busy, rows, parts)
+    fullest = thread_pool.largest_load(busy, rows, parts)
     assert sum(rows) / parts <= fullest <= sum(rows) / parts + max(rows)
 
 
@@ -39,7 +39,7 @@ def test_the_fullest_part_is_within_one_expert_of_even(rows: list[int], parts: i
 def test_every_busy_expert_is_taken_once_the_fullest_first(
     two_threads: None, monkeypatch: pytest.MonkeyPatch, rows: list[int], threaded: bool
 ) -> None:
-    monkeypatch.setattr(thread_pool, "_WORTHWHILE_FLOPS", 0.0)
+    monkeypatch.setattr(thread_pool, "_MIN_PARALLEL_FLOPS", 0.0)
     parts: list[list[int]] = []
     thread_pool.parallel_for(lambda experts: parts.append(list(experts)), rows, 1.0)
     assert len(parts) == (2 if threaded else 1)
@@ -52,7 +52,7 @@ def test_nobody_works_on_when_the_call_has_failed(
     two_threads: None, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
 ) -> None:
     """Else threads would write to memory that the caller has let go of."""
-    monkeypatch.setattr(thread_pool, "_WORTHWHILE_FLOPS", 0.0)
+    monkeypatch.setattr(thread_pool, "_MIN_PARALLEL_FLOPS", 0.0)
     done: list[int] = []
 
     def work(experts: Iterable[int]) -> None:
@@ -88,7 +88,7 @@ def spent_asleep():
     return time.process_time() - before
 
 awake = max(spent_asleep() for _ in range(3))
-thread_pool._WORTHWHILE_FLOPS = 0.0
+thread_pool._MIN_PARALLEL_FLOPS = 0.0
 thread_pool.parallel_for(list, [5, 5], 1.0)
 print(awake, min(spent_asleep() for _ in range(3)))
 """
@@ -120,17 +120,17 @@ def test_threads_change_no_result(two_threads: None, monkeypatch: pytest.MonkeyP
     calls = []
     executor = thread_pool._executor
     monkeypatch.setattr(thread_pool, "_executor", lambda n: calls.append(n) or executor(n))
-    monkeypatch.setattr(thread_pool, "_WORTHWHILE_FLOPS", 0.0)
+    monkeypatch.setattr(thread_pool, "_MIN_PARALLEL_FLOPS", 0.0)
     with_threads = outcome()
     assert 2 in calls, "the test must use threads"
-    monkeypatch.setattr(thread_pool, "_WORTHWHILE_FLOPS", float("inf"))
+    monkeypatch.setattr(thread_pool, "_MIN_PARALLEL_FLOPS", float("inf"))
     for ours, alone in zip(with_threads, outcome(), strict=True):
         torch.testing.assert_close(ours, alone, rtol=1e-5, atol=1e-6)
     assert torch.get_num_threads() == 2
 
 
 def test_inference_mode_reaches_the_threads(two_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(thread_pool, "_WORTHWHILE_FLOPS", 0.0)
+    monkeypatch.setattr(thread_pool, "_MIN_PARALLEL_FLOPS", 0.0)
     pool = ExpertPool(ExpertSpec(dim=8, hidden=16), 4)
     token = torch.arange(20)
     pairs = Assignment(token, token % 4, torch.ones(20), torch.zeros_like(token))
@@ -140,7 +140,7 @@ def test_inference_mode_reaches_the_threads(two_threads: None, monkeypatch: pyte
 
 
 def test_an_error_in_a_part_is_raised(two_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(thread_pool, "_WORTHWHILE_FLOPS", 0.0)
+    monkeypatch.setattr(thread_pool, "_MIN_PARALLEL_FLOPS", 0.0)
 
     def fail(part: object) -> None:
         raise ArithmeticError("of a part")
@@ -150,7 +150,7 @@ def test_an_error_in_a_part_is_raised(two_threads: None, monkeypatch: pytest.Mon
 
 
 def test_a_forked_process_starts_threads_of_its_own(two_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(thread_pool, "_WORTHWHILE_FLOPS", 0.0)
+    monkeypatch.setattr(thread_pool, "_MIN_PARALLEL_FLOPS", 0.0)
     seen: list[int] = []
     thread_pool.parallel_for(seen.extend, [5, 5], 1.0)
     child = os.fork()
