@@ -1,4 +1,4 @@
-"""Layers: routing and experts composed, attention, Transformer layers and stacks. Needs torch alone."""
+"""Layers: sparse layers (routing and experts), attention, Transformer layers and stacks. Torch only."""
 
 from __future__ import annotations
 

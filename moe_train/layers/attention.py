@@ -1,7 +1,7 @@
 """Multi-head attention over torch's scaled_dot_product_attention, batch first.
 
-There is no key bias: it adds the same number to all scores of a query, which softmax takes away again, so that its true
-gradient is zero and Adam would only let it wander.
+There is no key bias: it adds the same number to all scores of a query, which softmax cancels. Its true gradient is
+zero, and Adam would only add noise to it.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from moe_train.layers.linear import linear
 
-# All but cuDNN's, which plans on the host for each new shape: 9 ms a call and as much backward on an H200, where an
-# update's kernels take 40 ms in all, and the lengths of sentences make new shapes all the time.
+# All but cuDNN's, which plans on the host for each new shape: 9 ms per call and again in backward on an H200, where the
+# kernels of an update take 40 ms in all. Varying sentence lengths make new shapes all the time.
 _KERNELS = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 
 
@@ -34,7 +34,7 @@ def _merge(attended: Tensor) -> Tensor:
 
 
 class _Attention(nn.Module):
-    """What both kinds share. Initialised as fairseq does: Xavier, with a gain of 1/√2 for query, key and value."""
+    """Base class. Initialised as in fairseq: Xavier, with a gain of 1/√2 for query, key and value."""
 
     def __init__(self, dim: int, heads: int, dropout: float = 0.0) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class _Attention(nn.Module):
         return nn.Parameter(weight)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-        """q [B, H, S, d/H], k and v [B, H, K, d/H] → [B, S, d]; ``mask`` [.., S, K], true: visible."""
+        """q [B, H, S, d/H], k and v [B, H, K, d/H] → [B, S, d]; ``mask`` [.., S, K], True: visible."""
         dropout = self.dropout if self.training else 0.0
         with sdpa_kernel(list(_KERNELS)) if q.device.type == "cuda" else nullcontext():
             attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
@@ -62,7 +62,7 @@ class _Attention(nn.Module):
 
 
 class SelfAttention(_Attention):
-    """Attention of a sequence over itself; query, key and value come from one product."""
+    """Self-attention; query, key and value are computed in one product."""
 
     def __init__(self, dim: int, heads: int, dropout: float = 0.0) -> None:
         super().__init__(dim, heads, dropout)
@@ -74,13 +74,13 @@ class SelfAttention(_Attention):
         return _split(linear(x, self.qkv_weight, bias), 3, self.heads)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-        """x [B, S, d] → [B, S, d]. ``causal``: position i sees 0 .. i only (then ``mask`` must be None)."""
+        """x [B, S, d] → [B, S, d]. ``causal``: position i attends to 0 .. i only (then ``mask`` must be None)."""
         q, k, v = self.project(x)
         return self.attend(q, k, v, mask, causal)
 
 
 class CrossAttention(_Attention):
-    """Attention over another sequence (the encoder's output), whose keys and values can be kept."""
+    """Attention over the encoder's output, whose keys and values can be computed once and kept."""
 
     def __init__(self, dim: int, heads: int, dropout: float = 0.0) -> None:
         super().__init__(dim, heads, dropout)

@@ -1,4 +1,4 @@
-"""What a stack of layers knows about its batch: where padding is and who the tokens are; built once per forward."""
+"""Padding and token metadata of a batch, built once per forward and passed to all layers."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from moe_train.routing.context import LocalReduction, RankReduction, RoutingCont
 
 @dataclass
 class RoutingSettings:
-    """What a model's routers share besides the batch; the model holds one and its user changes it between forwards.
+    """Settings that all routers of a model share. The model owns one; the caller changes it between forwards.
 
     Attributes:
-        seed: of all counted draws: the run's, or evaluation's.
-        update: optimizer updates done so far. Evaluation always sees 0.
-        ranks: who shares the micro-batch.
+        seed: seed of counter-based random numbers, of the run or of the evaluation.
+        update: optimizer updates done so far. Evaluation always uses 0.
+        ranks: reductions over the ranks that share the micro-batch.
     """
 
     seed: int = 1
@@ -32,9 +32,9 @@ class BatchContext:
     Attributes:
         batch: B.
         length: S.
-        real: [T] int64, flat indices (row · S + column) of the tokens that are not padding; None where all are real.
-        padding: [B, S] bool, true at padding; None where there is none.
-        routing: the T real tokens, for routers.
+        real: [T] int64, flat indices (row · S + column) of the tokens that are not padding; None if all are real.
+        padding: [B, S] bool, True at padding; None if there is none.
+        routing: context of the T real tokens, for routers.
     """
 
     batch: int
@@ -50,11 +50,11 @@ class BatchContext:
 
     @property
     def attention_mask(self) -> Tensor | None:
-        """[B, 1, 1, S] bool, true where a key may be looked at; None where all may."""
+        """[B, 1, 1, S] bool, True where a key is visible; None if all are."""
         return None if self.padding is None else ~self.padding[:, None, None, :]
 
     def pack(self, x: Tensor) -> Tensor:
-        """[B, S, d] → the rows of the real tokens, [T, d]."""
+        """[B, S, d] → rows of the real tokens, [T, d]."""
         flat = x.reshape(self.batch * self.length, x.shape[-1])
         return flat if self.real is None else flat.index_select(0, self.real)
 
@@ -68,12 +68,12 @@ class BatchContext:
 
 @dataclass(frozen=True)
 class BatchInfo:
-    """What is known of each sentence, all [B] int64 or None where it is not known.
+    """Metadata of each sentence: [B] int64, or None if unknown.
 
     Attributes:
-        sentence_uid: the sentence's own number (default: its row).
+        sentence_uid: unique number of the sentence (default: its row).
         language: target-language number (default: -1).
-        pass_index: which pass of a doubled batch it belongs to (default: 0).
+        pass_index: pass of the sentence in a doubled batch (default: 0).
     """
 
     sentence_uid: Tensor | None = None
@@ -95,10 +95,10 @@ def batch_context(
     """Builds the context of a batch.
 
     Args:
-        padding: [B, S] bool, true at padding (left or right), or None.
+        padding: [B, S] bool, True at padding (left or right), or None.
         shape: (B, S).
-        token_ids: [B, S] vocabulary ids, where there are any.
-        start: position of the first column (step-by-step decoding: tokens already decoded).
+        token_ids: [B, S] vocabulary ids, if there are any.
+        start: position of the first column (in step-by-step decoding, the number of tokens decoded so far).
         training: whether routers train (jitter, draws that change with the update).
     """
     batch, length = shape

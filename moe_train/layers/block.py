@@ -1,4 +1,4 @@
-"""The base class of what stands in a Transformer layer's feed-forward place, and what it tells of its routing."""
+"""Base class of feed-forward blocks (dense or sparse) of a Transformer layer, and the records of their routing."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from moe_train.routing.types import AuxiliaryLoss, Routing, RoutingStatistics
 
 @dataclass(frozen=True)
 class RoutingRecord:
-    """What one sparse block did in one forward; travels as a return value.
+    """Losses, statistics and routing of one sparse block in one forward, as a return value.
 
     Attributes:
         layer: number of the sparse block in the model, encoder first.
         losses: by name; this rank's shares.
         statistics: additive counts.
-        routing: the answers of its routers, in order (one, or one per stratum; soft routing has none).
+        routing: outputs of its routers in order (one, or one per stratum; empty with soft routing).
     """
 
     layer: int
@@ -43,12 +43,12 @@ Records = tuple[RoutingRecord, ...]
 
 @dataclass(frozen=True)
 class Observation:
-    """What a sparse block's router saw of T tokens, for analysis.
+    """Inputs of a sparse block's router for T tokens, for analysis.
 
     Attributes:
-        states: [T, d] as the router sees them; with strata, as the first gate does, which sees every token.
-        passes: [T] int64 that each token asked for; None without strata.
-        mixes: dispatch and combine weights [B, S, s] each; None without slots.
+        states: [T, d] inputs of the router; with strata, of the first gate, which gets every token.
+        passes: [T] int64, number of passes of each token; None without strata.
+        mixes: dispatch and combine weights, [B, S, s] each; None without slots.
     """
 
     states: Tensor
@@ -57,11 +57,11 @@ class Observation:
 
 
 class Block(nn.Module):
-    """A feed-forward or its sparse stand-in: ``forward(x [B, S, d], context) -> (y [B, S, d], record or None)``.
+    """A dense or sparse feed-forward: ``forward(x [B, S, d], context) -> (y [B, S, d], record or None)``.
 
     Attributes:
-        owns_residual: y already contains x, and the block has all its norms; the Transformer layer adds nothing.
-        owns_norm: the block norms its input itself (X-MoE's experts); the Transformer layer adds the residual only.
+        owns_residual: y already contains x, and the block has its own norms; the Transformer layer adds nothing.
+        owns_norm: the block normalises its input (X-MoE's experts); the Transformer layer adds the residual only.
     """
 
     owns_residual: ClassVar[bool] = False
@@ -72,5 +72,5 @@ class Block(nn.Module):
         raise NotImplementedError
 
     def observe(self, x: Tensor, context: BatchContext, record: RoutingRecord) -> Observation:
-        """What there is to see of a forward on x [B, S, d] that gave ``record``."""
+        """The router's inputs in a forward on x [B, S, d] that returned ``record``."""
         return Observation(context.pack(x))

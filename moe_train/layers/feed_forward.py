@@ -14,7 +14,7 @@ from moe_train.routing.base import RoutingConfig
 
 
 class FeedForward(Block):
-    """W2 · dropout(act(W1 x + b1)) + b2. Initialised as ``nn.Linear`` is, which is what fairseq 0.12.2 does."""
+    """W2 · dropout(act(W1 x + b1)) + b2. Initialised like ``nn.Linear``, as in fairseq 0.12.2."""
 
     def __init__(self, dim: int, hidden: int, activation: str = "relu", dropout: float = 0.0) -> None:
         super().__init__()
@@ -36,5 +36,5 @@ class FeedForward(Block):
 
 @register_kind("dense")
 def build_feed_forward(config: RoutingConfig, inputs: BlockInputs) -> FeedForward:
-    """The dense kind: the strategy's config has no say."""
+    """The dense kind; ``config`` is not used."""
     return FeedForward(inputs.dim, inputs.ffn_dim, inputs.activation, inputs.activation_dropout)

@@ -1,4 +1,4 @@
-"""x W^T + b, and ReLU of it, by the fastest fp32 product that torch ships for the CPU; ``F.linear`` everywhere else."""
+"""x W^T + b with optional ReLU, by oneDNN for large fp32 products on the CPU and by ``F.linear`` otherwise."""
 
 from __future__ import annotations
 
@@ -10,28 +10,29 @@ from torch import Tensor
 
 from moe_train.kernels.cpu.matmul import onednn_linear, prefers_onednn
 
-# oneDNN generates code for every new shape (0.7 ms): below this many FLOPs it cannot win that back.
-_WORTH_IT = 2.5e8
-_WORTH_IT_IN_SEARCH = 4e7  # its steps meet the same shapes again and again
+# oneDNN generates code for every new shape (0.7 ms), which does not pay off below this many FLOPs.
+_MIN_ONEDNN_FLOPS = 2.5e8
+_MIN_ONEDNN_FLOPS_IN_SEARCH = 4e7  # the steps of a search repeat the same shapes
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False) -> Tensor:
     """x [..., k], weight [m, k], bias [m] → [..., m]."""
-    if _fast(x, weight):
+    if _uses_onednn(x, weight):
         rows = x.reshape(-1, x.shape[-1])
         y: Tensor = _Linear.apply(rows, weight, bias, relu)  # type: ignore[no-untyped-call]
         return y.view(*x.shape[:-1], weight.shape[0])
     y = F.linear(x, weight, bias)
-    # relu's backward needs its output only, so it may overwrite its input.
+    # ReLU's backward needs only its output, so it may overwrite its input.
     return F.relu(y, inplace=True) if relu else y
 
 
-def _fast(x: Tensor, weight: Tensor) -> bool:
+def _uses_onednn(x: Tensor, weight: Tensor) -> bool:
+    least_flops = _MIN_ONEDNN_FLOPS if torch.is_grad_enabled() else _MIN_ONEDNN_FLOPS_IN_SEARCH
     return (
         prefers_onednn(x)
         and weight.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
-        and 2.0 * x.numel() * weight.shape[0] >= (_WORTH_IT if torch.is_grad_enabled() else _WORTH_IT_IN_SEARCH)
+        and 2.0 * x.numel() * weight.shape[0] >= least_flops
     )
 
 
@@ -49,7 +50,7 @@ class _Linear(torch.autograd.Function):
         x, weight, y = ctx.saved_tensors
         if y is not None:
             grad = torch.ops.aten.threshold_backward(grad, y, 0)
-        by_x = onednn_linear(grad, weight, None) if ctx.needs_input_grad[0] else None
-        by_weight = grad.t() @ x if ctx.needs_input_grad[1] else None
-        by_bias = grad.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
-        return by_x, by_weight, by_bias, None
+        grad_x = onednn_linear(grad, weight, None) if ctx.needs_input_grad[0] else None
+        grad_weight = grad.t() @ x if ctx.needs_input_grad[1] else None
+        grad_bias = grad.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
+        return grad_x, grad_weight, grad_bias, None

@@ -1,4 +1,4 @@
-"""The public one-call layer, for those who have torch and a model of their own."""
+"""MoELayer: the public sparse layer, for use in any torch model."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 
 class MoELayer(nn.Module):
-    """A sparse feed-forward by any strategy::
+    """A sparse feed-forward with any routing strategy::
 
         layer = MoELayer(dim=512, hidden=2048, routing={"name": "switch", "num_experts": 8})
         y, record = layer(x)                                # x, y: [batch, length, 512]
         loss = task_loss + record.total_loss
 
-    Norm and residual are the caller's, except for strategies that own them (SMoE): ``layer.owns_residual`` says so.
+    The caller adds norm and residual, unless the strategy has its own (SMoE; see ``layer.owns_residual``).
 
     Args:
         dim: d.
@@ -33,12 +33,12 @@ class MoELayer(nn.Module):
         routing: the strategy's name and keys, as in ``configs/routing``.
         activation: ``relu`` or ``gelu``.
         dropout: after the activation.
-        layer: number of this block in the model; different numbers draw differently.
-        seed: of initial weights and of counted draws.
-        layout: which rank owns which experts; None: all here.
+        layer: number of this block in the model; blocks with different numbers get different random numbers.
+        seed: seed of initial weights and of counter-based random numbers.
+        layout: which rank holds which experts; None: all are local.
 
     Raises:
-        ConfigError: a strategy, key or value that cannot be.
+        ConfigError: unknown strategy or key, or invalid value.
     """
 
     def __init__(
@@ -67,11 +67,11 @@ class MoELayer(nn.Module):
         return self.block.owns_residual
 
     def set_num_updates(self, num_updates: int) -> None:
-        """Optimizer updates done so far, for counted draws."""
+        """Sets the number of optimizer updates done so far, for counter-based random numbers."""
         self.settings.update = num_updates
 
     def set_ranks(self, ranks: RankReduction) -> None:
-        """Who shares the micro-batch."""
+        """Sets the reductions over the ranks that share the micro-batch."""
         self.settings.ranks = ranks
 
     def forward(
@@ -83,13 +83,13 @@ class MoELayer(nn.Module):
         sentence_uid: Tensor | None = None,
         start: int = 0,
     ) -> tuple[Tensor, RoutingRecord | None]:
-        """Routes and computes.
+        """Routes x and computes its experts.
 
         Args:
             x: [B, S, d].
-            padding_mask: [B, S] bool, true at padding, which is not routed and gets 0.
+            padding_mask: [B, S] bool, True at padding, which is not routed and gets 0.
             token_ids: [B, S], for hash routing.
-            sentence_uid: [B], numbers that stay with the sentences, for draws that do not depend on the batch.
+            sentence_uid: [B], unique numbers of the sentences, for draws that do not depend on the batch.
             start: position of the first column.
 
         Returns:

@@ -1,4 +1,4 @@
-"""Sinusoidal positions, number for number those of fairseq."""
+"""Sinusoidal positions, identical to fairseq's."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def sinusoids(rows: int, dim: int) -> Tensor:
 
 
 class SinusoidalPositions(nn.Module):
-    """Adds positions to embedded tokens. fairseq counts them from ``padding_index + 1``, and so do we."""
+    """Table of sinusoidal positions, numbered from ``padding_index + 1`` as in fairseq."""
 
     table: Tensor
 
@@ -31,7 +31,7 @@ class SinusoidalPositions(nn.Module):
         self.register_buffer("table", table.contiguous(), persistent=False)
 
     def forward(self, length: int, start: int = 0, padding: Tensor | None = None) -> Tensor:
-        """Positions of ``length`` columns from ``start``: [S, d], or [B, S, d] where ``padding`` [B, S] is given.
+        """Positions of ``length`` columns from ``start``: [S, d], or [B, S, d] if ``padding`` [B, S] is given.
 
         Raises:
             DataError: beyond ``max_positions``.

@@ -1,4 +1,4 @@
-"""Layer kinds by name: a strategy's ``layer_kind`` says which kind composes its router with the experts."""
+"""Registry of layer kinds by name. A strategy's ``layer_kind`` selects the layer that combines router and experts."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BlockInputs:
-    """What a block is built from, besides the strategy's config.
+    """Arguments of a block's builder, in addition to the strategy's config.
 
     Attributes:
         dim: d.
-        ffn_dim: hidden width of the dense feed-forward; an expert's unless the strategy says otherwise.
+        ffn_dim: hidden width of the dense feed-forward, and of an expert unless the strategy sets another.
         layer: number of the sparse block in the model, encoder first.
         activation: ``relu`` or ``gelu``.
-        activation_dropout: after the activation.
-        dropout: of the residual branch, for kinds that own their residuals.
-        seed: of the run.
-        layout: which rank owns which expert; None: all here.
-        token_frequency: [V] counts of the training text, where known.
-        vocabulary: V, 0 where there are no token ids.
+        activation_dropout: dropout after the activation.
+        dropout: dropout of the residual branch, for kinds that own their residuals.
+        seed: seed of the run.
+        layout: which rank holds which experts; None: all are local.
+        token_frequency: [V] counts of the training text, if known.
+        vocabulary: V; 0 if there are no token ids.
     """
 
     dim: int
@@ -46,7 +46,7 @@ class BlockInputs:
     vocabulary: int = 0
 
     def for_router(self) -> RouterInputs:
-        """What a router needs of these."""
+        """The part that a router's constructor needs."""
         return RouterInputs(self.dim, self.layer, self.seed, self.token_frequency, self.vocabulary)
 
     def expert_spec(self, config: RoutingConfig) -> ExpertSpec:
@@ -61,9 +61,9 @@ class BlockInputs:
 
 
 def build_pool(config: RoutingConfig, inputs: BlockInputs) -> ExpertPool:
-    """The experts of a block."""
-    most = strategy(config.name).router.max_experts_per_token(config)
-    return ExpertPool(inputs.expert_spec(config), config.num_experts, inputs.layout, most)
+    """The expert pool of a block."""
+    max_experts = strategy(config.name).router.max_experts_per_token(config)
+    return ExpertPool(inputs.expert_spec(config), config.num_experts, inputs.layout, max_experts)
 
 
 BlockBuilder = Callable[[RoutingConfig, BlockInputs], Block]
@@ -72,10 +72,10 @@ _KINDS: dict[str, BlockBuilder] = {}
 
 
 def register_kind(kind: str) -> Callable[[BlockBuilder], BlockBuilder]:
-    """Decorates the function (or class) that builds blocks of a kind.
+    """Decorator that registers a function (or class) as the builder of a kind.
 
     Raises:
-        ValueError: the kind is taken.
+        ValueError: the kind is already registered.
     """
 
     def decorate(builder: BlockBuilder) -> BlockBuilder:
@@ -93,6 +93,6 @@ def kinds() -> Mapping[str, BlockBuilder]:
 
 
 def build_block(config: RoutingConfig, inputs: BlockInputs) -> Block:
-    """The block that the strategy asks for; without gradients of its own where ``routing.frozen`` says so."""
+    """Builds the block of the strategy; its parameters need no gradient if ``routing.frozen``."""
     block = _KINDS[strategy(config.name).router.layer_kind](config, inputs)
     return block.requires_grad_(not config.frozen)

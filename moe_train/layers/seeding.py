@@ -1,7 +1,7 @@
-"""Initial weights that depend on the seed and on where a module stands, not on what was built before it.
+"""Initial weights that depend on the seed and on a module's position, not on the modules built before it.
 
-A rank that holds fewer experts draws fewer numbers for them; were all modules drawn from one stream, everything built
-later would differ between layouts.
+A rank with fewer experts draws fewer random numbers; with a single stream, all modules built later would differ between
+layouts.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 @contextmanager
 def seeded(seed: int, *where: int) -> Iterator[None]:
-    """Inside, torch's CPU generator is a function of (seed, where); afterwards it is as it was before."""
+    """Context in which torch's CPU generator is seeded by (seed, where); the state before is restored at its end."""
     state = seed & ((1 << 63) - 1)
     for part in where:
         # One step of a 64-bit linear congruential generator (Knuth's multiplier) per coordinate.

@@ -1,8 +1,8 @@
 """Soft MoE's layer: tokens mixed into slots, slots through the experts, their outputs mixed back into tokens.
 
-Puigcerver et al., ICLR 2024, arXiv 2308.00951, §2.1; the mixes are in
-:mod:`moe_train.routing.strategies.soft_moe`. Slots are rows of the same pool as any other strategy's
-tokens: ``token = arange, expert = slot // p, weight = 1``.
+Puigcerver et al., ICLR 2024, arXiv 2308.00951, §2.1; the weights are computed in
+:mod:`moe_train.routing.strategies.soft_moe`. Slots are the rows of an ordinary expert pool:
+``token = arange, expert = slot // p, weight = 1``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from moe_train.routing.types import RoutingStatistics, entropy_sum
 
 
 class SoftLayer(Block):
-    """Dispatch, experts, combine, sentence by sentence. No residual, and no norm of its own."""
+    """Mixes tokens into slots, runs the experts, mixes slots into tokens, per sentence. Without residual or norm."""
 
     def __init__(self, router: SoftMoERouter, pool: ExpertPool, layer: int = 0) -> None:
         super().__init__()
@@ -36,36 +36,37 @@ class SoftLayer(Block):
         """x [B, S, d] → (y [B, S, d], its record); padding gets 0."""
         mixes = self.router.mixes(x, context.padding)
         with full_precision(x):
-            slots = mixes.dispatch.transpose(1, 2) @ present(x, context.padding).to(mixes.dispatch.dtype)
+            slots = mixes.dispatch.transpose(1, 2) @ zero_padding(x, context.padding).to(mixes.dispatch.dtype)
         rows = slots.flatten(0, 1).to(x.dtype)
         routing = self.router(rows)
         outputs = self.pool(rows, routing.assignment).view(slots.shape)
         with full_precision(x):
             y = mixes.combine @ outputs.to(mixes.combine.dtype)
-        statistics = count_mixes(mixes, routing.statistics.load, context)
+        statistics = mix_statistics(mixes, routing.statistics.load, context)
         return y.to(x.dtype), RoutingRecord(self.layer, {}, statistics)
 
     def observe(self, x: Tensor, context: BatchContext, record: RoutingRecord) -> Observation:
-        """The tokens and both mixes."""
+        """Router inputs, with both mixes."""
         mixes = self.router.mixes(x, context.padding)
         return Observation(context.pack(x), mixes=(mixes.dispatch, mixes.combine))
 
 
-def present(x: Tensor, padding: Tensor | None) -> Tensor:
-    """x [B, S, d] with zeros at padding: a weight of 0 does not undo an infinity."""
+def zero_padding(x: Tensor, padding: Tensor | None) -> Tensor:
+    """x [B, S, d] with zeros at padding (a weight of 0 times infinity would be NaN)."""
     return x if padding is None else x.masked_fill(padding.unsqueeze(2), 0.0)
 
 
-def count_mixes(mixes: SoftMixes, load: Tensor, context: BatchContext) -> RoutingStatistics:
-    """Statistics; the entropy is that of the combine weights over slots.
+def mix_statistics(mixes: SoftMixes, load: Tensor, context: BatchContext) -> RoutingStatistics:
+    """Statistics of the mixes; the entropy is that of the combine weights over slots.
 
-    ``extra``: ``slots`` filled, ``combine_max`` (the largest weight of each token), ``dispatch_max`` (the mean over the
-    slots of the token's sentence of their largest weights), summed over tokens: near 1 the mixes have become choices.
+    ``extra``: number of ``slots``; ``combine_max``, the largest weight of each token, and ``dispatch_max``, the mean
+    over the slots of the token's sentence of their largest weights, both summed over tokens. Means near 1 show that
+    soft mixes have become hard choices.
     """
     with torch.no_grad():
         combine, dispatch = mixes.combine, mixes.dispatch
         tokens = torch.full((), context.routing.sentence.shape[0], device=load.device)
-        longest = dispatch.amax(1) if dispatch.shape[1] else dispatch.sum(1)  # amax of nothing is an error
+        longest = dispatch.amax(1) if dispatch.shape[1] else dispatch.sum(1)  # amax of an empty dimension is an error
         lengths = dispatch.shape[1] if context.padding is None else (~context.padding).sum(1)
         largest = (longest.mean(1) * lengths).sum()
         extra = {"dispatch_max": largest, "combine_max": combine.amax(2).sum(), "slots": load.sum()}
@@ -74,7 +75,7 @@ def count_mixes(mixes: SoftMixes, load: Tensor, context: BatchContext) -> Routin
 
 @register_kind("soft")
 def build_soft(config: RoutingConfig, inputs: BlockInputs) -> SoftLayer:
-    """Router and pool of one soft block."""
+    """Builds router and pool of a soft block."""
     router = build_router(config, inputs.for_router())
     assert isinstance(router, SoftMoERouter) and isinstance(config, SoftMoEConfig)
     pool = build_pool(config, inputs)

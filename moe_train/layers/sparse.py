@@ -1,4 +1,4 @@
-"""A router and a pool of experts as one layer: y_t = Σ over pairs (t, e, w) of w · f_e(x_t)."""
+"""Sparse layer of a router and an expert pool: y_t = Σ over pairs (t, e, w) of w · f_e(x_t)."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from moe_train.routing.types import Assignment
 
 
 class SparseLayer(Block):
-    """Routes the real tokens and lets the pool carry out the assignment. No residual, and no norm of its own.
+    """Routes the real tokens and runs the pool on the assignment. Without residual or norm.
 
-    The router always runs in fp32: under autocast its scores are computed outside it, and its parameters stay fp32
-    where the model is cast to a 16-bit type (:class:`~moe_train.routing.base.Router`).
+    The router always runs in at least fp32: autocast is disabled for it, and its parameters stay fp32 when the model is
+    cast to a 16-bit type (:class:`~moe_train.routing.base.Router`).
 
     Args:
-        shared: one more expert that every token passes, with weight 1 (DeepSeekMoE, Dai et al., 2024, §3.2).
+        shared: one more expert that processes every token, with weight 1 (DeepSeekMoE, Dai et al., 2024, §3.2).
     """
 
     def __init__(self, router: Router, pool: ExpertPool, layer: int = 0, shared: FeedForward | None = None) -> None:
@@ -42,10 +42,10 @@ class SparseLayer(Block):
         return context.unpack(y), RoutingRecord(self.layer, routing.losses, routing.statistics, (routing,))
 
     def _experts(self, tokens: Tensor, assignment: Assignment) -> Tensor:
-        """[T, d]: the sum over each token's experts and the shared one, which may overlap with the all-to-alls."""
-        if self.shared is None:
-            return self.pool.finish(self.pool.start(tokens, assignment))
+        """[T, d]: sum over each token's experts and the shared expert, which may overlap with the all-to-alls."""
         pending = self.pool.start(tokens, assignment)
+        if self.shared is None:
+            return self.pool.finish(pending)
         if self.pool.overlaps:
             shared, _ = self.shared(tokens)
             return self.pool.finish(pending).add(shared)
@@ -55,7 +55,7 @@ class SparseLayer(Block):
 
 @register_kind("sparse")
 def build_sparse(config: RoutingConfig, inputs: BlockInputs) -> SparseLayer:
-    """Router, then pool, of one sparse block."""
+    """Builds router, pool and shared expert of a sparse block (in this order: initial weights depend on it)."""
     router = build_router(config, inputs.for_router())
     pool = build_pool(config, inputs)
     shared = None

@@ -16,7 +16,7 @@ from moe_train.layers.transformer import DecoderLayer, EncoderLayer, LayerShape
 
 
 class _Stack(nn.Module):
-    """Layers in order, and the last norm where the layers norm before and not after."""
+    """Layers in order, with a final norm if the layers are pre-norm."""
 
     def __init__(self, shape: LayerShape, layers: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -31,13 +31,13 @@ class _Stack(nn.Module):
 
 
 class EncoderStack(_Stack):
-    """Layers over a sequence that sees itself whole."""
+    """Stack of encoder layers."""
 
     def __init__(self, shape: LayerShape, layers: Sequence[EncoderLayer]) -> None:
         super().__init__(shape, layers)
 
     def forward(self, x: Tensor, context: BatchContext) -> tuple[Tensor, Records]:
-        """x [B, S, d] → (x [B, S, d], the records of all sparse blocks in order)."""
+        """x [B, S, d] → (x [B, S, d], records of all sparse blocks in order)."""
         records: Records = ()
         for layer in self.layers:
             x, more = self._call(layer, x, context)
@@ -46,7 +46,7 @@ class EncoderStack(_Stack):
 
 
 class DecoderStack(_Stack):
-    """Layers over a sequence that sees what came before, and an encoder's output."""
+    """Stack of decoder layers, with causal self-attention and attention over the encoder's output."""
 
     def __init__(self, shape: LayerShape, layers: Sequence[DecoderLayer]) -> None:
         super().__init__(shape, layers)
@@ -62,12 +62,12 @@ class DecoderStack(_Stack):
         return self.norm(x), records
 
     def cache(self, memory: Tensor, memory_mask: Tensor | None, beam: int, max_length: int) -> DecoderCache:
-        """An empty cache for the sentences of ``memory`` [B, S, d]; their keys and values are computed here, once."""
+        """An empty cache for the sentences of ``memory`` [B, S, d], with the keys and values of ``memory``."""
         kept = [layer.cross_attention.project_memory(memory) for layer in self._decoder_layers()]
         return DecoderCache([(k.contiguous(), v.contiguous()) for k, v in kept], memory_mask, beam, max_length)
 
     def step(self, x: Tensor, cache: DecoderCache, context: BatchContext) -> tuple[Tensor, Records]:
-        """The next position of every hypothesis: x [N, 1, d] → (x [N, 1, d], records)."""
+        """Decodes the next position of every hypothesis: x [N, 1, d] → (x [N, 1, d], records)."""
         cache.advance()
         records: Records = ()
         for index, layer in enumerate(self._decoder_layers()):

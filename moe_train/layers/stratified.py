@@ -1,4 +1,4 @@
-"""SMoE's block: up to L passes of one pool of experts, each behind a gate, a norm and a residual of its own.
+"""SMoE's block: up to L passes through one expert pool, each with its own gate, norm and residual.
 
 Xu et al., Findings of EMNLP 2023, arXiv 2305.02176, §3 (Eq. 4-7); the routing is in
 :mod:`moe_train.routing.strategies.smoe`.
@@ -26,15 +26,15 @@ from moe_train.routing.types import Routing, RoutingStatistics
 
 
 class StratifiedLayer(Block):
-    """Tokens pass the strata that they ask for; the block owns its norms and residuals.
+    """Passes tokens through the strata; the block owns its norms and residuals.
 
-    All L passes are always run, with however few tokens, so that ranks keep in step.
+    All L passes always run, even without tokens, so that all ranks run the same collectives.
 
     Args:
-        router: the gates of the strata.
-        pool: the experts of all strata.
+        router: gates of the strata.
+        pool: experts of all strata.
         layer: number of the sparse block in the model.
-        dropout: of each pass's output.
+        dropout: dropout of each pass's output.
     """
 
     owns_residual: ClassVar[bool] = True
@@ -46,12 +46,12 @@ class StratifiedLayer(Block):
         self.layer = layer
         self.dropout = dropout
         self.official = router.config.norm == "official"
-        # paper: one before each pass; official: one before the first, and one on the way into each later state.
+        # paper: one before each pass; official: one before the first pass, and one on entry into each later state.
         count = len(router.strata) + int(self.official)
         self.norms = nn.ModuleList(nn.LayerNorm(pool.spec.dim) for _ in range(count))
 
     def forward(self, x: Tensor, context: BatchContext) -> tuple[Tensor, RoutingRecord | None]:
-        """x [B, S, d] → (x after all passes [B, S, d], the record); padding stays as it is."""
+        """x [B, S, d] → (x after all passes [B, S, d], the record); padding is not changed."""
         routing = context.routing.at_layer(self.layer)
         rows, passes = self.passes(context.pack(x), routing)
         flat = rows if context.real is None else x.reshape(-1, x.shape[-1]).index_copy(0, context.real, rows)
@@ -59,11 +59,11 @@ class StratifiedLayer(Block):
         return flat.view(x.shape), RoutingRecord(self.layer, losses, sum_passes(passes), tuple(passes))
 
     def observe(self, x: Tensor, context: BatchContext, record: RoutingRecord) -> Observation:
-        """The first gate's view, behind its norm, and the passes asked for."""
+        """Inputs of the first gate (after its norm), and the passes of each token."""
         return Observation(self.norms[0](context.pack(x)), passes=requested_capacity(record.routing))
 
     def passes(self, rows: Tensor, context: RoutingContext) -> tuple[Tensor, list[Routing]]:
-        """rows [T, d] → (rows after their passes, the routing of each pass over all T tokens)."""
+        """rows [T, d] → (rows after all passes, the routing of each pass over all T tokens)."""
         stratum = torch.zeros_like(context.sentence)
         done: list[Routing] = []
         for i in range(len(self.router.strata)):
@@ -76,7 +76,7 @@ class StratifiedLayer(Block):
         return rows, done
 
     def one_pass(self, rows: Tensor, active: Tensor, context: RoutingContext, i: int) -> tuple[Tensor, Routing]:
-        """Adds to the active rows what their experts of this pass give."""
+        """Adds the experts' outputs of pass i to the active rows."""
         h = rows[active]
         if not self.official or i == 0:
             h = self.norms[i](h)
@@ -86,7 +86,7 @@ class StratifiedLayer(Block):
         return rows.index_add(0, active, y.to(rows.dtype)), routing
 
     def norm_on_entry(self, rows: Tensor, active: Tensor, stratum: Tensor, i: int) -> Tensor:
-        """The official code: tokens that come into a later stratum, or leave, are normalised in the stream itself."""
+        """Official code: normalises the residual stream of tokens that enter a later stratum or leave."""
         for state in range(i + 1, len(self.norms)):
             entering = active[stratum[active] == state]
             rows = rows.index_copy(0, entering, self.norms[state](rows[entering]).to(rows.dtype))
@@ -94,7 +94,7 @@ class StratifiedLayer(Block):
 
 
 def over_all_tokens(routing: Routing, active: Tensor, tokens: int) -> Routing:
-    """The routing of some tokens as one of all: rows are those of the T tokens, others choose nothing (-1)."""
+    """The routing of the ``active`` tokens as a routing of all T tokens; the others have no choice (-1)."""
     choices = routing.choices.new_full((tokens, routing.choices.shape[1]), -1)
     return dataclasses.replace(
         routing,
@@ -105,14 +105,14 @@ def over_all_tokens(routing: Routing, active: Tensor, tokens: int) -> Routing:
 
 
 def requested_capacity(passes: Sequence[Routing]) -> Tensor:
-    """[T] int64: passes that each token asked for (§5), from a record's ``routing``."""
+    """[T] int64: number of passes that each token requested (§5), from a record's ``routing``."""
     return torch.stack([p.choices[:, 0] >= 0 for p in passes]).sum(0)
 
 
 def sum_passes(passes: Sequence[Routing]) -> RoutingStatistics:
-    """Counts over all passes. The entropy is the first gate's, which sees every token and every expert once.
+    """Sums of counts over all passes. The entropy is the first gate's, which gets all tokens and all experts.
 
-    ``extra["passes"]`` [L] counts the tokens that asked for 1, 2 … L passes.
+    ``extra["passes"]`` [L]: number of tokens that requested 1, 2 … L passes.
     """
     first = passes[0].statistics
     requested = requested_capacity(passes)
@@ -128,7 +128,7 @@ def sum_passes(passes: Sequence[Routing]) -> RoutingStatistics:
 
 @register_kind("stratified")
 def build_stratified(config: RoutingConfig, inputs: BlockInputs) -> StratifiedLayer:
-    """Gates and pool of one stratified block."""
+    """Builds gates and pool of a stratified block."""
     router = build_router(config, inputs.for_router())
     assert isinstance(router, SMoERouter)
     pool = build_pool(config, inputs)

@@ -1,4 +1,4 @@
-"""Transformer layers, pre-norm or post-norm, with a dense or sparse feed-forward, perhaps a sparse block after it."""
+"""Transformer layers, pre-norm or post-norm, with a dense or sparse feed-forward and an optional inserted block."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moe_train.layers.decoder_cache import DecoderCache
 
 @dataclass(frozen=True)
 class LayerShape:
-    """What every layer of a stack has in common; see :class:`moe_train.config.ModelConfig` for the fields."""
+    """Shape of the layers of a stack; see :class:`moe_train.config.ModelConfig` for the fields."""
 
     dim: int
     num_heads: int
@@ -25,7 +25,7 @@ class LayerShape:
 
 
 class Residual(nn.Module):
-    """x + f(LN(x)), or LN(x + f(x)): the frame around each part of a layer."""
+    """Residual connection: x + f(LN(x)) (pre-norm) or LN(x + f(x)) (post-norm)."""
 
     def __init__(self, shape: LayerShape) -> None:
         super().__init__()
@@ -34,18 +34,18 @@ class Residual(nn.Module):
         self.dropout = shape.dropout
 
     def enter(self, x: Tensor) -> Tensor:
-        """What f gets."""
+        """The input of f."""
         return self.norm(x) if self.pre else x
 
     def leave(self, x: Tensor, y: Tensor) -> Tensor:
-        """The sum of the stream x and f's output y, both [..., d]."""
+        """Adds f's output y to x, both [..., d]."""
         if self.dropout and self.training:
             y = dropout(y, self.dropout)
         return x + y if self.pre else self.norm(x + y)
 
 
 class BlockResidual(nn.Module):
-    """A feed-forward block, dense or sparse, in its residual frame; leaves to the block what the block owns."""
+    """Residual connection around a dense or sparse block, except for the parts that the block owns."""
 
     def __init__(self, shape: LayerShape, block: Block) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class BlockResidual(nn.Module):
         self.residual = None if block.owns_residual or block.owns_norm else Residual(shape)
 
     def forward(self, x: Tensor, context: BatchContext) -> tuple[Tensor, Records]:
-        """x [B, S, d] → (x [B, S, d], the block's record where it is sparse)."""
+        """x [B, S, d] → (x [B, S, d], the block's record if it is sparse)."""
         y, record = self.block(self.residual.enter(x) if self.residual else x, context)
         records = () if record is None else (record,)
         if self.block.owns_residual:
@@ -65,7 +65,7 @@ class BlockResidual(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """Self-attention, feed-forward, and an inserted sparse block where there is one."""
+    """Self-attention, feed-forward, and optionally an inserted sparse block."""
 
     def __init__(self, shape: LayerShape, block: Block, inserted: Block | None = None) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class EncoderLayer(nn.Module):
 
 
 class DecoderLayer(EncoderLayer):
-    """An encoder layer that looks back only, with attention over the encoder's output before its feed-forward."""
+    """Causal self-attention, attention over the encoder's output, feed-forward, optionally an inserted block."""
 
     def __init__(self, shape: LayerShape, block: Block, inserted: Block | None = None) -> None:
         super().__init__(shape, block, inserted)
@@ -99,14 +99,14 @@ class DecoderLayer(EncoderLayer):
     def forward(  # type: ignore[override]
         self, x: Tensor, memory: Tensor, memory_mask: Tensor | None, context: BatchContext
     ) -> tuple[Tensor, Records]:
-        """x [B, S, d] over memory [B, K, d] → (x, records). The target is padded on the right only."""
+        """x [B, S, d] over memory [B, K, d] → (x, records). The target must be padded on the right only."""
         h = self.self_attention(self.attention_residual.enter(x), causal=True)
         x = self.attention_residual.leave(x, h)
         h = self.cross_attention(self.cross_residual.enter(x), memory, memory_mask)
         return self.after_attention(self.cross_residual.leave(x, h), context)
 
     def step(self, x: Tensor, cache: DecoderCache, layer: int, context: BatchContext) -> tuple[Tensor, Records]:
-        """One position: x [N, 1, d] → (x [N, 1, d], records); ``cache`` holds the positions before it."""
+        """Decodes one position: x [N, 1, d] → (x [N, 1, d], records); ``cache`` holds the earlier positions."""
         q, k, v = self.self_attention.project(cache.by_sentence(self.attention_residual.enter(x)))
         keys, values = cache.append(layer, k, v)
         h = self.self_attention.attend(q, keys, values, mask=cache.visible)

@@ -14,7 +14,7 @@ from moe_train.layers.linear import linear
 def always_fast(monkeypatch: pytest.MonkeyPatch) -> None:
     if not module.prefers_onednn(torch.zeros(1)):
         pytest.skip("this build of torch has no oneDNN linear")
-    monkeypatch.setattr(module, "_WORTH_IT", 0.0)
+    monkeypatch.setattr(module, "_MIN_ONEDNN_FLOPS", 0.0)
 
 
 @pytest.mark.usefixtures("always_fast")

@@ -74,7 +74,7 @@ def test_any_reordering_equals_decoding_each_history_alone(data: st.DataObject) 
     source, who = sentences([7, 4, 6]), facts(batch)
     encoded = model.eval().encoder(source, None, **who)
     state = model.start_decoding(encoded, beam, 2)
-    state.cache.patience = data.draw(st.sampled_from([1, 2, 8]))
+    state.cache.compact_interval = data.draw(st.sampled_from([1, 2, 8]))
     histories = torch.empty(batch * beam, 0, dtype=torch.long)
     owner = torch.arange(batch).repeat_interleave(beam)
     draw = torch.Generator().manual_seed(data.draw(st.integers(0, 1000)))
@@ -111,7 +111,7 @@ def test_slots_that_nobody_descends_from_are_cleared_away() -> None:
         model.decode_step(torch.full((2 * beam,), 7), state)
         state.reorder(torch.tensor([0] * beam + [beam] * beam))
     assert state.step == steps
-    assert steps <= state.cache.used <= steps + state.cache.patience * beam < steps * beam
+    assert steps <= state.cache.used <= steps + state.cache.compact_interval * beam < steps * beam
 
 
 def test_beams_of_a_sentence_cannot_continue_another() -> None:
