@@ -1,1 +1,1 @@
-"""What Hydra finds of ours when it looks for plugins."""
+"""Hydra plugins of moe_train."""

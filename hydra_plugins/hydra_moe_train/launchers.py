@@ -1,4 +1,4 @@
-"""Where ``hydra/launcher=submitit_local`` and ``submitit_slurm`` lead: Hydra takes launchers from this package only."""
+"""The launchers ``submitit_local`` and ``submitit_slurm``: Hydra finds launchers in ``hydra_plugins`` only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The configs of code from outside: Hydra asks its plugins for folders whenever it composes a config."""
+"""Adds config folders of plug-ins to Hydra's search path."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from moe_train.plugins import config_folders
 
 
 class OutsideConfigs(SearchPathPlugin):
-    """Appends ``configs`` of ``user_dir`` and of installed plug-ins: the configs of moe_train stand before them."""
+    """Appends ``configs`` of ``user_dir`` and of installed plug-ins, after the configs of moe_train."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         """Called by Hydra."""

@@ -22,7 +22,7 @@ from moe_train.launch.job.env import launched_rank, under_launcher
 from moe_train.launch.job.failures import WorkerError, failure_of, out_of_memory, write_failure
 from moe_train.launch.local import launch
 from moe_train.launch.process_group import joined_world, logging_to, ranks_per_node, world_size
-from moe_train.launch.requeue import leave_saved
+from moe_train.launch.requeue import exit_saved
 from moe_train.launch.slurm import is_array_job
 from moe_train.models.accounting import account
 from moe_train.screen import Screen
@@ -79,10 +79,10 @@ def _checked_and_trained(mapping: Mapping[str, Any], folder: RunFolder | None) -
             score_when_finished(config, folder, World())
     except SystemExit as left:  # asked to stop before there was anything to save
         print("asked to stop before the first update: nothing to save", file=sys.stderr)
-        leave_saved(int(left.code or 0))
+        exit_saved(int(left.code or 0))
         raise
     if outcome.status == "interrupted":
-        leave_saved()
+        exit_saved()
     return outcome.best
 
 

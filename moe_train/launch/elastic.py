@@ -1,8 +1,8 @@
-"""One run folder for all lives of a job under torchrun, which starts its processes again when some are lost.
+"""Keeps one run folder over all restarts of a job under torchrun.
 
-The default folder has the time in its name, so rank 0 would begin anew after each restart. Rank 0 therefore notes its
-folder under the rendezvous id, where the next rank 0 finds it, on whichever host of a shared file system it stands.
-Needs no torch: commands ask before they read anything.
+The default folder has the time in its name, so each restart would begin a new run. Rank 0 therefore writes its folder
+to a note named after the rendezvous id, which rank 0 of the next restart reads, on any host of a shared file system.
+Does not import torch: commands call it before they read anything.
 """
 
 from __future__ import annotations
@@ -26,55 +26,55 @@ def restarted() -> bool:
     return under_agent() and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
-def folder_words(words: Sequence[str]) -> list[str]:
-    """What to add to the command line so that this life of the job goes on in the folder of the one before.
+def folder_overrides(overrides: Sequence[str]) -> list[str]:
+    """Overrides to add to the command line so that this restart of the job resumes in the folder of the one before.
 
     Args:
-        words: the overrides that the user typed. Where they fix the folder nothing is to be added.
+        overrides: those that the user typed. Where they set the folder, none is added.
     """
-    note = _read(words)
+    note = _read(overrides)
     if note is None:
         return []
     quoted = note["folder"].replace("\\", "\\\\").replace("'", "\\'")
     return [f"{_KEY}='{quoted}'"]
 
 
-def note_folder(words: Sequence[str], folder: Path) -> None:
-    """Notes the folder for the next life, if there may be one. Rank 0 calls it."""
-    if not _wanted(words):
+def note_folder(overrides: Sequence[str], folder: Path) -> None:
+    """Writes the note for the next restart, if torchrun allows restarts. Rank 0 calls it."""
+    if not _is_needed(overrides):
         return
-    path = _note()
+    path = _note_path()
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps({"words": list(words), "folder": str(folder.resolve())}), encoding="utf-8")
+    partial.write_text(json.dumps({"words": list(overrides), "folder": str(folder.resolve())}), encoding="utf-8")
     os.replace(partial, path)
 
 
-def _wanted(words: Sequence[str]) -> bool:
-    fixed = any(word.startswith(f"{_KEY}=") and "${" not in word for word in words)
+def _is_needed(overrides: Sequence[str]) -> bool:
+    fixed = any(word.startswith(f"{_KEY}=") and "${" not in word for word in overrides)
     return under_agent() and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and not fixed
 
 
-def _read(words: Sequence[str]) -> dict[str, Any] | None:
-    """The note, if it is of this job: an id may have been given to another one before."""
-    if not _wanted(words):
+def _read(overrides: Sequence[str]) -> dict[str, Any] | None:
+    """The note, if it is of this job: an earlier job may have had the same id."""
+    if not _is_needed(overrides):
         return None
     try:
-        note = json.loads(_note().read_text(encoding="utf-8"))
-        if note["words"] == list(words) and (restarted() or not _finished(Path(note["folder"]))):
+        note = json.loads(_note_path().read_text(encoding="utf-8"))
+        if note["words"] == list(overrides) and (restarted() or not _finished(Path(note["folder"]))):
             return dict(note)
     except (OSError, ValueError, KeyError, TypeError):
         pass
     return None
 
 
-def _note() -> Path:
-    """Where the note of this job lies. Without an id of its own the agent is what tells a job from others."""
+def _note_path() -> Path:
+    """The file of this job's note. A job without an id is identified by its agent: host, pid and start time."""
     name = os.environ["TORCHELASTIC_RUN_ID"]
     if name == "none":
         agent = os.getppid()
-        born = Path(f"/proc/{agent}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
-        name = f"{socket.gethostname()}-{agent}-{born}"
+        started_at = Path(f"/proc/{agent}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
+        name = f"{socket.gethostname()}-{agent}-{started_at}"
     return NOTES / f"{re.sub(r'[^A-Za-z0-9._-]', '_', name)}.json"
 
 

@@ -1,4 +1,4 @@
-"""Hydra's process-wide store of schemas, without what other packages leave there."""
+"""Removes entries of other packages from Hydra's process-wide config store."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from hydra.core.config_store import ConfigStore
 
 
 def forget_foreign_schemas() -> None:
-    """Leaves Hydra's own entries in its process-wide store of schemas.
+    """Removes all schemas from Hydra's process-wide config store except its own.
 
-    Importing fairseq puts dozens there, ``task/translation`` among them, and Hydra would hold our files of the same
-    name against them. Our configs are checked by :mod:`moe_train.config.from_mapping` instead. The submitit
-    plugin's go, too: ``configs/hydra/launcher`` has more keys.
+    Importing fairseq adds dozens, ``task/translation`` among them, and Hydra would check our files of the same name
+    against them. :mod:`moe_train.config.from_mapping` checks our configs instead. Those of the submitit plugin are
+    removed, too, since ``configs/hydra/launcher`` has more keys.
     """
     repository = ConfigStore.instance().repo
     for name in [name for name in repository if name not in ("hydra", "_dummy_empty_config_.yaml")]:

@@ -1,4 +1,4 @@
-"""Starts processes on this host and stands by them: signals are passed on, the first failure ends the others."""
+"""Starts processes on this host and waits for them: forwards signals, ends the others when one fails."""
 
 from __future__ import annotations
 
@@ -32,18 +32,21 @@ def launch(target: str, arguments: Mapping[str, Any], config: LaunchConfig, logs
 
     Args:
         target: ``package.module:function``; called with ``arguments`` as keywords.
-        arguments: anything that JSON can hold; so must be what the function returns.
-        logs: where rank_N.log of each rank lies; ranks other than 0 print into theirs.
+        arguments: JSON values; the function must return a JSON value, too.
+        logs: folder of rank_N.log of each rank; ranks other than 0 print into theirs.
 
     Raises:
-        LaunchError: the system's folder for temporary files has no locks.
-        UserError: what the first failing rank raised, if it was one.
-        WorkerError: the first failing rank's error otherwise; the other ranks have been ended.
+        LaunchError: files in the system's temporary folder cannot be locked.
+        UserError: raised by the first failing rank.
+        WorkerError: any other error of the first failing rank; the other ranks have been ended.
     """
     logs.mkdir(parents=True, exist_ok=True)
     if config.port:
-        print("note: launch.port is ignored: processes of one host meet in a folder, not at a port", file=sys.stderr)
-    with tempfile.TemporaryDirectory(prefix="moe_train-") as name:  # of mode 0700: nobody else may enter
+        print(
+            "note: launch.port is ignored: processes of one host use a folder for rendezvous, not a port",
+            file=sys.stderr,
+        )
+    with tempfile.TemporaryDirectory(prefix="moe_train-") as name:  # mode 0700: no other user may enter
         job = Path(name)
         _check_locks(job)
         content = json.dumps({"target": target, "arguments": dict(arguments), "command": sys.argv})
@@ -51,29 +54,32 @@ def launch(target: str, arguments: Mapping[str, Any], config: LaunchConfig, logs
         secret = os.environ.get(SECRET) or secrets.token_hex(32)
         workers = [_start(job, rank, config.processes, secret, logs) for rank in range(config.processes)]
         try:
-            with _passing_on_signals(workers) as received:
-                _stand_by(workers)
+            with _forwarding_signals(workers) as received:
+                _wait(workers)
             if received and any(worker.poll() for worker in workers):
-                raise SystemExit(128 + received[0])  # asked to stop before it could save anything
+                raise SystemExit(128 + received[0])  # interrupted before anything was saved
             _raise_first_failure(workers, job, logs)
         finally:
-            _end(workers)
+            for worker in workers:  # SIGKILL: after SIGTERM it would try to save, which needs the other ranks
+                if worker.poll() is None:
+                    worker.kill()
+                worker.wait()
         results = (job / f"result_{rank}.json" for rank in range(len(workers)))
         return [json.loads(path.read_text(encoding="utf-8")) for path in results]
 
 
 def _check_locks(folder: Path) -> None:
-    """Refuses a folder in which the processes could not meet: torch's FileStore locks its file.
+    """Checks that files in the folder can be locked, which torch's FileStore needs.
 
     Raises:
-        LaunchError: its file system has no locks.
+        LaunchError: the file system has no locks.
     """
     with folder.joinpath("lock").open("w", encoding="utf-8") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise LaunchError(
-                f"files cannot be locked here ({error.strerror}), so processes cannot meet",
+                f"files cannot be locked here ({error.strerror}), which the rendezvous of the processes needs",
                 str(folder),
                 "set TMPDIR to a folder of a local disk",
             ) from error
@@ -101,17 +107,20 @@ def _start(job: Path, rank: int, size: int, secret: str, logs: Path) -> subproce
 
 
 @contextmanager
-def _passing_on_signals(workers: list[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
-    """The workers stand in sessions of their own, so a Ctrl-C reaches them once, from here. Gives what was received."""
+def _forwarding_signals(workers: list[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
+    """Forwards stopping signals to the workers and yields the list of those received.
+
+    Workers have their own sessions, so that a Ctrl-C reaches them only once, from here.
+    """
     received: list[int] = []
 
-    def pass_on(number: int, frame: FrameType | None) -> None:
+    def forward(number: int, frame: FrameType | None) -> None:
         received.append(number)
         for worker in workers:
             if worker.poll() is None:
                 worker.send_signal(number)
 
-    before = {number: signal.signal(number, pass_on) for number in STOPPING}
+    before = {number: signal.signal(number, forward) for number in STOPPING}
     try:
         yield received
     finally:
@@ -119,8 +128,8 @@ def _passing_on_signals(workers: list[subprocess.Popen[bytes]]) -> Iterator[list
             signal.signal(number, handler)
 
 
-def _stand_by(workers: list[subprocess.Popen[bytes]]) -> None:
-    """Until all have ended, or one has failed and the others had a moment to say what they saw."""
+def _wait(workers: list[subprocess.Popen[bytes]]) -> None:
+    """Waits until all have ended, or one has failed and the others had time to write their failures."""
     deadline = float("inf")
     while any(worker.poll() is None for worker in workers) and time.monotonic() < deadline:
         if deadline == float("inf") and any(worker.poll() for worker in workers):
@@ -140,11 +149,3 @@ def _raise_first_failure(workers: list[subprocess.Popen[bytes]], job: Path, logs
     if first.user:
         raise UserError(first.what, first.where, first.remedy)
     raise WorkerError(first, logs / f"rank_{first.rank}.log")
-
-
-def _end(workers: list[subprocess.Popen[bytes]]) -> None:
-    """Ends what is still there. SIGKILL: SIGTERM would ask it to save, which it cannot do without the others."""
-    for worker in workers:
-        if worker.poll() is None:
-            worker.kill()
-        worker.wait()

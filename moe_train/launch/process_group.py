@@ -1,4 +1,4 @@
-"""A process joins its world: device, threads, process group, log file. The same for every launcher."""
+"""Joins the process group, sets device and threads, opens the log file of a rank. The same for every launcher."""
 
 from __future__ import annotations
 
@@ -29,8 +29,15 @@ from moe_train.launch.job.env import (
     under_agent,
     under_launcher,
 )
-from moe_train.launch.job.failures import WorkerError, failure_of, is_echo, leave_failure, lost, out_of_memory
-from moe_train.launch.job.hard_exit import within
+from moe_train.launch.job.failures import (
+    WorkerError,
+    connection_failure,
+    failure_of,
+    is_secondary_error,
+    out_of_memory,
+    store_failure,
+)
+from moe_train.launch.job.hard_exit import run_with_timeout
 from moe_train.launch.job.job_channel import JobChannel
 from moe_train.launch.job.job_store import MessageSigner
 from moe_train.launch.rendezvous import fresh_store
@@ -40,8 +47,8 @@ from moe_train.parallel.peer_check import check_peers
 from moe_train.safe_text import LogFormatter
 from moe_train.training.runtime.world import World
 
-_ECHO_PATIENCE = 3.0  # seconds: whoever has failed first is told of before those that it has torn along
-_MEETING = 120.0  # seconds, at least, for processes to find each other, however short the time limit is
+_FAILURE_TIMEOUT = 3.0  # seconds that a rank waits for the failure that caused its own error
+_MIN_RENDEZVOUS = 120.0  # seconds, at least, for the rendezvous, however short the time limit is
 _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
@@ -51,20 +58,20 @@ def world_size(config: LaunchConfig) -> int:
 
 
 def ranks_per_node(config: LaunchConfig) -> int:
-    """How many of them stand on each host."""
+    """How many of them run on each host."""
     return launched_per_host() or world_size(config)
 
 
 @contextmanager
 def joined_world(config: LaunchConfig, threads: int = 0) -> Iterator[World]:
-    """Joins the process group that the environment describes (one process where it describes none), and leaves it.
+    """Joins the process group that the environment describes (none: a world of one process), and destroys it at exit.
 
     Args:
         threads: CPU threads of this process; 0: OMP_NUM_THREADS where the user has set it, else this host's cores
             divided by its processes.
 
     Raises:
-        LaunchError: the others cannot be found.
+        LaunchError: the rendezvous failed.
     """
     device = device_of_rank(config)
     before = torch.get_num_threads()
@@ -78,28 +85,29 @@ def joined_world(config: LaunchConfig, threads: int = 0) -> Iterator[World]:
         world = World.current(device)
         channel = JobChannel.of(world)
         limits = config.timeout_minutes * 60, config.silent_minutes * 60
-        watch = hang_watchdog(world, channel, *limits) if world.size > 1 else nullcontext()
-        with watch, _told(world, channel):
+        watchdog = hang_watchdog(world, channel, *limits) if world.size > 1 else nullcontext()
+        with watchdog, _reporting_failure(world, channel):
             yield world
-        # Not after an error: leaving would break the others' connections, and their complaints would come first.
+        # Not after an error: it would break the others' connections, and their errors might be shown first.
         dist.destroy_process_group()
     finally:
         torch.set_num_threads(before)
 
 
 @contextmanager
-def _told(world: World, channel: JobChannel) -> Iterator[None]:
-    """An error that is raised inside is told to the other ranks; an echo of another's becomes that one's."""
+def _reporting_failure(world: World, channel: JobChannel) -> Iterator[None]:
+    """Reports an error raised inside to the other ranks; replaces a secondary error by the failure that caused it."""
     try:
         yield
     except Exception as error:
         failure = failure_of(world.rank, error)
-        if is_echo(error):
-            failure = within(2 * _ECHO_PATIENCE, lambda: channel.cause(_ECHO_PATIENCE)) or lost(world.rank, error)
+        if is_secondary_error(error):
+            reported = run_with_timeout(2 * _FAILURE_TIMEOUT, lambda: channel.first_failure(_FAILURE_TIMEOUT))
+            failure = reported or connection_failure(world.rank, error)
         else:
-            within(_ECHO_PATIENCE, lambda: channel.tell(failure))
-        leave_failure(failure if failure.rank == world.rank else failure.retold(), world.rank)
-        if is_echo(error):
+            run_with_timeout(_FAILURE_TIMEOUT, lambda: channel.report_failure(failure))
+        store_failure(failure if failure.rank == world.rank else failure.without_trace(), world.rank)
+        if is_secondary_error(error):
             raise WorkerError(failure, None) from error
         raise
 
@@ -107,25 +115,25 @@ def _told(world: World, channel: JobChannel) -> Iterator[None]:
 def _join(config: LaunchConfig, device: torch.device) -> None:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     limit = config.timeout_minutes * 60
-    os.environ.setdefault(FLIGHT_RECORDER, "256")  # collectives remembered: for the name of one that does not end
+    os.environ.setdefault(FLIGHT_RECORDER, "256")  # collectives recorded, so that one that does not end can be named
     try:
-        meeting = timedelta(seconds=max(limit, _MEETING))
+        timeout = timedelta(seconds=max(limit, _MIN_RENDEZVOUS))
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        seal = MessageSigner.from_environment()
-        store = _rendezvous(rank, size, meeting, seal)
-        agree_on_devices(store, rank, size, device, seal, meeting.total_seconds())
+        signer = MessageSigner.from_environment()
+        store = _rendezvous(rank, size, timeout, signer)
+        agree_on_devices(store, rank, size, device, signer, timeout.total_seconds())
         gpu = device if device.type == "cuda" else None
-        dist.init_process_group(backend, timeout=meeting, device_id=gpu, store=store, rank=rank, world_size=size)
+        dist.init_process_group(backend, timeout=timeout, device_id=gpu, store=store, rank=rank, world_size=size)
         check_peers()
     except (dist.DistNetworkError, dist.DistStoreError, OSError) as error:
         raise _not_found(error) from error
-    except RuntimeError as error:  # gloo's and NCCL's own
+    except RuntimeError as error:  # from gloo and NCCL
         if out_of_memory(error):
             raise
         if str(error).startswith("Timeout waiting for key"):  # of a FileStore
             raise _not_found(error) from error
         raise LaunchError(
-            f"the processes have met but cannot connect ({str(error).splitlines()[0]})",
+            f"the processes found each other but cannot connect ({str(error).splitlines()[0]})",
             f"GLOO_SOCKET_IFNAME={os.environ.get('GLOO_SOCKET_IFNAME', '')}",
             "name the interface that reaches the other hosts: GLOO_SOCKET_IFNAME, with GPUs NCCL_SOCKET_IFNAME too",
         ) from error
@@ -137,20 +145,20 @@ def _not_found(error: Exception) -> LaunchError:
     if has_our_parent():
         return LaunchError(reason, str(job_folder()), "look into logs/rank_N.log of the run folder")
     address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-    remedy = "check that rank 0 runs, that the port is free and that no firewall stands between the hosts"
+    remedy = "check that rank 0 runs, that the port is free and that no firewall is between the hosts"
     return LaunchError(reason, address, remedy)
 
 
-def _rendezvous(rank: int, size: int, limit: timedelta, seal: MessageSigner) -> dist.Store:
-    """The store where the ranks meet: a file of our own launcher's, torchrun's agent's, or rank 0's."""
+def _rendezvous(rank: int, size: int, limit: timedelta, signer: MessageSigner) -> dist.Store:
+    """The rendezvous store: a file of our own launcher, the store of torchrun's agent, or one that rank 0 opens."""
     if has_our_parent():
         store: dist.Store = dist.FileStore(str(job_folder() / "rendezvous"), size)
     elif under_agent() and agent_holds_store():
-        return fresh_store(rank, size, limit, seal)
+        return fresh_store(rank, size, limit, signer)
     elif rank == 0 and not agent_holds_store() and _is_loopback(os.environ["MASTER_ADDR"]):
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
-        listener = socket.create_server((address, port), family=family)  # torch alone would take all interfaces
+        listener = socket.create_server((address, port), family=family)  # torch itself would listen on all interfaces
         store = dist.TCPStore(address, port, size, True, limit, master_listen_fd=listener.detach())
     else:
         store, *_ = next(dist.rendezvous("env://", timeout=limit))
@@ -167,7 +175,7 @@ def _is_loopback(address: str) -> bool:
 
 @contextmanager
 def logging_to(folder: Path, rank: int) -> Iterator[Path]:
-    """While entered, our log messages and Python's warnings go to ``folder/rank_N.log``."""
+    """While entered, log messages of moe_train and Python's warnings go to ``folder/rank_N.log``."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"rank_{rank}.log"
     handler = logging.FileHandler(path, encoding="utf-8")

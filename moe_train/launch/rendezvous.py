@@ -1,9 +1,10 @@
-"""Ranks of one life of a job under torchrun meet, and none of them takes an address of the life before for a new one.
+"""Rendezvous that ignores store keys left by earlier torchrun restarts.
 
-torchrun's agent keeps one store over all restarts, and torch's ranks write their addresses under the same names each
-time. A rank that is quicker than another then reads where the dead one listened ("Connection refused"), and a restart
-is lost. Restart counts do not help: each agent has its own. So rank 0 draws a name for this life, and a rank believes
-a name only when rank 0 has answered to a word of its own under it. Where the job has a secret, all of that is signed.
+torchrun's agent keeps one store over all restarts, and torch's ranks write their addresses under the same keys each
+time. A rank that starts before another then reads the address of the dead one ("Connection refused"), and the restart
+fails. Restart counts do not help, since each agent has its own. So rank 0 draws a key prefix for each restart. Another
+rank accepts a prefix once rank 0 has answered a random token that the rank has written under it. Where the job has a
+secret, all entries are signed.
 """
 
 from __future__ import annotations
@@ -15,45 +16,45 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from moe_train.launch.job.job_store import MessageSigner, ignore
+from moe_train.launch.job.job_store import MessageSigner, log_ignored
 
-_NAME = "moe_train/life"
-_PAUSE = 0.05
+_PREFIX_KEY = "moe_train/restart"
+_POLL = 0.05  # seconds
 
 
-def fresh_store(rank: int, size: int, limit: timedelta, seal: MessageSigner) -> dist.Store:
-    """The agent's store, seen through a name that only this life of the job has. Every rank calls it.
+def fresh_store(rank: int, size: int, limit: timedelta, signer: MessageSigner) -> dist.Store:
+    """The agent's store under a prefix that only this restart of the job has. Every rank calls it.
 
     Raises:
-        DistStoreError: the others cannot be found in time.
+        DistStoreError: the other ranks do not answer in time.
     """
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=limit)
     deadline = time.monotonic() + limit.total_seconds()
-    name = _welcome(store, size, deadline, seal) if rank == 0 else _arrive(store, rank, deadline, seal)
-    return dist.PrefixStore(f"moe_train/{name}", store)
+    prefix = _draw_prefix(store, size, deadline, signer) if rank == 0 else _read_prefix(store, rank, deadline, signer)
+    return dist.PrefixStore(f"moe_train/{prefix}", store)
 
 
-def _welcome(store: dist.Store, size: int, deadline: float, seal: MessageSigner) -> str:
-    name = uuid.uuid4().hex
-    store.set(_NAME, seal.sign(_NAME, name))
+def _draw_prefix(store: dist.Store, size: int, deadline: float, signer: MessageSigner) -> str:
+    prefix = uuid.uuid4().hex
+    store.set(_PREFIX_KEY, signer.sign(_PREFIX_KEY, prefix))
     for rank in range(1, size):
-        word = seal.wait_for(store, f"{name}/{rank}", deadline)
-        store.set(f"{name}/{word}", seal.sign(f"{name}/{word}", "welcome"))
-    return name
+        token = signer.wait_for(store, f"{prefix}/{rank}", deadline)
+        store.set(f"{prefix}/{token}", signer.sign(f"{prefix}/{token}", "ok"))
+    return prefix
 
 
-def _arrive(store: dist.Store, rank: int, deadline: float, seal: MessageSigner) -> str:
-    word, told = uuid.uuid4().hex, ""
+def _read_prefix(store: dist.Store, rank: int, deadline: float, signer: MessageSigner) -> str:
+    token, current = uuid.uuid4().hex, ""
     while time.monotonic() < deadline:
-        name = seal.open(_NAME, store.get(_NAME))
-        if name is None:
-            ignore(_NAME)
-        elif name != told:
-            store.set(f"{name}/{rank}", seal.sign(f"{name}/{rank}", word))
-            told = name
-        answer = f"{told}/{word}"
-        if told and store.check([answer]) and seal.open(answer, store.get(answer)) is not None:
-            return told
-        time.sleep(_PAUSE)
+        prefix = signer.verify(_PREFIX_KEY, store.get(_PREFIX_KEY))
+        if prefix is None:
+            log_ignored(_PREFIX_KEY)
+        elif prefix != current:
+            store.set(f"{prefix}/{rank}", signer.sign(f"{prefix}/{rank}", token))
+            current = prefix
+        answer = f"{current}/{token}"
+        if current and store.check([answer]) and signer.verify(answer, store.get(answer)) is not None:
+            return current
+        time.sleep(_POLL)
     raise dist.DistStoreError("rank 0 does not answer")

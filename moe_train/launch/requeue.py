@@ -1,4 +1,4 @@
-"""A run was asked to stop and has saved: it leaves with a code that says so, or goes back into the queue."""
+"""Ends a run that was interrupted and has saved: with exit code 75, or by requeueing its submitit job."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ INTERRUPTED = 75  # sysexits.h: EX_TEMPFAIL
 _TRIES, _PAUSE = 3, 2.0  # seconds between them
 
 
-def leave_saved(code: int = INTERRUPTED) -> None:
-    """Ends the process, or asks submitit to have its job started again.
+def exit_saved(code: int = INTERRUPTED) -> None:
+    """Ends the process, or requeues its submitit job.
 
-    submitit's protocol: rank 0 pickles the call anew and requeues the job (Slurm starts it again, or submitit's local
-    controller does), which then goes on in the same run folder. Its own handler of ``SIGUSR2`` does all that; during
-    updates the signal was ours, so that the update could end and be saved: here it is handed on. The other ranks only
-    return, for rank 0 must be the first to go. A job that Slurm has already ended (cancelled, or preempted without time
-    to spare, when Slurm requeues by itself) is left alone.
+    submitit's protocol: rank 0 pickles the call and requeues the job (Slurm or submitit's local controller starts it
+    again), which then resumes in the same run folder. submitit's handler of ``SIGUSR2`` does all of that. During
+    updates our own handler was installed, so that the update could end and be saved: here the signal is raised again
+    for submitit's. The other ranks only return, since rank 0 must end first. A job that Slurm has already ended
+    (cancelled, or preempted without a grace time, when Slurm itself requeues) is not requeued.
 
     Raises:
-        SystemExit: always, but for ranks other than 0 of a job of submitit's.
-        UncompletedJobError: (submitit's) the job has reached its limit more often than ``max_num_timeout``.
+        SystemExit: always, except on ranks other than 0 of a submitit job.
+        UncompletedJobError: (submitit's) the job has reached its time limit more often than ``max_num_timeout``.
     """
     executor = os.environ.get("SUBMITIT_EXECUTOR")
     if executor is None:
@@ -36,25 +36,25 @@ def leave_saved(code: int = INTERRUPTED) -> None:
     if launched_rank():
         return
     for left in reversed(range(_TRIES)):
-        if executor == "slurm" and not _still_runs():
+        if executor == "slurm" and not _is_running():
             break
         try:
             signal.raise_signal(signal.Signals[f"SIG{os.environ.get('SUBMITIT_PREEMPT_SIGNAL', 'USR2')}"])
             break
         except (OSError, subprocess.SubprocessError) as error:  # submitit asks scontrol once
-            _say(f"Slurm has not taken the job back ({error}), {left} tries left")
+            _print(f"Slurm did not requeue the job ({error}), {left} tries left")
             time.sleep(_PAUSE if left else 0)
     sys.exit(code)
 
 
-def _still_runs() -> bool:
-    """Whether Slurm lets the job run. Where it does not say, being busy, the job does: or this process would not."""
+def _is_running() -> bool:
+    """Whether Slurm lets the job run. Assumed where Slurm does not answer: this process still runs."""
     try:
         return job_state(own_job()) == "RUNNING"
     except LaunchError as error:
-        _say(f"{error.what}: the job is taken for running")
+        _print(f"{error.what}: the job is assumed to be running")
         return True
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     print(for_terminal(text), file=sys.stderr, flush=True)

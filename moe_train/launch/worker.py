@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from moe_train.console import lossy_streams
 from moe_train.errors import UserError
 from moe_train.launch.job.failures import failure_file, write_failure
-from moe_train.launch.job.hard_exit import leave
+from moe_train.launch.job.hard_exit import exit_now
 from moe_train.plugins import import_user_dir
 from moe_train.safe_text import current_traceback
 from moe_train.utils.process import die_with_parent
@@ -29,28 +29,27 @@ def main() -> None:
     die_with_parent(parent)
     try:
         content = json.loads(job.joinpath("job.json").read_text(encoding="utf-8"))
-        sys.argv = content["command"]  # what the user typed, for whoever records it
+        sys.argv = content["command"]  # what the user typed, for run.json
         with lossy_streams():
             import_user_dir()
             result = resolve(content["target"])(**content["arguments"])
         job.joinpath(f"result_{rank}.json").write_text(json.dumps(result), encoding="utf-8")
     except BaseException as error:
         _fail(failure_file(job, rank), rank, error)
-    leave(0)
+    exit_now(0)
 
 
 def _fail(path: Path, rank: int, error: BaseException) -> NoReturn:
-    told = False
+    written = False
     try:
         with suppress(OSError):  # such as a full disk
             write_failure(path, rank, error)
-            told = True
-        if not told or (rank and not isinstance(error, UserError)):
-            print(
-                current_traceback(), file=sys.stderr, end=""
-            )  # into this rank's log; rank 0's is shown by the parent if it came first
+            written = True
+        if not written or (rank and not isinstance(error, UserError)):
+            # Into this rank's log. The parent shows that of rank 0 if it failed first.
+            print(current_traceback(), file=sys.stderr, end="")
     finally:
-        leave(2 if isinstance(error, UserError) else 1)
+        exit_now(2 if isinstance(error, UserError) else 1)
 
 
 def resolve(target: str) -> Callable[..., Any]:

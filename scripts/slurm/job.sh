@@ -74,10 +74,10 @@ requeue() {
             echo "is $state: not put back into the queue"
             return
         fi
-        [[ -n $state ]] || echo "Slurm does not say whether the job still runs: taken for running"
+        [[ -n $state ]] || echo "Slurm does not say whether the job still runs: assumed to be running"
         echo "back into the queue"
         timeout 10 scontrol requeue "$job" && return
-        echo "Slurm has not taken it (try $try of 6)"
+        echo "Slurm did not requeue it (try $try of 6)"
         sleep 2
     done
     echo "saved, but not put back into the queue: submit it again with the same run folder"

@@ -143,4 +143,4 @@ def test_slurm_that_does_not_take_the_jobs(
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     code, said = here(sweep_words(tiny_data, tmp_path / "sweep", "seed=1,2", "hydra/launcher=submitit_slurm"), tmp_path)
     assert code == 2 and "Traceback" not in said
-    assert "Slurm has not taken the jobs (sbatch: error: invalid partition specified: gpu)" in said
+    assert "Slurm did not accept the jobs (sbatch: error: invalid partition specified: gpu)" in said

@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 import torch.distributed as dist
 
 NOBODY = 65534
-KEYS = ("devices/0", "beat/0", "beat_0", "verdict", "failure", "shown", "default_pg/0//cpu//0/rank_0")
+KEYS = ("devices/0", "status/0", "status_0", "verdict", "failure", "shown", "default_pg/0//cpu//0/rank_0")
 PATIENCE = timedelta(seconds=1)
 
 

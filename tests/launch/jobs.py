@@ -172,9 +172,9 @@ def forged() -> None:
             store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False)
             names: list[str] = []
             while not names:
-                names = [name for name in store.list_keys() if name.endswith("beat/1")]
+                names = [name for name in store.list_keys() if name.endswith("status/1")]
             content = json.dumps(dataclasses.asdict(Failure(1, time.time(), "all is lost")))
-            store.set(names[0].replace("beat/1", "verdict"), content)
+            store.set(names[0].replace("status/1", "verdict"), content)
             store.set(names[0], content)
             time.sleep(1)
         print(f"the sum is {world.sum(torch.tensor([world.rank + 1])).item()}", flush=True)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from moe_train.data.folder import DataFolder
-from moe_train.launch.elastic import NOTES, folder_words, note_folder, restarted
+from moe_train.launch.elastic import NOTES, folder_overrides, note_folder, restarted
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "measure_restarts.py"
 WORDS = ["data=x", "routing=sam"]
@@ -28,22 +28,22 @@ def agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch
 
 
 def test_the_next_life_goes_on_in_the_same_folder(agent: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert folder_words(WORDS) == [] and not restarted()
+    assert folder_overrides(WORDS) == [] and not restarted()
     note_folder(WORDS, tmp_path / "it's here")
     agent.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert restarted() and folder_words(WORDS) == [f"hydra.run.dir='{tmp_path}/it\\'s here'"]
-    assert folder_words([*WORDS, "seed=2"]) == []  # another job of the same name
+    assert restarted() and folder_overrides(WORDS) == [f"hydra.run.dir='{tmp_path}/it\\'s here'"]
+    assert folder_overrides([*WORDS, "seed=2"]) == []  # another job of the same name
     assert [path.name for path in NOTES.iterdir()] == ["job_7_a.json"]
 
 
 def test_another_set_of_hosts_is_not_counted_as_a_restart(agent: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """torchrun's count stays where it is when hosts join or leave; a finished run is not gone on with then."""
     note_folder(WORDS, tmp_path)
-    assert folder_words(WORDS) == [f"hydra.run.dir='{tmp_path}'"]
+    assert folder_overrides(WORDS) == [f"hydra.run.dir='{tmp_path}'"]
     (tmp_path / "run.json").write_text(json.dumps({"status": "finished"}))
-    assert folder_words(WORDS) == []
+    assert folder_overrides(WORDS) == []
     agent.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert folder_words(WORDS) == [f"hydra.run.dir='{tmp_path}'"]
+    assert folder_overrides(WORDS) == [f"hydra.run.dir='{tmp_path}'"]
 
 
 def test_no_note_where_none_is_needed(agent: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -51,14 +51,14 @@ def test_no_note_where_none_is_needed(agent: pytest.MonkeyPatch, tmp_path: Path)
     note_folder(fixed, tmp_path)
     agent.setenv("TORCHELASTIC_MAX_RESTARTS", "0")
     note_folder(WORDS, tmp_path)
-    assert not NOTES.exists() and folder_words(WORDS) == []
+    assert not NOTES.exists() and folder_overrides(WORDS) == []
 
 
 def test_without_an_id_the_agent_tells_jobs_apart(agent: pytest.MonkeyPatch, tmp_path: Path) -> None:
     agent.setenv("TORCHELASTIC_RUN_ID", "none")
     note_folder(WORDS, tmp_path)
-    assert folder_words(WORDS) == [f"hydra.run.dir='{tmp_path}'"]
-    program = f"from moe_train.launch.elastic import folder_words; print(folder_words({WORDS}))"
+    assert folder_overrides(WORDS) == [f"hydra.run.dir='{tmp_path}'"]
+    program = f"from moe_train.launch.elastic import folder_overrides; print(folder_overrides({WORDS}))"
     other = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert other.stdout == "[]\n"  # its parent is this process, not ours
 

@@ -78,7 +78,7 @@ def test_each_rank_has_a_log(tmp_path: Path) -> None:
 def test_nobody_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("moe_train.launch.process_group._MEETING", 1.0)
+    monkeypatch.setattr("moe_train.launch.process_group._MIN_RENDEZVOUS", 1.0)
     config = LaunchConfig(device="cpu", timeout_minutes=0.03)
     with pytest.raises(LaunchError, match=r"127\.0\.0\.1:1: the other processes cannot be found"), joined_world(config):
         pass
@@ -100,7 +100,7 @@ def test_an_interface_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None
     held = {"TORCHELASTIC_USE_AGENT_STORE": "True", "GLOO_SOCKET_IFNAME": "none0"}
     for name, value in {**place, **held}.items():
         monkeypatch.setenv(name, value)
-    said = r"=none0: the processes have met but cannot connect.*NCCL_SOCKET_IFNAME"
+    said = r"=none0: the processes found each other but cannot connect.*NCCL_SOCKET_IFNAME"
     with pytest.raises(LaunchError, match=said), joined_world(LaunchConfig(device="cpu")):
         pass
     assert not dist.is_initialized()

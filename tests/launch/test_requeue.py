@@ -11,7 +11,7 @@ from types import FrameType
 
 import pytest
 
-from moe_train.launch.requeue import INTERRUPTED, leave_saved
+from moe_train.launch.requeue import INTERRUPTED, exit_saved
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def handed_on() -> Iterator[list[int]]:
 
 def code(*arguments: int) -> object:
     with pytest.raises(SystemExit) as left:
-        leave_saved(*arguments)
+        exit_saved(*arguments)
     return left.value.code
 
 
@@ -42,7 +42,7 @@ def test_submitit_is_told_by_rank_0_alone(handed_on: list[int], monkeypatch: pyt
     monkeypatch.setenv("SUBMITIT_EXECUTOR", "local")
     assert code() == 75 and handed_on == [signal.SIGUSR2]
     monkeypatch.setenv("RANK", "1")
-    leave_saved()
+    exit_saved()
     assert len(handed_on) == 1
 
 
@@ -73,7 +73,7 @@ def test_a_controller_that_is_busy_is_no_reason_to_stay_out_of_the_queue(
         monkeypatch.setenv(name, value)
     assert code() == 75 and len(handed_on) == handed
     assert set(asked.read_text().splitlines()) == {"--oneliner show job 7_2"}
-    assert ("taken for running" in capsys.readouterr().err) == (times > 0)
+    assert ("assumed to be running" in capsys.readouterr().err) == (times > 0)
 
 
 def test_submitit_is_asked_again_where_slurm_does_not_take_the_job(
@@ -93,4 +93,4 @@ def test_submitit_is_asked_again_where_slurm_does_not_take_the_job(
         assert code() == 75 and len(times) == 3
     finally:
         signal.signal(signal.SIGUSR2, before)
-    assert capsys.readouterr().err.count("has not taken the job back") == 2
+    assert capsys.readouterr().err.count("did not requeue the job") == 2

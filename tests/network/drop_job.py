@@ -12,7 +12,7 @@ from moe_train.config import LaunchConfig
 from moe_train.data.batching import Indices
 from moe_train.errors import UserError
 from moe_train.launch.job.failures import WorkerError
-from moe_train.launch.job.hard_exit import leave
+from moe_train.launch.job.hard_exit import exit_now
 from moe_train.launch.process_group import joined_world
 from moe_train.training import RunFolder, train
 from tests.training.toy import ToyTask, toy_config
@@ -41,7 +41,7 @@ def main() -> None:
             train(config, Unhurried(config), folder, world=world)
     except (UserError, WorkerError) as error:
         print(error, file=sys.stderr)
-        leave(2)
+        exit_now(2)
 
 
 if __name__ == "__main__":

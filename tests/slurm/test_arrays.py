@@ -56,7 +56,7 @@ def test_one_element_is_told_to_stop(cluster: Cluster, tmp_path: Path) -> None:
     (tmp_path / f"done_{told}").touch()
     assert cluster.wait_for(f"{job}_{told}", "COMPLETED", "FAILED")["JobState"] == "COMPLETED"
     said = (tmp_path / f"{told}.out").read_text()
-    assert said.count("saved") == 1 and "taken for running" in said and "has not taken it (try 1 of 6)" in said
+    assert said.count("saved") == 1 and "assumed to be running" in said and "did not requeue it (try 1 of 6)" in said
     asked = (tmp_path / f"asked_{told}").read_text().splitlines()
     assert asked == [f"--oneliner show job {job}_{told}", f"requeue {job}_{told}"] * 2
 

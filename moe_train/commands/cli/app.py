@@ -32,10 +32,10 @@ from moe_train.commands.cli.sweep_errors import KNOWN, SweepErrors, run_sweep
 from moe_train.config.paths import configs_directory
 from moe_train.console import lossy_streams, require_output
 from moe_train.errors import ConfigError, UserError
-from moe_train.launch.elastic import folder_words, note_folder
+from moe_train.launch.elastic import folder_overrides, note_folder
 from moe_train.launch.hydra_store import forget_foreign_schemas
 from moe_train.launch.job.env import check_environment, launched_rank, local_rank, under_launcher
-from moe_train.launch.job.hard_exit import leave
+from moe_train.launch.job.hard_exit import exit_now
 from moe_train.launch.slurm import set_torchrun_env
 from moe_train.plugins import USER_DIR, import_user_dir, set_user_dir, take_user_dir, user_dir
 from moe_train.safe_text import current_traceback, show_warnings_as_text
@@ -58,18 +58,18 @@ def run_app(config_name: str, callback: Callback) -> None:
                 _require_output()
         except SystemExit as end:
             if under_launcher() and end.code:
-                leave(end.code if isinstance(end.code, int) else 1)
+                exit_now(end.code if isinstance(end.code, int) else 1)
             raise
         except KeyboardInterrupt:
             say_interrupted()
             if under_launcher():
-                leave(INTERRUPTED)
+                exit_now(INTERRUPTED)
             raise SystemExit(INTERRUPTED) from None
         except Exception:
             if not under_launcher():
                 raise
             print(current_traceback(), file=sys.stderr, end="")
-            leave(1)
+            exit_now(1)
 
 
 def _run(config_name: str, callback: Callback) -> None:
@@ -105,7 +105,7 @@ def _run(config_name: str, callback: Callback) -> None:
             return
     except KNOWN as error:
         _leave(error)
-    folder = [] if arguments.multirun else folder_words(arguments.overrides)
+    folder = [] if arguments.multirun else folder_overrides(arguments.overrides)
     # Hydra wants the overrides side by side.
     sys.argv = [typed[0], *arguments.overrides, *folder, *(word for word in typed[1:] if word not in given)]
     errors = SweepErrors()

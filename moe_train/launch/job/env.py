@@ -1,4 +1,4 @@
-"""What a launcher has told this process through its environment. Needs no torch, so commands can look at once."""
+"""Reads the environment variables that a launcher sets. Does not import torch, so that commands start quickly."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from moe_train.errors import LaunchError
 
-# What a launcher sets, and the smallest number that it can be.
+# Variables that a launcher sets, with the smallest valid number.
 _NUMBERS = {
     "RANK": 0,
     "WORLD_SIZE": 1,
@@ -18,20 +18,18 @@ _NUMBERS = {
     "MASTER_PORT": 1,
     "TORCHELASTIC_RESTART_COUNT": 0,
 }
-_REMEDY = (
-    "start with torchrun, srun or launch.processes=N, which set all that belongs together, or unset these variables"
-)
+_REMEDY = "start with torchrun, srun or launch.processes=N, which set all of these variables, or unset them"
 _LARGEST = 65535  # ranks of a job and ports
-JOB = "MOE_TRAIN_JOB"  # names the folder of a job to the processes that moe_train.launch.local starts
+JOB = "MOE_TRAIN_JOB"  # folder of a job, set for the processes that moe_train.launch.local starts
 
 
 def check_environment() -> None:
-    """Refuses a launcher's variables that are no numbers, that contradict each other, or of which some are missing.
+    """Checks a launcher's variables.
 
     Raises:
-        LaunchError: names them.
+        LaunchError: one is not a number, some are missing, or they contradict each other.
     """
-    found = {name: told_number(os.environ, name, least) for name, least in _NUMBERS.items() if name in os.environ}
+    found = {name: env_number(os.environ, name, least) for name, least in _NUMBERS.items() if name in os.environ}
     for rank, size in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
         if rank in found and size in found and found[rank] >= found[size]:
             raise LaunchError(f"{rank}={found[rank]} is not below {size}={found[size]}", "environment", _REMEDY)
@@ -40,41 +38,41 @@ def check_environment() -> None:
         raise LaunchError(f"RANK is set without {', '.join(missing)}", "environment", _REMEDY)
 
 
-def told_number(told: Mapping[str, str], name: str, least: int = 0, most: int = _LARGEST) -> int:
-    """The whole number that a variable of a launcher says.
+def env_number(environment: Mapping[str, str], name: str, least: int = 0, most: int = _LARGEST) -> int:
+    """The whole number in an environment variable.
 
     Raises:
-        LaunchError: it is missing, no number, or out of range.
+        LaunchError: it is missing, not a whole number, or out of range.
     """
-    text = told.get(name, "")
+    text = environment.get(name, "")
     if not (text.isascii() and text.isdigit() and len(text) <= 18 and least <= int(text) <= most):
-        said = f"{name}={text!r} is no whole number from {least} to {most}" if name in told else f"{name} is not set"
-        raise LaunchError(said, "environment", _REMEDY)
+        invalid = f"{name}={text!r} is not a whole number from {least} to {most}"
+        raise LaunchError(invalid if name in environment else f"{name} is not set", "environment", _REMEDY)
     return int(text)
 
 
 def under_launcher() -> bool:
-    """Whether torchrun or its like has started this process as one of several."""
+    """Whether torchrun or a similar launcher has started this process as one of several."""
     return "RANK" in os.environ
 
 
 def has_our_parent() -> bool:
-    """Whether moe_train.launch.local has started this process, and tells the user why it ended."""
+    """Whether moe_train.launch.local has started this process; it then shows the user why the process ended."""
     return JOB in os.environ
 
 
 def job_folder() -> Path:
-    """Where the processes of moe_train.launch.local meet: a folder that only their user may enter."""
+    """The folder in which processes of moe_train.launch.local find each other; only their user may enter it."""
     return Path(os.environ[JOB])
 
 
 def under_agent() -> bool:
-    """Whether an agent of torchrun stands by this process: it restarts and ends processes, and tells failures."""
+    """Whether an agent of torchrun has started this process: it restarts and ends processes, and shows failures."""
     return "TORCHELASTIC_RUN_ID" in os.environ and not has_our_parent()
 
 
 def agent_holds_store() -> bool:
-    """Whether the store where ranks meet is the launcher's, and so outlives them."""
+    """Whether torchrun's agent holds the rendezvous store, which then outlives the ranks."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
@@ -104,20 +102,20 @@ def local_world() -> int:
 
 
 def requested_threads() -> int | None:
-    """CPU threads of a process that the user wants (OMP_NUM_THREADS; of ``4,2`` the first); None: they have not said.
+    """CPU threads per process that the user has set (OMP_NUM_THREADS; of ``4,2`` the first); None: not set.
 
-    torchrun sets 1 for its ranks where nothing is set. The environment that it was started with tells.
+    torchrun sets 1 for its ranks where the user has set none: its own environment is read to tell the two apart.
     """
-    said = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
-    if not said.isdecimal() or int(said) < 1:
+    value = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    if not value.isdecimal() or int(value) < 1:
         return None
-    if said == "1" and under_agent() and not _agent_was_told():
+    if value == "1" and under_agent() and not _set_for_agent():
         return None
-    return int(said)
+    return int(value)
 
 
-def _agent_was_told() -> bool:
+def _set_for_agent() -> bool:
     with suppress(OSError):  # no /proc, or another user's process
-        started_with = Path(f"/proc/{os.getppid()}/environ").read_bytes().split(b"\0")
-        return any(word.startswith(b"OMP_NUM_THREADS=") for word in started_with)
+        environment = Path(f"/proc/{os.getppid()}/environ").read_bytes().split(b"\0")
+        return any(entry.startswith(b"OMP_NUM_THREADS=") for entry in environment)
     return False

@@ -1,4 +1,4 @@
-"""What a process leaves behind when it fails, so that its parent can show the first failure and not the echo of it."""
+"""Failures of processes: written by the process that fails, read by its parent, which shows the first one."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Failure:
 
     Attributes:
         time: seconds since the epoch.
-        what, where, remedy: of a :class:`UserError`; ``what`` alone otherwise.
+        what, where, remedy: of a :class:`UserError`; only ``what`` otherwise.
         trace: the traceback; empty for a UserError and for a process that was killed.
-        user: whether it is the user's to mend.
-        killed: whether a signal ended it. Then other ranks' errors are echoes.
-        beside: other ranks that have failed in the same way at the same time.
+        user: whether it is a user error.
+        killed: whether a signal ended the process; errors of other ranks are then its consequences.
+        beside: other ranks that failed in the same way at the same time.
     """
 
     rank: int
@@ -43,20 +43,20 @@ class Failure:
     beside: list[int] = field(default_factory=list)
 
     def text(self, log: Path | None = None) -> str:
-        """What the user reads: the cause, the trace, and last, where a long trace cannot hide it, the remedy."""
+        """The message for the user: cause, trace, and last the remedy, so that a long trace does not hide it."""
         trace = f"\n{self.trace.rstrip()}" if self.trace else ""
         rest = f"\nIts log: {log}" if log is not None and log.is_file() else ""
         rest += f"\nWhat to do: {self.remedy}" if self.remedy else ""
         where = f"{self.where}: " if self.where else ""
         return f"rank {self.rank} failed first: {where}{self.what}.{trace}{rest}"
 
-    def retold(self) -> Failure:
-        """As another rank tells it: without the trace."""
+    def without_trace(self) -> Failure:
+        """This failure as another rank reports it."""
         return replace(self, trace="")
 
 
 class WorkerError(Exception):
-    """A process that training started has failed, and it is not a mistake of the user's that we know of."""
+    """A process that training started has failed, and not with a UserError."""
 
     def __init__(self, failure: Failure, log: Path | None) -> None:
         self.failure, self.log = failure, log
@@ -67,7 +67,7 @@ class WorkerError(Exception):
 
 
 def failure_of(rank: int, error: BaseException) -> Failure:
-    """What is known of an error of this process."""
+    """The failure that an error of this process is."""
     if isinstance(error, WorkerError):
         return error.failure
     if isinstance(error, UserError):
@@ -80,7 +80,7 @@ def failure_of(rank: int, error: BaseException) -> Failure:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether Python, torch's CPU allocator or a GPU had no memory left."""
-    # By name: this module is read before torch is. GPUs raise torch.OutOfMemoryError, the CPU a RuntimeError.
+    # By name: this module is imported before torch. GPUs raise torch.OutOfMemoryError, the CPU a RuntimeError.
     names = {kind.__name__ for kind in type(error).__mro__}
     return bool(names & {"OutOfMemoryError", "MemoryError"}) or (
         isinstance(error, RuntimeError) and any(word in str(error) for word in _NO_MEMORY)
@@ -91,43 +91,43 @@ _NO_MEMORY = ("DefaultCPUAllocator", "out of memory", "not enough memory")
 MEMORY = (
     "Lower training.tokens_per_update or raise training.accumulation (the same update in smaller pieces); set "
     "training.recompute=true; divide the experts over more ranks (layout.expert_parallel); or take engine=deepspeed, "
-    "which shares out the optimizer's state. moe-plan tells the memory of each beforehand."
+    "which shards the optimizer state. moe-plan predicts the memory of each of these."
 )
 
 
 def write_failure(path: Path, rank: int, error: BaseException, overrides: Sequence[str] | None = None) -> None:
-    """Called by the failing process, or by its parent, which hands on what it has read.
+    """Writes the failure of an error. Called by the failing process, or by its parent.
 
     Args:
-        overrides: the words of the command line, for a run that may not have come to write its config; None: left out.
+        overrides: of the command line, for a run that may have failed before its config was written; None: left out.
 
     Raises:
         OSError: it cannot be written, such as on a full disk.
     """
-    words = {} if overrides is None else {"overrides": list(overrides)}
-    _write_whole(path, asdict(failure_of(rank, error)) | words)
+    more = {} if overrides is None else {"overrides": list(overrides)}
+    _write_atomically(path, asdict(failure_of(rank, error)) | more)
 
 
-def leave_failure(failure: Failure, rank: int, record: Path | None = None) -> None:
-    """Leaves a failure where whoever started this process looks for it: our own parent, or torchrun's agent.
+def store_failure(failure: Failure, rank: int, record: Path | None = None) -> None:
+    """Writes a failure where the parent of this process reads it: our own launcher, or torchrun's agent.
 
-    What cannot be written, such as on a full disk, is left out: the process must end all the same.
+    Errors of writing, such as a full disk, are ignored: the process must end all the same.
 
     Args:
-        record: the run's failure.json, where moe-report looks; None: another rank writes it.
+        record: the run's failure.json, which moe-report reads; None: another rank writes it.
     """
     if record is not None:
         with suppress(OSError):
-            _write_whole(record, asdict(failure))
+            _write_atomically(record, asdict(failure))
     with suppress(OSError):
         if JOB in os.environ:
-            _write_whole(failure_file(Path(os.environ[JOB]), rank), asdict(failure))
-        elif path := agents_file():
-            tell_agent(failure, Path(path))
+            _write_atomically(failure_file(Path(os.environ[JOB]), rank), asdict(failure))
+        elif path := agent_error_file():
+            write_agent_error(failure, Path(path))
 
 
-def _write_whole(path: Path, content: Mapping[str, Any]) -> None:
-    """All of it or nothing: the process may be killed meanwhile, and two threads, or ranks, may write at a time."""
+def _write_atomically(path: Path, content: Mapping[str, Any]) -> None:
+    """The process may be killed while it writes, and two threads or ranks may write at the same time."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     try:
         partial.write_text(json.dumps(content), encoding="utf-8")
@@ -137,27 +137,27 @@ def _write_whole(path: Path, content: Mapping[str, Any]) -> None:
         raise
 
 
-def agents_file() -> str:
-    """Where torchrun's agent looks for the cause when this process has ended; empty without an agent."""
+def agent_error_file() -> str:
+    """File from which torchrun's agent reads why this process ended; empty without an agent."""
     return os.environ.get("TORCHELASTIC_ERROR_FILE", "")
 
 
-def tell_agent(failure: Failure, path: Path) -> None:
+def write_agent_error(failure: Failure, path: Path) -> None:
     """Writes a failure in the form that torchrun's agent reads and shows under "Root Cause"."""
-    text = for_terminal(failure.text())  # the agent prints it as it is
+    text = for_terminal(failure.text())  # the agent prints it unchanged
     extra = {"py_callstack": text, "timestamp": str(int(failure.time))}
-    _write_whole(path, {"message": {"message": text, "extraInfo": extra}})
+    _write_atomically(path, {"message": {"message": text, "extraInfo": extra}})
 
 
 def failure_file(job: Path, rank: int) -> Path:
-    """Where a rank that :func:`moe_train.launch.local.launch` has started leaves its failure."""
+    """Where a rank that :func:`moe_train.launch.local.launch` has started writes its failure."""
     return job / f"failure_{rank}.json"
 
 
 def read_failure(path: Path, rank: int, code: int, noticed: float) -> Failure:
-    """Called by the parent, for a process that ended with ``code`` (negative: by a signal).
+    """The failure of a process that ended with ``code`` (negative: by a signal). Called by its parent.
 
-    Where it has left no word that can be read, the code is what is known.
+    Made from the code where the process has written no failure that can be read.
     """
     with suppress(OSError, ValueError, TypeError):
         return Failure(**json.loads(path.read_text(encoding="utf-8")))
@@ -169,17 +169,17 @@ def read_failure(path: Path, rank: int, code: int, noticed: float) -> Failure:
 
 
 _KILLED = (
-    "If nobody killed it, the kernel did because the host ran out of memory ('dmesg | grep -i oom' tells, and a "
-    "scheduler's memory limit does the same). "
+    "If no user killed it, the kernel did because the host ran out of memory (see 'dmesg | grep -i oom'), or the "
+    "scheduler did at the job's memory limit. "
 )
 
 
 def first_failure(failures: list[Failure]) -> Failure:
-    """A killed process comes before its neighbours' errors, otherwise the earliest."""
+    """That of a killed process before errors of others; otherwise the earliest."""
     return min(failures, key=lambda failure: (not failure.killed, failure.time))
 
 
-_ECHOES = (
+_SECONDARY_ERRORS = (
     "Connection closed by peer",
     "Connection reset by peer",
     "Broken pipe",
@@ -188,24 +188,24 @@ _ECHOES = (
 )
 
 
-def is_echo(error: BaseException) -> bool:
-    """Whether an error only says that another process has gone, or that a network between them is down."""
+def is_secondary_error(error: BaseException) -> bool:
+    """Whether an error only says that another process has ended, or that the network between them is down."""
     kinds = {kind.__name__ for kind in type(error).__mro__}
-    return "_DistError" in kinds or "DistError" in kinds or any(word in str(error) for word in _ECHOES)
+    return "_DistError" in kinds or "DistError" in kinds or any(word in str(error) for word in _SECONDARY_ERRORS)
 
 
-def lost(rank: int, error: BaseException) -> Failure:
-    """The failure of a rank that has lost another one, which left no word."""
-    said = str(error).splitlines()[0]
-    if "Timed out" in said or "Timeout" in said:
-        what = f"a collective did not end in time ({said})"
+def connection_failure(rank: int, error: BaseException) -> Failure:
+    """The failure of a rank that has lost the connection to another one, which has reported no cause."""
+    message = str(error).splitlines()[0]
+    if "Timed out" in message or "Timeout" in message:
+        what = f"a collective did not end in time ({message})"
     else:
-        what = f"its connection to another rank broke ({said})"
-    return Failure(rank, time.time(), what, remedy=_LOST, trace="".join(traceback.format_exception(error)))
+        what = f"its connection to another rank broke ({message})"
+    return Failure(rank, time.time(), what, remedy=_CONNECTION_LOST, trace="".join(traceback.format_exception(error)))
 
 
-_LOST = (
+_CONNECTION_LOST = (
     "The other rank was killed or stopped, or its host or the network between the hosts is down: look at the other "
-    "hosts' screens and logs/rank_N.log. Which interface gloo and NCCL take: GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME. "
-    "The same command goes on from the last checkpoint."
+    "hosts' output and logs/rank_N.log. GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME set the interface of gloo and NCCL. "
+    "The same command resumes from the last checkpoint."
 )

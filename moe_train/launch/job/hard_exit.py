@@ -1,4 +1,4 @@
-"""How a rank leaves, and asks the store a last time, when others or the network may be gone."""
+"""Ends a process at once, and calls with a time limit, when other ranks or the network may be gone."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ from contextlib import suppress
 from typing import Any, NoReturn, TypeVar
 
 T = TypeVar("T")
-_FLUSHING = 2.0  # seconds
+_FLUSH_TIMEOUT = 2.0  # seconds
 
 
-def within(seconds: float, question: Callable[[], T | None]) -> T | None:
-    """The answer, or None where none came in time or the question failed.
+def run_with_timeout(seconds: float, function: Callable[[], T | None]) -> T | None:
+    """The result of ``function``, run in a thread; None where it fails or does not return in time.
 
-    torch's store waits without end for a host that the network has swallowed; the thread that asks is left behind.
+    torch's store waits without end for a host that is no longer reachable; then the thread is abandoned.
     """
-    answers: list[Any] = []
+    results: list[Any] = []
 
-    def ask() -> None:
+    def call() -> None:
         with suppress(Exception):
-            answers.append(question())
+            results.append(function())
 
-    thread = threading.Thread(target=ask, daemon=True, name="last question")
+    thread = threading.Thread(target=call, daemon=True, name="run_with_timeout")
     thread.start()
     thread.join(seconds)
-    return answers[0] if answers else None
+    return results[0] if results else None
 
 
-def leave(code: int) -> NoReturn:
-    """Ends this process at once: process groups may wait in their destructors for ranks that are gone.
+def exit_now(code: int) -> NoReturn:
+    """Ends this process at once: destructors of process groups may wait for ranks that are gone.
 
-    Whatever its streams do: a full disk or a closed pipe makes flushing fail, and a pipe that nobody reads blocks it.
+    Streams are flushed with a time limit: flushing fails on a full disk or a closed pipe, and blocks on a full pipe.
     """
     try:
         for stream in (sys.stdout, sys.stderr):
-            within(_FLUSHING, stream.flush)
+            run_with_timeout(_FLUSH_TIMEOUT, stream.flush)
     finally:
         os._exit(code)

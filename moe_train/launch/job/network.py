@@ -9,32 +9,30 @@ from collections.abc import Iterable
 from itertools import chain
 
 _SIOCGIFADDR = 0x8915  # linux/sockios.h
-_ELSEWHERE = "192.0.2.1"  # an address of nobody's (RFC 5737): the way there is the way out of this host
+_DOCUMENTATION_ADDRESS = "192.0.2.1"  # not in use anywhere (RFC 5737): its route is the default route
 
 
 def interface_between_hosts(host: str, others: Iterable[str] = ()) -> str | None:
-    """The interface that reaches the job's first host, and from that host, the others; None where that is not known.
+    """The interface that reaches the job's first host, or on that host the others; None where it is not known.
 
-    On Debian a host's own name often stands for 127.0.1.1: there its loopback would be found, which reaches nobody
-    else. So the interface towards another host is taken, else that of the default route, else the only one there is.
+    On Debian a host's own name often resolves to 127.0.1.1, whose interface is the loopback, which reaches no other
+    host. Then it is the interface towards another host, else that of the default route, else the only one.
 
     Args:
-        others: addresses of other hosts, looked at only where they are needed.
+        others: addresses of other hosts, read only where they are needed.
     """
-    ways = map(interface_towards, chain([host], others, [_ELSEWHERE]))
-    return next((name for name in ways if name not in (None, "lo")), None) or _only_one()
-
-
-def _only_one() -> str | None:
+    for address in chain([host], others, [_DOCUMENTATION_ADDRESS]):
+        if (name := interface_towards(address)) and name != "lo":
+            return name
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         found = [name for _, name in socket.if_nameindex() if name != "lo" and _address(probe, name)]
     return found[0] if len(found) == 1 else None
 
 
 def interface_towards(host: str) -> str | None:
-    """The interface whose address this host uses to reach ``host``, such as ``eth0``; None where that is not known.
+    """The interface whose address this host uses to reach ``host``, such as ``eth0``; None where it is not known.
 
-    Nothing is sent: connecting a datagram socket only looks the route up (IPv4).
+    Nothing is sent: connecting a datagram socket only looks up the route (IPv4).
     """
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:

@@ -1,4 +1,4 @@
-"""Who keeps the others waiting, judged from what all ranks say of themselves."""
+"""Finds the ranks that the others wait for, from the status of all ranks, and words the failure."""
 
 from __future__ import annotations
 
@@ -10,73 +10,77 @@ from moe_train.launch.watchdog.status import RankStatus
 
 
 def silent_ranks(earlier: Mapping[int, RankStatus], later: Mapping[int, RankStatus]) -> list[int]:
-    """The ranks that have said nothing new in between; not those whose words somebody else has altered."""
+    """The ranks that wrote no new status in between, except those whose status another process has overwritten."""
     return [
         rank
         for rank, now in later.items()
-        if now.number == earlier[rank].number and not (now.altered or earlier[rank].altered)
+        if now.sequence == earlier[rank].sequence and not (now.tampered or earlier[rank].tampered)
     ]
 
 
 def blocking_ranks(statuses: Mapping[int, RankStatus], silent: Iterable[int]) -> list[int]:
-    """The ranks that hang: those that have fallen silent, else those that others wait for and that wait for nobody.
+    """The ranks that hang: those that write no status, else those that others wait for and that wait for no rank.
 
     Empty where no rank is behind: then all compute, or a collective that all have entered does not end.
     """
-    if fallen := sorted(silent):
-        return fallen
+    if silent := sorted(silent):
+        return silent
     waited_for = {b for a in statuses for b in statuses if waits(statuses[a], statuses[b])}
     return sorted(b for b in waited_for if not any(waits(statuses[b], statuses[other]) for other in statuses))
 
 
 def waits(one: RankStatus, other: RankStatus) -> bool:
-    """Whether ``one`` has entered a collective that ``other`` has not come to."""
-    return any(count > other.entered.get(group, count) for group, count in one.entered.items())
+    """Whether ``one`` has entered a collective that ``other`` has not entered yet."""
+    return any(count > other.collective_counts.get(group, count) for group, count in one.collective_counts.items())
 
 
-def failure(
-    statuses: Mapping[int, RankStatus], blocking: Sequence[int], limit: float, condition: str, ago: float | None = None
+def hang_failure(
+    statuses: Mapping[int, RankStatus], blocking: Sequence[int], limit: float, state: str, age: float | None = None
 ) -> Failure:
-    """What the user reads.
+    """The failure of a job in which ranks hang.
 
     Args:
-        guilty: :func:`blocking_ranks`, not empty.
+        blocking: :func:`blocking_ranks`, not empty.
         limit: seconds; of ``launch.timeout_minutes``.
-        condition: of the first one's process, as the kernel of its host tells; empty where nobody could look.
-        ago: seconds since the first one's last beat, where it says nothing new; None where it still speaks.
+        state: :func:`process_state` of the first one's process; empty where it runs on another host.
+        age: seconds since the first one's last status, where it writes none any more; None where it does.
     """
     first, others = blocking[0], _others(statuses, blocking)
     where = next((statuses[rank].pending for rank in others if statuses[rank].pending), "")
     have = "has" if len(others) == 1 else "have"
-    what = f"it hangs{_so(blocking, 'does', 'do')}: {names(others)} {have} waited for it for {limit:.0f} s" + (
+    what = f"it hangs{_also(blocking, 'does', 'do')}: {names(others)} {have} waited for it for {limit:.0f} s" + (
         f", in {where}" if where else ""
     )
     remedy = (
-        f"See where rank {first} stood, and look at its host ({_host(statuses[first])}: disk, network file system, "
+        f"See the stack of rank {first}, and look at its host ({_host(statuses[first])}: disk, network file system, "
         f"GPU). If it is only slow, raise launch.timeout_minutes (now {limit / 60:g})."
     )
-    return _told(statuses, blocking, what, remedy, _culprit(statuses[first], condition, ago))
+    return _failure(statuses, blocking, what, remedy, _describe_blocking(statuses[first], state, age))
 
 
-def failure_of_silent(
-    statuses: Mapping[int, RankStatus], silent: Sequence[int], limit: float, condition: str, ago: float
+def silence_failure(
+    statuses: Mapping[int, RankStatus], silent: Sequence[int], limit: float, state: str, age: float
 ) -> Failure:
-    """What the user reads where ranks said nothing for ``limit`` seconds, of ``launch.silent_minutes``."""
+    """The failure of a job in which ranks wrote no status for ``limit`` seconds, of ``launch.silent_minutes``."""
     first, others = silent[0], _others(statuses, silent)
-    what = f"it has fallen silent{_so(silent, 'has', 'have')}: {names(others)} heard nothing of it for {limit:.0f} s"
+    have = "has" if len(others) == 1 else "have"
+    what = (
+        f"it sends no status{_also(silent, 'does', 'do')}: {names(others)} {have} received nothing from it "
+        f"for {limit:.0f} s"
+    )
     remedy = (
-        f"Look whether its host ({_host(statuses[first])}) is up and can be reached. If it was only busy, raise "
+        f"Check that its host ({_host(statuses[first])}) is up and can be reached. If it was only busy, raise "
         f"launch.silent_minutes (now {limit / 60:g})."
     )
-    return _told(statuses, silent, what, remedy, _culprit(statuses[first], condition, ago))
+    return _failure(statuses, silent, what, remedy, _describe_blocking(statuses[first], state, age))
 
 
-def _told(
-    statuses: Mapping[int, RankStatus], blocking: Sequence[int], what: str, remedy: str, culprit: Sequence[str]
+def _failure(
+    statuses: Mapping[int, RankStatus], blocking: Sequence[int], what: str, remedy: str, lines: Sequence[str]
 ) -> Failure:
-    """The first guilty rank's failure, its lines before those of the ranks that waited."""
-    lines = [*culprit, *(line for rank in _others(statuses, blocking) for line in _waiting(statuses[rank]))]
-    remedy = f"{remedy} The same command goes on from the last checkpoint."
+    """The failure of the first blocking rank: its lines, then one line for each rank that waited."""
+    lines = [*lines, *(_describe_waiting(statuses[rank]) for rank in _others(statuses, blocking))]
+    remedy = f"{remedy} The same command resumes from the last checkpoint."
     return Failure(blocking[0], time.time(), what, remedy=remedy, trace="\n".join(lines), beside=list(blocking[1:]))
 
 
@@ -84,37 +88,34 @@ def _others(statuses: Mapping[int, RankStatus], blocking: Sequence[int]) -> list
     return sorted(statuses.keys() - set(blocking))
 
 
-def _so(blocking: Sequence[int], one: str, many: str) -> str:
-    """Such as `` (so do ranks 2 and 3)``: who else it is."""
+def _also(blocking: Sequence[int], one: str, many: str) -> str:
+    """Such as `` (so do ranks 2 and 3)``: the blocking ranks after the first."""
     return f" (so {many if blocking[2:] else one} {names(blocking[1:])})" if blocking[1:] else ""
 
 
-def _culprit(rank_status: RankStatus, condition: str, ago: float | None) -> list[str]:
-    if _unheard(rank_status):
-        return [f"rank {rank_status.rank} was never heard" + (f" ({condition})" if condition else "")]
-    process = f"process {rank_status.pid} on {rank_status.host}" + (f", {condition}" if condition else "")
-    # A rank that is stopped cannot say where: what it said last is of up to a beat before, and may be another place.
-    then = "" if ago is None else f"last heard {ago:.0f} s ago, then at "
-    place = f"update {rank_status.update}, {rank_status.phase}, still for {rank_status.still:.0f} s, at"
-    return [f"rank {rank_status.rank} hangs ({process}): {then}{place}", *(f"    {line}" for line in rank_status.stack)]
+def _describe_blocking(status: RankStatus, state: str, age: float | None) -> list[str]:
+    if status.sequence < 0:
+        return [f"rank {status.rank} has sent no status since its start" + (f" ({state})" if state else "")]
+    process = f"process {status.pid} on {status.host}" + (f", {state}" if state else "")
+    # The last status of a stopped process is up to one interval old: the process may have stopped at a later place.
+    last = "" if age is None else f"last status {age:.0f} s ago: "
+    idle = f"no progress for {status.seconds_without_progress:.0f} s"
+    place = f"{last}update {status.update}, {status.phase}, {idle}, at"
+    return [f"rank {status.rank} hangs ({process}): {place}", *(f"    {line}" for line in status.stack)]
 
 
-def _unheard(rank_status: RankStatus) -> bool:
-    return rank_status.number < 0
+def _host(status: RankStatus) -> str:
+    return status.host or "unknown"
 
 
-def _host(rank_status: RankStatus) -> str:
-    return "which it never told" if _unheard(rank_status) else rank_status.host
-
-
-def _waiting(rank_status: RankStatus) -> list[str]:
-    where = f" in {rank_status.pending}" if rank_status.pending else ""
-    own = next((line for line in rank_status.stack if "torch/" not in line), "")
-    return [f"rank {rank_status.rank} waits{where}: update {rank_status.update}, {rank_status.phase}, at {own}"]
+def _describe_waiting(status: RankStatus) -> str:
+    where = f" in {status.pending}" if status.pending else ""
+    own = next((line for line in status.stack if "torch/" not in line), "")
+    return f"rank {status.rank} waits{where}: update {status.update}, {status.phase}, at {own}"
 
 
 def names(ranks: Sequence[int]) -> str:
-    """``rank 1``, ``ranks 0 and 2``, ``ranks 0, 1 and 3``; long lists are cut."""
+    """``rank 1``, ``ranks 0 and 2``, ``ranks 0, 1 and 3``; at most 7 of more than 8."""
     if len(ranks) == 1:
         return f"rank {ranks[0]}"
     shown = [str(rank) for rank in ranks]

@@ -1,7 +1,8 @@
-"""Where this process stands: its threads' stacks, and how many collectives of each group it has come to.
+"""Status of this process for the hang watchdog: stacks of its threads, number of collectives entered per process group.
 
-torch counts the collectives that a process has entered, group by group, gloo and NCCL alike. All ranks enter the same
-ones in the same order, so whoever has the smaller number keeps the others waiting; no collective is needed to find out.
+torch counts the collectives that a process has entered in each group, under gloo and NCCL. All ranks enter the same
+collectives in the same order, so the rank with the lower count is the one the others wait for. Reading the counts needs
+no collective.
 """
 
 from __future__ import annotations
@@ -24,98 +25,105 @@ from typing import Any
 import torch
 from torch.distributed import distributed_c10d
 
-from moe_train.launch.job.failures import agents_file
+from moe_train.launch.job.failures import agent_error_file
 from moe_train.training.runtime.world import ProgressMarker
 
 FLIGHT_RECORDER = "TORCH_FR_BUFFER_SIZE"  # torch's own record of collectives; off for gloo unless this is set
 _DEPTH = 16
-_IDLE = ("threading.py", "queue.py", "concurrent/futures/thread.py")  # where a thread stands that waits for work
-_HOMES = (str(Path.cwd()) + os.sep, sysconfig.get_path("purelib") + os.sep, sysconfig.get_path("stdlib") + os.sep)
+_IDLE = ("threading.py", "queue.py", "concurrent/futures/thread.py")  # innermost frame of a thread that waits for work
+_PATH_PREFIXES = (
+    str(Path.cwd()) + os.sep,
+    sysconfig.get_path("purelib") + os.sep,
+    sysconfig.get_path("stdlib") + os.sep,
+)
 
 
 @dataclass(frozen=True)
 class RankStatus:
-    """What a rank says of itself every few seconds.
+    """Status that each rank writes to the job's store every few seconds.
 
     Attributes:
-        number: grows with every beat, from 0 (-1: it was never heard): a process that is stopped or gone falls silent.
-        still: seconds without a mark, a collective, or an update; as everything here, at the time of the beat.
-        update, phase: of its :class:`ProgressMarker`.
-        entered: collectives that it has entered, by name of group.
-        pending: the first collective that it has entered and not left; said once it has stood still for some beats.
-        stack: ``file:line in function``, innermost first: of the main thread, then of others that do something.
-        host, pid, born: who to look for; ``born`` tells a process from a later one with its number.
-        report: the file of this host where its agent looks for why it ended.
-        said: when, in seconds of its host's clock; who hears it may have another one, so only messages tell by it.
-        altered: nothing is known of the rank, because somebody else has overwritten what it said.
+        sequence: number of this status, from 0; -1: the rank has not written any. It stops growing when the process is
+            stopped or has ended.
+        seconds_without_progress: seconds without a progress mark or a collective, when the status was written.
+        update, phase: from its :class:`ProgressMarker`.
+        collective_counts: collectives entered, by name of the process group.
+        pending: the first collective that it has entered and not left; empty until it has made no progress for a few
+            statuses.
+        stack: ``file:line in function``, innermost first: of the main thread, then of other threads that are not idle.
+        host, pid, started_at: identify the process; ``started_at`` tells it from a later process with the same pid.
+        error_file: file on its host where torchrun's agent looks for the cause when it ends.
+        written_at: seconds since the epoch by its host's clock. Clocks of hosts differ, so only messages use it.
+        tampered: another process has overwritten or deleted the status, so nothing is known of the rank.
     """
 
     rank: int
-    number: int
-    still: float
+    sequence: int
+    seconds_without_progress: float
     update: int
     phase: str
-    entered: dict[str, int] = field(default_factory=dict)
+    collective_counts: dict[str, int] = field(default_factory=dict)
     pending: str = ""
     stack: list[str] = field(default_factory=list)
     host: str = ""
     pid: int = 0
-    born: str = ""
-    report: str = ""
-    said: float = 0.0
-    altered: bool = False
+    started_at: str = ""
+    error_file: str = ""
+    written_at: float = 0.0
+    tampered: bool = False
 
 
 def rank_status(
-    rank: int, number: int, still: float, pulse: ProgressMarker, counts: dict[str, int], look: bool
+    rank: int, sequence: int, idle_seconds: float, progress: ProgressMarker, counts: dict[str, int], with_pending: bool
 ) -> RankStatus:
-    """This process's beat.
+    """The status of this process.
 
     Args:
-        counts: :func:`entered`, by which ``still`` was judged.
-        look: whether to ask torch for the pending collective, which costs a millisecond.
+        idle_seconds: seconds without progress.
+        counts: :func:`collective_counts`, from which ``idle_seconds`` was computed.
+        with_pending: whether to ask torch for the pending collective, which takes a millisecond.
     """
     return RankStatus(
         rank=rank,
-        number=number,
-        still=still,
-        update=pulse.update,
-        phase=pulse.phase,
-        entered=counts,
-        pending=pending() if look else "",
-        stack=stacks(),
+        sequence=sequence,
+        seconds_without_progress=idle_seconds,
+        update=progress.update,
+        phase=progress.phase,
+        collective_counts=counts,
+        pending=pending_collective() if with_pending else "",
+        stack=thread_stacks(),
         host=socket.gethostname(),
         pid=os.getpid(),
-        born=born(os.getpid()),
-        report=agents_file(),
-        said=time.time(),
+        started_at=process_start_time(os.getpid()),
+        error_file=agent_error_file(),
+        written_at=time.time(),
     )
 
 
-def entered() -> dict[str, int]:
-    """Collectives entered so far by group."""
-    return {group.group_name: int(group._get_sequence_number_for_group()) for group in groups()}
+def collective_counts() -> dict[str, int]:
+    """Number of collectives that this rank has entered, by name of the process group."""
+    return {group.group_name: int(group._get_sequence_number_for_group()) for group in process_groups()}
 
 
-def groups() -> list[Any]:
-    """The process groups that this rank is a member of (torch's stubs do not know that they count)."""
+def process_groups() -> list[Any]:
+    """The process groups that this rank is a member of (torch's stubs lack their sequence numbers)."""
     return list(distributed_c10d._world.pg_map)
 
 
 def set_time_limit(known: set[str], limit: timedelta) -> None:
-    """Gives groups that are not in ``known`` the limit, and puts them there.
+    """Sets the time limit of process groups that are not in ``known``, and adds them to it.
 
-    torch gives every group but the first one limits of its own (half an hour), whoever makes it.
+    torch gives every group except the first its own default limit (30 minutes).
     """
-    for group in groups():
+    for group in process_groups():
         if group.group_name not in known:
             with suppress(RuntimeError, ValueError):
                 distributed_c10d._set_pg_timeout(limit, group)
             known.add(group.group_name)
 
 
-def stacks() -> list[str]:
-    """The main thread's frames, innermost first, and below those of other threads that do something."""
+def thread_stacks() -> list[str]:
+    """The main thread's frames, innermost first, then those of other threads that are not idle."""
     frames = sys._current_frames()
     found = _frames(frames.get(threading.main_thread().ident or 0))
     for thread in threading.enumerate():
@@ -135,14 +143,14 @@ def _frames(frame: FrameType | None) -> list[str]:
 
 
 def _short(path: str) -> str:
-    for home in _HOMES:
-        if path.startswith(home):
-            return path.removeprefix(home)
+    for prefix in _PATH_PREFIXES:
+        if path.startswith(prefix):
+            return path.removeprefix(prefix)
     return path
 
 
-def pending() -> str:
-    """The first collective that was entered and not left, from torch's flight recorder; empty where it knows none."""
+def pending_collective() -> str:
+    """The first collective that was entered and not left, from torch's flight recorder; empty where there is none."""
     records: list[dict[str, Any]] = []
     for dump in ("_dump_fr_trace_json", "_dump_nccl_trace_json"):
         with suppress(AttributeError, RuntimeError, ValueError):
@@ -155,19 +163,20 @@ def pending() -> str:
     return f"{name} {first['collective_seq_id']} of group {first['process_group'][0]}"
 
 
-def born(pid: int) -> str:
-    """When a process of this host began, in the kernel's ticks; empty where there is none."""
-    return _stat(pid)[19:20][0] if _stat(pid) else ""
+def process_start_time(pid: int) -> str:
+    """Start time of a process of this host, in clock ticks since boot; empty where there is no such process."""
+    stat = _proc_stat(pid)
+    return stat[19] if stat else ""
 
 
-def condition(pid: int) -> str:
-    """What the kernel says of a process of this host."""
-    stat = _stat(pid)
-    return _CONDITIONS.get(stat[0], ALIVE) if stat else "gone"
+def process_state(pid: int) -> str:
+    """State of a process of this host according to the kernel, as text for messages."""
+    stat = _proc_stat(pid)
+    return _STATES.get(stat[0], ALIVE) if stat else "gone"
 
 
 ALIVE = "alive"
-_CONDITIONS = {
+_STATES = {
     "T": "stopped by a signal (SIGSTOP)",
     "t": "stopped by a debugger",
     "D": "waiting in the kernel (a disk, a network file system, a driver)",
@@ -175,7 +184,7 @@ _CONDITIONS = {
 }
 
 
-def _stat(pid: int) -> list[str]:
+def _proc_stat(pid: int) -> list[str]:
     try:
         return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     except OSError:

@@ -1,4 +1,4 @@
-"""A rank that hangs is found by a time limit, by a thread of each rank that needs no collective.
+"""Finds ranks that hang, by a time limit: a thread in each rank, which needs no collective.
 
 Each rank writes its progress (:class:`RankStatus`) to the job's store every few seconds. A rank without progress for
 ``launch.timeout_minutes`` reads the status of the others. Where a rank is behind, or no longer writes, the cause is
@@ -25,126 +25,134 @@ from typing import NoReturn
 import torch.distributed as dist
 
 from moe_train.launch.job.env import has_our_parent
-from moe_train.launch.job.failures import Failure, leave_failure, tell_agent
-from moe_train.launch.job.hard_exit import leave, within
+from moe_train.launch.job.failures import Failure, store_failure, write_agent_error
+from moe_train.launch.job.hard_exit import exit_now, run_with_timeout
 from moe_train.launch.job.job_channel import JobChannel
-from moe_train.launch.watchdog.diagnosis import blocking_ranks, failure, failure_of_silent, silent_ranks
-from moe_train.launch.watchdog.status import ALIVE, RankStatus, born, condition, entered, rank_status, set_time_limit
+from moe_train.launch.watchdog.diagnosis import blocking_ranks, hang_failure, silence_failure, silent_ranks
+from moe_train.launch.watchdog.status import (
+    ALIVE,
+    RankStatus,
+    collective_counts,
+    process_start_time,
+    process_state,
+    rank_status,
+    set_time_limit,
+)
 from moe_train.safe_text import for_terminal
 from moe_train.training.run.run_folder import FAILURE
 from moe_train.training.runtime.world import World
 
-MARGIN = 15.0  # seconds that torch's own limits come after ours, since it knows who waits but not for whom
-_SLOWEST, _QUICKEST = 5.0, 0.2  # seconds between beats
-_HEARING = 3.0  # seconds, at least, within which a rank must say something new, or it is silent
-_TELLING = 3.0  # seconds that each step of telling the others and the user may take, whatever disk, screen and store do
+MARGIN = 15.0  # seconds between our limit and torch's, which knows the rank that waits but not the one it waits for
+_MAX_INTERVAL, _MIN_INTERVAL = 5.0, 0.2  # seconds between two statuses of a rank
+_STATUS_TIMEOUT = 3.0  # seconds, at least, within which a rank must write a new status, or it counts as silent
+_STEP_TIMEOUT = 3.0  # seconds for each step of reporting a failure: disk, terminal and store may block
 _LOG = logging.getLogger(__name__)
-_STILL = 3  # beats without progress until a rank says which collective it stands in
+_PENDING_AFTER = 3  # intervals without progress until a rank's status names the collective that it is in
 
 
 @contextmanager
 def hang_watchdog(world: World, channel: JobChannel, limit: float, silence: float = 0.0) -> Iterator[None]:
-    """While entered, this rank tells how far it has come, and ends with the others when one of them hangs.
+    """While entered, this rank writes its status, and all ranks end when one of them hangs.
 
     Args:
         limit: seconds that a rank may wait for the others.
-        silence: seconds that it may wait for one of which nothing is heard; 0: there is no such limit.
+        silence: seconds that a rank may wait for one that writes no status; 0: no such limit.
     """
     thread = _Watchdog(world, channel, limit, silence)
-    thread.say()  # so that nobody is unknown to the others, whatever happens next
+    thread.write_status()  # so that every rank has one, whatever happens next
     thread.start()
     try:
         yield
     finally:
         thread.done.set()
-        thread.join(_SLOWEST)
+        thread.join(_MAX_INTERVAL)
 
 
 class _Watchdog(threading.Thread):
     def __init__(self, world: World, channel: JobChannel, limit: float, silence: float = 0.0) -> None:
-        super().__init__(name="watch", daemon=True)
+        super().__init__(name="watchdog", daemon=True)
         self.world, self.channel, self.limit, self.silence = world, channel, limit, silence
-        # Thousands of ranks share one store: each speaks less often then.
-        self.pause = max(_QUICKEST, min(_SLOWEST, min(limit, silence or limit) / 20), world.size / 400)
+        # All ranks share one store: with thousands of them each writes less often.
+        self.interval = max(_MIN_INTERVAL, min(_MAX_INTERVAL, min(limit, silence or limit) / 20), world.size / 400)
         self.done = threading.Event()
-        self.number = 0
-        # When this thread first saw the marks and collectives that it sees now: up to a pause after they came.
-        self.moved, self.progress = time.monotonic(), (-1, dict[str, int]())
-        self.limited: set[str] = set()
-        # When, and what the others said then: what the next reading is compared with. None unless this rank waits.
-        self.heard: tuple[float, dict[int, RankStatus]] | None = None
-        # The last time that this thread came to look: long ago means that the store or this host was slow, not others.
-        self.turn = time.monotonic()
+        self.sequence = 0
+        # Progress marks and collective counts, and when this thread first saw them, up to an interval after the change.
+        self.last_progress, self.progress = time.monotonic(), (-1, dict[str, int]())
+        self.limited_groups: set[str] = set()
+        # Time and content of the last reading of all statuses, for comparison; None unless this rank waits.
+        self.last_reading: tuple[float, dict[int, RankStatus]] | None = None
+        # Time of this thread's last check: if that is long ago, the store or this host was slow, not the other ranks.
+        self.last_check = time.monotonic()
 
     def run(self) -> None:
-        while not self.done.wait(self.pause):
-            # The store may be gone because the run is over, or with the host that held it: torch's own limits remain.
-            # Nothing else may end this thread either, on which the others' end depends.
+        while not self.done.wait(self.interval):
+            # The store is gone when the run is over, or when its host is lost: then torch's own limits remain.
+            # No other error may end this thread, since ending the job depends on it.
             try:
-                set_time_limit(self.limited, timedelta(seconds=self.limit + MARGIN))
-                verdict = self._verdict()
+                set_time_limit(self.limited_groups, timedelta(seconds=self.limit + MARGIN))
+                verdict = self._check()
             except (dist.DistError, RuntimeError, OSError):
-                self.heard = None
+                self.last_reading = None
                 continue
             except Exception:
-                _LOG.exception("the watch for ranks that hang goes on after an error")
+                _LOG.exception("an error in the hang watchdog; it continues")
                 continue
             if verdict is not None and not self.done.is_set():
-                self._execute(verdict)
+                self._end_process(verdict)
 
-    def _verdict(self) -> Failure | None:
-        """The verdict that holds, which may be ours."""
-        still = self.say()
+    def _check(self) -> Failure | None:
+        """The verdict of the job, of this rank or of another; None while no rank hangs."""
+        idle_seconds = self.write_status()
         if verdict := self.channel.verdict():
             return verdict
-        if still > self.limit and (found := self._diagnose()):
+        if idle_seconds > self.limit and (found := self._diagnose()):
             return self.channel.first_verdict(found)
-        if self.silence and (found := self._fallen_silent(still)):
+        if self.silence and (found := self._find_silent(idle_seconds)):
             return self.channel.first_verdict(found)
         return None
 
-    def _fallen_silent(self, still: float) -> Failure | None:
-        """Whether ranks have said nothing for the shorter limit, while this one waited and the store was quick.
+    def _find_silent(self, idle_seconds: float) -> Failure | None:
+        """The failure of ranks that wrote no status for the shorter limit while this rank waited and could read.
 
-        Here silence itself is the fault, so two readings a whole limit apart are compared. :meth:`_diagnose` knows that
-        its rank has waited for the limit, and only asks who still speaks: two readings seconds apart tell.
+        Here the missing status itself is the fault, so two readings a whole limit apart are compared. In
+        :meth:`_diagnose` this rank has already waited for the limit, so two readings seconds apart are enough.
         """
-        before, self.turn = self.turn, time.monotonic()
-        late = self.turn - before > 3 * self.pause + 1  # then the others may not have come to a word either
-        if late or still < self.pause:
-            self.heard = None
+        before, self.last_check = self.last_check, time.monotonic()
+        late = self.last_check - before > 3 * self.interval + 1  # then the other ranks may have been late, too
+        if late or idle_seconds < self.interval:
+            self.last_reading = None
             return None
-        if self.heard is None:
-            self.heard = self.turn, self._statuses()
-        since, earlier = self.heard
-        if self.turn - since < max(self.silence, 3 * self.pause):
+        if self.last_reading is None:
+            self.last_reading = self.last_check, self._statuses()
+        since, earlier = self.last_reading
+        if self.last_check - since < max(self.silence, 3 * self.interval):
             return None
         later = self._statuses()
-        self.heard = self.turn, later
+        self.last_reading = self.last_check, later
         silent = silent_ranks(earlier, later)
         if not silent or self.world.rank in silent or not later[self.world.rank].pending:
             return None
         first = later[silent[0]]
-        return failure_of_silent(later, silent, self.silence, self._look(first, True), _age(first))
+        return silence_failure(later, silent, self.silence, self._process_state(first, True), _age(first))
 
-    def say(self) -> float:
-        """Tells the others; gives the seconds that this rank has stood still."""
-        progress = self.world.pulse.beats, entered()
+    def write_status(self) -> float:
+        """Writes this rank's status to the job's store; returns the seconds since its last progress."""
+        progress = self.world.pulse.beats, collective_counts()
         if progress != self.progress:
-            self.moved, self.progress = time.monotonic(), progress
-        still = time.monotonic() - self.moved  # after the reset: a beat tells of one moment
-        look = still > _STILL * self.pause
-        own = rank_status(self.world.rank, self.number, still, self.world.pulse, progress[1], look)
-        self.number += 1
-        self.channel.put(f"beat/{own.rank}", json.dumps(asdict(own)))
-        return still
+            self.last_progress, self.progress = time.monotonic(), progress
+        idle_seconds = time.monotonic() - self.last_progress  # after the reset: all of a status is of one moment
+        with_pending = idle_seconds > _PENDING_AFTER * self.interval
+        own = rank_status(self.world.rank, self.sequence, idle_seconds, self.world.pulse, progress[1], with_pending)
+        self.sequence += 1
+        self.channel.put(f"status/{own.rank}", json.dumps(asdict(own)))
+        return idle_seconds
 
     def _diagnose(self) -> Failure | None:
-        """Reads what all ranks said, twice: who says nothing new in between is silent."""
+        """Reads the status of all ranks twice: a rank that wrote none in between is silent."""
         earlier = self._statuses()
-        deadline = time.monotonic() + max(_HEARING, 2.5 * self.pause)
+        deadline = time.monotonic() + max(_STATUS_TIMEOUT, 2.5 * self.interval)
         while time.monotonic() < deadline:
-            if self.done.wait(self.pause) or self.say() < self.limit:
+            if self.done.wait(self.interval) or self.write_status() < self.limit:
                 return None
         later = self._statuses()
         silent = silent_ranks(earlier, later)
@@ -152,66 +160,69 @@ class _Watchdog(threading.Thread):
         if not blocking or self.world.rank in blocking:
             return None
         first = later[blocking[0]]
-        ago = _age(first) if first.rank in silent else None
-        return failure(later, blocking, self.limit, self._look(first, ago is not None), ago)
+        age = _age(first) if first.rank in silent else None
+        return hang_failure(later, blocking, self.limit, self._process_state(first, age is not None), age)
 
     def _statuses(self) -> dict[int, RankStatus]:
-        found = self.channel.get_all([f"beat/{rank}" for rank in range(self.world.size)])
+        found = self.channel.get_all([f"status/{rank}" for rank in range(self.world.size)])
         return {rank: _status_of(rank, text) for rank, text in enumerate(found)}
 
-    def _look(self, other: RankStatus, silent: bool) -> str:
-        here = other.host == socket.gethostname() and born(other.pid) in ("", other.born)
-        known = condition(other.pid) if here else ""
-        if silent and known in ("", ALIVE):
-            return "silent: it is stuck, or its host or the network between the hosts is down"
-        return known
+    def _process_state(self, other: RankStatus, silent: bool) -> str:
+        local = other.host == socket.gethostname() and process_start_time(other.pid) in ("", other.started_at)
+        state = process_state(other.pid) if local else ""
+        if silent and state in ("", ALIVE):
+            return "no status received: it is stuck, or its host or the network between the hosts is down"
+        return state
 
-    def _execute(self, verdict: Failure) -> NoReturn:
-        """Ends this process, whatever fails on the way; the main thread stands in a collective and cannot do it."""
+    def _end_process(self, verdict: Failure) -> NoReturn:
+        """Ends this process, whatever fails on the way; the main thread is inside a collective and cannot do it."""
         try:
-            hanging = verdict.rank, *verdict.beside  # they may be unable to say anything
-            speaker = self.world.rank == next(rank for rank in range(self.world.size) if rank not in hanging)
-            self._tell(verdict, speaker)
-            # The first end makes an agent end the rest, the speaker too.
-            if speaker:
-                within(_TELLING, self.channel.shown)
+            hanging = verdict.rank, *verdict.beside  # they may be unable to report anything
+            reports = self.world.rank == next(rank for rank in range(self.world.size) if rank not in hanging)
+            self._report(verdict, reports)
+            # When the first process ends, torchrun's agent ends the rest, the one that reports too.
+            if reports:
+                run_with_timeout(_STEP_TIMEOUT, self.channel.mark_shown)
             else:
-                within(2 * _TELLING, lambda: self.channel.wait_until_shown(_TELLING))
+                run_with_timeout(2 * _STEP_TIMEOUT, lambda: self.channel.wait_until_shown(_STEP_TIMEOUT))
             if not has_our_parent() and self.world.rank not in hanging:
-                statuses = within(_TELLING, self._statuses) or {}
+                statuses = run_with_timeout(_STEP_TIMEOUT, self._statuses) or {}
                 for rank in hanging:
                     if rank in statuses:
                         kill_process(statuses[rank], verdict)
         finally:
-            leave(1)
+            exit_now(1)
 
-    def _tell(self, found: Failure, speaker: bool) -> None:
+    def _report(self, verdict: Failure, reports: bool) -> None:
         folder = self.world.pulse.run
-        record = folder / FAILURE if speaker and folder is not None else None
-        leave_failure(found if speaker or has_our_parent() else found.retold(), self.world.rank, record)
-        if speaker and not has_our_parent():
-            within(_TELLING, lambda: print(for_terminal(f"Failed: {found.text()}"), file=sys.stderr, flush=True))
+        record = folder / FAILURE if reports and folder is not None else None
+        failure = verdict if reports or has_our_parent() else verdict.without_trace()
+        store_failure(failure, self.world.rank, record)
+        if reports and not has_our_parent():
+            run_with_timeout(
+                _STEP_TIMEOUT, lambda: print(for_terminal(f"Failed: {verdict.text()}"), file=sys.stderr, flush=True)
+            )
 
 
 def _status_of(rank: int, text: str | None) -> RankStatus:
     if text:
         return RankStatus(**json.loads(text))
-    return RankStatus(rank, -1, 0.0, 0, "getting ready", altered=text is None)
+    return RankStatus(rank, -1, 0.0, 0, "getting ready", tampered=text is None)
 
 
 def _age(last: RankStatus) -> float:
-    """Seconds since a beat was said, by two hosts' clocks."""
-    return max(0.0, time.time() - last.said)
+    """Seconds since a status was written; the clocks of two hosts may differ."""
+    return max(0.0, time.time() - last.written_at)
 
 
 def kill_process(hanging: RankStatus, verdict: Failure) -> None:
-    """Ends a process of this host that hangs: launchers give it half a minute more, or for ever.
+    """Ends a process of this host that hangs: launchers would wait half a minute for it, or for ever.
 
-    The cause is left in its name: its agent may notice its end before that of those who waited for it.
+    Its error file is written first: its agent may notice its end before that of the ranks that waited for it.
     """
-    if hanging.host == socket.gethostname() and born(hanging.pid) == hanging.born:
-        if hanging.report:
+    if hanging.host == socket.gethostname() and process_start_time(hanging.pid) == hanging.started_at:
+        if hanging.error_file:
             with suppress(OSError):  # such as a full disk
-                tell_agent(verdict.retold(), Path(hanging.report))
+                write_agent_error(verdict.without_trace(), Path(hanging.error_file))
         with suppress(ProcessLookupError, PermissionError):
             os.kill(hanging.pid, signal.SIGKILL)

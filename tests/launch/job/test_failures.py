@@ -12,13 +12,13 @@ from moe_train.errors import DataError
 from moe_train.launch.job.env import JOB
 from moe_train.launch.job.failures import (
     WorkerError,
+    connection_failure,
     failure_of,
-    is_echo,
-    leave_failure,
-    lost,
+    is_secondary_error,
     out_of_memory,
     read_failure,
-    tell_agent,
+    store_failure,
+    write_agent_error,
     write_failure,
 )
 
@@ -45,18 +45,18 @@ def test_where_a_failure_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     failure = failure_of(1, DataError("a bad line", "text.en:7", "mend it"))
     monkeypatch.delenv(JOB, raising=False)
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
-    leave_failure(failure, 1, tmp_path / "failure.json")
+    store_failure(failure, 1, tmp_path / "failure.json")
     told = json.loads((tmp_path / "error.json").read_text())["message"]
     assert told["message"] == "rank 1 failed first: text.en:7: a bad line.\nWhat to do: mend it"
     assert told["extraInfo"]["py_callstack"] == told["message"] and told["extraInfo"]["timestamp"].isdigit()
     assert json.loads((tmp_path / "failure.json").read_text())["user"] is True
     monkeypatch.setenv(JOB, str(tmp_path))
-    leave_failure(failure, 1)
+    store_failure(failure, 1)
     assert read_failure(tmp_path / "failure_1.json", 1, 2, 0.0) == failure
 
 
 def test_torchrun_s_agent_prints_text(tmp_path: Path) -> None:
-    tell_agent(failure_of(1, DataError("a bad \x1b[2Jline", "\x1b]0;owned\x07")), tmp_path / "error.json")
+    write_agent_error(failure_of(1, DataError("a bad \x1b[2Jline", "\x1b]0;owned\x07")), tmp_path / "error.json")
     told = json.loads((tmp_path / "error.json").read_text())["message"]
     assert told["message"] == "rank 1 failed first: ␛]0;owned␇: a bad ␛[2Jline." == told["extraInfo"]["py_callstack"]
 
@@ -64,10 +64,14 @@ def test_torchrun_s_agent_prints_text(tmp_path: Path) -> None:
 def test_echoes() -> None:
     broken = RuntimeError("[gloo/pair.cc:553] Connection closed by peer [127.0.0.1]:5")
     late = RuntimeError("[gloo/unbound_buffer.cc:78] Timed out waiting 21000ms for recv operation to complete")
-    assert is_echo(broken) and is_echo(late) and not is_echo(RuntimeError("sizes differ"))
-    assert "its connection to another rank broke" in lost(0, broken).what
-    assert lost(0, late).what.startswith("a collective did not end in time ("), "who has entered it nobody knows here"
-    assert "GLOO_SOCKET_IFNAME" in lost(0, late).remedy
+    assert (
+        is_secondary_error(broken) and is_secondary_error(late) and not is_secondary_error(RuntimeError("sizes differ"))
+    )
+    assert "its connection to another rank broke" in connection_failure(0, broken).what
+    assert connection_failure(0, late).what.startswith("a collective did not end in time ("), (
+        "who has entered it nobody knows here"
+    )
+    assert "GLOO_SOCKET_IFNAME" in connection_failure(0, late).remedy
 
 
 def test_a_torn_word_does_not_hide_the_exit_code(tmp_path: Path) -> None:
@@ -81,12 +85,12 @@ def test_a_full_disk_keeps_nobody_from_ending(tmp_path: Path, monkeypatch: pytes
     """Nothing is written in part, and the word of before stays whole."""
     failure = failure_of(0, DataError("a bad line", "text.en:7", "mend it"))
     monkeypatch.setenv(JOB, str(tmp_path))
-    leave_failure(failure, 0)
+    store_failure(failure, 0)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (16, before[1]))  # bytes: writing fails in the middle of the text
     try:
-        leave_failure(failure, 0, tmp_path / "failure.json")
+        store_failure(failure, 0, tmp_path / "failure.json")
         with pytest.raises(OSError):
             write_failure(tmp_path / "failure_0.json", 0, DataError("another"))
     finally:

@@ -13,30 +13,32 @@ import pytest
 from moe_train.launch.job.env import JOB
 
 ROOT = Path(__file__).resolve().parents[3]
-LEAVES = "from moe_train.launch.job.hard_exit import leave; print('x', end=''); leave(3)"
+LEAVES = "from moe_train.launch.job.hard_exit import exit_now; print('x', end=''); exit_now(3)"
 # A verdict is carried out: the store that brought it has gone meanwhile, and the screen takes nothing.
 ENDS = """
+    import os, sys
+    sys.excepthook = lambda *error: os._exit(9)
     from datetime import timedelta
     import torch.distributed as dist
-    from moe_train.launch.job.job_channel import Board
+    from moe_train.launch.job.job_channel import JobChannel
     from moe_train.launch.job.failures import Failure
-    from moe_train.launch.job.job_store import Seal, SignedStore
+    from moe_train.launch.job.job_store import MessageSigner, SignedStore
     from moe_train.launch.watchdog.watchdog import _Watchdog
     from moe_train.training.runtime.world import World
 
     master = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     patience = timedelta(seconds=5)
     store = dist.TCPStore("127.0.0.1", master.port, is_master=False, wait_for_workers=False, timeout=patience)
-    board = Board(SignedStore(store, Seal(b"of this job alone"), "job"))
-    watch = _Watchdog(World(rank=0, size=2), board, 1.0)
-    verdict = board.verdict
+    channel = JobChannel(SignedStore(store, MessageSigner(b"of this job alone"), "job"))
+    watch = _Watchdog(World(rank=0, size=2), channel, 1.0)
+    verdict = channel.verdict
     def last_word():
         global master
         found = verdict()
         del master
         return found
-    board.first_verdict(Failure(1, 0.0, "it hangs"))
-    board.verdict = last_word
+    channel.first_verdict(Failure(1, 0.0, "it hangs"))
+    channel.verdict = last_word
     print("x", end="")
     watch.start()
     watch.join(60)

@@ -23,7 +23,7 @@ from moe_train.training.runtime.world import World
 from tests.distributed.world import Worlds
 from tests.launch import jobs, torchrun
 
-SEAL = MessageSigner(b"of this job alone")
+SIGNER = MessageSigner(b"of this job alone")
 HUNG = Failure(1, 5.0, "it hangs")
 
 
@@ -45,12 +45,12 @@ def intruder(server: dist.TCPStore) -> dist.Store:
 
 @pytest.fixture
 def channel(server: dist.TCPStore) -> JobChannel:
-    return JobChannel(SignedStore(connected(server), SEAL, "job"))
+    return JobChannel(SignedStore(connected(server), SIGNER, "job"))
 
 
 @pytest.mark.parametrize("kind", ["folder", "signed"])
 def test_texts_by_name(kind: str, server: dist.TCPStore, tmp_path: Path) -> None:
-    store: JobStore = FolderStore(tmp_path) if kind == "folder" else SignedStore(server, SEAL, "job")
+    store: JobStore = FolderStore(tmp_path) if kind == "folder" else SignedStore(server, SIGNER, "job")
     assert store.get(["a/0", "a/1"]) == ["", ""]
     store.put("a/1", "ä\n")
     store.put("a/1", "ö\n")
@@ -62,11 +62,13 @@ def test_texts_by_name(kind: str, server: dist.TCPStore, tmp_path: Path) -> None
 
 
 def test_a_signature_holds_for_one_entry_of_one_job() -> None:
-    signed = SEAL.sign("verdict", "it hangs").encode()
-    assert SEAL.open("verdict", signed) == "it hangs"
-    assert SEAL.open("failure", signed) is None and MessageSigner(b"of another job").open("verdict", signed) is None
+    signed = SIGNER.sign("verdict", "it hangs").encode()
+    assert SIGNER.verify("verdict", signed) == "it hangs"
+    assert (
+        SIGNER.verify("failure", signed) is None and MessageSigner(b"of another job").verify("verdict", signed) is None
+    )
     for content in (b"", b" ", b"it hangs", b"\xff\xfe", signed[:-1], signed.replace(b"hangs", b"hungs"), signed[1:]):
-        assert SEAL.open("verdict", content) is None
+        assert SIGNER.verify("verdict", content) is None
 
 
 def test_a_forged_verdict_ends_nothing(
@@ -74,17 +76,17 @@ def test_a_forged_verdict_ends_nothing(
 ) -> None:
     forged = json.dumps(asdict(Failure(0, 1.0, "\x1b]0;owned\x07 all is lost")))
     with caplog.at_level(logging.WARNING, "moe_train"):
-        for content in (forged, SEAL.sign("moe_train/earlier-job/verdict", forged), "\x1b[2J"):
+        for content in (forged, SIGNER.sign("moe_train/earlier-job/verdict", forged), "\x1b[2J"):
             intruder.set("verdict", content)
             intruder.set("failure", content)
-            assert channel.verdict() is None and channel.cause(0.0) is None
+            assert channel.verdict() is None and channel.first_failure(0.0) is None
     assert [record.getMessage() for record in caplog.records] == [
         f"the entry '{name}' of the job's store is not from a rank of this job: it is ignored"
         for name in ("verdict", "failure")
     ]
     assert channel.first_verdict(HUNG) == HUNG == channel.verdict()  # in place of the forged one
-    channel.tell(HUNG)
-    assert channel.cause(0.0) == HUNG
+    channel.report_failure(HUNG)
+    assert channel.first_failure(0.0) == HUNG
     intruder.set("shown", "1")
     before = time.monotonic()
     channel.wait_until_shown(0.2)
@@ -96,18 +98,18 @@ def test_a_rank_whose_words_are_taken_does_not_count_as_silent(
     way: str, intruder: dist.Store, channel: JobChannel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Only what a rank itself has failed to say is held against it."""
-    monkeypatch.setattr("moe_train.launch.watchdog.watchdog._HEARING", 0.1)
+    monkeypatch.setattr("moe_train.launch.watchdog.watchdog._STATUS_TIMEOUT", 0.1)
     watches = [_Watchdog(World(rank=rank, size=2), channel, limit=0.1) for rank in range(2)]
     for watch in watches:
-        watch.say()
-    assert [rank_status.number for rank_status in watches[0]._statuses().values()] == [0, 0]
+        watch.write_status()
+    assert [rank_status.sequence for rank_status in watches[0]._statuses().values()] == [0, 0]
     time.sleep(0.2)
     heard = watches[0]._diagnose()
     assert heard is not None and heard.rank == 1  # it has said nothing new
     if way == "deleted":
-        intruder.delete_key("beat/1")
+        intruder.delete_key("status/1")
     else:
-        intruder.set("beat/1", "{}")
+        intruder.set("status/1", "{}")
     assert watches[0]._diagnose() is None
 
 

@@ -16,7 +16,8 @@ from tests.network.hosts import two_hosts
 ROOT = Path(__file__).resolve().parents[3]
 pytestmark = pytest.mark.network
 PROGRAM = (
-    "import os; from moe_train.launch.slurm import take_place; take_place(); print(os.environ['GLOO_SOCKET_IFNAME'])"
+    "import os; from moe_train.launch.slurm import set_torchrun_env; set_torchrun_env(); "
+    "print(os.environ['GLOO_SOCKET_IFNAME'])"
 )
 # What Slurm knows of the job: two nodes with their addresses.
 SCONTROL = """#!/bin/sh

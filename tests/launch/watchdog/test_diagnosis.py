@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_train.launch.watchdog.diagnosis import blocking_ranks, failure, failure_of_silent, names
-from moe_train.launch.watchdog.status import RankStatus, stacks
+from moe_train.launch.watchdog.diagnosis import blocking_ranks, hang_failure, names, silence_failure
+from moe_train.launch.watchdog.status import RankStatus, thread_stacks
 
 WORLD = 4
 GROUPS = st.sets(st.integers(0, WORLD - 1), min_size=2).map(lambda members: tuple(sorted(members)))
@@ -75,19 +75,21 @@ def test_what_the_user_reads() -> None:
         ),
         1: RankStatus(1, 9, 61.0, 7, "reading samples", {"0": 4}, stack=stack, host="node7", pid=12),
     }
-    found = failure(statuses, [1], 60.0, "stopped by a signal (SIGSTOP)")
+    found = hang_failure(statuses, [1], 60.0, "stopped by a signal (SIGSTOP)")
     text = found.text()
     assert found.rank == 1 and not found.user
     assert text.startswith(
         "rank 1 failed first: it hangs: rank 0 has waited for it for 60 s, in all_reduce 5 of group 0."
     )
-    assert "(process 12 on node7, stopped by a signal (SIGSTOP)): update 7, reading samples, still for 61 s" in text
+    assert (
+        "(process 12 on node7, stopped by a signal (SIGSTOP)): update 7, reading samples, no progress for 61 s" in text
+    )
     assert "    a.py:7 in read\n    b.py:1 in main" in text
     assert "rank 0 waits in all_reduce 5 of group 0: update 7, computing the update, at a.py:7 in read" in text
-    assert text.splitlines()[-1].startswith("What to do: See where rank 1 stood") and "(now 1)" in text
-    silent = failure(statuses, [1], 60.0, "gone", 17.2).text()
-    assert "(process 12 on node7, gone): last heard 17 s ago, then at update 7, reading samples, still for" in silent
-    several = failure({**statuses, 2: statuses[1], 3: statuses[1]}, [1, 2, 3], 60.0, "")
+    assert text.splitlines()[-1].startswith("What to do: See the stack of rank 1") and "(now 1)" in text
+    silent = hang_failure(statuses, [1], 60.0, "gone", 17.2).text()
+    assert "(process 12 on node7, gone): last status 17 s ago: update 7, reading samples, no progress for" in silent
+    several = hang_failure({**statuses, 2: statuses[1], 3: statuses[1]}, [1, 2, 3], 60.0, "")
     assert several.beside == [2, 3] and "it hangs (so do ranks 2 and 3): rank 0 has waited" in several.text()
 
 
@@ -96,10 +98,10 @@ def test_a_rank_that_was_never_heard() -> None:
         0: RankStatus(0, 9, 61.0, 0, "getting ready", {"0": 1}, "all_reduce 1"),
         1: RankStatus(1, -1, 0.0, 0, "getting ready"),
     }
-    text = failure(statuses, [1], 60.0, "silent: it is stuck", 1.8e9).text()
-    assert "rank 1 was never heard (silent: it is stuck)\nrank 0 waits" in text
+    text = hang_failure(statuses, [1], 60.0, "silent: it is stuck", 1.8e9).text()
+    assert "rank 1 has sent no status since its start (silent: it is stuck)\nrank 0 waits" in text
     assert "process 0" not in text and "host (:" not in text
-    assert "its host (which it never told) is up" in failure_of_silent(statuses, [1], 60.0, "", 1.8e9).text()
+    assert "its host (unknown) is up" in silence_failure(statuses, [1], 60.0, "", 1.8e9).text()
 
 
 def test_names_of_ranks() -> None:
@@ -121,7 +123,7 @@ def test_other_threads_are_shown_where_they_do_something() -> None:
     thread = threading.Thread(target=read_samples, name="loader")
     thread.start()
     entered.wait()
-    shown = stacks()
+    shown = thread_stacks()
     leave.set()
     thread.join()
     idle.shutdown()

@@ -37,10 +37,10 @@ def hung(text: str, how: str) -> None:
     )
     assert "in _fall_asleep" in text or how == "stop"  # a stopped process may have said its last word before
     state = {"sleep": "alive", "stop": "stopped by a signal"}[how]
-    heard = {"sleep": r"update 7", "stop": r"last heard [1-9]\d* s ago, then at update \d"}[how]
-    assert re.search(rf"rank 2 hangs \(process \d+ on \S+, {state}.*\): {heard}, .*still for", text)
+    heard = {"sleep": r"update 7", "stop": r"last status [1-9]\d* s ago: update \d"}[how]
+    assert re.search(rf"rank 2 hangs \(process \d+ on \S+, {state}.*\): {heard}, .*no progress for", text)
     assert len(re.findall(r"rank \d waits in all_reduce \d+ of group 0: update 7, warming up, at", text)) >= 3
-    assert "What to do: See where rank 2 stood" in text and "raise launch.timeout_minutes (now 0.1)" in text
+    assert "What to do: See the stack of rank 2" in text and "raise launch.timeout_minutes (now 0.1)" in text
 
 
 def test_a_beat_tells_of_one_moment(tmp_path: Path) -> None:
@@ -49,8 +49,8 @@ def test_a_beat_tells_of_one_moment(tmp_path: Path) -> None:
     watch = _Watchdog(world, channel, limit=60.0)
 
     def told() -> RankStatus:
-        watch.say()
-        return RankStatus(**json.loads(channel.get_all(["beat/0"])[0] or ""))
+        watch.write_status()
+        return RankStatus(**json.loads(channel.get_all(["status/0"])[0] or ""))
 
     world.pulse.mark("reading samples", 3)
     told()
@@ -58,9 +58,9 @@ def test_a_beat_tells_of_one_moment(tmp_path: Path) -> None:
     stood = told()
     world.pulse.mark("computing the update", 4)
     moved = told()
-    assert (stood.update, moved.update, moved.number) == (3, 4, 2)
-    assert stood.still >= 0.1 > moved.still
-    assert stood.said <= moved.said <= time.time()
+    assert (stood.update, moved.update, moved.sequence) == (3, 4, 2)
+    assert stood.seconds_without_progress >= 0.1 > moved.seconds_without_progress
+    assert stood.written_at <= moved.written_at <= time.time()
 
 
 @pytest.mark.parametrize("how", ["sleep", pytest.param("stop", marks=SLOW)])
@@ -114,7 +114,7 @@ def test_a_rank_that_falls_silent(how: str, tmp_path: Path) -> None:
         launch(f"{JOBS}:hang", {**arguments, "note": note}, LaunchConfig(processes=4), tmp_path)
     text = str(raised.value)
     if how == "stop":
-        assert "rank 2 failed first: it has fallen silent: ranks 0, 1 and 3 heard nothing of it for 6 s" in text
+        assert "rank 2 failed first: it sends no status: ranks 0, 1 and 3 have received nothing from it for 6 s" in text
         assert "stopped by a signal" in text and "raise launch.silent_minutes (now 0.1)" in text
     else:
         assert "rank 2 failed first: it hangs: ranks 0, 1 and 3 have waited for it for 18 s" in text
