@@ -21,25 +21,35 @@ import yaml
 from hydra import compose, initialize_config_dir
 
 from moe_train import __version__
-from moe_train.commands import plan, prepare
+from moe_train.commands import evaluate, plan, prepare, train
 from moe_train.commands.cli.app import plain
 from moe_train.commands.cli.overrides import check_overrides
 from moe_train.config import build
+from moe_train.config import run as run_config
 from moe_train.config.corpus import PrepareConfig
 from moe_train.config.evaluation import EvaluateConfig, ExportConfig, ReportConfig, TranslateConfig
 from moe_train.config.paths import configs_directory
 from moe_train.data.corpora import base as corpora
 from moe_train.data.folder import DataFolder
+from moe_train.evaluation.scoring import further_metrics
 from moe_train.launch.hydra_store import forget_foreign_schemas
 from moe_train.plugins import USER_DIR
 from moe_train.routing import RoutingConfig, registered_strategies, registry
 from moe_train.routing.token_choice import TokenChoiceConfig
+from moe_train.tasks import logged_metrics
+from moe_train.tasks import registry as tasks
+from moe_train.tasks.base import TrainingTask
 from tests.test_rooms import ROOMS, SUBFOLDERS
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NEW = "language_gate"  # the strategy that the worked example adds
-FOR_THE_READER = {NEW, "tab_pairs"}  # files that the documents ask their reader to write
+FOR_THE_READER = {
+    NEW,
+    "tab_pairs",
+    "copying",
+    "counted_translation",
+}  # files that the documents ask their reader to write
 each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
 
 
@@ -349,3 +359,121 @@ def test_the_corpus_of_the_page_is_prepared_from_a_folder_outside_the_package(
         prepare.main()
     assert "line 1 has 1 columns" in capfd.readouterr().err
     sys.modules.pop("tab_pairs")
+
+
+SMALL = [
+    *(
+        "model.embed_dim=16",
+        "model.ffn_dim=32",
+        "model.num_heads=2",
+        "model.encoder_layers=1",
+        "model.decoder_layers=1",
+    ),
+    *("model.sparse_layers=all", "model.max_positions=40", "routing.num_experts=2", "training.max_updates=2"),
+    *("training.tokens_per_update=256", "training.threads=1", "training.log_every=1"),
+]
+
+
+@pytest.fixture
+def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with data, where code from outside the package can be registered."""
+    registries = [
+        (tasks, "_TASKS"),
+        (run_config, "_TASKS"),
+        (further_metrics, "_METRICS"),
+        (logged_metrics, "_METRICS"),
+    ]
+    for module, name in registries:
+        monkeypatch.setattr(module, name, dict(getattr(module, name)))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr("hydra._internal.utils.is_under_debugger", lambda: False)
+    monkeypatch.setenv(USER_DIR, "")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data-bin").mkdir()
+    shutil.copytree(ROOT / "tests" / "old_runs" / "data", tmp_path / "data-bin" / "l10n")
+    return tmp_path
+
+
+def write_examples(page: str, folder: Path) -> None:
+    """Writes each python and yaml block of a page into the file of ``my_code`` that the text before it names last."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    for block in re.finditer(r"```(python|yaml)\n(.*?)```", text, flags=re.DOTALL):
+        ending = {"python": "py", "yaml": "yaml"}[block[1]]
+        name = re.findall(rf"`(my_code/[\w/]+\.{ending})`", text[: block.start()])[-1]
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(block[2], encoding="utf-8")
+
+
+def run_command(monkeypatch: pytest.MonkeyPatch, page: str, name: str, *more: str) -> None:
+    """Runs the one command of that name on a page, with further words."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    (command,) = re.findall(rf"^    {name} (.*)$", text, flags=re.MULTILINE)
+    monkeypatch.setattr(sys, "argv", [name, *shlex.split(command), *more])
+    {"moe-train": train, "moe-evaluate": evaluate}[name].main()
+
+
+def log_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_the_worked_example_of_a_task_trains_and_is_measured(outside: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_examples("add-a-task.md", outside)
+    run_command(monkeypatch, "add-a-task.md", "moe-train", *SMALL)
+    run = outside / "outputs" / "copying"
+    assert [line["update"] for line in log_lines(run / "train.jsonl")] == [1, 2]
+    assert log_lines(run / "valid.jsonl")[-1]["directions"].keys() == {"de", "en", "fr"}
+    run_command(monkeypatch, "add-a-task.md", "moe-evaluate")
+    found = json.loads((run / "test.json").read_text(encoding="utf-8"))
+    assert found["task"] == "copying" and found["sets"].keys() == {"de", "en", "fr"} == found["routing"].keys()
+    sys.modules.pop("copying")
+
+
+def test_every_member_of_the_interface_of_tasks_is_explained() -> None:
+    text = (ROOT / "docs" / "add-a-task.md").read_text(encoding="utf-8")
+    must, may = (
+        re.findall(r"^\| (`.*?) \|", part, flags=re.MULTILINE) for part in text.split("The others have a default")
+    )
+    named = [set(re.findall(r"`(\w+)", " ".join(rows))) for rows in (must, may)]
+    assert named[0] == TrainingTask.__abstractmethods__
+    members = {name for name in vars(TrainingTask) if not name.startswith("_")}
+    assert named[1] == members - named[0]
+
+
+def test_the_worked_examples_of_metrics_are_logged_and_scored(
+    outside: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_examples("add-a-metric.md", outside)
+    run_command(monkeypatch, "add-a-metric.md", "moe-train", *SMALL)
+    run = outside / "outputs" / "counted"
+    lines = [*log_lines(run / "train.jsonl"), *log_lines(run / "valid.jsonl")]
+    assert len(lines) == 3 and all(line["longest"] >= 3 and 0 <= line["unknown"] < 1 for line in lines)
+    assert lines[-1]["longest"] == max(entry["longest"] for entry in lines[-1]["directions"].values())
+    assert len(re.findall(r"unknown \d+\.\d%, longest \d+", capfd.readouterr().out)) == 3
+    words = ["search.beam=1", "search.max_length_ratio=1"]
+    run_command(monkeypatch, "add-a-metric.md", "moe-evaluate", *words)
+    scores = json.loads((run / "test.json").read_text(encoding="utf-8"))
+    assert scores["average"]["exact_match"] == 0.0
+    for name in ("exact_match", "counted_translation"):
+        sys.modules.pop(name)
+
+
+def test_the_worked_example_of_a_metric_is_found_by_its_entry_point(
+    outside: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_examples("add-a-metric.md", outside)
+    text = (ROOT / "docs" / "add-a-metric.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```toml\n(.*?)```", text, flags=re.DOTALL)
+    ((group, points),) = tomllib.loads(block)["project"]["entry-points"].items()
+    (outside / "my_package").mkdir()
+    (outside / "my_package" / "__init__.py").write_text("")
+    shutil.copy(outside / "my_code" / "exact_match.py", outside / "my_package")
+    about = outside / "my_package-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: my_package\nVersion: 1.0\n")
+    listed = "".join(f"{name} = {value}\n" for name, value in points.items())
+    (about / "entry_points.txt").write_text(f"[{group}]\n{listed}")
+    monkeypatch.syspath_prepend(outside)
+    found = further_metrics.find_metrics(points)
+    assert found["exact_match"](["a", "b"], ["a", "c"], "en") == 50.0
+    for name in ("my_package", "my_package.exact_match"):
+        sys.modules.pop(name)
