@@ -1,4 +1,4 @@
-"""Mirroring and shifting of training images, drawn by (seed, update, image): the same after a resume, on any rank."""
+"""Mirrors and shifts training images, drawn by (seed, update, image): the same after a resume, on any rank."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ TRANSLATED = ".in_en"  # the same items, in English
 
 @dataclass(frozen=True)
 class EncodedFiles:
-    """Files cut into pieces, their items one behind the other.
+    """Files cut into pieces, the items of all files in one array.
 
     Attributes:
         pieces: flat dictionary ids of all items, beginnings and ends included.
@@ -76,7 +76,7 @@ class ClassificationTask(TrainingTask):
         """The data folder whose SentencePiece model cuts the texts.
 
         Raises:
-            ConfigError: neither ``task.vocabulary`` nor a run to start from tells it.
+            ConfigError: neither ``task.vocabulary`` nor ``training.init_from`` names one.
         """
         return DataFolder.open(self.keys.vocabulary or _data_of_run(self.config.training.init_from))
 
@@ -87,12 +87,12 @@ class ClassificationTask(TrainingTask):
 
     @cached_property
     def routing(self) -> RoutingConfig:
-        """The strategy's own config, frozen where the task says so."""
+        """The strategy's config, frozen if ``task.freeze_routing``."""
         routing = routing_config(self.config.routing)
         return dataclasses.replace(routing, frozen=True) if self.keys.freeze_routing else routing
 
     def check_data(self) -> None:
-        """Whether there is something to validate with, and a vocabulary.
+        """Checks that there is something to validate with, and a vocabulary.
 
         Raises:
             DataError, ConfigError: there is not.
@@ -107,7 +107,7 @@ class ClassificationTask(TrainingTask):
     # --- training ---------------------------------------------------------------------------------------------------
 
     def build_model(self, layout: Any = None) -> TrainableModel:
-        """The model that the config describes; ``layout`` says which experts this rank holds (None: all)."""
+        """The model of the config; ``layout``: the experts that this rank holds (None: all)."""
         return build_text_classifier(
             self.config.model,
             self.routing,
@@ -120,7 +120,7 @@ class ClassificationTask(TrainingTask):
         )
 
     def build_criterion(self) -> nn.Module:
-        """Cross-entropy with the routing losses, which stay on where routing is frozen."""
+        """Cross-entropy with the routing losses, also if routing is frozen."""
         return ClassificationCriterion(
             len(self.data.classes),
             label_smoothing=self.config.training.label_smoothing,
@@ -245,7 +245,7 @@ class ClassificationTask(TrainingTask):
 def _data_of_run(init_from: str | None) -> str:
     """The data folder of the run that ``training.init_from`` names, by its folder or one of its checkpoints.
 
-    An export has a folder of its own for the vocabulary, which its config names by a relative path.
+    The config of an export names its data folder by a relative path.
     """
     for folder in [Path(init_from), *Path(init_from).absolute().parents[:2]] if init_from else []:
         path = folder / "config.json"
@@ -255,6 +255,6 @@ def _data_of_run(init_from: str | None) -> str:
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise ConfigError(f"the run's config cannot be read ({error!r})", str(path)) from error
     raise ConfigError(
-        "which pieces are the texts to be cut into?",
+        "there is no vocabulary to cut the texts with",
         remedy="start from a cross_lingual_lm run, training.init_from=RUN, or set task.vocabulary=DATA_FOLDER",
     )

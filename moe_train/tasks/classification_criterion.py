@@ -1,4 +1,4 @@
-"""Cross-entropy over classes with the routing losses: of images and of texts."""
+"""Cross-entropy over classes of images or texts, with the routing losses."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class ClassificationCriterion(nn.Module):
         """The loss of a sample whose ``target`` is [B].
 
         Returns:
-            The summed loss; the items to divide by; and sums for the log, ``accuracy`` (the items whose best class is
-            the right one) among them.
+            The summed loss; the items to divide by; and sums for the log, among them ``accuracy`` (items whose best
+            class is the right one).
         """
         passes = self.passes if model.training else 1
         logits, extra = model(**repeated_rows(sample["net_input"], passes))
@@ -73,7 +73,7 @@ class ClassificationCriterion(nn.Module):
 
 
 def repeated_rows(net_input: dict[str, Tensor], passes: int) -> dict[str, Tensor]:
-    """The batch behind itself ``passes`` times, ``pass_index`` telling the copies apart."""
+    """The batch repeated ``passes`` times; ``pass_index`` [passes · B] numbers the copies."""
     if passes == 1:
         return dict(net_input)
     uid = net_input["sentence_uid"]
@@ -94,7 +94,7 @@ def count_classes(guesses: Tensor, target: Tensor, num_classes: int) -> dict[str
 def macro_f1(sums: dict[str, float], num_classes: int) -> float:
     """The mean over classes of F1 = 2 · hits / (guesses + items), from what :func:`count_classes` counts.
 
-    A class that is neither there nor guessed is left out of the mean.
+    A class without items and guesses is left out of the mean.
     """
     scores = []
     for c in range(num_classes):

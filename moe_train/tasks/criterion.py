@@ -1,12 +1,12 @@
 """Label-smoothed cross-entropy with the routing losses, and with the consistency of two passes (THOR).
 
-Everything is a sum over this rank's target tokens; whoever steps the optimizer divides by the tokens of the update.
+Everything is a sum over this rank's target tokens; the training step divides by the target tokens of the update.
 
     loss = Σ_tokens CE + Σ_names weight · (mean over layers of the router's share) · world_ntokens
 
-A router's share is such that the sum over ranks is the loss of the world's micro-batch, so over an update the routing
-loss comes out as the mean over micro-batches, weighted by their target tokens: the same for any number of ranks, and
-each micro-batch counts once.
+The sum of the routers' shares over ranks is the loss of the world's micro-batch. Over an update the routing loss is
+the mean over micro-batches, weighted by their target tokens: the same for any number of ranks, each micro-batch counted
+once.
 
 With two passes (THOR, Zuo et al. 2022; R-Drop with one expert) the batch goes through the model twice in one forward:
 
@@ -61,7 +61,7 @@ class MoELabelSmoothedCrossEntropy(FairseqCriterion):  # type: ignore[misc]
 
     @classmethod
     def build_criterion(cls, cfg: Any, task: Any) -> MoELabelSmoothedCrossEntropy:
-        """Builds it for fairseq's command line, after the task has built the model."""
+        """Called by fairseq's command line, after the task has built the model."""
         return cls(task, cfg.label_smoothing, task.routing.passes, task.routing.consistency_weight)
 
     def forward(self, model: nn.Module, sample: Sample, reduce: bool = True) -> tuple[Tensor, int, dict[str, Any]]:
@@ -73,7 +73,7 @@ class MoELabelSmoothedCrossEntropy(FairseqCriterion):  # type: ignore[misc]
 
         Returns:
             The summed loss; the tokens to divide by; and sums for the log: ``loss``, ``nll_loss``, ``ntokens``,
-            ``nsentences``, each routing loss times the target tokens, and where the training loop is ours ``routing``,
+            ``nsentences``, each routing loss times the target tokens, and in moe-train's loop ``routing``,
             the statistics of each sparse layer.
         """
         passes = self.passes if model.training else 1
@@ -128,7 +128,7 @@ class MoELabelSmoothedCrossEntropy(FairseqCriterion):  # type: ignore[misc]
 
     @staticmethod
     def logging_outputs_can_be_summed() -> bool:
-        """True: plain sums all (statistics of layers are logged only for our own loop)."""
+        """True: all are sums (statistics of layers are logged in moe-train's loop only)."""
         return True
 
 
@@ -163,7 +163,7 @@ def symmetric_divergence(logits_1: Tensor, logits_2: Tensor) -> Tensor:
 
 
 def repeated(net_input: Mapping[str, Tensor], passes: int) -> dict[str, Tensor]:
-    """The batch behind itself ``passes`` times, ``pass_index`` [passes · B] telling the copies apart."""
+    """The batch repeated ``passes`` times; ``pass_index`` [passes · B] numbers the copies."""
     if passes == 1:
         return dict(net_input)
     rows = net_input["src_tokens"].shape[0]

@@ -1,4 +1,4 @@
-"""The flags of our task and criterion on fairseq's command line.
+"""The flags of the task and criterion on fairseq's command line.
 
 No ``from __future__ import annotations`` here: fairseq builds its parsers from annotations that are types, not strings,
 and of unions it understands ``Optional`` alone.

@@ -41,12 +41,12 @@ class ImageTask(TrainingTask):
 
     @property
     def shape(self) -> ImageShape:
-        """Of every image."""
+        """Shape of every image, and the number of classes."""
         data = self.data
         return ImageShape(data.height, data.width, data.channels, len(data.classes))
 
     def check_data(self) -> None:
-        """Whether there are images to train on and to validate with.
+        """Checks that there are images to train on and to validate with.
 
         Raises:
             DataError: there are none.
@@ -56,7 +56,7 @@ class ImageTask(TrainingTask):
                 raise DataError(f"the split '{split}' has no images", str(self.data.path), "give some")
 
     def build_model(self, layout: Any = None) -> TrainableModel:
-        """The model that the config describes; ``layout`` says which experts this rank holds (None: all)."""
+        """The model of the config; ``layout``: the experts that this rank holds (None: all)."""
         return build_vision_model(self.config.model, self.routing, self.shape, seed=self.config.seed, layout=layout)
 
     def build_criterion(self) -> nn.Module:

@@ -25,13 +25,13 @@ _REMEDY = "the data folder is damaged: restore it, or run moe-prepare again with
 class SentenceFile:
     """The sentences of ``prefix.bin`` and ``prefix.idx``: pieces and an end each.
 
-    Sentences lie one behind the other in the file, so a batch is one gather from a flat array.
+    Sentences are contiguous in the file, so a batch is one gather from a flat array.
 
     Args:
-        entries: of the dictionary; ids from there on are refused when they are read (None: any is taken).
+        entries: size of the dictionary; larger ids are refused when they are read (None: none are).
 
     Raises:
-        DataError: a file that cannot be read, or an index that is none, or that is not of this ``.bin``.
+        DataError: a file cannot be read, the index is damaged, or it does not fit the ``.bin``.
     """
 
     def __init__(self, prefix: Path, entries: int | None = None) -> None:
@@ -103,7 +103,7 @@ class SentenceFile:
         table[np.repeat(rows, sizes), column + within] = tokens
 
     def _checked(self, tokens: NDArray[np.integer]) -> Indices:
-        """The tokens as they were read, when all are entries of the dictionary.
+        """The tokens, checked to be entries of the dictionary.
 
         Raises:
             DataError: one is not.

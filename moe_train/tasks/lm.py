@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-# Held-out text is masked alike in every run, whatever its seed: perplexities are of the same tokens.
+# Held-out text is masked the same way in every run, for any seed: perplexities are of the same tokens.
 _EVALUATION_SEED, _EVALUATION_UPDATE = 1, -1
 
 
@@ -97,7 +97,7 @@ class LanguageModelTask(TrainingTask):
     # --- training ---------------------------------------------------------------------------------------------------
 
     def build_model(self, layout: Any = None) -> TrainableModel:
-        """The model that the config describes; ``layout`` says which experts this rank holds (None: all)."""
+        """The model of the config; ``layout``: the experts that this rank holds (None: all)."""
         return build_masked_language_model(
             self.config.model,
             self.routing,
@@ -163,7 +163,7 @@ class LanguageModelTask(TrainingTask):
         return sets
 
     def evaluation_sample(self, split: str, name: str, indices: Indices) -> Sample:
-        """Rows of a batch of :meth:`evaluation_sets`, always masked alike."""
+        """Rows of a batch of :meth:`evaluation_sets`, always masked the same way."""
         return self._sample(self.split(split), indices, _EVALUATION_SEED, _EVALUATION_UPDATE)
 
     def _sample(self, text: MonolingualText, indices: Indices, seed: int, update: int) -> Sample:
@@ -186,7 +186,7 @@ class LanguageModelTask(TrainingTask):
 
 
 def token_frequency(dictionary: Any) -> Tensor:
-    """[V] how often each dictionary id stands in the training text, as ``moe-prepare`` counted."""
+    """[V] occurrences of each dictionary id in the training text, counted by ``moe-prepare``."""
     counts = torch.tensor(dictionary.count, dtype=torch.float64)
     counts[: dictionary.nspecial] = 0.0
     return counts

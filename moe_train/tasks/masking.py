@@ -1,4 +1,4 @@
-"""Which tokens a masked language model must predict (BERT, Devlin et al., 2019, §3.1), by counted draws."""
+"""Draws the tokens that a masked language model must predict (BERT, Devlin et al., 2019, §3.1)."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class Masking:
             seed, update: of the draws.
 
         Returns:
-            What the model sees [B, S], and what it must predict [B, S]: padding where nothing is asked. Of every
-            sentence with a piece at least one is asked.
+            The input [B, S], and the targets [B, S], padding where nothing is predicted. At least one piece of every
+            sentence that has one is predicted.
         """
         width, keys = tokens.shape[1], self.keys
         uniform = np.where(self._is_piece(tokens), draws(seed, update, uids, width, MASKED), np.inf)

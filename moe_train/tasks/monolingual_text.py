@@ -1,4 +1,4 @@
-"""A split of a data folder read as text of single languages, and as pairs one behind the other."""
+"""A split of a data folder read as text of single languages, and as pairs: a sentence, then its translation."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Piece:
 
 
 class MonolingualText:
-    """Items by stream (a language, or a pair), one stream behind the other.
+    """Items by stream (a language, or a pair), one stream after the other.
 
     Attributes:
         names: of the streams: ``de``, or ``de-en`` for pairs.
@@ -151,8 +151,7 @@ def languages_read(folder: DataFolder, split: str, keys: LanguageModelConfig) ->
 
 
 def _is_read(folder: DataFolder, sides: Sides, side: str, wanted: str) -> bool:
-    """Whether the side is one that ``task.sides`` reads, by the directions that the folder is for; single languages are
-    read whatever it says."""
+    """Whether ``task.sides`` reads the side, by the directions of the folder; single languages are always read."""
     if isinstance(sides, Single):
         return True
     other = sides.target if side == sides.source else sides.source

@@ -1,8 +1,7 @@
 """Sentences of a file packed into blocks, as FULL-SENTENCES of RoBERTa (Liu et al., 2019, §4.2) and XLM-R's text.
 
-A block is a stretch of the file: whole sentences in the file's order, each with its end, as many as fit. Nothing is
-drawn, so that blocks are the same in every epoch, on every rank and after a resume; the batches draw, by seed and
-epoch, which block comes when.
+A block is a range of the file: whole sentences in the file's order, each with its end, as many as fit. Blocks are the
+same in every epoch, on every rank and after a resume; their order is drawn by seed and epoch.
 """
 
 from __future__ import annotations
@@ -13,10 +12,10 @@ from numpy.typing import NDArray
 from moe_train.fairseq_compat import apply
 from moe_train.tasks.indexed_dataset import Indices, SentenceFile
 
-# A sentence longer than a block is cut into parts of this share of one: a block is then filled up to less than a part.
+# A sentence longer than a block is cut into parts of 1/8 of a block, so that less than a part stays unfilled.
 _PARTS = 8
 
-# Blocks that begin inside a sentence are numbered apart from sentences, of which no split has this many.
+# Offset of the numbers of blocks that begin inside a sentence; no split has so many sentences.
 _INSIDE = 1 << 40
 
 
@@ -35,10 +34,7 @@ class PackedFile:
         return len(self.sizes)
 
     def numbers(self, blocks: Indices) -> Indices:
-        """A number for each block, its first sentence's: a sentence alone has the number it always has.
-
-        No two blocks of a file share one.
-        """
+        """A number for each block, that of its first sentence; no two blocks of a file have the same."""
         numbers: Indices = self._numbers[blocks]
         return numbers
 
@@ -48,7 +44,7 @@ class PackedFile:
 
 
 def pack(sizes: Indices, room: int) -> tuple[Indices, Indices, Indices]:
-    """Which stretches of a file are its blocks.
+    """The ranges of a file that are its blocks.
 
     Args:
         sizes: [S] tokens of each sentence, at least 1.
@@ -63,7 +59,7 @@ def pack(sizes: Indices, room: int) -> tuple[Indices, Indices, Indices]:
     if not len(sizes):
         return sizes, sizes, sizes
     sentences, parts, lengths = _cut(sizes, room)
-    # fairseq's "complete" mode: as many whole elements, one behind the other, as fit. [N, 2] first token, last + 1.
+    # fairseq's "complete" mode: as many whole consecutive elements as fit. [N, 2] first token, last + 1.
     edges = np.asarray(_get_slice_indices_fast(lengths, "complete", room, 0), np.int64)
     first = np.searchsorted(np.cumsum(lengths) - lengths, edges[:, 0])
     return edges[:, 0], edges[:, 1] - edges[:, 0], sentences[first] + _INSIDE * parts[first]

@@ -1,4 +1,4 @@
-"""Tasks by name: ``task.name`` of the config."""
+"""The registry of tasks, by ``task.name``."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class _Entry:
     """A registered task.
 
     Attributes:
-        open_data: makes of a config what the builder takes.
-        built_in: values of ``data=`` that are no paths.
+        open_data: config → the data that the builder takes.
+        built_in: values of ``data=`` that are not paths.
     """
 
     builder: TaskBuilder
@@ -64,7 +64,7 @@ def register_task(
 
     Args:
         open_data: opens what ``data=`` names; by default a folder made by ``moe-prepare``.
-        built_in: values of ``data=`` that are no paths.
+        built_in: values of ``data=`` that are not paths.
 
     Raises:
         ValueError: the name is taken.
@@ -99,7 +99,7 @@ def open_data(config: RunConfig) -> Any:
 
 
 def locate_data(config: RunConfig) -> str:
-    """``data=`` as an absolute path, so that the run can be read from anywhere; what is no path stays as it is."""
+    """``data=`` as an absolute path, so that the run can be read from any directory; built-in names are unchanged."""
     return config.data if config.data in _entry(config).built_in else os.path.abspath(config.data)
 
 

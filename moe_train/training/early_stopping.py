@@ -1,4 +1,4 @@
-"""Which validation was the best, and when to stop waiting for a better one."""
+"""Records the best validation, and stops a run when there was no better one for a while."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from moe_train.training.checkpoint.run_state import RunState
 
 
 def update_best(state: RunState, result: Mapping[str, Any], config: ValidationConfig) -> bool:
-    """Notes a validation in ``state`` and says whether it is the best so far. A value that is not finite never is."""
+    """Records a validation in ``state``; whether it is the best so far. A value that is not finite never is."""
     value = float(result[config.metric])
     higher = config.metric != "loss"
     better = value == value and (state.best is None or (value > state.best if higher else value < state.best))
@@ -22,5 +22,5 @@ def update_best(state: RunState, result: Mapping[str, Any], config: ValidationCo
 
 
 def patience_spent(state: RunState, config: ValidationConfig) -> bool:
-    """Whether ``patience`` validations in a row brought no gain (0: never)."""
+    """Whether ``patience`` validations in a row were no better (0: never)."""
     return bool(config.patience) and state.without_gain >= config.patience

@@ -1,4 +1,4 @@
-"""Everything that can be known to be wrong before a process is started."""
+"""Checks of config and data before any process is started."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ def check_run(config: RunConfig, data: TaskData, plan: LayoutPlan) -> None:
     """Refuses what cannot be trained.
 
     Args:
-        config: settled (:func:`moe_train.training.run.resolve_layout.resolve_config`).
+        config: resolved (:func:`moe_train.training.run.resolve_layout.resolve_config`).
         plan: its layout.
 
     Raises:
-        ConfigError: routing, placement, engine or training keys that cannot be, or that contradict each other.
-        DataError: data that the task cannot use, or that has not what the config asks for.
+        ConfigError: routing, placement, engine or training keys that are impossible or contradict each other.
+        DataError: data that the task cannot use, or that lacks what the config asks for.
     """
     check_routing(config)
     find_loggers(config.training.loggers)
     if config.engine.name == "deepspeed":
         check_deepspeed(config)
     build_task(config, data).check_data()
-    # Without memory for its weights the model costs nothing, and says all that it has to say about its config.
+    # On the meta device the model takes no memory, and raises all its errors about the config.
     with torch.device("meta"):
         build_task(config, data).build_model(ExpertLayout(plan))
 
 
 def check_routing(config: RunConfig) -> None:
-    """The strategy's own keys, and whether a decoder can use it."""
+    """Checks the strategy's keys, and whether the decoder can use it."""
     routing = routing_config(config.routing)
     where = place(config.model.for_decoder, config.model.decoder_layers, "model.decoder_sparse_layers")
     if where.replaced or where.inserted_after:

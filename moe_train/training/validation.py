@@ -1,7 +1,7 @@
-"""Validation: the same numbers, to the last bit, for any number of ranks.
+"""Validation losses, bit-identical for any number of ranks.
 
-A batch is computed whole by one rank (as one process would, routing statistics included), every rank takes every n-th
-batch, and the batches' sums are added in the order of the batches.
+One rank computes a whole batch, as one process would (routing statistics included); every rank takes every n-th batch,
+and the sums of batches are added in the order of the batches.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Measures = Callable[[Mapping[str, float]], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Validator:
-    """Computes validation losses. ``ranks``: what the model's routers reduce over in training, set again afterwards."""
+    """Computes validation losses. ``ranks``: over which routers reduce in training, set again afterwards."""
 
     task: TrainingTask
     criterion: nn.Module
@@ -42,7 +42,7 @@ class Validator:
         """Means per target token over all sets, and ``directions``: the same for each set by name.
 
         Args:
-            between: called before each round of batches, on every rank; may break off by an error.
+            between: called before each round of batches, on every rank; may end the validation by an error.
         """
         jobs = [(name, batch) for name, batches in self.task.validation_sets().items() for batch in batches]
         module = self.engine.module
@@ -63,7 +63,7 @@ class Validator:
     def _table(self, jobs: list[Job], between: Callable[[], None]) -> tuple[list[str], torch.Tensor]:
         """[jobs, names] fp64: this rank's batches, zero elsewhere (so that the sum over ranks rounds nothing)."""
         rows: dict[int, dict[str, float]] = {}
-        # Every rank computes something in every round: experts on other ranks must be asked by all together.
+        # Every rank computes a batch in every round, because all-to-alls need all ranks.
         for first in range(0, len(jobs), self.world.size):
             between()
             number = first + self.world.rank
@@ -85,12 +85,12 @@ class Validator:
 
 
 def rate(task: TrainingTask, items: float, seconds: float) -> dict[str, float]:
-    """``images_per_second`` where the task counts images."""
+    """``images_per_second`` if the task's unit is images."""
     return {f"{task.unit}_per_second": items / max(seconds, 1e-9)} if task.unit else {}
 
 
 def _summary(jobs: list[Job], names: list[str], table: list[list[float]], measures: Measures) -> dict[str, Any]:
-    """Each set's means by its name, and those of all; ``measures`` makes means of sums."""
+    """The measures of each set by its name, and of all together; ``measures``: sums → measures."""
     by_set: dict[str, list[list[float]]] = {}
     for (name, _), row in zip(jobs, table, strict=True):
         by_set.setdefault(name, []).append(row)

@@ -100,7 +100,7 @@ def test_killed_and_resumed_ends_in_the_same_bits(two: Path, tiny_data: DataFold
     reached = len(lines(folder)) * 5
     assert reached < 20
     again = run(command, tmp_path)
-    assert "goes on from" in again.stdout or reached < 4
+    assert "resumes from" in again.stdout or reached < 4
     assert_same_bits(final_tensors(folder), final_tensors(two))
     assert lines(folder) == lines(two) and lines(folder, "valid.jsonl") == lines(two, "valid.jsonl")
 
@@ -335,7 +335,7 @@ def test_a_disk_that_fills_while_a_checkpoint_is_written(
 ) -> None:
     folder = small_disk / "run"
     done = run(words(tiny_data, folder, "launch.processes=2"), tmp_path, code=2)
-    assert "No space left on device" in done.stderr and "step_4 is whole: the run goes on from it" in done.stderr
+    assert "No space left on device" in done.stderr and "step_4 is whole: the run resumes from it" in done.stderr
     assert "Traceback" not in done.stderr
     store = CheckpointStore(folder / "checkpoints")
     assert store.updates() == [4] and store.resolve("last").name == "step_4"

@@ -129,5 +129,5 @@ def show_cost(folder: Path, told: float) -> None:
 def sessions(said: str) -> list[tuple[int, int]]:
     """From a run's output: (update at which a session stopped, update from which the next went on)."""
     stopped = [int(number) for number in re.findall(r"interrupted at update (\d+)", said)]
-    resumed = [int(number) for number in re.findall(r"goes on from +update (\d+)", said)]
+    resumed = [int(number) for number in re.findall(r"resumes from +update (\d+)", said)]
     return list(zip(stopped, resumed, strict=True))

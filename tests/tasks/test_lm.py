@@ -305,7 +305,7 @@ def test_fine_tuning_starts_from_an_export_and_its_vocabulary(pretrained: Path, 
 def test_fine_tuning_s_mistakes_are_said(pretrained: Path, tmp_path: Path) -> None:
     write_texts(tmp_path / "texts")
     code, said = fine_tune(tmp_path / "texts", tmp_path / "nothing", tmp_path / "run")
-    assert code == 2 and "which pieces are the texts to be cut into?" in said
+    assert code == 2 and "there is no vocabulary to cut the texts with" in said
     with (tmp_path / "texts" / "valid.en.tsv").open("a") as stream:
         stream.write("door without a tab\n")
     code, said = fine_tune(tmp_path / "texts", pretrained, tmp_path / "run")

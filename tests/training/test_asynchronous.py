@@ -124,7 +124,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_two_processes_end_in_the_same_files(plain: Path, tmp_path: Path) -> None:
-    """One of them is asked to stop on the way; what it had begun to write is whole, and the run goes on from it."""
+    """One of them is asked to stop on the way; what it had begun to write is whole, and the run resumes from it."""
     path = tmp_path / "run"
     averaging = config(checkpoint={"average": 2})
     outcome = start(averaging, path, processes=2, trouble={"rank": 1, "update": 5, "what": "term"})
@@ -146,7 +146,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_disk_that_fills(small_disk: Path) -> None:
     kept = checkpoints(small_disk / "checkpoints", keep=100)
-    with pytest.raises(CheckpointError, match=r"No space left on device.*is whole: the run goes on from it"):
+    with pytest.raises(CheckpointError, match=r"No space left on device.*is whole: the run resumes from it"):
         for update in range(1, 100):
             step(kept)
             kept.save(RunState(update=update))

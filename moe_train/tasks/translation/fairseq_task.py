@@ -1,4 +1,4 @@
-"""Our translation task on fairseq's own command lines: ``--task moe_translation`` over a folder made by moe-prepare.
+"""The translation task on fairseq's command lines: ``--task moe_translation`` over a folder made by moe-prepare.
 
 Batches are fairseq's there: sorted by length, cut under ``--max-tokens`` per rank, shuffled; every sentence comes once
 an epoch.
@@ -30,13 +30,13 @@ from fairseq.data import FairseqDataset  # noqa: E402
 from fairseq.tasks import FairseqTask, register_task  # noqa: E402
 
 _log = logging.getLogger(__name__)
-# Only an order is wanted of in_length_order here: the budget merely sets how wide its bands are.
+# The budget sets how wide the bands of in_length_order are.
 _BAND_BUDGET = 4096
 
 
 @register_task("moe_translation", dataclass=MoETranslationFlags)
 class FairseqTranslationTask(TranslationTask):
-    """The same task, configured by flags and asked in fairseq's way."""
+    """The same task, configured by flags, with fairseq's interface."""
 
     def __init__(self, cfg: Any) -> None:
         folder = DataFolder.open(cfg.data)
@@ -46,7 +46,7 @@ class FairseqTranslationTask(TranslationTask):
         self.cfg = cfg
 
     def build_model(self, cfg: Any, from_checkpoint: bool = False) -> nn.Module:  # type: ignore[override]
-        """fairseq's way to a model: through its registry, which comes back to :meth:`build_configured`."""
+        """The model by fairseq's registry, which calls :meth:`build_configured`."""
         return FairseqTask.build_model(self, cfg, from_checkpoint)  # type: ignore[no-any-return]
 
     def build_configured(self, model: ModelConfig, routing: Mapping[str, Any]) -> nn.Module:
@@ -55,7 +55,7 @@ class FairseqTranslationTask(TranslationTask):
         return super().build_model()
 
     def build_criterion(self, cfg: Any) -> nn.Module:  # type: ignore[override]
-        """fairseq's way to a criterion."""
+        """The criterion by fairseq's registry."""
         return FairseqTask.build_criterion(self, cfg)  # type: ignore[no-any-return]
 
     def load_dataset(self, split: str, combine: bool = False, task_cfg: Any = None, **unused: Any) -> None:
@@ -74,7 +74,7 @@ class FairseqTranslationTask(TranslationTask):
         return generator.generate(models, sample, prefix_tokens=prefix_tokens, constraints=constraints, bos_token=start)
 
     def build_bpe(self, args: Any) -> Any:
-        """``--bpe`` where it is given, else the folder's SentencePiece model, so that D- lines are plain text."""
+        """``--bpe`` if given, else the folder's SentencePiece model, so that D- lines are plain text."""
         return FairseqTask.build_bpe(self, args) or FolderPieces(self.folder.tokenizer(), self.dictionary)
 
     def build_dataset_for_inference(
@@ -93,7 +93,7 @@ class FairseqTranslationTask(TranslationTask):
 
     def _only_direction(self) -> str:
         if len(self.directions) != 1:
-            raise ConfigError("which direction?", remedy="give --source-lang and --target-lang")
+            raise ConfigError("the direction is not known", remedy="give --source-lang and --target-lang")
         return self.directions[0]
 
 
@@ -108,7 +108,7 @@ def _task_config(cfg: Any) -> TaskConfig:
 
 
 class PairDataset(FairseqDataset):  # type: ignore[misc]
-    """:class:`ParallelText` as fairseq's iterators want it: an item is its number until the batch is made."""
+    """:class:`ParallelText` for fairseq's iterators: an item is its number until the batch is made."""
 
     def __init__(self, text: ParallelText, shuffle: bool) -> None:
         self.text, self.shuffle = text, shuffle
@@ -126,7 +126,7 @@ class PairDataset(FairseqDataset):  # type: ignore[misc]
         return self.text.sample(np.asarray(samples, np.int64)) if len(samples) else {}
 
     def num_tokens(self, index: int) -> int:
-        """The longer side, which ``--max-tokens`` is about."""
+        """Tokens of the longer side, which ``--max-tokens`` limits."""
         return int(self.sizes[index])
 
     def num_tokens_vec(self, indices: Indices) -> Indices:
@@ -144,7 +144,7 @@ class PairDataset(FairseqDataset):  # type: ignore[misc]
 
 
 class TypedDataset(FairseqDataset):  # type: ignore[misc]
-    """Sentences that somebody types, one sample each until they are batched."""
+    """Typed sentences, one sample each until they are batched."""
 
     def __init__(self, samples: Sequence[Sample], pad: int) -> None:
         self.samples, self.pad = samples, pad
@@ -190,7 +190,7 @@ class FolderPieces:
         return " ".join(self.tokenizer.to_pieces(text))
 
     def decode(self, text: str) -> str:
-        """Pieces joined by spaces to text, tags left out; what ``--post-process`` has joined already stays as it is."""
+        """Pieces joined by spaces to text, tags left out; text that ``--post-process`` has joined is unchanged."""
         if _WORD_START not in text:
             return text
         return self.tokenizer.decode(self.dictionary.index(piece) for piece in text.split(" "))

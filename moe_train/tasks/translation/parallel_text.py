@@ -1,4 +1,4 @@
-"""A split of a data folder as items: a sentence in a direction, with its tags, its languages and its own number."""
+"""A split of a data folder as items: a sentence in a direction, with tags, languages and a number."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ Indices = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Tags:
-    """What a direction adds to its sentences.
+    """Tags of a direction's sentences.
 
     Attributes:
         source: dictionary id in front of the source, None where there is none.
         first: the decoder's first input token: the target language's tag, or the end of sentence as in plain fairseq.
-            It stands *in place of* the end, so the target holds no tag: the loss never asks the model to predict a tag
-            that it is always given, and a search starts from this one token. (NLLB feeds the end and then the tag.)
+            It is *in place of* the end, so the target has no tag: the model never has to predict a tag that is given,
+            and a search starts from this one token. (NLLB feeds the end and then the tag.)
         source_language, target_language: numbers in the folder's sorted list of languages.
     """
 
@@ -68,8 +68,8 @@ class Direction:
     """One direction's files inside a split.
 
     Attributes:
-        first_uid: number of its first sentence among all directions that the folder has for the split, whichever of
-            them are chosen: random routing sees the same sentence under the same number in every run.
+        first_uid: number of its first sentence among all directions of the folder's split, chosen or not: a sentence
+            has the same number in every run, by which random routing draws.
     """
 
     name: str
@@ -83,7 +83,7 @@ class Direction:
 
 
 class ParallelText:
-    """The items of some directions, one direction behind the other.
+    """The items of some directions, one direction after the other.
 
     Attributes:
         source_lengths, target_lengths: [N] tokens, tag and end included (the target has no tag).
@@ -154,7 +154,7 @@ def shifted(target: Indices, lengths: Indices, first: Indices, pad: int) -> Indi
 def open_split(
     folder: DataFolder, split: str, chosen: Sequence[str], task: TaskConfig, dictionary: Dictionary
 ) -> ParallelText:
-    """Opens the chosen directions of a split; those that the split has no sentences for are passed over."""
+    """Opens the chosen directions of a split; those without sentences in the split are left out."""
     files: dict[str, SentenceFile] = {}  # a pair stored once serves both directions
 
     def opened(prefix: Path) -> SentenceFile:

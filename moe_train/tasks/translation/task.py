@@ -106,7 +106,7 @@ class TranslationTask(TranslatingTask, FairseqTask):  # type: ignore[misc]
         return self._splits[name]
 
     def check_data(self) -> None:
-        """Whether there is text to train on and to validate with.
+        """Checks that there is text to train on and to validate with.
 
         Raises:
             DataError: there is none.
@@ -124,7 +124,7 @@ class TranslationTask(TranslatingTask, FairseqTask):  # type: ignore[misc]
     # --- training ---------------------------------------------------------------------------------------------------
 
     def build_model(self, layout: Any = None) -> TrainableModel:
-        """The model that the config describes; ``layout`` says which experts this rank holds (None: all)."""
+        """The model of the config; ``layout``: the experts that this rank holds (None: all)."""
         return build_model(
             self.config.model,
             self.routing,
@@ -169,9 +169,9 @@ class TranslationTask(TranslatingTask, FairseqTask):  # type: ignore[misc]
         return self.split("train").sample(indices)
 
     def token_frequency(self) -> Tensor:
-        """[V] how often each dictionary id is seen in training, by encoder and decoder together.
+        """[V] occurrences of each dictionary id in training, in encoder and decoder together.
 
-        Pieces have the counts that ``moe-prepare`` wrote into the dictionary; ends and tags are counted from the
+        Pieces have the counts of the dictionary, written by ``moe-prepare``; ends and tags are counted from the
         directions, on the same scale.
         """
         text, entries = self.split("train"), self.dictionary
@@ -216,7 +216,7 @@ class TranslationTask(TranslatingTask, FairseqTask):  # type: ignore[misc]
     # --- translating ------------------------------------------------------------------------------------------------
 
     def tags(self, direction: str) -> Tags:
-        """What ``en-de`` adds to its sentences, for any two languages of the folder, trained together or not.
+        """The tags of the direction ``en-de``, for any two languages of the folder.
 
         Raises:
             DataError: not two languages of the folder.
@@ -224,11 +224,11 @@ class TranslationTask(TranslatingTask, FairseqTask):  # type: ignore[misc]
         return Tags.of(direction, self.config.task, self.folder.languages, self.dictionary)
 
     def source_room(self, direction: str) -> int:
-        """Tokens of a source, without tag and end, that the model has positions for; what is longer loses its tail."""
+        """Longest source in tokens, without tag and end; the rest of a longer one is cut off."""
         return self.config.model.max_positions - 1 - (self.tags(direction).source is not None)
 
     def decoder_prefix(self, direction: str) -> int:
-        """The token that a search starts from; it is no part of the hypothesis and has no score."""
+        """The token that a search starts from; it is not part of the hypothesis and has no score."""
         return self.tags(direction).first
 
     def encode_source(self, lines: Sequence[str], source: str, target: str) -> list[Tensor]:
@@ -279,6 +279,6 @@ class TranslationTask(TranslatingTask, FairseqTask):  # type: ignore[misc]
         return torch.tensor([*front, *ids[:room], self.dictionary.eos()], dtype=torch.int64)
 
     def with_config(self, **changes: Any) -> None:
-        """Replaces parts of the config, before a model is built from it (fairseq's command line tells them late)."""
+        """Replaces parts of the config before a model is built from it, for fairseq's command line."""
         self.config = dataclasses.replace(self.config, **changes)
         self.__dict__.pop("routing", None)

@@ -1,4 +1,4 @@
-"""One job at a time beside the training loop: writing a checkpoint while updates go on."""
+"""Runs one job at a time in a thread: writing a checkpoint while the training loop computes updates."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from moe_train.training.runtime.world import ProgressMarker, World
 
 
 class AsyncWriter:
-    """A thread that runs jobs one after the other. What a job raises comes out of the next :meth:`wait`."""
+    """A thread that runs jobs one after the other. The next :meth:`wait` raises what a job has raised."""
 
     def __init__(self) -> None:
         self._thread: ThreadPoolExecutor | None = None
@@ -34,7 +34,7 @@ class AsyncWriter:
         self._job = self._thread.submit(job)
 
     def wait(self) -> None:
-        """Until nothing is under way.
+        """Waits until no job is running.
 
         Raises:
             Exception: what the job raised, once.
@@ -44,7 +44,7 @@ class AsyncWriter:
             job.result()
 
     def close(self) -> None:
-        """Waits and ends the thread. A failure that nobody has waited for is dropped: another one is on its way."""
+        """Waits and ends the thread. An error of the job is dropped: another error is being raised already."""
         with suppress(Exception):
             self.wait()
         if self._thread is not None:
@@ -52,16 +52,16 @@ class AsyncWriter:
 
 
 def world_for_checkpoints(world: World) -> World:
-    """The same processes with a gloo group of their own, for collectives of a thread beside the loop's.
+    """The same processes with a gloo group of their own, for collectives of a thread that runs during the loop's.
 
-    Every rank calls it, like any maker of groups.
+    Every rank calls it.
     """
-    aside = replace(world, device=torch.device("cpu"), pulse=ProgressMarker())
+    world = replace(world, device=torch.device("cpu"), pulse=ProgressMarker())
     if world.size == 1:
-        return aside
-    return replace(aside, group=dist.new_group(backend="gloo"))
+        return world
+    return replace(world, group=dist.new_group(backend="gloo"))
 
 
 def staged(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies in the host's memory, which the next update does not touch."""
+    """Copies in host memory, which the next update does not change."""
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}

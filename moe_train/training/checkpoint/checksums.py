@@ -1,4 +1,4 @@
-"""A folder of files with a manifest of their checksums: how a checkpoint proves that it is whole."""
+"""A folder's manifest of checksums, by which a checkpoint is verified."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 MANIFEST = "manifest.json"
-_DESCRIPTIONS = ("config.json", "state.json", "data/manifest.json")  # read beside the weights where they are there
+_DESCRIPTIONS = ("config.json", "state.json", "data/manifest.json")  # read together with the weights if they exist
 
 
 def digest(path: Path) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def digest(path: Path) -> dict[str, Any]:
 
 
 def why_not_writable(folder: Path) -> str:
-    """Why nothing can be written into a folder, which is made where it is missing; "" where it can."""
+    """Why nothing can be written into a folder (made if it is missing); "" if it can."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

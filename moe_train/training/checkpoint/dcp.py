@@ -1,10 +1,10 @@
-"""Named tensors to and from a folder, by torch.distributed.checkpoint with its safetensors storage.
+"""Writes and reads named tensors with torch.distributed.checkpoint and its safetensors storage.
 
 No file is a pickle: DCP's own format keeps its index as one, its safetensors storage keeps JSON headers. The plans that
 its ranks send one another are pickles, read as data only.
-Every rank gives what it holds; what several ranks hold alike is written once, shared out over them.
+Every rank passes the tensors that it holds; one that several ranks hold is written once, by one of them.
 
-torch.distributed.checkpoint takes a second to import, which a process that only starts others need not pay.
+torch.distributed.checkpoint takes a second to import, so it is imported where it is needed.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def _plain_errors() -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """One process saves without torch.distributed, which DCP warns of each time."""
+    """Suppresses DCP's warning that one process saves without torch.distributed."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         warnings.filterwarnings("ignore", message="TypedStorage is deprecated")

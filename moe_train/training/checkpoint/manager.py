@@ -1,4 +1,4 @@
-"""When checkpoints are written, which are kept, how a run goes on from one, and the mean of the last ones."""
+"""Saves checkpoints when they are due, removes old ones, restores a run from one, and averages the last ones."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from moe_train.training.engines import Engine
 class CheckpointManager:
     """Saves and restores a run.
 
-    With ``config.asynchronous`` a checkpoint is copied to the host's memory and written by a thread. Nothing else
-    changes: it gets its name when all of it is on the disk; what goes wrong is said at the next save or at the end.
+    With ``config.asynchronous`` tensors are copied to host memory and written by a thread. Nothing else changes: a
+    checkpoint gets its name when all of it is on the disk, and an error is raised by the next save or at the end.
 
     Attributes:
-        store: where to; its world must not be the loop's where writing is asynchronous (:func:`world_for_checkpoints`).
-        about: what every checkpoint says of its origin (config digest, world).
+        store: if writing is asynchronous, its world is not the loop's (:func:`world_for_checkpoints`).
+        about: origin of the checkpoints (config digest, world), written into each.
         background: the thread.
-        aside: what was wrong with checkpoints that :meth:`restore` or :meth:`average` has left out.
+        damaged: what was wrong with checkpoints that :meth:`restore` or :meth:`average` has left out.
     """
 
     store: CheckpointStore
@@ -39,7 +39,7 @@ class CheckpointManager:
     config: CheckpointConfig
     about: Mapping[str, Any]
     background: AsyncWriter = field(default_factory=AsyncWriter)
-    aside: list[str] = field(default_factory=list)
+    damaged: list[str] = field(default_factory=list)
 
     def due(self, update: int) -> bool:
         """Whether the schedule asks for a checkpoint after this update."""
@@ -76,7 +76,7 @@ class CheckpointManager:
         self.background.wait()
 
     def close(self) -> None:
-        """Waits likewise, on the way out after some other failure."""
+        """Waits and ends the thread, after another failure."""
         self.background.close()
 
     def _write(self, tensors: Mapping[str, Tensor], content: Mapping[str, Any], best: int) -> None:
@@ -121,8 +121,8 @@ class CheckpointManager:
             except CheckpointError as error:
                 if self.config.damaged == "refuse" or number == updates[0]:
                     raise CheckpointError(error.what, error.where, self.store.recovery_hint(path)) from None
-                aside = self.store.set_aside(path)
-                self.aside.append(f"{error.where}: {error.what}; {path.name} was set aside as {aside.name}")
+                renamed = self.store.set_aside(path)
+                self.damaged.append(f"{error.where}: {error.what}; {path.name} was set aside as {renamed.name}")
             else:
                 return path
         return None
@@ -131,7 +131,7 @@ class CheckpointManager:
         """Writes ``averaged``: the mean of the model over the last ``config.average`` checkpoints.
 
         Kept in fp64 while it is summed; integers are those of the newest checkpoint. Damaged ones are left out, which
-        :attr:`aside` says.
+        :attr:`damaged` says.
         """
         self.background.wait()
         updates = self._worth_averaging() if self.config.average else []
@@ -153,16 +153,16 @@ class CheckpointManager:
             try:
                 self.store.verify(self.store.path(number))
             except CheckpointError as error:
-                self.aside.append(f"{error.where}: {error.what}; the average is without it")
+                self.damaged.append(f"{error.where}: {error.what}; the average is without it")
             else:
                 whole.append(number)
         return whole
 
     def notes(self) -> list[str]:
         """What was wrong with checkpoints since the last call."""
-        told = list(self.aside)
-        self.aside.clear()
-        return told
+        notes = list(self.damaged)
+        self.damaged.clear()
+        return notes
 
 
 def _state(checkpoint: Path) -> RunState:

@@ -1,4 +1,4 @@
-"""What a run knows of itself besides tensors; kept in every checkpoint's ``state.json``."""
+"""State of a run apart from tensors, kept in every checkpoint's ``state.json``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass
 class RunState:
-    """The one mutable record of the loop.
+    """The training loop's mutable state.
 
     Attributes:
         update: optimizer updates done (skipped ones count: their batch is spent).
@@ -19,9 +19,9 @@ class RunState:
         without_gain: validations since.
         skipped: updates skipped because a gradient was not finite, in all.
         skipped_in_row: the same, since the last good one.
-        pending: whether the validation that follows ``update`` is yet to come: a signal has kept it from being done.
+        pending: whether the validation that follows ``update`` is yet to come, because a signal came first.
         interval: sums since the last line of train.jsonl, of ``MetricInterval.to_json``.
-        engine: what the engine keeps besides tensors.
+        engine: the engine's state apart from tensors.
     """
 
     update: int = 0
@@ -41,7 +41,7 @@ class RunState:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> RunState:
-        """The inverse of :meth:`to_json`; what a checkpoint adds besides is ignored.
+        """The inverse of :meth:`to_json`; further keys are ignored.
 
         Raises:
             ValueError: a value is of another kind.
@@ -57,7 +57,7 @@ class RunState:
 
 
 def _fits(value: Any, default: Any) -> bool:
-    """Whether a value may stand for a field; that of ``best`` is a number, or None as its default is."""
+    """Whether a value has the type of a field; ``best`` is a number, or None as its default is."""
     if default is None:
         return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
     return type(value) is type(default) and (not isinstance(value, int) or value >= 0)

@@ -1,4 +1,4 @@
-"""Names of tensors in a checkpoint: free of ranks and layouts, so that any world can read what another wrote.
+"""Names of tensors in a checkpoint: independent of ranks and layouts, so that any world can read what another wrote.
 
 ``model.<parameter>`` and ``optimizer.<parameter>.<key>``. Stacked expert parameters (tagged ``parameter.expert = True``
 and first dimension = the experts of this rank) are taken apart: ``model.<parameter>.@<global id>``. The ids are those
@@ -24,7 +24,7 @@ def model_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def count_tensors(module: nn.Module) -> int:
-    """How many tensors :func:`model_tensors` gives."""
+    """Number of tensors that :func:`model_tensors` returns."""
     return sum(len(t) if getattr(t, "expert", False) else 1 for t in _unique(module).values())
 
 

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: whole or not there, verified when read, and free of the layout that wrote them.
+"""The checkpoints of a run: written as a whole, verified when read, independent of the layout that wrote them.
 
     checkpoints/
       step_40/          *.safetensors, state.json, manifest.json (sha256 of the others)
@@ -65,7 +65,7 @@ class CheckpointStore:
         """What ``best`` points to.
 
         A copy of a run may have no links: ``cp -rL`` makes folders of them, other programs leave them out. Then it is
-        the checkpoint that the folder is a copy of, or the one that the newest checkpoint's state says.
+        the checkpoint that the folder is a copy of, or the one that the newest checkpoint's state names.
         """
         link = self.folder / "best"
         if link.is_symlink():
@@ -105,7 +105,7 @@ class CheckpointStore:
             path = self.latest()
         elif which == "best":
             link = self.folder / "best"
-            if link.is_symlink() and not link.exists():  # another one must not stand for it without a word
+            if link.is_symlink() and not link.exists():  # no other one is taken silently
                 what = f"the best checkpoint is {os.readlink(link)}, and that is not there"
                 raise CheckpointError(what, str(link), "name another one: last, or an update's number")
             path = self.best() or self.latest()
@@ -137,15 +137,15 @@ class CheckpointStore:
                 continue
             return (
                 f"the one before it, {earlier.name}, is whole: remove {damaged}, or set "
-                "training.checkpoint.damaged=skip, to go on from there"
+                "training.checkpoint.damaged=skip, to resume from it"
             )
         return "no other checkpoint of this run is whole: train again in another run folder"
 
     def broadcast_from_rank0(self, look: Callable[[], T]) -> T:
-        """What rank 0 sees, on every rank: hosts may see a shared folder differently for a while.
+        """What rank 0 sees, on every rank; hosts may see a shared folder differently for a while.
 
         Args:
-            look: gives what JSON holds.
+            look: returns what JSON can hold.
         """
         seen = run_on_all_ranks(self.world, look if self.world.main else lambda: None)
         return self.world.broadcast(seen)  # type: ignore[return-value]
@@ -187,7 +187,7 @@ class CheckpointStore:
 
     def _failed(self, final: Path, error: OSError) -> CheckpointError:
         latest = self.latest()
-        rest = f"{latest.name} is whole: the run goes on from it" if latest else "no earlier checkpoint exists"
+        rest = f"{latest.name} is whole: the run resumes from it" if latest else "no earlier checkpoint exists"
         return CheckpointError(
             f"the checkpoint could not be written ({error.strerror or error})",
             str(final),
@@ -217,7 +217,7 @@ class CheckpointStore:
     def prune(self, keep: int) -> None:
         """Removes all but the ``keep`` newest checkpoints and the best one. Rank 0 does it.
 
-        What cannot be removed now, such as a file on NFS that somebody reads, is a warning, and tried again next time.
+        What cannot be removed, such as a file on NFS that is being read, is a warning, and tried again next time.
         """
         if not self.world.main:
             return
@@ -249,7 +249,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def reading_state(path: Path) -> Iterator[None]:
-    """What goes wrong with values of a checkpoint's ``state.json`` becomes a CheckpointError that names the file."""
+    """Turns errors about values of a checkpoint's ``state.json`` into a CheckpointError that names the file."""
     try:
         yield
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
@@ -275,7 +275,7 @@ def check_model(path: Path, model: nn.Module) -> None:
         CheckpointError: the model has other parameters, or others of a shape.
     """
     known = shapes(path)
-    if count_tensors(model) > len(known):  # before a name is made for each: experts are as many as a config says
+    if count_tensors(model) > len(known):  # before names are made: a config may ask for any number of experts
         what = f"the model has {count_tensors(model):,} tensors, and the checkpoint {len(known):,}"
         raise CheckpointError(what, str(path), "it is of another model")
     tensors = model_tensors(model)
@@ -292,10 +292,10 @@ def _check_surplus(path: Path, tensors: Mapping[str, Tensor], known: Iterable[st
 
 
 def run_on_all_ranks(world: World, action: Callable[[], T], collective: bool = False) -> T:
-    """Runs ``action`` on every rank; where it fails on one, all raise that error, so that none is left waiting.
+    """Runs ``action`` on every rank; if it fails on one, all raise that error, so that no rank waits for another.
 
     Args:
-        collective: the action tells the ranks of its failures itself.
+        collective: the action itself raises its error on every rank.
     """
     if collective or world.size == 1:
         return action()
@@ -304,10 +304,10 @@ def run_on_all_ranks(world: World, action: Callable[[], T], collective: bool = F
         result = action()
     except (OSError, UserError) as error:
         failure = error
-    told = world.gather(error_to_json(failure) if failure is not None else None)
-    first = next((rank for rank, content in enumerate(told) if content is not None), None)
+    failures = world.gather(error_to_json(failure) if failure is not None else None)
+    first = next((rank for rank, content in enumerate(failures) if content is not None), None)
     if first is not None:
-        raise failure if failure is not None and first == world.rank else error_from_json(told[first] or {})
+        raise failure if failure is not None and first == world.rank else error_from_json(failures[first] or {})
     return result  # type: ignore[return-value]
 
 
@@ -331,7 +331,7 @@ def _rename(partial: Path, final: Path) -> None:
 
 
 def _hide(folder: Path) -> Path:
-    """Out of sight before it is removed: a half-removed folder must not look like a checkpoint."""
+    """Renames a folder before it is removed: a half-removed folder must not look like a checkpoint."""
     # One may be left that could not be removed.
     doomed = _free(folder.with_name(f"{folder.name}.removed{suffix}.partial") for suffix in _numbers())
     os.rename(folder, doomed)
@@ -355,7 +355,7 @@ def _alike(one: Path, other: Path) -> bool:
 
 
 def _make_way(link: Path) -> None:
-    """Renames a folder that stands where a link should, as in a copy made by ``cp -rL``."""
+    """Renames a folder that is in the place of a link, as in a copy made by ``cp -rL``."""
     if link.is_dir() and not link.is_symlink():
         aside = _free(link.with_name(f"{link.name}.copied{number}") for number in _numbers())
         os.replace(link, aside)
@@ -366,7 +366,7 @@ def _make_way(link: Path) -> None:
 def _tolerated(folder: Path) -> Iterator[None]:
     try:
         yield
-    except FileNotFoundError:  # somebody else was quicker
+    except FileNotFoundError:  # removed by another process
         pass
     except OSError as error:
         LOG.warning("%s cannot be removed yet: %s", folder, error.strerror or error)

@@ -1,4 +1,4 @@
-"""Headers of safetensors files, checked before anybody makes room for what they say."""
+"""Checks the headers of safetensors files before memory is allocated for their tensors."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from moe_train.utils.json_files import entry, parse_object
 
 _LONGEST = 1 << 48  # elements; what no dimension of a tensor reaches
 _TYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL")
-_PARTS = "DCP_SHARDING_INFO"  # where torch.distributed.checkpoint says which part of a tensor a file holds
+_PARTS = "DCP_SHARDING_INFO"  # where torch.distributed.checkpoint records which part of a tensor a file holds
 
 
 def check_headers(folder: Path) -> None:
-    """Whether the headers of all ``*.safetensors`` of a folder can be, and the parts of each tensor make a whole.
+    """Checks that all headers of ``*.safetensors`` are valid and the parts of each tensor make a whole.
 
     Raises:
-        CheckpointError: they cannot; the file is named.
+        CheckpointError: they are not; the file is named.
     """
     ends: dict[str, list[int]] = {}
     elements: dict[str, int] = {}

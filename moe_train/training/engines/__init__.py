@@ -1,4 +1,4 @@
-"""Engines: who reduces gradients over ranks and steps the optimizer. Importing this package registers them."""
+"""Engines, which reduce gradients over ranks and step the optimizer. Importing this package registers them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the loop asks of an engine, and engines by name."""
+"""The interface of engines, and their registry."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from moe_train.training.runtime.world import World
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What became of an update.
+    """Result of an optimizer step.
 
     Attributes:
         grad_norm: 2-norm of the whole world's gradient before clipping; not finite where the step was skipped.
         applied: whether the parameters were changed; the same on all ranks.
         clean: whether this rank's own gradient was finite before it was reduced.
-        experts_clean: the same of experts that are divided over ranks, which ``clean`` leaves out: backward brings them
-            what other ranks have spoilt.
+        experts_clean: the same for experts that are divided over ranks, which ``clean`` leaves out: their gradients
+            come from tokens of other ranks, too.
     """
 
     grad_norm: float
@@ -36,11 +36,11 @@ class StepOutcome:
 
 
 class Engine(Protocol):
-    """Owns the optimizer, the precision and the gradients' way between ranks.
+    """Owns the optimizer, the precision and the reduction of gradients over ranks.
 
     Attributes:
-        module: the bare model, under whose parameter names state is kept.
-        model: what forward passes go through (a wrapper, perhaps).
+        module: the bare model, by whose parameter names state is kept.
+        model: called for forward passes; ``module`` or a wrapper around it.
     """
 
     module: TrainableModel
@@ -65,7 +65,7 @@ class Engine(Protocol):
         """The inverse of :meth:`optimizer_tensors`."""
 
     def state(self) -> dict[str, Any]:
-        """What else must be kept, as plain numbers."""
+        """Further state to keep, as plain numbers."""
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """The inverse of :meth:`state`."""
@@ -132,7 +132,7 @@ def named_optimizer_tensors(module: nn.Module, optimizer: torch.optim.Optimizer)
 def load_named_optimizer_tensors(
     module: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Mapping[str, Tensor]]
 ) -> None:
-    """The inverse of :func:`named_optimizer_tensors`; types and devices are the optimizer's own affair."""
+    """The inverse of :func:`named_optimizer_tensors`; the optimizer converts types and devices."""
     names = {id(p): name for name, p in module.named_parameters()}
     ordered = [p for group in optimizer.param_groups for p in group["params"]]
     state = {i: dict(tensors[names[id(p)]]) for i, p in enumerate(ordered) if names[id(p)] in tensors}

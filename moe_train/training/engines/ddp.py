@@ -1,4 +1,4 @@
-"""torch's DistributedDataParallel averages gradients; experts that are divided over ranks are reduced beside it."""
+"""Engine ``ddp``: torch's DistributedDataParallel; gradients of experts divided over ranks are reduced separately."""
 
 from __future__ import annotations
 
@@ -31,28 +31,28 @@ from moe_train.training.optim.precision import Precision
 
 
 class LocalPeaks:
-    """Largest absolute gradients before they are reduced: afterwards nobody knows whose NaN it was."""
+    """Largest absolute gradients before they are reduced; afterwards a NaN is on every rank."""
 
     def __init__(self) -> None:
         self._peaks: list[Tensor] = []
 
     def reduce(self, group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-        """DDP's communication hook: looks, then averages as DDP would."""
+        """DDP's communication hook: records the peak, then averages as DDP would."""
         self.look([bucket.buffer()])
         return allreduce_hook(group, bucket)
 
     def look(self, gradients: Iterable[Tensor]) -> None:
-        """Notes the peak of each; nothing waits for the device."""
+        """Records the peak of each, without a host sync."""
         self._peaks += [torch.linalg.vector_norm(gradient, float("inf")) for gradient in gradients]
 
     def all_finite(self) -> bool:
-        """Whether all that was looked at since the last call was finite."""
+        """Whether all gradients since the last call were finite."""
         peaks, self._peaks = self._peaks, []
         return not peaks or bool(torch.isfinite(torch.stack(peaks)).all())
 
 
 def _keep_buffers() -> dict[str, Any]:
-    """No broadcast of buffers before each forward: routers compute theirs from world sums, alike on every rank."""
+    """No broadcast of buffers before each forward: routers compute theirs from world sums, the same on every rank."""
     known = inspect.signature(DistributedDataParallel).parameters
     return {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
 
@@ -61,9 +61,9 @@ def _keep_buffers() -> dict[str, Any]:
 class DdpEngine:
     """See :class:`moe_train.training.engines.base.Engine`. With one process there is no wrapper.
 
-    DDP averages over ranks while the loss is a sum of shares, so :meth:`backward` multiplies by their number. Where
-    experts are divided over ranks DDP leaves them alone: backward has brought them the gradients of their whole group,
-    so they want the sum over their replicas, by the same measure.
+    DDP averages over ranks while the loss is a sum of shares, so :meth:`backward` multiplies by the number of ranks. If
+    experts are divided over ranks, DDP ignores them: backward has given them the gradients of their whole group, and
+    they are summed over replicas and divided by the number of ranks.
     """
 
     def __init__(self, inputs: EngineInputs) -> None:

@@ -1,8 +1,8 @@
 """DeepSpeed: ZeRO stages 0, 1 and 2, with the same results as torch's DistributedDataParallel.
 
 ZeRO 1 keeps a shard of the optimizer's state on each rank, ZeRO 2 of the reduced gradients as well (Rajbhandari et al.,
-2020, arXiv:1910.02054). Experts that are divided over ranks are reduced over their replicas. The loop stays ours: which
-micro-batch ends an update, precision, schedule and checkpoints, whose format knows nothing of shards.
+2020, arXiv:1910.02054). Experts that are divided over ranks are reduced over their replicas. Micro-batches,
+precision, schedule and checkpoints stay those of the training loop; the checkpoint format does not depend on shards.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from moe_train.training.optim.precision import Precision
 
 
 class GradientWatch:
-    """Largest absolute value of each gradient as this rank computed it: once reduced, nobody knows whose NaN it was."""
+    """Largest absolute value of each gradient as this rank computed it; once reduced, a NaN is on every rank."""
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         self._peaks: list[Tensor] = []
@@ -60,7 +60,7 @@ class DeepSpeedEngine:
 
     Raises:
         MissingDependency: DeepSpeed is not installed.
-        LaunchError: there is no process group (DeepSpeed wants one for one process too).
+        LaunchError: there is no process group (DeepSpeed needs one even for one process).
     """
 
     def __init__(self, inputs: EngineInputs) -> None:
@@ -109,7 +109,7 @@ class DeepSpeedEngine:
         return float(self._engine.get_global_grad_norm()), bool(self._engine.was_step_applied())
 
     def _whole_step(self) -> tuple[float, bool]:
-        """Stage 0 has DeepSpeed reduce and step; the norm and clipping are ours."""
+        """Stage 0: DeepSpeed reduces and steps; norm and clipping are computed here."""
         parameters = list(self.module.parameters())
         norm = gradient_norm(parameters, self._layout)
         finite = bool(torch.isfinite(norm))
@@ -162,8 +162,8 @@ def _initialise(inputs: EngineInputs) -> tuple[Any, torch.optim.Optimizer]:
 def numbers_apart(module: nn.Module) -> Iterator[None]:
     """While entered, DeepSpeed leaves parameters without a dimension (a temperature, a scale) as they are.
 
-    It broadcasts parameters as bytes, and torch refuses to see a single number so (DeepSpeed 0.19): ranks get rank 0's
-    from us. The mark is that of its own parameters that are not to be broadcast.
+    DeepSpeed 0.19 broadcasts parameters as bytes, which torch refuses for a 0-dim tensor: rank 0's values are broadcast
+    here. ``ds_optim_param`` is DeepSpeed's mark of parameters that are not broadcast.
     """
     numbers = [parameter for parameter in module.parameters() if parameter.dim() == 0]
     for number in numbers:

@@ -1,9 +1,9 @@
-"""Experts that are divided over ranks, made known to DeepSpeed.
+"""Makes experts that are divided over ranks known to DeepSpeed.
 
 DeepSpeed reduces a parameter over the replicas of its expert, instead of over all ranks, where three things hold: the
-parameter says so (``allreduce``, ``group_name``), its optimizer group says so (``moe``, ``name``), and the model has a
-module that *is* a ``deepspeed.moe.layer.MoE``. Our pool is none, so for the time of ``deepspeed.initialize`` the model
-has a child that is one, without parameters and never called.
+parameter is marked (``allreduce``, ``group_name``), its optimizer group is marked (``moe``, ``name``), and the model
+has a module of the class ``deepspeed.moe.layer.MoE``. ExpertPool is not one, so during ``deepspeed.initialize`` the
+model has a child that is, without parameters and never called.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def experts_made_known(module: nn.Module, layout: ExpertLayout) -> Iterator[None
     """While entered, DeepSpeed finds the experts of ``module``; their parameters stay marked afterwards.
 
     Raises:
-        LaunchError: DeepSpeed would put other ranks together than the layout does.
+        LaunchError: DeepSpeed groups other ranks than the layout does.
     """
     if not divided(module, layout):
         yield
@@ -65,7 +65,7 @@ def experts_apart(optimizer: torch.optim.Optimizer, layout: ExpertLayout) -> Non
 
 
 def group_name(expert_parallel: int) -> str:
-    """What DeepSpeed calls the groups of a given size."""
+    """DeepSpeed's name of the groups of a size."""
     return f"ep_size_{expert_parallel}"
 
 
@@ -74,7 +74,7 @@ def _stand_in(size: int) -> nn.Module:
     library_layer = importlib.import_module("deepspeed.moe.layer").MoE
 
     class Experts(library_layer):  # type: ignore[misc, valid-type]
-        """An MoE layer as far as DeepSpeed's engine looks."""
+        """An MoE layer with the attributes that DeepSpeed's engine reads."""
 
         def __init__(self) -> None:
             nn.Module.__init__(self)

@@ -1,6 +1,6 @@
-"""DeepSpeed as a library: whether a run can use it, importing it in peace, and its configuration.
+"""Checks whether a run can use DeepSpeed, imports it, and makes its configuration.
 
-Nothing here imports DeepSpeed before it is asked to: the import takes seconds, and the package may not be installed.
+DeepSpeed is imported only when it is used: the import takes seconds, and the package may not be installed.
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ def require_deepspeed() -> None:
 
 
 def import_deepspeed(device: torch.device) -> Any:
-    """The library, told what it would otherwise guess.
+    """Imports DeepSpeed for a device.
 
-    It imports fairseq where that is installed, which needs our patches first; it takes any GPU that it finds, also for
-    a run on the CPU; and on the CPU it compiles a shared-memory collective for a minute, which gloo does not need. What
-    it has to say goes into our log, not between the lines of progress.
+    DeepSpeed imports fairseq if that is installed, which needs the patches of fairseq_compat first; it takes any GPU
+    that it finds, even for a run on the CPU; and on the CPU it compiles a shared-memory collective for a minute, which
+    gloo does not need. Its messages go into the log file.
     """
     require_deepspeed()
     if importlib.util.find_spec("fairseq") is not None:
@@ -75,9 +75,9 @@ def import_deepspeed(device: torch.device) -> Any:
 
 
 def deepspeed_config(engine: EngineConfig, training: TrainingConfig) -> dict[str, Any]:
-    """What :func:`deepspeed.initialize` is told.
+    """The configuration for :func:`deepspeed.initialize`.
 
-    The sizes of batches are placeholders: the loop owns micro-batches and says which one ends an update. Stage 0 does
+    The batch sizes are placeholders: the training loop decides which micro-batch ends an update. Stage 0 does
     not clip here, because DeepSpeed then takes the mean of the ranks' norms for the norm of divided experts.
     """
     elements = max(1, engine.bucket_mb * (1 << 20) // 4)
@@ -96,7 +96,7 @@ def deepspeed_config(engine: EngineConfig, training: TrainingConfig) -> dict[str
         },
     }
     if training.precision == "bf16":
-        # Parameters, gradients and their reduction stay fp32; our autocast decides what is computed in bf16.
+        # Parameters, gradients and their reduction stay fp32; the engine's autocast decides what is computed in bf16.
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     if engine.offload_optimizer:
         config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
@@ -111,7 +111,7 @@ def _check_offload(training: TrainingConfig) -> None:
         )
     try:
         build_cpu_adam()
-    except Exception as error:  # whatever a compiler may say
+    except Exception as error:  # any error of a compiler
         raise ConfigError(
             f"engine.offload_optimizer needs DeepSpeed's CPU Adam, which cannot be built here ({_last_line(error)})",
             remedy="install a C++ compiler and ninja, or set engine.offload_optimizer=false",
@@ -119,7 +119,7 @@ def _check_offload(training: TrainingConfig) -> None:
 
 
 def build_cpu_adam() -> None:
-    """Compiles DeepSpeed's CPU Adam, half a minute the first time, and finds it in torch's cache of extensions then."""
+    """Compiles DeepSpeed's CPU Adam; half a minute the first time, then it is in torch's cache of extensions."""
     from torch.utils.cpp_extension import _get_build_directory
 
     folder = Path(_get_build_directory("cpu_adam", verbose=False))

@@ -1,8 +1,8 @@
-"""The optimizer's state under ZeRO 1 and 2, between DeepSpeed's flat shards and whole tensors by parameter name.
+"""Converts the optimizer's state of ZeRO 1 and 2 between DeepSpeed's flat shards and tensors by parameter name.
 
 DeepSpeed lays the parameters of an optimizer group end to end, cuts that into one shard per rank, and steps an fp32
-copy of its own shard. Where a parameter lies in it stands in ``parameter._hp_mapping``: a slice of the parameter
-(``lp``) and a slice of the shard (``hp``), or None where the shard has nothing of it.
+copy of its own shard. ``parameter._hp_mapping`` is a parameter's place in it: a slice of the parameter (``lp``) and a
+slice of the shard (``hp``), or None if the shard has nothing of it.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def shards(module: nn.Module, zero: Any) -> Iterator[Shard]:
 def gather_optimizer_tensors(module: nn.Module, zero: Any) -> dict[str, dict[str, Tensor]]:
     """Parameter name → the optimizer's whole tensors for it. Every rank calls it, and gets some of the names.
 
-    The ranks that share a parameter take turns, so that together they hold each of them once: none ever holds the
-    whole optimizer, which is what ZeRO is for. On the host, lest it fill the device.
+    The ranks that share parameters take turns, so that each tensor is on one rank and no rank holds the whole
+    optimizer. Tensors are in host memory.
     """
     whole: dict[str, dict[str, Tensor]] = {}
     for shard in shards(module, zero):
@@ -66,7 +66,7 @@ def gather_optimizer_tensors(module: nn.Module, zero: Any) -> dict[str, dict[str
 
 
 def _gather(parameter: nn.Parameter, flat: Tensor, group: dist.ProcessGroup, owner: int) -> Tensor:
-    """The whole tensor on the host of group rank ``owner``; elsewhere, what must not be used."""
+    """The whole tensor in host memory on group rank ``owner``; the result on other ranks must not be used."""
     whole = torch.zeros(parameter.numel(), dtype=flat.dtype, device=parameter.device)
     if (place := parameter._hp_mapping) is not None:  # type: ignore[attr-defined]
         _part(whole, place.lp_fragment_address).copy_(_part(flat, place.hp_fragment_address))
@@ -77,8 +77,8 @@ def _gather(parameter: nn.Parameter, flat: Tensor, group: dist.ProcessGroup, own
 def load_optimizer_tensors(module: nn.Module, zero: Any, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
     """The inverse of :func:`gather_optimizer_tensors`, from whole tensors of all parameters, on every rank.
 
-    The fp32 copies are taken anew from the parameters, which have just been loaded. What a checkpoint has no state
-    of (a parameter that never had a gradient) begins with zeros, as it would.
+    The fp32 copies are taken from the parameters, which have just been loaded. A parameter without state in the
+    checkpoint (one that never had a gradient) begins with zeros.
     """
     zero.refresh_fp32_params()
     for shard in shards(module, zero):

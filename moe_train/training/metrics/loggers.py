@@ -12,7 +12,7 @@ from moe_train.plugins import load_plugin, offer_names
 
 
 class RunLogger(Protocol):
-    """Gets the lines of ``train.jsonl`` and ``valid.jsonl`` as they are written. Rank 0 alone has loggers."""
+    """Gets the lines of ``train.jsonl`` and ``valid.jsonl`` as they are written, on rank 0."""
 
     def trained(self, line: Mapping[str, Any]) -> None:
         """A line of train.jsonl."""
@@ -21,10 +21,10 @@ class RunLogger(Protocol):
         """A line of valid.jsonl."""
 
     def close(self) -> None:
-        """The session ends, in whichever way."""
+        """The session ends, by an error or not."""
 
 
-#: (run folder, config, update that the session begins at) -> a logger; later lines of an earlier session do not count.
+#: (run folder, config, update that the session begins at) -> a logger; later lines of an earlier session are void.
 LoggerMaker = Callable[[Path, RunConfig, int], RunLogger]
 L = TypeVar("L", bound=LoggerMaker)
 

@@ -29,12 +29,12 @@ def register_decay(name: str) -> Callable[[Decay], Decay]:
 
 @dataclass(frozen=True)
 class RunEnd:
-    """Where a run had ended before it was given more updates.
+    """Where a run had ended before ``training.max_updates`` was raised.
 
     Attributes:
         update: its last one.
-        max_updates: for how many its schedule was laid out.
-        extend: ``training.schedule.extend`` of what followed.
+        max_updates: of its schedule.
+        extend: ``training.schedule.extend`` of the updates after it.
     """
 
     update: int
@@ -49,7 +49,7 @@ def learning_rate(
 
     Args:
         peak: ``training.optimizer.lr``, reached at the end of the warm-up.
-        max_updates: where decays that end, end.
+        max_updates: where decays with an end reach it.
         update: counted from 1.
         ends: of a run that was extended, in their order.
     """
@@ -79,7 +79,7 @@ def _constant(after: int, span: int, config: ScheduleConfig) -> float:
 
 @register_decay("inverse_sqrt")
 def _inverse_sqrt(after: int, span: int, config: ScheduleConfig) -> float:
-    """Vaswani et al. 2017, eq. 3, scaled so that the peak stands at the end of the warm-up."""
+    """Vaswani et al. 2017, eq. 3, scaled so that the peak is at the end of the warm-up."""
     warmup = max(1, config.warmup_updates)
     return math.sqrt(warmup / (after + config.warmup_updates))
 

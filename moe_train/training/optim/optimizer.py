@@ -15,27 +15,23 @@ _BUILDERS: dict[str, Callable[[Groups, OptimizerConfig], torch.optim.Optimizer]]
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """The optimizer over all trainable parameters of ``model``; :func:`parameter_groups` says which of them decay."""
+    """The optimizer over all trainable parameters of ``model``, in the groups of :func:`parameter_groups`."""
     return _BUILDERS[config.name](parameter_groups(model, config.weight_decay, config.decay), config)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, decay: Decay = "matrices") -> Groups:
     """Two groups, with and without weight decay; an empty one is left out.
 
-    A parameter with a boolean attribute ``decays`` is in the group that this names. Of the others matrices decay, and
-    vectors (biases, norms, scales) where ``decay`` is ``all``.
+    A parameter's boolean attribute ``decays`` decides. Of parameters without it, matrices decay, and vectors (biases,
+    norms, scales) only if ``decay`` is ``all``.
     """
     decayed: list[nn.Parameter] = []
     spared: list[nn.Parameter] = []
-    for parameter in _unique(model):
+    for parameter in filter(lambda p: p.requires_grad, model.parameters()):
         decays = getattr(parameter, "decays", decay == "all" or _is_matrix(parameter))
         (decayed if decays else spared).append(parameter)
     groups: Groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
-
-
-def _unique(model: nn.Module) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad]
 
 
 def _is_matrix(parameter: nn.Parameter) -> bool:
@@ -44,7 +40,7 @@ def _is_matrix(parameter: nn.Parameter) -> bool:
 
 
 def _fused(groups: Groups) -> bool:
-    """torch's fused kernels know floating CPU and CUDA parameters; they are the fastest on both."""
+    """Whether torch's fused kernels, the fastest, take these parameters: floating-point ones on CPU and CUDA."""
     tensors = [p for group in groups for p in group["params"]]  # type: ignore[attr-defined]
     return all(t.device.type in ("cpu", "cuda") and t.is_floating_point() for t in tensors)
 

@@ -1,4 +1,4 @@
-"""Number formats: autocast, and the loss scale that fp16 needs."""
+"""Number formats: autocast, and the loss scale of fp16."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 class Precision:
     """``fp32``; ``bf16`` = autocast; ``fp16`` = autocast and dynamic loss scaling. Parameters stay fp32 in all of them.
 
-    The loss scale is moved by :meth:`after_step` alone, from what all ranks agreed on, so it is the same on every rank.
+    Only :meth:`after_step` changes the loss scale, by a result that all ranks share, so it is the same on every rank.
     """
 
     def __init__(self, name: str, device: torch.device) -> None:
@@ -29,13 +29,8 @@ class Precision:
             return nullcontext()
         return torch.autocast(self._device.type, dtype=_HALF[self.name])
 
-    @property
-    def loss_scale(self) -> float:
-        """What losses are multiplied by (1 outside fp16)."""
-        return float(self._scaler.get_scale())
-
     def scale(self, loss: Tensor) -> Tensor:
-        """The loss to call backward on."""
+        """The scaled loss, to call backward on."""
         return self._scaler.scale(loss)
 
     def unscale(self, optimizer: torch.optim.Optimizer) -> None:
@@ -43,7 +38,7 @@ class Precision:
         self._scaler.unscale_(optimizer)
 
     def after_step(self, finite: bool) -> None:
-        """Moves the loss scale: down after an overflow anywhere in the world, up after many updates without one."""
+        """Lowers the loss scale after an overflow on any rank, and raises it after many updates without one."""
         if not self._scaler.is_enabled():
             return
         if finite:
@@ -51,7 +46,7 @@ class Precision:
             return
         state = self._scaler.state_dict()
         lowered = state["scale"] * state["backoff_factor"]
-        # update() looks at this rank's own overflow only; the outcome must not differ between ranks.
+        # update() reads this rank's overflow only; the scale must not differ between ranks.
         self._scaler.update(lowered)
         self._scaler.load_state_dict({**state, "scale": lowered, "_growth_tracker": 0})
 

@@ -1,4 +1,4 @@
-"""Where a run had ended before it was given more updates, which decides its learning rate from then on."""
+"""Where a run had ended before ``training.max_updates`` was raised; its later learning rates depend on it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ FINISHED = ("finished", "stopped_early")  # what run.json calls a run that has e
 
 
 def run_ends(info: Mapping[str, Any]) -> tuple[RunEnd, ...]:
-    """Those that ``run.json`` records.
+    """The ends that ``run.json`` records.
 
     Raises:
-        ConfigError: it records something else there.
+        ConfigError: they cannot be read.
     """
     try:
         return tuple(RunEnd(int(end["update"]), int(end["max_updates"]), end["extend"]) for end in info.get(ENDS, ()))
@@ -27,9 +27,9 @@ def run_ends(info: Mapping[str, Any]) -> tuple[RunEnd, ...]:
 
 
 def ends_with_session(info: Mapping[str, Any], before: RunConfig, now: RunConfig) -> tuple[RunEnd, ...]:
-    """The ends of a run, with that of its last session where this one goes on beyond it.
+    """The ends of a run, with that of its last session if this one extends it.
 
-    ``training.schedule.extend`` of the present session counts from the last end on.
+    ``training.schedule.extend`` of the present session applies after the last end.
 
     Args:
         info: ``run.json``.

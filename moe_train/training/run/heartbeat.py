@@ -1,6 +1,6 @@
-"""A sign of life in a run folder, for readers on other hosts: a small file whose age says whether anybody trains there.
+"""A heartbeat file in a run folder, whose age tells other hosts whether a process trains there.
 
-Log lines do not do: hours may lie between them. Nor do locks, which other hosts need not see.
+Log lines may be hours apart, and locks need not be visible to other hosts.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ FRESH = 4 * BEAT  # network file systems may show a file's time a minute late
 
 @contextmanager
 def heartbeat(path: Path, every: float = BEAT) -> Iterator[None]:
-    """While entered, a thread touches ``path`` every so many seconds; it holds the host and process. Gone afterwards.
+    """While entered, a thread touches ``path`` every so many seconds; it holds host and process id. Removed afterwards.
 
-    Who is killed leaves it to grow old. A full disk, or one that is away for a while, ends nothing.
+    A killed process leaves the file to grow old. Errors of the file system are ignored.
     """
     done = threading.Event()
 
@@ -45,7 +45,7 @@ def heartbeat(path: Path, every: float = BEAT) -> Iterator[None]:
 
 
 def alive(path: Path) -> bool:
-    """Whether the file was touched a moment ago."""
+    """Whether the file was touched less than ``FRESH`` seconds ago."""
     try:
         return time.time() - path.stat().st_mtime < FRESH
     except OSError:
@@ -53,7 +53,7 @@ def alive(path: Path) -> bool:
 
 
 def other_host(path: Path) -> str:
-    """The host that trains there, by a fresh sign of life; "" where there is none, or it is this one."""
+    """The host that trains there, by a fresh heartbeat; "" if there is none, or it is this host."""
     try:
         host = path.read_text(encoding="utf-8").split()[0] if alive(path) else ""
     except (OSError, IndexError):

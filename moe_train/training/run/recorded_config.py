@@ -1,4 +1,4 @@
-"""Reads the config that a run has recorded, by whichever version of moe_train it was written."""
+"""Reads the config that a run has recorded, of any version of moe_train."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ LOG = logging.getLogger("moe_train")
 def recorded_config(mapping: Mapping[str, Any]) -> RunConfig:
     """The config of a run; keys that this version does not have are left out, those that it adds have their defaults.
 
-    Of a routing strategy they have what earlier versions did (``unrecorded`` of its config).
+    Keys of a routing strategy that earlier versions did not record have those versions' values (``unrecorded``).
 
     Raises:
         ConfigError: a value of the wrong type or out of its range.
     """
     config = build(RunConfig, without_unknown(RunConfig, mapping)[0])
     target = find_strategy(str(config.routing.get("name")))
-    if target is None:  # a strategy from elsewhere that is not loaded: whoever builds its model says so
+    if target is None:  # a strategy from outside that is not imported: an error where its model is built
         return config
     known = without_unknown(target.config, config.routing)[0]
     routing = {**target.config.unrecorded, **known}
@@ -34,14 +34,14 @@ def recorded_config(mapping: Mapping[str, Any]) -> RunConfig:
 
 
 def to_record(config: RunConfig) -> dict[str, Any]:
-    """What a run records of its config; keys without which it would count as an earlier version's are always there."""
+    """The config as a run records it, with every key whose absence would mean an earlier version."""
     target = find_strategy(str(config.routing.get("name")))
     named = dict.fromkeys(target.config.unrecorded) if target else {}
     return to_mapping(dataclasses.replace(config, routing={**named, **config.routing}))
 
 
 def with_defaults(config: RunConfig) -> dict[str, Any]:
-    """The whole config as a mapping, with every key of its routing strategy: what sessions of a run are compared by."""
+    """The config as a mapping with every key of its routing strategy, by which sessions of a run are compared."""
     routing = config.routing
     if find_strategy(str(routing.get("name"))):
         routing = {**to_mapping(routing_config(routing)), **routing}

@@ -1,4 +1,4 @@
-"""From config to layout: planned before any process exists, settled at the first launch, built on each rank."""
+"""From config to layout: planned before processes start, fixed at the first launch, built on each rank."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _WORDS = ("rank", "node")
 
 
 def plan_run(config: RunConfig, processes: int, ranks_per_node: int) -> LayoutPlan:
-    """The layout that a config means in a world.
+    """The layout of a config in a world.
 
     Args:
         processes: ranks in all.
-        ranks_per_node: ranks on each host, where ``layout.ranks_per_node`` does not say.
+        ranks_per_node: ranks on each host, if ``layout.ranks_per_node`` is 0.
 
     Raises:
-        ConfigError: it cannot be; the message says what would work.
+        ConfigError: it is impossible; the message says what would work.
     """
     layout, counts = config.layout, [routing.num_experts for routing in sparse_routings(config)]
     per_node = layout.ranks_per_node or ranks_per_node
@@ -72,12 +72,12 @@ def _any(spec: Any, layers: int, key: str) -> bool:
 
 
 def resolve_config(config: RunConfig, plan: LayoutPlan, before: RunConfig | None) -> RunConfig:
-    """The config with the layout's numbers in it, and those that belong to the model from its first launch on.
+    """The config with the layout's numbers, and the numbers of the model that are fixed at its first launch.
 
     Args:
-        before: the run's config as it was last started: SAM's ``num_groups=rank`` then means the number of that time,
-            whatever the layout is now, and a key that says nothing may go on as an earlier version had it
-            (``unrecorded`` of the strategy's config). None: it is the first launch.
+        before: the run's config as it was last started: SAM's ``num_groups=rank`` keeps the number of that time in any
+            layout, and an empty key may keep an earlier version's value (``unrecorded`` of the strategy's config).
+            None: it is the first launch.
     """
     layout = config.layout
     if layout.name == "data_parallel" and plan.expert_parallel > 1:
@@ -89,8 +89,8 @@ def resolve_config(config: RunConfig, plan: LayoutPlan, before: RunConfig | None
 
 
 def _as_before(keys: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
-    unsaid = [key for key in strategy(str(keys.get("name", ""))).config.unrecorded if keys.get(key) is None]
-    found: dict[str, Any] = {key: before[key] for key in unsaid if key in before}
+    empty = [key for key in strategy(str(keys.get("name", ""))).config.unrecorded if keys.get(key) is None]
+    found: dict[str, Any] = {key: before[key] for key in empty if key in before}
     for key, value in keys.items():
         earlier = before.get(key)
         if isinstance(value, Mapping) and isinstance(earlier, Mapping):
@@ -111,7 +111,7 @@ def build_layout(config: RunConfig, world: World) -> ExpertLayout:
 
 
 def dispatch_options(config: RunConfig) -> DispatchOptions:
-    """How exchanges are carried out in training; evaluation takes the plain way, which drops nothing."""
+    """Options of dispatch in training; evaluation uses none, and drops nothing."""
     layout = config.layout
     return DispatchOptions(layout.overlap, layout.fixed_rows)
 
@@ -129,11 +129,11 @@ def pictures(config: RunConfig, plan: LayoutPlan, most_lines: int = 40) -> list[
 
 
 def layout_warnings(config: RunConfig, plan: LayoutPlan) -> list[str]:
-    """What works but perhaps not as it was meant."""
+    """Warnings about layouts that work but are probably not intended."""
     routings = sparse_routings(config)
     if plan.expert_parallel == 1:
         return []
     if not routings:
         return [f"the model has no experts: layout.expert_parallel={plan.expert_parallel} changes nothing"]
-    said = [routing.layout_warning(plan) for routing in routings]
-    return list(dict.fromkeys(text for text in said if text))
+    texts = [routing.layout_warning(plan) for routing in routings]
+    return list(dict.fromkeys(text for text in texts if text))

@@ -1,7 +1,7 @@
-"""What a run knows of the data that it was trained on, and whether other data goes with it.
+"""Records the data that a run was trained on, and checks whether other data fits it.
 
-``run.json`` says ``vocabulary`` (checksums of ``spm.model`` and ``dict.txt``) and ``trained`` (directions or
-languages); an export says the same in its ``config.json``. ``data.json`` has the checksums of input files that no
+``run.json`` has ``vocabulary`` (checksums of ``spm.model`` and ``dict.txt``) and ``trained`` (directions or
+languages); an export has the same in its ``config.json``. ``data.json`` has the checksums of input files that no
 manifest lists.
 """
 
@@ -28,11 +28,11 @@ from moe_train.utils.atomic_io import replace_text
 
 @dataclass(frozen=True)
 class RunData:
-    """What a run says of its data.
+    """Description of a run's data.
 
     Attributes:
-        vocabulary: file of the data folder -> checksum; None: it cannot be told. Empty where there is no vocabulary.
-        trained: directions or languages; None: it cannot be told.
+        vocabulary: file of the data folder -> checksum; None: unknown. Empty: there is no vocabulary.
+        trained: directions or languages; None: unknown.
     """
 
     vocabulary: Mapping[str, str] | None = None
@@ -40,7 +40,7 @@ class RunData:
 
     @classmethod
     def of_task(cls, task: TrainingTask) -> RunData:
-        """What a run of this task is to say.
+        """The description for a run of this task.
 
         Raises:
             DataError: the vocabulary cannot be read.
@@ -50,7 +50,7 @@ class RunData:
 
     @classmethod
     def said_by(cls, folder: RunFolder) -> RunData:
-        """What is written in the folder of a run or an export; runs of earlier versions say nothing."""
+        """What the folder of a run or an export records; runs of earlier versions record nothing."""
         content = {**folder.content, **folder.info}
         vocabulary, trained = content.get("vocabulary"), content.get("trained")
         return cls(
@@ -62,14 +62,14 @@ class RunData:
     def of_run(
         cls, folder: RunFolder, opened: tuple[TaskData, TrainingTask] | None = None, keep: bool = True
     ) -> RunData:
-        """What is known of a run or an export.
+        """The description of a run or an export.
 
-        What one of an earlier version does not say is taken from the data that it was trained on, where that is still
-        there, and kept in a finished run, with a note.
+        If an earlier version did not record it, it is taken from the data that the run was trained on, if that still
+        exists, and written into a finished run, with a note.
 
         Args:
-            opened: data that may be the same, and a task on it, opened already.
-            keep: write and say that; of several processes, one does.
+            opened: data that may be the same, and a task on it.
+            keep: write it and print the note; one of several processes does.
         """
         said = cls.said_by(folder)
         if said.vocabulary is not None and said.trained is not None:
@@ -85,7 +85,7 @@ class RunData:
         if keep and is_run:
             note(f"{folder.path} keeps no checksums of its vocabulary yet: taken from its data folder")
             if folder.finished:
-                with suppress(OSError):  # not ours to write into
+                with suppress(OSError):  # a folder of another user
                     folder.describe(**taken.to_json())
         return taken
 
@@ -94,10 +94,10 @@ class RunData:
         return {"vocabulary": dict(self.vocabulary or {}), "trained": list(self.trained or ())}
 
     def check_vocabulary(self, task: TrainingTask, run: Path) -> None:
-        """Whether the run's weights mean the pieces of this task's vocabulary.
+        """Checks that this task has the vocabulary that the run was trained with.
 
         Raises:
-            DataError: they mean others.
+            DataError: it has another.
         """
         folder = task.vocabulary
         if folder is None or not self.vocabulary:
@@ -128,7 +128,7 @@ def _own_task(folder: RunFolder) -> TrainingTask:
 
 
 def run_of(source: str | Path) -> RunFolder | None:
-    """The run or the export that a path means: its folder, or that of one of its checkpoints."""
+    """The run or export whose folder, or one of whose checkpoints, a path is; None if there is none."""
     path = Path(source).absolute()
     for folder in (path, *path.parents[:2]):
         if RunFolder(folder).exists:
@@ -137,15 +137,15 @@ def run_of(source: str | Path) -> RunFolder | None:
 
 
 def check_initial_vocabulary(source: str, task: TrainingTask) -> None:
-    """Whether ``training.init_from`` has weights for the pieces of this task's vocabulary.
+    """Checks that the run of ``training.init_from`` was trained with this task's vocabulary.
 
     Raises:
-        DataError: it has them for others.
+        DataError: it was trained with another.
     """
     run = run_of(source)
     if run is None:
         if not Path(source).exists():
-            return  # whoever reads the weights says so
+            return  # an error where the weights are read
         note(f"{source} is in no run folder: whether its vocabulary is that of the data cannot be told")
         return
     RunData.of_run(run).check_vocabulary(task, run.path)
@@ -159,10 +159,10 @@ def verify_data(
     Every rank calls it. The ranks of a host share the files that it sees.
 
     Args:
-        training: the sentences that only training reads, too.
+        training: include the sentences that only training reads.
 
     Raises:
-        DataError: on every rank, whichever of them found it; names the file.
+        DataError: on every rank, if any of them found a difference; names the file.
     """
     world = world or World()
     vocabulary = task.vocabulary if task is not None else None
@@ -176,19 +176,19 @@ def verify_data(
 
 
 def check_input_files(folder: RunFolder, data: TaskData, how: DataVerify, keep: bool) -> None:
-    """Compares input files that no manifest lists with those that the run has read; one process calls it.
+    """Compares input files that no manifest lists with the checksums that the run has kept; one process calls it.
 
     Args:
-        keep: keep the checksums where the run has none yet.
+        keep: write the checksums if the run has none yet.
 
     Raises:
-        DataError: a file that is gone or altered; it is named.
+        DataError: a file is missing or altered; it is named.
     """
     inputs = data.inputs
     if how == "never" or not inputs.names:
         return
     path = folder.path / DATA_FILES
-    before = _read(path) if folder.exists else None  # else it is of a start that came to nothing
+    before = _read(path) if folder.exists else None  # without a run, the file is of a start that failed
     if before is None:
         if keep:
             if folder.exists:
@@ -206,7 +206,7 @@ def check_input_files(folder: RunFolder, data: TaskData, how: DataVerify, keep: 
 
 
 def note_changed_folder(folder: RunFolder, data: TaskData, main: bool) -> None:
-    """Says that a data folder is, by its manifest, not what the run was trained on; ``main``: this rank does so."""
+    """Prints a note if a data folder is, by its manifest, not what the run was trained on; ``main``: this is rank 0."""
     if main and isinstance(data, DataFolder) and folder.content["data_fingerprint"] not in ("", data.fingerprint):
         note(f"{data.path} was prepared anew or altered after {folder.path} was trained on it")
 
@@ -224,7 +224,7 @@ def _altered(inputs: InputFiles, name: str, what: str, folder: RunFolder) -> Dat
 
 
 def _read(path: Path) -> dict[str, str] | None:
-    """Name -> checksum; None where the run has kept none."""
+    """Name -> checksum; None if the run has kept none."""
     if not path.is_file():
         return None
     try:

@@ -1,4 +1,4 @@
-"""The folder of a run: its config, its logs, its checkpoints, and who may write into it."""
+"""The folder of a run: its config, logs and checkpoints, and the lock of the process that writes into it."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from moe_train.training.run.recorded_config import note_ignored_keys, recorded_c
 from moe_train.utils.json_files import finite, parse_object, read_object
 
 CONFIG, INFO, TRAIN, VALID = "config.json", "run.json", "train.jsonl", "valid.jsonl"
-ALIVE = ".alive"  # its age says whether a process trains here, to other hosts too (moe_train.training.run.heartbeat)
+ALIVE = ".alive"  # touched while a process trains here, for other hosts (moe_train.training.run.heartbeat)
 DATA_FILES = "data.json"  # checksums of input files that no manifest lists (moe_train.training.run.run_data)
-EXPORTED_DATA = "data"  # the folder of dictionaries inside an export, and what its config has for the data folder
-FAILURE = "failure.json"  # why the last session ended, where it failed; older than run.json: a session before that
+EXPORTED_DATA = "data"  # the folder of dictionaries inside an export, and the data folder's name in its config
+FAILURE = "failure.json"  # why the last session failed; if older than run.json, an earlier session
 LOG = logging.getLogger("moe_train")
 _INFO_KINDS: Mapping[str, type] = {"status": str, "update": int, "sessions": list}
 # Keys that may differ between the sessions of one run: they change where it runs, how long, and what it keeps.
@@ -57,18 +57,18 @@ class RunFolder:
             )
         note_ignored_keys(folder.content["config"], folder.path / CONFIG)
         if folder.note_on_user_dir and multiprocessing.parent_process() is None:
-            _say_once(folder.note_on_user_dir)
+            _print_once(folder.note_on_user_dir)
         return folder
 
     @property
     def user_dir(self) -> str | None:
-        """The ``user_dir`` that the last session had, for the reader to know: nothing is ever imported from there."""
+        """The ``user_dir`` of the last session, for information: nothing is imported because a file names it."""
         found = self.content.get("user_dir")
         return found if isinstance(found, str) and found else None
 
     @property
     def note_on_user_dir(self) -> str:
-        """Says that code from outside was used, where the present command does not use it; "" otherwise."""
+        """A note that the run used code from outside and the present command does not; "" otherwise."""
         if self.user_dir in (None, user_dir()):
             return ""
         return (
@@ -127,7 +127,7 @@ class RunFolder:
         Raises:
             DataError: it is damaged.
         """
-        path, remedy = self.path / INFO, "restore it, or move it away: training goes on without it"
+        path, remedy = self.path / INFO, "restore it, or move it away: training continues without it"
         info = read_object(path, remedy) or {}
         for key, kind in _INFO_KINDS.items():
             if key in info and (not isinstance(info[key], kind) or isinstance(info[key], bool)):
@@ -136,12 +136,12 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether the run came to its end."""
+        """Whether the run has ended (finished or stopped early)."""
         return self.info.get("status") in FINISHED
 
     @property
     def session(self) -> tuple[int, int] | None:
-        """Changes whenever a session begins; None where none has."""
+        """Changes whenever a session begins; None if there was none."""
         try:
             written = (self.path / CONFIG).stat()
         except OSError:
@@ -150,7 +150,7 @@ class RunFolder:
 
     @property
     def content(self) -> dict[str, Any]:
-        """``config.json``: ``config``, ``data_fingerprint``, and in an export what is said of its data.
+        """``config.json``: ``config``, ``data_fingerprint``, and in an export the description of its data.
 
         Raises:
             ConfigError: it cannot be read.
@@ -167,15 +167,15 @@ class RunFolder:
     # -- beginning -------------------------------------------------------------------------------------------------
 
     def check(self, config: RunConfig, data_fingerprint: str = "") -> None:
-        """Whether this config may begin or go on here, by the key ``resume``.
+        """Checks whether this config may begin or resume a run here, by the key ``resume``.
 
-        ``auto``: begins in a new folder, goes on in an unfinished one or where ``training.max_updates`` was raised;
-        ``never``: only begins; ``must``: only goes on (and has nothing to do where the run is finished);
-        ``missing``: as ``auto``, with nothing to do where the run is finished.
+        ``auto``: begins in a new folder, resumes an unfinished run or one whose ``training.max_updates`` was raised;
+        ``never``: only begins; ``must``: only resumes (and does nothing if the run is finished);
+        ``missing``: as ``auto``, but does nothing if the run is finished.
 
         Raises:
             ConfigError: a finished run; a run with another config (the keys are named) or other data.
-            CheckpointError: ``resume=must`` and there is nothing to go on from.
+            CheckpointError: ``resume=must`` and there is no run to resume.
         """
         if not self.exists:
             if config.resume == "must":
@@ -201,7 +201,7 @@ class RunFolder:
         return config.training.max_updates > int(self.info.get("update", 0))
 
     def unscored(self, config: RunConfig) -> bool:
-        """Whether ``config`` wants scores that are not there, such as after an end between training and evaluation."""
+        """Whether ``config`` asks for scores that do not exist, as after an end between training and evaluation."""
         return config.evaluate is not None and not (self.path / f"{config.evaluate}.json").is_file()
 
     def _check_same(self, config: RunConfig, data_fingerprint: str) -> None:
@@ -225,7 +225,7 @@ class RunFolder:
         """Makes the folder and writes the config.
 
         Args:
-            overrides: the words of the command line that this session's config was made with.
+            overrides: this session's command line.
         """
         for folder in (self.path, self.checkpoints, self.logs):
             folder.mkdir(parents=True, exist_ok=True)
@@ -242,10 +242,10 @@ class RunFolder:
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
-        """While entered, no other process on this host can claim the folder (the kernel lets go when we die).
+        """While entered, no other process on this host can claim the folder. The lock ends with the process.
 
-        Other hosts see the lock where the file system shares it (NFS 4, Lustre with ``flock``), else not: then, and
-        where there are no locks at all, a warning is all there is.
+        Other hosts see the lock if the file system shares it (NFS 4, Lustre with ``flock``). If not, or if there are no
+        locks, a warning is logged.
 
         Raises:
             ConfigError: another process trains here.
@@ -261,17 +261,17 @@ class RunFolder:
                     "wait for it, or choose another hydra.run.dir=…",
                 ) from None
             except OSError as error:  # file systems without locks
-                LOG.warning("%s cannot be locked (%s): see to it that one run alone trains there", self.path, error)
+                LOG.warning("%s cannot be locked (%s): make sure that only one run trains there", self.path, error)
             if other := other_host(self.path / ALIVE):
                 LOG.warning("%s was in use by %s a moment ago: end that run if it is still there", self.path, other)
             yield
 
     def forget_start(self) -> None:
-        """Removes what :meth:`begin` and the ranks have put into a folder that was :attr:`unused`; the lock stays."""
+        """Removes the files of :meth:`begin` and of the ranks from a folder that was :attr:`unused`; the lock stays."""
         for path in (self.path / CONFIG, self.path / DATA_FILES, self.path / ALIVE, *self.logs.glob("rank_*.log")):
             path.unlink(missing_ok=True)
         for folder in (self.checkpoints, self.logs):
-            with suppress(OSError):  # something else has come into it
+            with suppress(OSError):  # it holds other files
                 folder.rmdir()
 
     def describe(self, **values: Any) -> None:
@@ -284,7 +284,7 @@ class RunFolder:
         """Removes log lines beyond ``update``, a last one that was not written to its end, and what cannot be read.
 
         Args:
-            pending: the validation of ``update`` is yet to come: its line goes too.
+            pending: the validation of ``update`` is yet to come: its line is removed, too.
         """
         for path, last in ((self.train_log, update), (self.valid_log, update - pending)):
             if path.exists():
@@ -293,15 +293,15 @@ class RunFolder:
 
 
 @cache
-def _say_once(text: str) -> None:
-    """A command opens the same run several times, and moe-translate's standard output is for translations."""
+def _print_once(text: str) -> None:
+    """Prints a note to standard error, once: a command opens the same run several times."""
     print(f"note: {text}", file=sys.stderr)
 
 
 def recorded_overrides(path: Path) -> tuple[str, ...]:
-    """The words of the command line that the run in a folder was last begun with, or was to begin with when it failed.
+    """The command line of the last session of the run in a folder, or of the one that failed to begin.
 
-    Folders of earlier versions have them from Hydra alone: a YAML list with one plain word a line.
+    Folders of earlier versions have only Hydra's file: a YAML list with one plain word per line.
     """
     for name in (CONFIG, FAILURE):
         try:
@@ -318,8 +318,7 @@ def recorded_overrides(path: Path) -> tuple[str, ...]:
 def differing_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """``key=one then, other now`` for every key that must not change within a run.
 
-    Groups of which another option was chosen (``routing=switch then, thor now``) come first, and without their keys,
-    which follow from the choice.
+    Groups with another option (``routing=switch then, thor now``) come first, without their keys.
     """
     old, new = dict(_flat(before)), dict(_flat(now))
     keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and not _is_free(key)]
@@ -353,7 +352,7 @@ def _show(value: Any) -> str:
 
 
 def _update_of(line: bytes) -> float:
-    """Beyond all others where a line cannot be read."""
+    """The update of a log line; infinity if the line cannot be read."""
     try:
         update = finite(parse_object(line).get("update"))
     except ValueError:

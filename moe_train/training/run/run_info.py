@@ -1,4 +1,4 @@
-"""What a run says of itself: run.json, and the summary before the first update."""
+"""Writes run.json, and the summary before the first update."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from moe_train.training.checkpoint.run_state import RunState
 from moe_train.training.run.run_folder import RunFolder
 from moe_train.training.runtime.world import World
 
-#: Closed forms of a model's size and cost, with the pairs per token that were counted in its sparse blocks, if any.
+#: (model, pairs per token counted in its sparse blocks, if any) → size and cost in closed form.
 Account = Callable[[nn.Module, Mapping[int, float]], Mapping[str, Any]]
 _PACKAGES = ("torch", "fairseq", "deepspeed", "hydra-core", "sacrebleu", "sentencepiece", "safetensors", "numpy")
 
@@ -43,9 +43,9 @@ def describe_run(
 
     Args:
         update: where this session begins.
-        account: closed forms of the model's size and cost (:mod:`moe_train.models.accounting`).
+        account: size and cost of the model in closed form (:mod:`moe_train.models.accounting`).
         plan: which rank holds which experts; None: each holds all.
-        data: what is to be known of the data (:class:`moe_train.training.run.run_data.RunData`).
+        data: description of the data (:class:`moe_train.training.run.run_data.RunData`).
     """
     plan = plan or LayoutPlan(world.size, 1, world.local_size)
     session = {
@@ -72,7 +72,7 @@ def describe_run(
 
 
 def sizes(module: nn.Module, account: Account | None) -> dict[str, Any]:
-    """``parameters`` (total, and active per token where there is an account of it) and ``flops_per_token``."""
+    """``parameters`` (total, and active per token if there is an account) and ``flops_per_token``."""
     if account is None:
         return {"parameters": {"total": sum(p.numel() for p in module.parameters())}}
     counted = account(module, {})
@@ -85,7 +85,7 @@ def sizes(module: nn.Module, account: Account | None) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Python, our own version, and those of the packages that decide numbers; absent ones are left out."""
+    """Versions of Python, moe_train and the packages that decide numbers; absent ones are left out."""
     found = {"python": platform.python_version(), "moe_train": moe_train.__version__}
     for name in _PACKAGES:
         try:
@@ -96,7 +96,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The checkout's commit, ``-dirty`` where files were changed; None outside a checkout."""
+    """The checkout's commit, with ``-dirty`` if files were changed; None outside a checkout."""
     root = Path(moe_train.__file__).resolve().parents[1]
     if not (root / ".git").exists():
         return None
@@ -109,7 +109,7 @@ def commit() -> str | None:
 
 
 def summary(folder: RunFolder, config: RunConfig, state: RunState, batches: WorldBatches) -> Table:
-    """What is about to happen, as a table."""
+    """The run in a table: folder, data, model, layout, updates."""
     info = folder.info
     world, training = info["world"], config.training
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
@@ -127,7 +127,7 @@ def summary(folder: RunFolder, config: RunConfig, state: RunState, batches: Worl
         "updates": f"{training.max_updates:,} of {training.tokens_per_update:,} {config.task.unit}, "
         f"{training.precision}, {batches.updates_per_epoch:,} an epoch",
         "left out": _left_out(batches),
-        "goes on from": f"update {state.update}" if state.update else "",
+        "resumes from": f"update {state.update}" if state.update else "",
     }
     for name, value in rows.items():
         if value:
@@ -136,14 +136,14 @@ def summary(folder: RunFolder, config: RunConfig, state: RunState, batches: Worl
 
 
 def _layout(world: dict[str, Any]) -> str:
-    """Replicas and expert-parallel ranks, where experts are divided."""
+    """Replicas and expert-parallel ranks, if experts are divided."""
     size = world["expert_parallel"]
     levels = ", node by node" if world["two_level"] else ""
     return f"{in_words(world['processes'] // size, size)}{levels}" if size > 1 else ""
 
 
 def _left_out(batches: WorldBatches) -> str:
-    """Training sentences that are too long, where there are any."""
+    """Training sentences that are too long, if there are any."""
     counts = ", ".join(f"{count:,} of {name}" for name, count in batches.left_out.items() if count)
     return f"{counts} (longer than {batches.settings.longest} tokens)" if counts else ""
 

@@ -1,4 +1,4 @@
-"""What a user should know of a config before its session begins."""
+"""Notes for the user before a session begins."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moe_train.training.run.run_folder import RunFolder
 
 
 def session_notes(folder: RunFolder, config: RunConfig) -> list[str]:
-    """Notes on a session that is about to begin, or to go on, in ``folder``."""
+    """Notes on a session that is about to begin or resume the run in ``folder``."""
     notes, optimizer = [], config.training.optimizer
     if optimizer.weight_decay and optimizer.name != "adamw":
         notes.append(
@@ -27,7 +27,7 @@ def session_notes(folder: RunFolder, config: RunConfig) -> list[str]:
 
 
 def _jump_of_rate(folder: RunFolder, config: RunConfig) -> str:
-    """Says that another ``max_updates`` changes the learning rate of the next update; "" where it does not."""
+    """A note that another ``max_updates`` changes the learning rate of the next update; "" if it does not."""
     before, info = folder.config, folder.info
     done = max(CheckpointStore(folder.checkpoints).updates(), default=0)
     ends = ends_with_session(info, before, config)
@@ -39,10 +39,10 @@ def _jump_of_rate(folder: RunFolder, config: RunConfig) -> str:
         rates.append(learning_rate(each.training.schedule, peak, last, done + 1, its_ends))
     if math.isclose(*rates, rel_tol=1e-6, abs_tol=1e-12):
         return ""
-    said = (
+    text = (
         f"the learning rate of update {done + 1} is {rates[1]:.3g} where the config of the session before gives"
         f" {rates[0]:.3g}: the schedule '{config.training.schedule.name}' ends at training.max_updates,"
         f" {before.training.max_updates} then and {config.training.max_updates} now"
     )
     choices = "training.schedule.extend=hold keeps the last rate, restart gives the further updates their own schedule"
-    return f"{said}. {choices}" if folder.finished else said
+    return f"{text}. {choices}" if folder.finished else text

@@ -335,7 +335,7 @@ def test_a_disk_that_fills(small_disk: Path) -> None:
     tensors = {"model.weight": torch.randn(500_000)}  # 2 MB: the second one does not fit
     store = CheckpointStore(small_disk / "checkpoints")
     store.save(tensors, {"update": 1}, "step_1")
-    with pytest.raises(CheckpointError, match=r"No space left on device.*step_1 is whole: the run goes on from it"):
+    with pytest.raises(CheckpointError, match=r"No space left on device.*step_1 is whole: the run resumes from it"):
         store.save(tensors, {"update": 2}, "step_2")
     assert store.updates() == [1]
     read = {"model.weight": torch.empty(500_000)}
