@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from moe_train.kernels.cross_entropy import label_smoothed_nll
 from moe_train.tasks.base import Sample
-from moe_train.tasks.criterion import mean_over_layers, symmetric_divergence
+from moe_train.tasks.criterion import repeated, symmetric_divergence, with_routing_losses
 
 
 class ClassificationCriterion(nn.Module):
@@ -43,7 +43,7 @@ class ClassificationCriterion(nn.Module):
             class is the right one).
         """
         passes = self.passes if model.training else 1
-        logits, extra = model(**repeated_rows(sample["net_input"], passes))
+        logits, extra = model(**repeated(sample["net_input"], passes))
         target = sample["target"].repeat(passes)
         loss, nll = label_smoothed_nll(logits, target, self.label_smoothing)
         parts: dict[str, Any] = {"nll_loss": nll.detach() / passes}
@@ -51,34 +51,11 @@ class ClassificationCriterion(nn.Module):
             consistency = symmetric_divergence(*logits.chunk(2))
             loss = loss + self.consistency_weight * consistency
             parts["consistency_loss"] = consistency.detach()
-        losses = mean_over_layers(extra["routing"])
-        items = sample["world_ntokens" if "world_ntokens" in sample else "ntokens"]
-        if model.training:
-            loss = loss + sum(mean.objective for mean in losses.values()) * items
         guesses = logits.detach().argmax(1)
-        logging: dict[str, Any] = {
-            "loss": loss.detach(),
-            "accuracy": (guesses == target).sum() / passes,
-            "ntokens": sample["ntokens"],
-            "nsentences": sample["nsentences"],
-            "sample_size": sample["ntokens"],
-            **parts,
-            **{name: mean.value.detach() * items for name, mean in losses.items()},
-        }
+        parts["accuracy"] = (guesses == target).sum() / passes
         if self.per_class and not model.training:
-            logging |= count_classes(guesses, target, self.num_classes)
-        if "world_ntokens" in sample:
-            logging["routing"] = {record.layer: record.statistics for record in extra["routing"]}
-        return loss, sample["ntokens"], logging
-
-
-def repeated_rows(net_input: dict[str, Tensor], passes: int) -> dict[str, Tensor]:
-    """The batch repeated ``passes`` times; ``pass_index`` [passes · B] numbers the copies."""
-    if passes == 1:
-        return dict(net_input)
-    uid = net_input["sentence_uid"]
-    index = torch.arange(passes, device=uid.device).repeat_interleave(uid.shape[0])
-    return {**{name: torch.cat([value] * passes) for name, value in net_input.items()}, "pass_index": index}
+            parts |= count_classes(guesses, target, self.num_classes)
+        return with_routing_losses(loss, parts, extra["routing"], sample, model.training)
 
 
 def count_classes(guesses: Tensor, target: Tensor, num_classes: int) -> dict[str, Tensor]:

@@ -80,22 +80,7 @@ class MoELabelSmoothedCrossEntropy(FairseqCriterion):  # type: ignore[misc]
         features, extra = model(**repeated(sample["net_input"], passes), features_only=True)
         features, target = real_rows(features, sample["target"].repeat(passes, 1), self.padding_idx)
         parts = self._cross_entropy(unwrapped(model), features, target, passes)
-        losses = mean_over_layers(extra["routing"])
-        tokens = sample["world_ntokens" if "world_ntokens" in sample else "ntokens"]
-        loss = parts.pop("loss")
-        if model.training:
-            loss = loss + sum(mean.objective for mean in losses.values()) * tokens
-        logging: dict[str, Any] = {
-            "loss": loss.detach(),
-            "ntokens": sample["ntokens"],
-            "nsentences": sample["nsentences"],
-            "sample_size": sample["ntokens"],
-            **parts,
-            **{name: mean.value.detach() * tokens for name, mean in losses.items()},
-        }
-        if "world_ntokens" in sample:
-            logging["routing"] = {record.layer: record.statistics for record in extra["routing"]}
-        return loss, sample["ntokens"], logging
+        return with_routing_losses(parts.pop("loss"), parts, extra["routing"], sample, model.training)
 
     def _cross_entropy(self, model: nn.Module, features: Tensor, target: Tensor, passes: int) -> dict[str, Tensor]:
         """``loss`` with its graph, and the detached sums ``nll_loss`` and, with two passes, ``consistency_loss``."""
@@ -132,6 +117,33 @@ class MoELabelSmoothedCrossEntropy(FairseqCriterion):  # type: ignore[misc]
         return True
 
 
+def with_routing_losses(
+    loss: Tensor, metrics: Mapping[str, Any], routing: Sequence[RoutingRecord], sample: Sample, training: bool
+) -> tuple[Tensor, int, dict[str, Any]]:
+    """A criterion's result: the loss, with the routing losses in training; the target tokens; the logging output.
+
+    Args:
+        loss: of the task, summed over this rank's target tokens.
+        metrics: further sums for the log.
+        routing: of each sparse layer.
+    """
+    losses = mean_over_layers(routing)
+    tokens = sample["world_ntokens" if "world_ntokens" in sample else "ntokens"]
+    if training:
+        loss = loss + sum(mean.objective for mean in losses.values()) * tokens
+    logging: dict[str, Any] = {
+        "loss": loss.detach(),
+        "ntokens": sample["ntokens"],
+        "nsentences": sample["nsentences"],
+        "sample_size": sample["ntokens"],
+        **metrics,
+        **{name: mean.value.detach() * tokens for name, mean in losses.items()},
+    }
+    if "world_ntokens" in sample:
+        logging["routing"] = {record.layer: record.statistics for record in routing}
+    return loss, sample["ntokens"], logging
+
+
 @dataclass(frozen=True)
 class LayerMean:
     """A routing loss averaged over the layers that have it: plain, and times its weight."""
@@ -166,10 +178,10 @@ def repeated(net_input: Mapping[str, Tensor], passes: int) -> dict[str, Tensor]:
     """The batch repeated ``passes`` times; ``pass_index`` [passes · B] numbers the copies."""
     if passes == 1:
         return dict(net_input)
-    rows = net_input["src_tokens"].shape[0]
     copies = {name: torch.cat([value] * passes) for name, value in net_input.items()}
-    index = torch.arange(passes, device=net_input["src_tokens"].device)
-    return {**copies, "pass_index": index.repeat_interleave(rows)}
+    first = next(iter(net_input.values()))  # every tensor has a row per sentence
+    index = torch.arange(passes, device=first.device)
+    return {**copies, "pass_index": index.repeat_interleave(first.shape[0])}
 
 
 def real_rows(features: Tensor, target: Tensor, pad: int) -> tuple[Tensor, Tensor]:

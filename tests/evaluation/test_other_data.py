@@ -143,7 +143,7 @@ def test_an_older_run_whose_data_is_gone_is_used_with_a_note(
     content["config"]["data"] = str(tmp_path / "gone")
     (old / "config.json").write_text(json.dumps(content))
     assert open_run(old, data=other.path).trained == tiny_data.directions
-    assert "does not say what vocabulary it was trained with, and it cannot be told" in capsys.readouterr().err
+    assert "does not record the vocabulary of its training, and it cannot be found" in capsys.readouterr().err
     moved = Path(shutil.copytree(tiny_data.path, tmp_path / "moved"))  # the same manifest: the same data
     open_run(old, data=moved)
     assert "taken from its data folder" in capsys.readouterr().err

@@ -49,7 +49,7 @@ class RunData:
         return cls({} if vocabulary is None else vocabulary.vocabulary_digests(), tuple(task.trained))
 
     @classmethod
-    def said_by(cls, folder: RunFolder) -> RunData:
+    def recorded_in(cls, folder: RunFolder) -> RunData:
         """What the folder of a run or an export records; runs of earlier versions record nothing."""
         content = {**folder.content, **folder.info}
         vocabulary, trained = content.get("vocabulary"), content.get("trained")
@@ -71,17 +71,17 @@ class RunData:
             opened: data that may be the same, and a task on it.
             keep: write it and print the note; one of several processes does.
         """
-        said = cls.said_by(folder)
-        if said.vocabulary is not None and said.trained is not None:
-            return said
+        recorded = cls.recorded_in(folder)
+        if recorded.vocabulary is not None and recorded.trained is not None:
+            return recorded
         is_run = folder.checkpoints.is_dir()  # an export has its own dictionary
         try:
             same = opened is not None and opened[0].fingerprint == folder.content["data_fingerprint"]
             taken = cls.of_task(opened[1] if opened is not None and same else _own_task(folder))
         except UserError as error:
             if keep:
-                note(f"{folder.path} does not say what vocabulary it was trained with, and it cannot be told: {error}")
-            return said
+                note(f"{folder.path} does not record the vocabulary of its training, and it cannot be found: {error}")
+            return recorded
         if keep and is_run:
             note(f"{folder.path} keeps no checksums of its vocabulary yet: taken from its data folder")
             if folder.finished:
@@ -146,7 +146,7 @@ def check_initial_vocabulary(source: str, task: TrainingTask) -> None:
     if run is None:
         if not Path(source).exists():
             return  # an error where the weights are read
-        note(f"{source} is in no run folder: whether its vocabulary is that of the data cannot be told")
+        note(f"{source} is in no run folder: its vocabulary cannot be compared with that of the data")
         return
     RunData.of_run(run).check_vocabulary(task, run.path)
 
