@@ -1,6 +1,6 @@
-"""Where numbers of a config may lie: a field declares it, ``lr: Annotated[float, Range(above=0)]``.
+"""Ranges of the numbers in a config, declared by fields: ``lr: Annotated[float, Range(above=0)]``.
 
-Every message reads the same way: the key, what it must be, what it is.
+Messages name the key, the range and the value.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ LARGEST_FLOAT = sys.float_info.max
 
 @dataclass(frozen=True)
 class Range:
-    """An interval of finite numbers; ends that are not given are open.
+    """An interval of finite numbers; without an end it is unbounded there.
 
     Attributes:
-        least, above: its lower end, which belongs to it or does not.
-        most, below: its upper end, likewise.
+        least, above: lower end, inclusive or exclusive.
+        most, below: upper end, inclusive or exclusive.
     """
 
     least: float | None = None
@@ -43,7 +43,7 @@ class Range:
         )
 
     def check(self, key: str, value: float) -> None:
-        """Raises ConfigError, which names ``key``, unless ``value`` lies in the range."""
+        """Raises ConfigError naming ``key`` unless ``value`` is in the range."""
         if value in self:
             return
         if not is_finite(value):
@@ -57,7 +57,7 @@ class Range:
         raise ConfigError(f"'{key}' must {must}, not {show(value)}", remedy=f"set {key} to a number {self}")
 
     def __str__(self) -> str:
-        """Such as ``above 0 and up to 1``."""
+        """For example ``above 0 and up to 1``."""
         low = [f"above {show(self.above)}"] if self.above is not None else []
         low += [f"from {show(self.least)}"] if self.least is not None else []
         high = [f"up to {show(self.most)}"] if self.most is not None else []
@@ -65,21 +65,21 @@ class Range:
         return " and ".join([*low, *high]) or "that is finite"
 
 
-ANY = Range()  # of a field that declares none
+ANY = Range()  # for fields that declare no range
 PositiveInt = Annotated[int, Range(above=0, most=2**31 - 1)]
 NonNegativeInt = Annotated[int, Range(least=0, most=2**31 - 1)]
 Seed = Annotated[int, Range(least=0, most=LARGEST)]
 Probability = Annotated[float, Range(least=0, below=1)]
-RankReduction = Annotated[int, Range(least=0, most=2**20)]  # 0: as many as there are
-Threads = Annotated[int, Range(least=0, most=1024)]  # 0: as many as there are cores
-SamplingTemperature = Annotated[float, Range(least=0.05, most=1e12)]  # sizes to the power of 20 stay finite
-# Of factors, weights and ratios: beyond these ends, products of two of them leave what 32 bits hold.
+RankCount = Annotated[int, Range(least=0, most=2**20)]  # 0: all
+Threads = Annotated[int, Range(least=0, most=1024)]  # 0: one per core
+SamplingTemperature = Annotated[float, Range(least=0.05, most=1e12)]  # size^(1/temperature) stays finite
+# For factors, weights and ratios: products of two of them fit in fp32.
 PositiveFloat = Annotated[float, Range(above=0, most=1e12)]
 NonNegativeFloat = Annotated[float, Range(least=0, most=1e12)]
 
 
 def numbers(config: Any, group: str) -> None:
-    """Checks every number of a config dataclass against the range that its field declares, items of lists too.
+    """Checks every number of a config dataclass, including items of lists, against the range of its field.
 
     Args:
         group: dotted name of the group, for messages; "" at the top.
@@ -92,7 +92,7 @@ def numbers(config: Any, group: str) -> None:
 
 
 def number(allowed: Range, key: str, value: Any) -> None:
-    """Checks a value where it is a number, or the numbers of a list."""
+    """Checks a number, or the numbers of a list; other values are ignored."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         allowed.check(key, value)
     elif isinstance(value, (tuple, list)):
@@ -101,7 +101,7 @@ def number(allowed: Range, key: str, value: Any) -> None:
 
 
 def ranges(config: Any) -> Mapping[str, Range]:
-    """The ranges that a config dataclass declares, by field; a subclass that says no other keeps those of its bases."""
+    """The ranges of a config dataclass by field; a subclass inherits those that it does not redeclare."""
     return _ranges(config)
 
 
@@ -121,12 +121,12 @@ def _ranges_in(hint: Any) -> Iterator[Range]:
 
 
 def is_finite(value: float) -> bool:
-    """Whether it is neither infinite nor NaN, of whole numbers of any size."""
+    """Whether the number is neither infinite nor NaN; integers may have any size."""
     return isinstance(value, int) or math.isfinite(value)
 
 
 def show(value: float | None) -> str:
-    """A number for a message: 3.0 as 3, and of a whole number without end its length."""
+    """A number for a message: 3.0 as 3, and a huge integer by its number of bits."""
     if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
         value = int(value)
     if isinstance(value, int) and value.bit_length() > 200:
@@ -137,11 +137,6 @@ def show(value: float | None) -> str:
 def positive(key: str, value: float) -> None:
     """Raises ConfigError unless ``value > 0`` and finite."""
     Range(above=0).check(key, value)
-
-
-def not_negative(key: str, value: float) -> None:
-    """Raises ConfigError unless ``value >= 0`` and finite."""
-    Range(least=0).check(key, value)
 
 
 def probability(key: str, value: float) -> None:

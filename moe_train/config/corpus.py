@@ -1,4 +1,4 @@
-"""What ``moe-prepare`` reads: the corpus, its cleaning and splits, the vocabulary, and where the data folder goes."""
+"""Config of ``moe-prepare``: corpus, cleaning, splits, vocabulary and output folder."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from moe_train.errors import ConfigError
 
 @dataclass(frozen=True)
 class CleaningConfig:
-    """Rules for training text, and for splits that moe-prepare makes itself. A user's held-out files stay as they are.
+    """Rules for training text, and for splits that moe-prepare makes itself. A user's held-out files are not changed.
 
     Attributes:
-        enabled: ``false`` leaves training text as it is, apart from de-duplication.
+        enabled: ``false``: only de-duplicate training text.
         markup: strip HTML-like tags and character entities.
         accelerators: strip keyboard accelerators of menus (``&File``, ``_File``, ``ファイル(&F)``).
         placeholders: drop pairs whose placeholders (``%s``, ``%(name)s``, ``{name}``) differ.
-        untranslated: drop pairs whose two sides are the same.
+        untranslated: drop pairs whose two sides are equal.
         script: drop pairs in which less than ``script_share`` of a side's letters is in its language's script.
         letter_share: drop pairs in which less than this share of a side's characters is letters.
-        min_words, max_words: length of either side; where a script has no spaces, two characters count as a word.
-        max_ratio: longest side over shortest, in characters, weighted so that one language's letters equal another's.
+        min_words, max_words: length of either side; in scripts without spaces, two characters count as a word.
+        max_ratio: longest side over shortest, in characters, weighted to compensate for typical lengths of languages.
         deduplicate: keep one of several equal training pairs.
     """
 
@@ -52,12 +52,12 @@ class CleaningConfig:
 
 @dataclass(frozen=True)
 class SplitConfig:
-    """Held-out sets that moe-prepare cuts from text that has none.
+    """Held-out sets that moe-prepare splits off from text without held-out files.
 
     Attributes:
-        valid, test: shares of the source sentences. The choice is a hash of the (English, else source) sentence, so
-            it is the same sentence in every language.
-        max_sentences: at most this many per pair and split; what is beyond stays training text.
+        valid, test: shares of the source sentences. They are chosen by a hash of the (English, else source) sentence,
+            so that the same sentences are chosen in every language.
+        max_sentences: at most this many per pair and split; the others stay training text.
     """
 
     valid: Probability = 0.02
@@ -92,22 +92,23 @@ class WheelConfig:
 
 @dataclass(frozen=True)
 class CorpusConfig:
-    """Where the text comes from.
+    """The source of the text.
 
     Attributes:
-        name: which reader: ``l10n``, ``text``, ``mono``, ``iwslt14``, ``opus100``, ``flores200``.
+        name: the reader: ``l10n``, ``text``, ``mono``, ``iwslt14``, ``opus100``, ``flores200``.
         path: the folder that the user has downloaded (all but ``l10n``).
-        languages: keep only these (empty: all that are there; ``l10n``: the target languages).
+        languages: keep only these (empty: all; ``l10n``: the target languages).
         pairs: keep only these pairs, e.g. ``[en-de, de-fr]`` (empty: all).
         train_path: ``flores200``: a folder of training text in the layout of ``text``.
-        cache: ``l10n``: where wheels are kept (empty: the user's cache folder).
-        wheels: ``l10n``: the catalogues' wheels.
-        min_message_words: ``l10n``: shorter English messages are left out.
-        codes: language -> its name inside the corpus, where that differs (``zh: zh_Hans``, ``de: deu_Latn``).
+        cache: ``l10n``: folder of downloaded wheels (empty: the user's cache folder).
+        wheels: ``l10n``: wheels with the catalogues.
+        min_message_words: ``l10n``: shorter English messages are dropped.
+        codes: language -> its name inside the corpus, if different (``zh: zh_Hans``, ``de: deu_Latn``).
         max_pairs: at most this many training pairs of each language pair, or lines of each language of
             ``mono``, chosen by hash (0: all).
-        max_expansion: a compressed file may unpack to so many times its size, and to 16 MiB in any case (0: no limit).
-        decontaminate: remove training pairs of which a side, or lines of ``mono`` that, occur in the held-out files.
+        max_expansion: maximum ratio of a compressed file's unpacked size to its size; 16 MiB are always allowed
+            (0: no limit).
+        decontaminate: remove training pairs with a side, or lines of ``mono``, that occur in the held-out files.
     """
 
     name: str
@@ -134,15 +135,15 @@ class VocabularyConfig:
     """The joint SentencePiece model.
 
     Attributes:
-        size: pieces, the 256 bytes included; tags and special symbols come on top.
-        character_coverage: share of the characters that get a piece; the rest is spelt in bytes.
+        size: number of pieces, including the 256 bytes; tags and special symbols are added to them.
+        character_coverage: share of the characters that get a piece; others are encoded as bytes.
         sample_sentences: at most this many sentences (both sides of pairs) are read to learn the pieces.
         temperature: a language is sampled in proportion to size^(1/temperature).
         split_digits: one piece for each digit.
-        reuse: take model and dictionary of this data folder, e.g. to add a test set for models trained on it.
+        reuse: use model and dictionary of this data folder, e.g. to add a test set for models trained on it.
     """
 
-    size: Annotated[int, Range(above=0, most=10_000_000)] = 8000  # above, SentencePiece works without an end
+    size: Annotated[int, Range(above=0, most=10_000_000)] = 8000  # with larger sizes SentencePiece does not end
     model_type: Literal["unigram", "bpe"] = "unigram"
     character_coverage: Annotated[float, Range(least=0.9, most=1)] = 0.9995
     sample_sentences: PositiveInt = 500_000
@@ -156,7 +157,7 @@ class VocabularyConfig:
 
 @dataclass(frozen=True)
 class TierConfig:
-    """Resource tiers by training pairs of a language: ``high`` and ``medium`` are lower bounds, the rest is low."""
+    """Resource tiers by training pairs of a language: ``high`` and ``medium`` are lower bounds, others are low."""
 
     high: NonNegativeInt = 50_000
     medium: NonNegativeInt = 15_000
@@ -170,12 +171,12 @@ class TierConfig:
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    """Everything that ``moe-prepare`` reads.
+    """The whole config of ``moe-prepare``.
 
     Attributes:
         out: the data folder to write.
-        directions: translate only in these, e.g. ``[en-de, de-en]`` (empty: both ways for every pair).
-        workers: processes for cleaning and threads for encoding (0: one per core). Never changes the outcome.
+        directions: only these, e.g. ``[en-de, de-en]`` (empty: both directions of every pair).
+        workers: processes for cleaning and threads for encoding (0: one per core). Results do not depend on it.
         overwrite: replace a finished data folder that was made with other settings.
     """
 

@@ -1,4 +1,4 @@
-"""Who reduces gradients and steps the optimizer."""
+"""Config of the engine, which reduces gradients and steps the optimizer."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class EngineConfig:
     Attributes:
         name: ``ddp`` (torch's DistributedDataParallel) or ``deepspeed`` (ZeRO).
         bucket_mb: gradients are reduced in buckets of about this size.
-        zero_stage: of DeepSpeed. 0: every rank keeps everything; 1: the optimizer's state is divided over the ranks;
+        zero_stage: ZeRO stage of DeepSpeed. 0: nothing is sharded; 1: the optimizer's state is sharded over the ranks;
             2: the reduced gradients too.
-        offload_optimizer: DeepSpeed keeps the optimizer's state, and steps, in the host's memory.
+        offload_optimizer: DeepSpeed keeps the optimizer's state, and its step, on the host.
     """
 
     name: Literal["ddp", "deepspeed"] = "ddp"
@@ -31,19 +31,19 @@ class EngineConfig:
         check.numbers(self, "engine")
         if self.zero_stage == 3:
             raise ConfigError(
-                "engine.zero_stage=3 would divide every parameter over all ranks; experts are divided already, by"
-                " layout.expert_parallel, and DeepSpeed does not take them under ZeRO 3",
+                "engine.zero_stage=3 would shard every parameter over all ranks; experts are divided already, by"
+                " layout.expert_parallel, and DeepSpeed does not accept them with ZeRO 3",
                 remedy="set engine.zero_stage=2, and layout.expert_parallel to divide the experts",
             )
         if self.zero_stage not in (0, 1, 2):
             raise ConfigError(f"'engine.zero_stage' cannot be {self.zero_stage}", remedy="choose 0, 1 or 2")
         if self.name != "deepspeed" and (self.zero_stage or self.offload_optimizer):
             raise ConfigError(
-                f"engine.zero_stage and engine.offload_optimizer are DeepSpeed's, not of engine '{self.name}'",
+                f"engine.zero_stage and engine.offload_optimizer are keys of DeepSpeed, not of engine '{self.name}'",
                 remedy="add engine=deepspeed",
             )
         if self.offload_optimizer and not self.zero_stage:
             raise ConfigError(
-                "engine.offload_optimizer needs ZeRO: stage 0 leaves the optimizer to torch, on the device",
+                "engine.offload_optimizer needs ZeRO: with stage 0 torch's optimizer runs on the device",
                 remedy="set engine.zero_stage=1 or 2",
             )

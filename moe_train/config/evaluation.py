@@ -1,4 +1,4 @@
-"""What moe-evaluate, moe-translate, moe-export and moe-report read."""
+"""Configs of moe-evaluate, moe-translate, moe-export and moe-report."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ Checkpoint = Annotated[str | int, Range(least=0)]  # a name, or an update's numb
 
 @dataclass(frozen=True)
 class Inference:
-    """How a trained model routes from now on, where that is not as the run has it.
+    """Overrides of a trained model's routing.
 
     Attributes:
-        routing: keys of the strategy that may change after training.
-        draw_seed: of the strategies that draw at inference; None: the run's.
+        routing: evaluation keys of the strategy.
+        draw_seed: seed of strategies that draw experts at inference; None: the run's seed.
     """
 
     routing: Mapping[str, Any] = field(default_factory=dict)
@@ -37,17 +37,17 @@ class EvaluateConfig:
         run: the folder of a trained run.
         split: ``test`` or ``valid``.
         checkpoint: ``best``, ``last``, ``averaged`` or an update's number.
-        data: the data folder, where it has moved since training (null: as the run has it).
+        data: the data folder, if it has moved since training (null: the folder recorded in the run).
         data_verify: when its files are compared with their checksums, as in :class:`RunConfig`.
-        directions: only these, e.g. ``[en-de]`` (empty: all that were trained and have sentences in the split).
-        max_sentences: only the first so many of each direction (0: all).
-        tokenizer: sacrebleu's, for BLEU in every language: ``auto`` (by the script of the target language),
+        directions: only these, e.g. ``[en-de]`` (empty: all trained directions with sentences in the split).
+        max_sentences: only the first N sentences of each direction (0: all).
+        tokenizer: sacrebleu's tokenizer for BLEU in every language: ``auto`` (by the script of the target language),
             ``flores200`` (spBLEU) …
         out: the folder for scores and outputs (null: the run folder).
-        metrics: further ones besides BLEU and chrF++, by the names that code from outside has registered.
-        seed: of the baseline that shuffles outputs between sentences.
+        metrics: further metrics in addition to BLEU and chrF++, by the names that plug-ins have registered.
+        seed: seed of the baseline that shuffles outputs between sentences.
         expert_parallel: processes over which the experts of a layer are divided (1: every process holds all of them),
-            whatever the layout of the training was.
+            independent of the layout of the training.
         routing, draw_seed: as in :class:`Inference`.
     """
 
@@ -84,7 +84,7 @@ class ExportConfig:
     Attributes:
         run, checkpoint, data, data_verify: as in :class:`EvaluateConfig`.
         out: the directory; it must not exist, or be empty.
-        shard_mb: tensors go into files of at most this size, unless one alone is larger.
+        shard_mb: maximum size of a file of tensors, unless one tensor is larger.
     """
 
     run: str
@@ -105,9 +105,9 @@ class TranslateConfig:
     Attributes:
         run, checkpoint, data, data_verify: as in :class:`EvaluateConfig`.
         source, target: language codes, such as ``en`` and ``de``.
-        buffer: lines that are gathered, sorted by length and translated together, where they come fast enough.
-        long_lines: what becomes of lines that are longer than the model's longest source: ``cut`` translates their
-            beginning, ``split`` their parts at sentence ends, one by one. Either is said, by line.
+        buffer: maximum number of lines that are sorted by length and translated together, if input arrives fast enough.
+        long_lines: for lines longer than the model's longest source: ``cut`` translates the beginning, ``split``
+            translates parts split at sentence ends. Both print a warning per line.
         threads: CPU threads (0: all cores).
         routing, draw_seed: as in :class:`Inference`.
     """
@@ -141,11 +141,11 @@ class ReportConfig:
 
     Attributes:
         runs: run folders, or folders of runs such as a multirun's.
-        baseline: the run that others are tested against, by folder name or path (null: the first that has scores).
-        out: where ``leaderboard.csv`` and ``leaderboard.md`` go (null: beside the runs).
-        split: whose scores.
-        part: of the split, as moe-evaluate names it in its files, such as ``first-50`` ("": all of it).
-        samples: of the paired bootstrap (0: no significance test).
+        baseline: the run that others are tested against, by folder name or path (null: the first with scores).
+        out: the folder for ``leaderboard.csv`` and ``leaderboard.md`` (null: the folder that contains the runs).
+        split: the split whose scores are shown.
+        part: part of the split, as named in moe-evaluate's files, such as ``first-50`` ("": the whole split).
+        samples: samples of the paired bootstrap (0: no significance test).
         significance: p values below this are marked.
         html: write ``report.html`` into every run folder.
     """

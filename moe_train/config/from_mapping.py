@@ -1,6 +1,6 @@
-"""Turns a composed mapping (from Hydra or from JSON) into frozen dataclasses, and says clearly what does not fit.
+"""Builds frozen config dataclasses from mappings (from Hydra or JSON), with clear errors.
 
-No Hydra here: any mapping will do, so that a checkpoint's ``config.json`` and a test use the same road.
+Independent of Hydra, so that a checkpoint's ``config.json`` and tests use the same code.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ def build(cls: type[T], mapping: Mapping[str, Any], where: str = "") -> T:
 
     Args:
         cls: a dataclass; nested dataclasses are built from nested mappings. A class method ``variant(mapping)`` may
-            name the subclass to build (tasks have keys of their own).
-        mapping: keys are field names; a missing key takes the field's default.
+            return the subclass to build (tasks have their own keys).
+        mapping: keys are field names; a missing key gets the field's default.
         where: dotted prefix for messages, e.g. ``"model"``.
 
     Raises:
-        ConfigError: an unknown key (near spellings are offered), a missing one, a value of the wrong type, or a number
-            outside of the range that its field declares; also whatever the dataclass's ``__post_init__`` raises.
+        ConfigError: an unknown key (similar names are suggested), a missing key, a value of the wrong type, or a number
+            outside the range of its field; and errors of the dataclass's ``__post_init__``.
     """
     cls = getattr(cls, "variant", lambda _: cls)(mapping)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
@@ -50,9 +50,9 @@ def build(cls: type[T], mapping: Mapping[str, Any], where: str = "") -> T:
 
 
 def without_unknown(cls: type, mapping: Mapping[str, Any], where: str = "") -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The keys of ``mapping`` that ``cls`` has, and the dotted names of the others.
+    """The part of ``mapping`` with keys of ``cls``, and the dotted names of the other keys.
 
-    For what another version has recorded: :func:`build` refuses a key that is not there any more.
+    For configs recorded by other versions: :func:`build` rejects keys that were removed.
     """
     cls = getattr(cls, "variant", lambda _: cls)(mapping)
     hints = typing.get_type_hints(cls)
@@ -71,7 +71,7 @@ def without_unknown(cls: type, mapping: Mapping[str, Any], where: str = "") -> t
 
 
 def to_mapping(config: Any) -> dict[str, Any]:
-    """The inverse of :func:`build`: nested plain dicts and lists, ready for JSON."""
+    """The inverse of :func:`build`: nested dicts and lists for JSON."""
     plain: dict[str, Any] = _plain(dataclasses.asdict(config))
     return plain
 
@@ -85,7 +85,7 @@ def _plain(value: Any) -> Any:
 
 
 def _below(hints: Mapping[str, Any], key: str, prefix: str = "") -> list[str]:
-    """Dotted names of the keys called ``key`` in nested dataclasses."""
+    """Dotted names of the keys named ``key`` in nested dataclasses."""
     found = []
     for name, hint in hints.items():
         if dataclasses.is_dataclass(hint):
@@ -135,8 +135,7 @@ def _convert_union(options: tuple[Any, ...], value: Any, where: str) -> Any:
 
 
 def _convert_literal(options: tuple[Any, ...], value: Any, where: str) -> Any:
-    # YAML reads a bare `off` or `no` as False; nobody writes those for a literal here, so compare as they stand. Types
-    # count: True equals 1.
+    # YAML reads a bare `off` or `no` as False; no literal here has these values. Types are compared, since True == 1.
     if any(type(option) is type(value) and option == value for option in options):
         return value
     raise ConfigError(f"'{where}' cannot be {value!r}", remedy=did_you_mean(str(value), [str(o) for o in options]))
@@ -159,6 +158,6 @@ def _convert_scalar(hint: Any, value: Any, where: str) -> Any:
 def _expect(kind: Any, value: Any, where: str, name: str) -> Any:
     if isinstance(value, kind) and not isinstance(value, (str, bytes)):
         return value
-    alone = kind is Sequence and isinstance(value, (str, int, float)) and "[" not in where
-    remedy = f"write '{where}=[{value}]'" if alone else f"correct {where}=…"
+    single = kind is Sequence and isinstance(value, (str, int, float)) and "[" not in where
+    remedy = f"write '{where}=[{value}]'" if single else f"correct {where}=…"
     raise ConfigError(f"'{where}' must be {name}, not {value!r}", remedy=remedy)

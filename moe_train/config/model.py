@@ -1,4 +1,4 @@
-"""The shape of a model. Experts are described by the routing config; here stands only where they are placed."""
+"""Config of the architecture. The routing config describes the experts; this one only places them."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from moe_train.errors import ConfigError
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A Transformer: encoder-decoder (the configs ``tiny``, ``iwslt``, ``base``, ``big``), or an encoder alone.
+    """A Transformer: an encoder-decoder (the configs ``tiny``, ``iwslt``, ``base``, ``big``), or only an encoder.
 
     Attributes:
-        name: what the registry calls the architecture: ``transformer``, ``encoder`` or ``vision_transformer``.
-        decoder_layers: 0 for an encoder alone.
+        name: name of the architecture: ``transformer``, ``encoder`` or ``vision_transformer``.
+        decoder_layers: 0 for encoders.
         embed_dim: d, the width of the residual stream.
         ffn_dim: hidden width of a dense feed-forward, and of an expert unless ``routing.expert_ffn_dim`` differs.
         norm_order: ``pre`` (x + f(LN(x))) or ``post`` (LN(x + f(x))).
-        sparse_layers: where experts stand in the encoder, and in the decoder unless ``decoder_sparse_layers`` is set;
-            the grammar is in :mod:`moe_train.config.placement`.
+        sparse_layers: sparse layers of the encoder, and of the decoder unless ``decoder_sparse_layers`` is set; the
+            grammar is in :mod:`moe_train.config.placement`.
         share_embeddings: one matrix for source, target and output.
-        max_positions: longest sentence in tokens, tags and end included.
-        patch_size: of a vision Transformer: pixels of a square patch's side.
+        max_positions: longest sentence in tokens, including tags and end.
+        patch_size: side of a square patch in pixels (vision Transformer).
     """
 
     name: str = "transformer"
@@ -59,7 +59,7 @@ class ModelConfig:
 
     @property
     def for_decoder(self) -> str | tuple[int, ...]:
-        """The decoder's placement."""
+        """The decoder's sparse layers."""
         if not self.decoder_layers:
             return "none"
         return self.sparse_layers if self.decoder_sparse_layers is None else self.decoder_sparse_layers

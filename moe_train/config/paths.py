@@ -1,4 +1,4 @@
-"""Where the Hydra configs lie: inside an installed wheel, or at the top of a checkout."""
+"""Location of the Hydra configs: in an installed wheel, or at the top of a checkout."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Where the sparse layers stand: the grammar of ``model.sparse_layers``.
+"""Placement of sparse layers: the grammar of ``model.sparse_layers``.
 
-Layers count from 0. THOR replaces the even ones, SMoE and NLLB the odd ones ("every second layer"), Soft MoE the second
-half; X-MoE inserts one extra sparse block after a layer and leaves the others dense.
+Layers are numbered from 0. THOR replaces the even layers, SMoE and NLLB the odd ones ("every second layer"), Soft MoE
+the second half; X-MoE inserts one sparse block after a layer and keeps all layers dense.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ GRAMMAR = "none, all, even, odd, second_half, every:N, every:N:OFFSET, insert_af
 
 @dataclass(frozen=True)
 class Placement:
-    """The outcome: layers whose feed-forward is sparse, and layers after which a sparse block is inserted."""
+    """Layers whose feed-forward is sparse, and layers after which a sparse block is inserted."""
 
     replaced: tuple[int, ...] = ()
     inserted_after: tuple[int, ...] = ()
 
 
 def place(spec: str | Sequence[int], num_layers: int, key: str = "model.sparse_layers") -> Placement:
-    """Reads a placement for a stack of ``num_layers`` layers.
+    """Parses a placement for a stack of ``num_layers`` layers.
 
     Raises:
-        ConfigError: the spec is not in the grammar, or names a layer that the stack has not.
+        ConfigError: ``spec`` does not follow the grammar, or names a layer that the stack does not have.
     """
     if not isinstance(spec, str):
         return Placement(replaced=_within(tuple(sorted(set(spec))), num_layers, key))

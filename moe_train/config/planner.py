@@ -1,4 +1,4 @@
-"""What ``moe-plan`` reads: a model, a strategy, a layout, and a cluster that need not exist."""
+"""Config of ``moe-plan``: model, strategy, layout and a (hypothetical) cluster."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ PositiveRanks = Annotated[int, Range(above=0, most=2**20)]
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    """Machines, as far as the cost model looks at them. GB and TFLOP/s are powers of ten, memory too.
+    """Machines of the cost model. GB and TFLOP/s are powers of ten, also for memory.
 
     Attributes:
-        name: for the table.
-        ranks_per_node: processes (GPUs) of a node.
-        tflops: peak of one rank's matrix products in the training precision.
-        efficiency: what products of a Transformer reach of that peak, everything between them included.
-        memory_gb: of one rank.
+        name: name shown in the table.
+        ranks_per_node: processes (GPUs) per node.
+        tflops: peak TFLOP/s of one rank's matrix products in the training precision.
+        efficiency: fraction of that peak that a Transformer reaches, including all other operations.
+        memory_gb: memory of one rank.
         memory_bandwidth: GB/s of one rank's memory, for the optimizer's step.
         bandwidth_node: GB/s that one rank sends to others of its node.
         bandwidth_across: GB/s that one *node* sends to other nodes, shared by its ranks.
         latency_node, latency_across: microseconds until a collective's first byte arrives.
         message: microseconds that each further member of a group adds to an all-to-all.
-        layer_overhead: microseconds that a sparse layer spends once per direction on counts and launches.
-        device: what the ranks run on; on CPUs attention with dropout keeps all its scores.
+        layer_overhead: microseconds per sparse layer and direction for counting and kernel launches.
+        device: device of the ranks; on CPUs attention with dropout stores all its scores.
     """
 
     name: str
@@ -55,7 +55,7 @@ class ClusterConfig:
 
 @dataclass(frozen=True)
 class PlanLayout:
-    """``auto`` tries what there is and takes the fastest that fits; ``ranks_per_node`` null: the cluster's."""
+    """Layout keys; ``auto`` selects the fastest layout that fits in memory. ``ranks_per_node`` null: the cluster's."""
 
     world: PositiveRanks = 8
     expert_parallel: PositiveRanks | Literal["auto"] = "auto"
@@ -68,12 +68,12 @@ class PlanLayout:
 
 @dataclass(frozen=True)
 class PlanTraining:
-    """As in ``moe-train``.
+    """Training keys as in ``moe-train``.
 
     Attributes:
-        tokens_per_update: target tokens of an update over all ranks; None: 4,096 per rank and micro-batch.
-        accumulation: micro-batches of an update.
-        overlap: whether gradients are reduced while backward goes on (DDP does so).
+        tokens_per_update: target tokens per update over all ranks; None: 4,096 per rank and micro-batch.
+        accumulation: micro-batches per update.
+        overlap: whether gradients are reduced during backward (as DDP does).
     """
 
     tokens_per_update: Annotated[int | None, Range(above=0, most=2**40)] = None
@@ -89,13 +89,13 @@ class PlanTraining:
 
 @dataclass(frozen=True)
 class PlanBatch:
-    """What the batches are like.
+    """Properties of the batches.
 
     Attributes:
-        sentence_tokens: mean length of a sentence in tokens, padding included.
+        sentence_tokens: mean length of a sentence in tokens, including padding.
         source_ratio: source tokens per target token.
-        load: relative loads of the experts, as a run's log counts them; None: equal.
-        skew: rows of the fullest rank over the mean, beyond what strategy and load say (1: none).
+        load: relative loads of the experts, as in a run's log; None: equal.
+        skew: additional ratio of the most loaded rank's rows to the mean, beyond strategy and load (1: none).
     """
 
     sentence_tokens: PositiveFloat = 32.0
@@ -111,7 +111,7 @@ class PlanBatch:
 
 @dataclass(frozen=True)
 class PlanImages:
-    """What an image model sees: squares of ``size`` pixels."""
+    """Images of ``size`` x ``size`` pixels."""
 
     size: Annotated[int, Range(above=0, most=2**14)] = 224
     channels: Annotated[int, Range(above=0, most=1024)] = 3
@@ -122,13 +122,13 @@ class PlanImages:
 
 @dataclass(frozen=True)
 class PlanConfig:
-    """Everything that ``moe-plan`` reads. ``routing`` stays a mapping: its dataclass belongs to the strategy.
+    """The whole config of ``moe-plan``. ``routing`` is a mapping, since its dataclass depends on the strategy.
 
     Attributes:
         images: for ``model=vit_…``, whose tokens are patches.
-        vocabulary: words of the joint dictionary; classes, for images.
-        alternatives: how many layouts the table shows.
-        json: also write everything to this file; ``-`` prints it instead of the tables.
+        vocabulary: size of the joint dictionary; number of classes for images.
+        alternatives: number of layouts in the table.
+        json: also write the results to this file; ``-`` prints JSON instead of the tables.
     """
 
     cluster: ClusterConfig
@@ -148,12 +148,12 @@ class PlanConfig:
 
     @property
     def ranks_per_node(self) -> int:
-        """Of the layout: what it says, or the cluster's."""
+        """``layout.ranks_per_node``, or the cluster's."""
         return self.layout.ranks_per_node or self.cluster.ranks_per_node
 
     @property
     def tokens_per_rank(self) -> float:
-        """Target tokens of one rank's share of a micro-batch."""
+        """Target tokens per rank and micro-batch."""
         if self.training.tokens_per_update is None:
             return 4096.0
         return self.training.tokens_per_update / self.training.accumulation / self.layout.world

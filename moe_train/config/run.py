@@ -1,4 +1,4 @@
-"""The whole of a training run, and the small groups that need no file of their own."""
+"""Config of ``moe-train``, with the groups task, layout, launch and search."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from moe_train.config import check
-from moe_train.config.check import NonNegativeFloat, NonNegativeInt, PositiveInt, Range, RankReduction, Seed
+from moe_train.config.check import NonNegativeFloat, NonNegativeInt, PositiveInt, Range, RankCount, Seed
 from moe_train.config.engine import EngineConfig
 from moe_train.config.model import ModelConfig
 from moe_train.config.training import TrainingConfig
 from moe_train.errors import ConfigError
 from moe_train.plugins import import_plugin
 
-# When data files are compared with their checksums: at every start; where they have changed since; not at all.
+# When data files are compared with their checksums: at every start; if they have changed since; not at all.
 DataVerify = Literal["always", "once", "never"]
 
 _TASKS: dict[str, type[TaskConfig]] = {}
@@ -22,13 +22,13 @@ _TASKS: dict[str, type[TaskConfig]] = {}
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """What is learnt from the data: translation, unless a subclass of :mod:`moe_train.config.tasks` is named.
+    """The task: translation; subclasses in :mod:`moe_train.config.tasks` are other tasks.
 
     Attributes:
-        name: ``translation``, or what a subclass is registered as.
-        directions: train on these only, e.g. ``[en-de, de-en]`` (empty: all that the data folder names).
-        source_tag, target_tag: which language tag starts the source and the decoder's input: ``source``, ``target`` or
-            ``none`` (NLLB: ``source`` and ``target``; SMoE's scripts: ``target`` and ``target``).
+        name: ``translation``, or the name of a subclass.
+        directions: train on these only, e.g. ``[en-de, de-en]`` (empty: all directions of the data folder).
+        source_tag, target_tag: language tag at the start of the source and of the decoder's input: ``source``,
+            ``target`` or ``none`` (NLLB: ``source`` and ``target``; SMoE's scripts: ``target`` and ``target``).
     """
 
     name: str = "translation"
@@ -49,30 +49,30 @@ class TaskConfig:
 
     @classmethod
     def variant(cls, mapping: Mapping[str, Any]) -> type[TaskConfig]:
-        """The class that has the keys of the task named in ``mapping``."""
+        """The config class of the task named in ``mapping``."""
         name = str(mapping.get("name", cls.name))
         if name not in (*_TASKS, cls.name):
-            import_plugin("tasks", name)  # which may have keys of its own
+            import_plugin("tasks", name)  # the plug-in may register its config class
         return _TASKS.get(name, cls)
 
     @property
     def subject(self) -> str:
-        """What of the data is used, for the summary of a run."""
+        """The part of the data that is used, for the summary of a run."""
         return ", ".join(self.directions) or "all directions"
 
     @property
     def unit(self) -> str:
-        """What ``training.tokens_per_update`` counts."""
+        """Unit of ``training.tokens_per_update``."""
         return "target tokens"
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """What may choose the best checkpoint."""
+        """Metrics that can select the best checkpoint."""
         return ("loss", "bleu")
 
     @property
     def translates(self) -> bool:
-        """Whether its models write text, so that BLEU can be asked for."""
+        """Whether its models generate text, so that BLEU can be computed."""
         return type(self) is TaskConfig
 
 
@@ -81,21 +81,21 @@ class LayoutConfig:
     """Which rank holds which experts. world = replicas x expert_parallel.
 
     Attributes:
-        name: ``data_parallel`` (all experts on every rank, unless ``expert_parallel`` says otherwise),
-            ``expert_parallel``, ``node`` (expert groups stay inside a node, replicas stand across nodes) or
-            ``two_level`` (groups span nodes, tokens travel node by node and then rank by rank).
-        expert_parallel: ranks over which the experts of a layer are divided; 0: as many as can be, of one node's for
-            ``node``, of the world's otherwise.
-        ranks_per_node: ranks of a node; 0: as many as were started on each host.
-        two_level: exchange between nodes first and inside the node then, where a group spans nodes.
-        overlap: a shared expert is computed while rows travel.
-        fixed_rows: in training every rank sends so many rows to each other one, in every exchange, and no size has to
-            reach the host; tokens beyond it lose their experts there. 0: as many as there are.
+        name: ``data_parallel`` (all experts on every rank, unless ``expert_parallel`` is set), ``expert_parallel``,
+            ``node`` (expert groups inside a node, replicas across nodes) or ``two_level`` (groups span nodes, tokens
+            are sent between nodes first, then between the ranks of a node).
+        expert_parallel: ranks over which the experts of a layer are divided; 0: as many as possible, of a node for
+            ``node``, of the world otherwise.
+        ranks_per_node: ranks per node; 0: as many as were started on each host.
+        two_level: dispatch between nodes first, then inside the node, if a group spans nodes.
+        overlap: compute a shared expert while rows are being sent.
+        fixed_rows: in training every rank sends exactly this many rows to each member in every dispatch, so that the
+            host reads no size; pairs beyond it are dropped. 0: variable sizes.
     """
 
     name: Literal["data_parallel", "expert_parallel", "node", "two_level"] = "data_parallel"
-    expert_parallel: RankReduction = 1
-    ranks_per_node: RankReduction = 0
+    expert_parallel: RankCount = 1
+    ranks_per_node: RankCount = 0
     two_level: bool = False
     overlap: bool = False
     fixed_rows: NonNegativeInt = 0
@@ -104,21 +104,22 @@ class LayoutConfig:
         check.numbers(self, "layout")
         if self.fixed_rows and self.two_level:
             raise ConfigError(
-                "layout.fixed_rows fixes the sizes of an exchange in one step, and layout.two_level takes two",
+                "layout.fixed_rows works with one dispatch level only, and layout.two_level has two",
                 remedy="set layout.fixed_rows=0 or layout.two_level=false",
             )
 
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """How processes come to life.
+    """How processes are started.
 
     Attributes:
-        processes: processes to start on this host (1: run in this one; ignored under torchrun, which has started them).
-        port: no longer used (processes of one host meet in a folder); read because earlier runs name it.
+        processes: processes to start on this host (1: run in this process; ignored under torchrun).
+        port: no longer used (processes of one host rendezvous in a folder); kept because earlier runs recorded it.
         timeout_minutes: a collective that waits longer than this ends the job.
-        silent_minutes: one that waits for a rank of which nothing is heard for so long ends it, too (0: it does not).
-        device: ``auto`` takes a GPU per process where there is one.
+        silent_minutes: a collective that waits for a rank without any sign of life for this long ends the job, too
+            (0: off).
+        device: ``auto``: one GPU per process if there are enough, else the CPU.
     """
 
     processes: Annotated[int, Range(above=0, most=4096)] = 1
@@ -136,13 +137,13 @@ class SearchConfig:
     """Beam search.
 
     Attributes:
-        beam: hypotheses that are kept of each sentence.
-        length_penalty: exponent of the length that a hypothesis' score is divided by.
+        beam: hypotheses per sentence.
+        length_penalty: scores are divided by length^length_penalty.
         max_length_ratio, max_length_offset: a hypothesis has at most ratio · source length + offset tokens
-            (fairseq-generate: 0 and 200), or one.
-        min_length: a hypothesis has at least so many tokens, the end not counted.
-        unk_penalty: taken from the log-probability of the unknown word; below 0 favours it.
-        batch_tokens: source tokens of a batch.
+            (fairseq-generate: 0 and 200), and at least one is allowed.
+        min_length: minimum tokens of a hypothesis, without the end.
+        unk_penalty: subtracted from the log-probability of the unknown word; values below 0 favour it.
+        batch_tokens: source tokens per batch.
     """
 
     beam: Annotated[int, Range(above=0, most=10_000)] = 5
@@ -165,7 +166,7 @@ class SearchConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything that ``moe-train`` reads. ``routing`` stays a mapping here: its dataclass belongs to the strategy."""
+    """The whole config of ``moe-train``. ``routing`` is a mapping, since its dataclass depends on the strategy."""
 
     data: str
     seed: Seed = 1

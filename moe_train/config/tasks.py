@@ -1,4 +1,4 @@
-"""The keys of tasks other than translation, a dataclass each."""
+"""Configs of the tasks other than translation."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ class ImageConfig(TaskConfig):
     """Image classification.
 
     Attributes:
-        format: ``class_folders``, ``idx``, ``digits`` (scikit-learn's), or ``auto``: whichever the folder looks like.
-        image_size: pixels of a side of the square that the model sees (None: as the images are, all of one size).
+        format: ``class_folders``, ``idx``, ``digits`` (scikit-learn's), or ``auto``: detected from the folder.
+        image_size: side of the model's square input in pixels (None: the size of the images, the same for all).
         resize: class folders only: scale and crop images of any size to ``image_size``.
-        channels: 1 (grey), 3 (colour), None: as the images are.
-        valid_share: share of the training images held out for validation where the data has no such split.
+        channels: 1 (grey), 3 (colour), None: as in the images.
+        valid_share: share of the training images held out for validation if the data has no validation split.
         flip: mirror half of the training images.
-        shift: move training images by up to this many pixels each way.
+        shift: shift training images by up to this many pixels in each direction.
     """
 
     name: str = "image_classification"
@@ -40,7 +40,7 @@ class ImageConfig(TaskConfig):
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """What may choose the best checkpoint."""
+        """Metrics that can select the best checkpoint."""
         return ("loss", "accuracy")
 
     @property
@@ -50,7 +50,7 @@ class ImageConfig(TaskConfig):
 
     @property
     def unit(self) -> str:
-        """Images: one label each."""
+        """Images, with one label each."""
         return "images"
 
 
@@ -60,15 +60,16 @@ class LanguageModelConfig(TaskConfig):
 
     Attributes:
         languages: only these (empty: all of the data folder).
-        sides: which sides of the folder's directions are read as text: ``target``, ``source`` or ``both``; text of
-            single languages is read whatever it says.
-        pack: an item is a block of one language's sentences, in the order of the data and as many as fit into
+        sides: sides of the folder's directions that are read as text: ``target``, ``source`` or ``both``; monolingual
+            text is always read.
+        pack: an item is a block of consecutive sentences of one language, as many as fit in
             ``training.max_sentence_tokens`` (and ``model.max_positions``), instead of one sentence.
-        translation_lm: also train on pairs, a sentence behind its translation (XLM's TLM).
-        exponent: α of re-balancing: a language of n sentences is drawn in proportion to n^α (XLM: 0.5 and 0.7; 1: as
-            the data is).
+        translation_lm: also train on pairs, each a sentence followed by its translation (XLM's TLM).
+        exponent: α of re-balancing: a language with n sentences is sampled in proportion to n^α (XLM: 0.5 and 0.7;
+            1: no re-balancing).
         mask_probability: share of the tokens to predict.
-        mask_share, random_share: of these, how many are replaced by ``<mask>`` and by a random piece; the others stay.
+        mask_share, random_share: share of these that is replaced by ``<mask>`` and by a random piece; the others are
+            not changed.
     """
 
     name: str = "cross_lingual_lm"
@@ -85,11 +86,11 @@ class LanguageModelConfig(TaskConfig):
         super().__post_init__()
         check.numbers(self, "task")
         if self.mask_share + self.random_share > 1:
-            raise ConfigError("task.mask_share and task.random_share make more than 1", remedy="lower one of them")
+            raise ConfigError("task.mask_share and task.random_share sum to more than 1", remedy="lower one of them")
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """What may choose the best checkpoint."""
+        """Metrics that can select the best checkpoint."""
         return ("loss",)
 
     @property
@@ -99,7 +100,7 @@ class LanguageModelConfig(TaskConfig):
 
     @property
     def unit(self) -> str:
-        """Tokens, of which some are predicted."""
+        """Tokens, masked or not."""
         return "tokens"
 
 
@@ -108,11 +109,11 @@ class ClassificationConfig(TaskConfig):
     """Fine-tuning of a ``cross_lingual_lm`` run on labelled texts: trained in some languages, measured in all.
 
     Attributes:
-        languages: whose ``train.XX.tsv`` and ``valid.XX.tsv`` are trained on and validated with.
-        vocabulary: the data folder whose pieces cut the texts (None: that of the run in ``training.init_from``).
-        max_tokens: longer texts lose their tail.
-        pooling: what the classifier looks at: the ``mean`` of a text's states, or the ``first`` one (BERT's).
-        freeze_routing: routers and experts keep their values, as in X-MoE (§3.3); the same as ``routing.frozen``.
+        languages: languages whose ``train.XX.tsv`` and ``valid.XX.tsv`` are used.
+        vocabulary: data folder of the SentencePiece model (None: that of the run in ``training.init_from``).
+        max_tokens: longer texts are truncated.
+        pooling: input of the classifier: the ``mean`` of a text's states, or the ``first`` state (BERT's).
+        freeze_routing: routers and experts are not trained, as in X-MoE (§3.3); the same as ``routing.frozen``.
     """
 
     name: str = "cross_lingual_classification"
@@ -130,7 +131,7 @@ class ClassificationConfig(TaskConfig):
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """What may choose the best checkpoint."""
+        """Metrics that can select the best checkpoint."""
         return ("loss", "accuracy", "macro_f1")
 
     @property
@@ -140,5 +141,5 @@ class ClassificationConfig(TaskConfig):
 
     @property
     def unit(self) -> str:
-        """Tokens: texts are batched by length."""
+        """Tokens, since texts are batched by length."""
         return "tokens of texts"

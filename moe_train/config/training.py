@@ -1,4 +1,4 @@
-"""How a model is trained: batches, optimizer, schedule, precision, checkpoints, when to stop."""
+"""Config of the training: batches, optimizer, schedule, precision, checkpoints, validation."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ Decay = Literal["matrices", "all"]
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """Adam by default; ``sgd`` is there for parity checks.
+    """Adam by default; ``sgd`` is for parity checks.
 
     Attributes:
-        name: ``adamw`` decays parameters beside the gradient's step (decoupled, Loshchilov & Hutter 2019), as fairseq's
-            ``--optimizer adam`` does; ``adam`` and ``sgd`` add ``weight_decay`` times a parameter to its gradient (L2).
-        weight_decay: its coefficient.
-        decay: which parameters decay: ``matrices``, or ``all`` as with fairseq, biases and norms too. A parameter with
-            the attribute ``decays`` (:func:`moe_train.training.optim.optimizer.parameter_groups`) keeps to that.
+        name: ``adamw`` has decoupled weight decay (Loshchilov & Hutter 2019), as fairseq's ``--optimizer adam``;
+            ``adam`` and ``sgd`` add ``weight_decay`` times a parameter to its gradient (L2).
+        weight_decay: coefficient of weight decay.
+        decay: parameters with weight decay: ``matrices``, or ``all`` including biases and norms, as in fairseq. A
+            parameter's attribute ``decays`` has priority
+            (:func:`moe_train.training.optim.optimizer.parameter_groups`).
     """
 
     name: Literal["adam", "adamw", "sgd"] = "adam"
@@ -54,11 +55,11 @@ class ScheduleConfig:
     """The learning rate over updates: linear warm-up to ``optimizer.lr``, then the named decay.
 
     Attributes:
-        end_lr: the floor of ``linear``, ``cosine`` and ``polynomial``, which end at ``training.max_updates``.
-        power: of ``polynomial``.
-        extend: the rate of a run that has ended and is given more updates: ``hold`` keeps the one that it ended with,
-            ``restart`` gives the further updates a warm-up and decay of their own. None: the schedule is laid out anew
-            for all updates, so that the rate jumps.
+        end_lr: final rate of ``linear``, ``cosine`` and ``polynomial``, reached at ``training.max_updates``.
+        power: exponent of ``polynomial``.
+        extend: the rate of a finished run that is resumed with more updates: ``hold`` keeps its last rate, ``restart``
+            gives the further updates their own warm-up and decay. None: the schedule is recomputed for all updates, so
+            that the rate jumps.
     """
 
     name: Literal["inverse_sqrt", "linear", "cosine", "polynomial", "constant"] = "inverse_sqrt"
@@ -76,8 +77,8 @@ class ScheduleConfig:
 class CheckpointConfig:
     """When checkpoints are written and which are kept. ``last`` and ``best`` are always kept.
 
-    ``average`` = number of last checkpoints whose mean is written as ``averaged`` at the end (0: none).
-    ``damaged``: where the newest one is damaged a run refuses to go on (``refuse``) or takes the one before (``skip``).
+    ``average``: number of last checkpoints whose mean is written as ``averaged`` at the end (0: none).
+    ``damaged``: if the newest checkpoint is damaged, a run stops (``refuse``) or uses the one before (``skip``).
     """
 
     every_updates: PositiveInt = 1000
@@ -92,7 +93,7 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class ValidationConfig:
-    """How often to validate, what chooses ``best``, when to stop (after ``patience`` validations without gain)."""
+    """Validation interval, metric of ``best``, early stopping after ``patience`` validations without improvement."""
 
     every_updates: PositiveInt = 500
     metric: Literal["loss", "bleu", "accuracy", "macro_f1"] = "loss"
@@ -110,21 +111,20 @@ class ValidationConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """The loop.
+    """Config of the training loop.
 
     Attributes:
-        max_updates: optimizer steps in all.
-        tokens_per_update: target tokens (padding included) of one update, over all ranks.
-        accumulation: micro-batches that an update is cut into; each micro-batch is shared by all ranks.
-        max_sentence_tokens: longer training sentences are left out and counted; with ``task.pack``, a block's length.
-        clip_norm: gradients are scaled down to this norm (0: never).
+        max_updates: total number of optimizer updates.
+        tokens_per_update: target tokens (including padding) of one update, over all ranks.
+        accumulation: micro-batches per update; each micro-batch is divided over all ranks.
+        max_sentence_tokens: longer training sentences are skipped and counted; with ``task.pack``, a block's length.
+        clip_norm: gradients are clipped to this norm (0: no clipping).
         precision: ``fp32``, ``bf16`` or ``fp16`` (with loss scaling); routers stay in fp32.
         recompute: recompute each layer's activations in the backward pass to save memory.
         temperature: directions are sampled in proportion to size^(1/temperature).
-        nonfinite_limit: this many updates in a row without a finite gradient end the run (0 and 1: the first one).
+        nonfinite_limit: this many consecutive updates with a non-finite gradient end the run (0 and 1: the first one).
         threads: CPU threads per process (0: OMP_NUM_THREADS, else cores divided by the processes on this host).
-        loggers: who is told of log lines besides JSON lines and TensorBoard, by the names that code from outside has
-            registered.
+        loggers: further loggers in addition to JSON lines and TensorBoard, by the names that plug-ins have registered.
     """
 
     max_updates: PositiveInt = 10000
@@ -151,5 +151,5 @@ class TrainingConfig:
 
     @property
     def micro_batch_tokens(self) -> int:
-        """What a micro-batch may hold, over all ranks."""
+        """Maximum tokens of a micro-batch, over all ranks."""
         return max(1, self.tokens_per_update // self.accumulation)

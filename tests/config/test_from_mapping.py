@@ -75,6 +75,6 @@ def test_a_run_survives_the_way_through_json() -> None:
         ({"task": {"source_tag": "none"}}, "task.source_tag=target"),
     ],
 )
-def test_values_that_cannot_be(mapping: dict[str, object], key: str) -> None:
+def test_invalid_values_name_the_key(mapping: dict[str, object], key: str) -> None:
     with pytest.raises(ConfigError, match=key.replace(".", r"\.")):
         build(RunConfig, {"data": "d", **mapping})

@@ -95,9 +95,7 @@ def test_a_number_declares_its_range(name: str, place: tuple[str, ...], hint: An
 
 
 @EVERY_NUMBER
-def test_numbers_that_cannot_be_name_their_key(
-    name: str, place: tuple[str, ...], hint: Any, allowed: Range | None
-) -> None:
+def test_invalid_numbers_name_their_key(name: str, place: tuple[str, ...], hint: Any, allowed: Range | None) -> None:
     """A number is taken where its field says that it may be, unless other keys contradict, which is said by name."""
     key = ".".join((CONFIGS[name][1], *place)).strip(".")
     assert allowed is not None
@@ -184,7 +182,7 @@ def test_a_config_that_is_made_directly_is_checked_too() -> None:
     ],
     ids=["nan", "above", "negative", "least", "most", "below", "huge"],
 )
-def test_what_a_refusal_says(value: float, allowed: Range, said: str) -> None:
+def test_message_of_a_value_out_of_range(value: float, allowed: Range, said: str) -> None:
     with pytest.raises(ConfigError) as raised:
         allowed.check("k", value)
     assert str(raised.value) == said
