@@ -1,4 +1,4 @@
-"""Models: the translation Transformer behind fairseq's interface, built from config."""
+"""Models: Transformers for translation, text encoding and images, built from config, with fairseq's interface."""
 
 from __future__ import annotations
 

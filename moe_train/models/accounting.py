@@ -1,20 +1,20 @@
-"""Parameters, in all and active, and FLOPs per token, in closed form from a model's modules. The meta device will do.
+"""Total and active parameters, and FLOPs per token, in closed form from a model's modules (on any device, also meta).
 
-What counts, so that figures can be compared with papers:
+What is counted, for comparison with papers:
 
-- A multiply-add is two FLOPs; only products with weights count (attention, feed-forward, experts, routers, output).
-  Embedding look-ups, norms, biases, activations, softmax, and the products of queries with keys (which grow with the
-  length of the sentence) do not.
+- A multiply-add is two FLOPs. Only products with weights count (attention, feed-forward, experts, routers, output), not
+  embedding look-ups, norms, biases, activations, softmax, or products of queries with keys (which grow with the
+  length of the sentence).
 - "Per token" is one source token through the encoder and one target token through the decoder and the output layer;
-  keys and values of the source count once per source token. A model that only encodes: one token through all of it,
-  where an image's tokens are its patches and share its head.
-- Sparse blocks count the experts that the strategy expects per token with uniform routing
-  (``Router.experts_per_token``), or those that were counted in a run, where they are given.
-- Active parameters: all that are not experts', and of each pool the share that a token uses.
+  keys and values of the source count once per source token. For encoder-only models it is one token through the model;
+  the tokens of an image are its patches, and share its head.
+- Sparse blocks count the experts per token that the strategy expects with uniform routing
+  (``Router.experts_per_token``), or those measured in a run, if given.
+- Active parameters are all parameters outside the experts, and the share of each pool that a token uses.
 
-SMoE (Xu et al., 2023, tables 1 and 2) counts alike: parameters, and differences in FLOPs from the dense model, agree
-within 1 %. Its absolute FLOPs (167 M for base and 506 M for big, with 32k words) exceed ours by 46 M and 88 M, terms
-of the dense model that the paper does not name and that all its rows share.
+SMoE (Xu et al., 2023, tables 1 and 2) counts in the same way: parameters, and differences in FLOPs from the dense
+model, agree within 1 %. Its absolute FLOPs (167 M for base and 506 M for big, with 32k words) exceed ours by 46 M and
+88 M, terms of the dense model that the paper does not name and that are in all its rows.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from moe_train.routing import Router
 
 
 class RoutedBlock(Protocol):
-    """What every sparse kind of block has."""
+    """Attributes of every sparse block."""
 
     router: Router
     pool: ExpertPool
@@ -43,15 +43,15 @@ class RoutedBlock(Protocol):
 
 @dataclass(frozen=True)
 class BlockAccount:
-    """One sparse block.
+    """Size and cost of one sparse block.
 
     Attributes:
         layer: number of the block in the model, encoder first.
-        strategy: of its router.
+        strategy: name of its routing strategy.
         num_experts: E, over all ranks.
         experts_per_token: expected with uniform routing, or measured.
-        parameters: of all its experts.
-        flops_experts, flops_router: per token.
+        parameters: parameters of all its experts.
+        flops_experts, flops_router: FLOPs per token.
     """
 
     layer: int
@@ -68,11 +68,11 @@ class Accounting:
     """A model's size and cost.
 
     Attributes:
-        parameters_total: each tensor once, tied ones too; experts of all ranks.
-        parameters_active: what one token's forward pass uses.
-        parameters_experts: of all pools.
-        flops_encoder, flops_decoder, flops_output: per token, forward.
-        blocks: the sparse blocks, whose FLOPs stand in encoder and decoder already.
+        parameters_total: tied tensors once; experts of all ranks.
+        parameters_active: parameters that one token's forward pass uses.
+        parameters_experts: parameters of all pools.
+        flops_encoder, flops_decoder, flops_output: forward FLOPs per token.
+        blocks: the sparse blocks; their FLOPs are included in encoder and decoder.
     """
 
     parameters_total: int
@@ -85,12 +85,12 @@ class Accounting:
 
     @property
     def flops_per_token(self) -> float:
-        """Forward, one source token and one target token. Training costs about three times as much."""
+        """Forward FLOPs of one source token and one target token. Training needs about three times as many."""
         return self.flops_encoder + self.flops_decoder + self.flops_output
 
     @property
     def flops_routing(self) -> float:
-        """The part that routers take."""
+        """FLOPs of the routers."""
         return sum(block.flops_router for block in self.blocks)
 
     def to_mapping(self) -> dict[str, object]:
@@ -101,15 +101,15 @@ class Accounting:
 
 
 def account(model: nn.Module, experts_per_token: Mapping[int, float] | None = None) -> Accounting:
-    """Accounts for a model of any task; what has no decoder has 0 there.
+    """Size and cost of a model of any task; ``flops_decoder`` is 0 without a decoder.
 
     Args:
         model: as built by :mod:`moe_train.models`, on any device.
-        experts_per_token: measured pairs per token of each sparse block by its number (load.sum() / tokens); blocks
-            that are not named take the strategy's own expectation.
+        experts_per_token: measured pairs per token of each sparse block by its number (load.sum() / tokens); for other
+            blocks the strategy's expectation is used.
 
     Raises:
-        TypeError: another kind of model.
+        TypeError: the model is not a RoutedModel.
     """
     if not isinstance(model, RoutedModel):
         raise TypeError(f"there is no accounting for {type(model).__name__}")
@@ -133,7 +133,7 @@ def account(model: nn.Module, experts_per_token: Mapping[int, float] | None = No
 
 
 def sparse_blocks(model: nn.Module) -> dict[str, RoutedBlock]:
-    """The blocks that have a router and a pool, by their names in the model, in the order of their numbers."""
+    """Blocks with a router and a pool by their module names, in the order of their numbers."""
     return {
         name: cast(RoutedBlock, module)
         for name, module in model.named_modules()
@@ -157,7 +157,7 @@ def _blocks(stack: nn.Module, measured: Mapping[int, float]) -> Iterator[BlockAc
 
 
 def _flops_dense(stack: nn.Module) -> float:
-    """Attention and dense feed-forwards: twice the elements of their matrices."""
+    """FLOPs per token of attention and dense feed-forwards: twice the elements of their matrices."""
     matrices = [
         parameter.numel()
         for module in stack.modules()

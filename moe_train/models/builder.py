@@ -1,4 +1,4 @@
-"""Builds models from config. Sparse blocks are numbered through the model, encoder first."""
+"""Builds models from config. Sparse blocks are numbered over the whole model, encoder first."""
 
 from __future__ import annotations
 
@@ -41,18 +41,18 @@ def build_model(
     layout: ExpertLayout | None = None,
     token_frequency: Tensor | None = None,
 ) -> TrainableModel:
-    """A fresh model, its weights a function of ``seed`` and of where they stand, whatever the layout.
+    """A new model. Its weights depend on ``seed`` and their position in the model, and not on the layout.
 
     Args:
         config: the architecture.
-        routing: the strategy's own config; the decoder's follows from it.
-        source_dictionary, target_dictionary: anything with ``len()`` and ``pad()``, such as fairseq's Dictionary.
-        seed: of initial weights and of counted draws.
-        layout: which rank owns which experts; None: all here.
+        routing: the strategy's config, from which the decoder's is derived.
+        source_dictionary, target_dictionary: objects with ``len()`` and ``pad()``, such as fairseq's Dictionary.
+        seed: seed of initial weights and of counter-based random numbers.
+        layout: which rank holds which experts; None: all are local.
         token_frequency: [V] counts of the training text, for hash routing.
 
     Raises:
-        ConfigError: an unknown architecture, embeddings that cannot be shared, or a strategy that a decoder cannot use.
+        ConfigError: unknown architecture, embeddings that cannot be shared, or a strategy that a decoder cannot use.
     """
     if config.name not in _ARCHITECTURES:
         raise ConfigError(f"there is no model '{config.name}'", remedy=did_you_mean(config.name, _ARCHITECTURES))
@@ -63,7 +63,7 @@ def build_model(
 def block_inputs(
     config: ModelConfig, seed: int, layout: ExpertLayout | None = None, token_frequency: Tensor | None = None
 ) -> BlockInputs:
-    """What the config says of every block."""
+    """Arguments that all blocks share."""
     return BlockInputs(
         dim=config.embed_dim,
         ffn_dim=config.ffn_dim,
@@ -77,12 +77,12 @@ def block_inputs(
 
 
 def layer_shape(config: ModelConfig) -> LayerShape:
-    """What every layer has in common."""
+    """Shape that all layers share."""
     return LayerShape(config.embed_dim, config.num_heads, config.norm_order, config.dropout, config.attention_dropout)
 
 
 def encoder_stack(config: ModelConfig, routing: RoutingConfig, inputs: BlockInputs) -> EncoderStack:
-    """The layers of a model that only encodes."""
+    """The layers of an encoder-only model."""
     shape, placement = layer_shape(config), place(config.sparse_layers, config.encoder_layers)
     blocks, _ = _blocks(routing, placement, config.encoder_layers, inputs, _ENCODER)
     return EncoderStack(shape, _layers(EncoderLayer, shape, blocks, inputs.seed, _ENCODER))
@@ -118,7 +118,7 @@ _ARCHITECTURES: dict[str, Callable[..., TrainableModel]] = {"transformer": _buil
 def _embeddings(
     config: ModelConfig, source: Vocabulary, target: Vocabulary, seed: int
 ) -> tuple[nn.Embedding, nn.Embedding, nn.Linear | None]:
-    """Source table, target table, and the output where it is a matrix of its own."""
+    """Source embedding, target embedding, and the output layer if it is not tied."""
     with seeded(seed, _EMBEDDINGS):
         table = embedding(source, config.embed_dim)
         if config.share_embeddings:
@@ -136,7 +136,7 @@ def _embeddings(
 def _blocks(
     routing: RoutingConfig, placement: Placement, num_layers: int, inputs: BlockInputs, stack: int
 ) -> tuple[Layers, int]:
-    """For each layer its feed-forward and its inserted block; and the number that the next sparse block would have."""
+    """For each layer its feed-forward and its inserted block, and the number of the next sparse block."""
     sparse = strategy(routing.name).router.layer_kind != "dense"
     number = inputs.layer
     blocks: Layers = []

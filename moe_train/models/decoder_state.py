@@ -1,4 +1,4 @@
-"""The state of step-by-step decoding: what the beam search holds in its hand."""
+"""State of step-by-step decoding, used by the beam search."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from moe_train.layers.decoder_cache import DecoderCache
 
 
 class DecoderState:
-    """N = sentences · beam hypotheses, the beams of a sentence beside each other.
+    """State of N = sentences · beam hypotheses; the beams of a sentence are adjacent.
 
     Attributes:
-        cache: keys and values of the tokens written so far and of the source.
-        info: for each hypothesis, its sentence's uid, language and pass, [N] each: beams inherit them.
+        cache: keys and values of the tokens decoded so far and of the source.
+        info: uid, language and pass of each hypothesis's sentence, [N] each.
     """
 
     def __init__(self, cache: DecoderCache, info: BatchInfo) -> None:
@@ -24,7 +24,7 @@ class DecoderState:
 
     @property
     def step(self) -> int:
-        """Tokens written so far."""
+        """Tokens decoded so far."""
         return self.cache.length
 
     @property
@@ -38,26 +38,26 @@ class DecoderState:
         return self.cache.rows
 
     def reorder(self, rows: Tensor) -> None:
-        """Hypothesis i now continues what was hypothesis ``rows[i]``.
+        """Reorders hypotheses: hypothesis i continues the former hypothesis ``rows[i]``.
 
         Args:
-            rows: [M] int64; sentences that are finished may be left out, and sentences may change places, but the beams
-                of one group of ``beam`` rows continue hypotheses of one sentence.
+            rows: [M] int64; finished sentences may be left out and sentences reordered, but each group of ``beam`` rows
+                must belong to one sentence.
 
         Raises:
-            ValueError: they do not.
+            ValueError: a group contains rows of different sentences.
         """
         if self.cache.reorder(rows) is not None:
             self.info = select_rows(self.info, rows)
 
 
 def select_rows(info: BatchInfo, rows: Tensor) -> BatchInfo:
-    """The same facts for rows [M] of the batch."""
+    """The metadata of rows [M] of the batch."""
     values = {f.name: getattr(info, f.name) for f in dataclasses.fields(info)}
     return BatchInfo(**{n: None if v is None else v.index_select(0, rows) for n, v in values.items()})
 
 
 def repeat_rows(info: BatchInfo, times: int) -> BatchInfo:
-    """Each row ``times`` times, copies beside each other."""
+    """The metadata with each row repeated ``times`` times, copies adjacent."""
     values = {f.name: getattr(info, f.name) for f in dataclasses.fields(info)}
     return BatchInfo(**{n: None if v is None else v.repeat_interleave(times, 0) for n, v in values.items()})

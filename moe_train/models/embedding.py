@@ -1,4 +1,4 @@
-"""Token ids → the first hidden states."""
+"""Token embedding: token ids → input of the first layer."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from moe_train.layers.positions import SinusoidalPositions
 
 
 class Vocabulary(Protocol):
-    """What a model needs of a fairseq Dictionary."""
+    """The part of a fairseq Dictionary that a model needs."""
 
     def __len__(self) -> int: ...
 
     def pad(self) -> int:
-        """The index of padding."""
+        """Index of padding."""
 
 
 def embedding(vocabulary: Vocabulary, dim: int) -> nn.Embedding:
-    """A table [V, d], normal with deviation d^-1/2, its padding row 0 (as fairseq's)."""
+    """Embedding [V, d], normal with standard deviation d^-1/2, padding row 0 (as in fairseq)."""
     table = nn.Embedding(len(vocabulary), dim, padding_idx=vocabulary.pad())
     nn.init.normal_(table.weight, std=dim**-0.5)
     nn.init.zeros_(table.weight[vocabulary.pad()])
@@ -41,10 +41,10 @@ class TokenEmbedding(nn.Module):
         self.dropout = dropout
 
     def padding(self, tokens: Tensor) -> Tensor:
-        """[B, S] bool, true at padding."""
+        """[B, S] bool, True at padding."""
         return tokens.eq(self.padding_index)
 
     def forward(self, tokens: Tensor, start: int = 0, padding: Tensor | None = None) -> Tensor:
-        """tokens [B, S] → [B, S, d]; ``padding`` only where it may stand on the left."""
+        """tokens [B, S] → [B, S, d]; ``padding`` is needed only if there may be padding on the left."""
         x = torch.add(self.positions(tokens.shape[1], start, padding), self.tokens(tokens), alpha=self.scale)
         return dropout(x, self.dropout, self.training)

@@ -1,7 +1,7 @@
-"""Models that only encode text: a masked language model, and a classifier that starts from one.
+"""Encoder-only text models: a masked language model, and a classifier initialised from one.
 
-BERT (Devlin et al., 2019) and XLM-R (Conneau et al., 2020), with X-MoE's experts where ``model.sparse_layers`` and
-``routing.expert_sublayers`` put them: ``insert_after:6`` and 3 for the paper's own placement. Positions are sinusoidal.
+BERT (Devlin et al., 2019) and XLM-R (Conneau et al., 2020) with X-MoE's experts: ``model.sparse_layers=insert_after:6``
+and ``routing.expert_sublayers=3`` in the paper. Positions are sinusoidal.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _EMBEDDING, _HEAD = 20, 21
 
 
 class _Encodes(RoutedModel):
-    """What both models share: the encoder, whose weights one hands to the other."""
+    """Base class of both models, with the encoder whose weights the classifier takes from the language model."""
 
     encoder: TransformerEncoder
 
@@ -45,13 +45,13 @@ class _Encodes(RoutedModel):
         tgt_lang: Tensor | None,
         pass_index: Tensor | None,
     ) -> EncoderOut:
-        """src_tokens [B, S] → what :class:`TransformerEncoder` returns."""
+        """src_tokens [B, S] → output of :class:`TransformerEncoder`."""
         encoded: EncoderOut = self.encoder(src_tokens, None, sentence_uid, src_lang, tgt_lang, pass_index)
         return encoded
 
 
 class MaskedLanguageModel(_Encodes):
-    """Tokens, some of them masked → what each was. The output is tied to the embedding."""
+    """Predicts masked tokens. The output layer is tied to the embedding."""
 
     def __init__(self, encoder: TransformerEncoder) -> None:
         super().__init__(encoder)
@@ -73,9 +73,9 @@ class MaskedLanguageModel(_Encodes):
 
         Args:
             src_tokens: [B, S], padded on the right.
-            src_lengths: not used: padding is read off the tokens.
-            sentence_uid, src_lang, tgt_lang, pass_index: [B] each, what routers may know of a sentence.
-            features_only: leave the vocabulary product to the caller.
+            src_lengths: not used; padding is found in the tokens.
+            sentence_uid, src_lang, tgt_lang, pass_index: [B] each, sentence metadata for routers.
+            features_only: return features, so that the caller computes the vocabulary product.
 
         Returns:
             logits [B, S, V] or features [B, S, d], and ``{"routing": records}``.
@@ -96,16 +96,16 @@ class MaskedLanguageModel(_Encodes):
         return F.linear(features, self.output_weight)
 
     def parts(self) -> ModelParts:
-        """The layers, and the output of a token that is predicted."""
+        """The layers, and the output layers of a predicted token."""
         output = 2.0 * (self.dense.weight.numel() + self.output_weight.numel())
         return ModelParts(self.encoder.stack, None, 0.0, output)
 
 
 class TextClassifier(_Encodes):
-    """Texts → a score per class.
+    """Text classifier.
 
     Class attributes:
-        pretrained: the part that ``training.init_from`` fills; the head starts afresh.
+        pretrained: prefix of the parameters that ``training.init_from`` loads; the head is newly initialised.
     """
 
     pretrained: ClassVar[str] = "encoder."
@@ -137,7 +137,7 @@ class TextClassifier(_Encodes):
         return self.out(self.dropout(hidden)), {"routing": encoded["routing"]}
 
     def pool(self, x: Tensor, padding: Tensor | None) -> Tensor:
-        """x [B, S, d], padding [B, S] (true at padding) → [B, d]."""
+        """x [B, S, d], padding [B, S] (True at padding) → [B, d]."""
         if self.pooling == "first":
             return x[:, 0]
         if padding is None:
@@ -146,7 +146,7 @@ class TextClassifier(_Encodes):
         return (x * real).sum(1) / real.sum(1).clamp(min=1)
 
     def parts(self) -> ModelParts:
-        """The layers; the head, once a text, is left out."""
+        """The layers; the head, which runs once per text, is not counted."""
         return ModelParts(self.encoder.stack, None, 0.0, 0.0)
 
 
@@ -159,10 +159,10 @@ def build_masked_language_model(
     layout: Any = None,
     token_frequency: Tensor | None = None,
 ) -> MaskedLanguageModel:
-    """A fresh model, its weights a function of ``seed`` and of where they stand.
+    """A new model. Its weights depend on ``seed`` and their position in the model.
 
     Raises:
-        ConfigError: the config is no encoder's.
+        ConfigError: the architecture is not ``encoder``.
     """
     encoder = _build_encoder(config, routing, dictionary, seed, layout, token_frequency)
     with seeded(seed, _HEAD):
@@ -180,7 +180,7 @@ def build_text_classifier(
     layout: Any = None,
     token_frequency: Tensor | None = None,
 ) -> TextClassifier:
-    """A fresh model; see :func:`build_masked_language_model`."""
+    """A new model; see :func:`build_masked_language_model`."""
     encoder = _build_encoder(config, routing, dictionary, seed, layout, token_frequency)
     with seeded(seed, _HEAD):
         return TextClassifier(encoder, num_classes, config.dropout, pooling)
@@ -196,7 +196,7 @@ def _build_encoder(
 ) -> TransformerEncoder:
     if config.name != ARCHITECTURE:
         raise ConfigError(
-            f"model '{config.name}' is no encoder of text", remedy="set model=encoder_tiny or encoder_base"
+            f"model '{config.name}' is not a text encoder", remedy="set model=encoder_tiny or encoder_base"
         )
     with seeded(seed, _EMBEDDING):
         embed = TokenEmbedding(embedding(dictionary, config.embed_dim), config.max_positions, config.dropout)

@@ -1,4 +1,4 @@
-"""The translation model: a Transformer encoder-decoder with experts, behind fairseq's model interface."""
+"""The translation model: a Transformer encoder-decoder with experts, with fairseq's model interface."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from fairseq.models import FairseqEncoder, FairseqEncoderDecoderModel, FairseqIn
 EncoderOut = dict[str, Any]
 
 _STATE = "moe_train.decoder_state"
-_FIRST_ROOM = 32
+_INITIAL_POSITIONS = 32
 
 
 class TransformerEncoder(FairseqEncoder):  # type: ignore[misc]
-    """Source tokens → memory."""
+    """Encoder: source tokens → hidden states."""
 
     def __init__(
         self, dictionary: Vocabulary, embed: TokenEmbedding, stack: EncoderStack, settings: RoutingSettings
@@ -50,7 +50,7 @@ class TransformerEncoder(FairseqEncoder):  # type: ignore[misc]
 
         Returns:
             fairseq's dictionary of lists of tensors, batch first: ``encoder_out`` [B, S, d], ``encoder_padding_mask``
-            [B, S] (true at padding; the list is empty where there is none); also the sentences' ``info``, and
+            [B, S] (True at padding; the list is empty if there is none); also the sentences' metadata ``info``, and
             ``routing``, the records of the encoder's sparse blocks.
         """
         info = BatchInfo(sentence_uid, tgt_lang, pass_index)
@@ -61,7 +61,7 @@ class TransformerEncoder(FairseqEncoder):  # type: ignore[misc]
         return {"encoder_out": [x], "encoder_padding_mask": mask, "info": info, "routing": records}
 
     def context(self, src_tokens: Tensor, info: BatchInfo) -> BatchContext:
-        """What the layers know about the batch."""
+        """Context of the batch for the layers."""
         return batch_context(
             self.embed.padding(src_tokens),
             (src_tokens.shape[0], src_tokens.shape[1]),
@@ -86,7 +86,7 @@ class TransformerEncoder(FairseqEncoder):  # type: ignore[misc]
 
 
 class TransformerDecoder(FairseqIncrementalDecoder):  # type: ignore[misc]
-    """Memory and the target so far → scores of the next token. ``output`` is None where the embedding is tied to it."""
+    """Decoder: encoder output and target so far → scores of the next token. ``output`` None: tied to the embedding."""
 
     def __init__(
         self,
@@ -115,7 +115,7 @@ class TransformerDecoder(FairseqIncrementalDecoder):  # type: ignore[misc]
         if incremental_state is None:
             x, extra = self.extract_features(prev_output_tokens, encoder_out)
             return self.output_layer(x), extra
-        state = incremental_state.setdefault(_STATE, None) or self.start(encoder_out, 1, _FIRST_ROOM)
+        state = incremental_state.setdefault(_STATE, None) or self.start(encoder_out, 1, _INITIAL_POSITIONS)
         incremental_state[_STATE] = state
         for column in range(state.step, prev_output_tokens.shape[1]):
             x, records = self.step(prev_output_tokens[:, column], state)
@@ -148,13 +148,13 @@ class TransformerDecoder(FairseqIncrementalDecoder):  # type: ignore[misc]
         return self.embed.tokens.weight if self.output is None else self.output.weight
 
     def start(self, encoder_out: EncoderOut, beam: int, max_length: int) -> DecoderState:
-        """The state before the first token, ``beam`` hypotheses for every sentence."""
+        """The state before the first token, with ``beam`` hypotheses per sentence."""
         memory, mask = _memory(encoder_out)
         return DecoderState(self.stack.cache(memory, mask, beam, max_length), repeat_rows(encoder_out["info"], beam))
 
     @torch.no_grad()
     def step(self, tokens: Tensor, state: DecoderState) -> tuple[Tensor, Records]:
-        """Feeds tokens [N] → the features of the next position [N, 1, d], and the records."""
+        """Decodes one position: tokens [N] → features [N, 1, d], and the records."""
         column = tokens.view(-1, 1)
         context = batch_context(
             None,
@@ -169,7 +169,7 @@ class TransformerDecoder(FairseqIncrementalDecoder):  # type: ignore[misc]
         return self.stack.step(self.embed(column, start=state.step), state.cache, context)
 
     def reorder_incremental_state(self, incremental_state: dict[str, Any], new_order: Tensor) -> None:
-        """Rows new_order [M] go on, for fairseq's generator."""
+        """Reorders hypotheses by new_order [M], for fairseq's generator."""
         state = incremental_state.get(_STATE)
         if state is not None:
             state.reorder(new_order)
@@ -180,7 +180,7 @@ class TransformerDecoder(FairseqIncrementalDecoder):  # type: ignore[misc]
 
 
 class TransformerModel(RoutedModel, FairseqEncoderDecoderModel):  # type: ignore[misc]
-    """Encoder and decoder, what their routers share, and the fast way to decode."""
+    """Encoder and decoder with shared routing settings, and step-by-step decoding."""
 
     encoder: TransformerEncoder
     decoder: TransformerDecoder
@@ -201,17 +201,17 @@ class TransformerModel(RoutedModel, FairseqEncoderDecoderModel):  # type: ignore
         logits_at: Tensor | None = None,
         features_only: bool = False,
     ) -> tuple[Tensor, dict[str, Any]]:
-        """One forward pass with the target given.
+        """One forward pass with a given target (teacher forcing).
 
         Args:
             src_tokens: [B, S], padded on either side.
-            src_lengths: not used: padding is read off the tokens.
+            src_lengths: not used; padding is found in the tokens.
             prev_output_tokens: [B, T], the target shifted right, padded on the right.
-            sentence_uid, src_lang, tgt_lang, pass_index: [B] each, what routers may know of a sentence.
-            logits_at: [P] flat positions (row · T + column) whose logits are wanted: a criterion that asks for the real
-                tokens only saves the vocabulary product at padding.
-            features_only: leave the vocabulary product to the caller (a criterion that fuses it with its loss); through
-                this method and not :meth:`forward_features`, so that DDP and other wrappers see a forward pass.
+            sentence_uid, src_lang, tgt_lang, pass_index: [B] each, sentence metadata for routers.
+            logits_at: [P] flat positions (row · T + column) whose logits are computed, so that a criterion can skip the
+                vocabulary product at padding.
+            features_only: return features, for a criterion that fuses the vocabulary product with its loss; an option
+                of this method, since DDP and other wrappers must see a forward pass.
 
         Returns:
             logits [B, T, V], or [P, V], or features of as many rows; and ``{"routing": records, encoder first,
@@ -234,7 +234,7 @@ class TransformerModel(RoutedModel, FairseqEncoderDecoderModel):  # type: ignore
         tgt_lang: Tensor | None = None,
         pass_index: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Any]]:
-        """As :meth:`forward`, but the features [B, T, d] that :meth:`output_layer` makes logits of."""
+        """As :meth:`forward`, but returns the features [B, T, d], the input of :meth:`output_layer`."""
         encoder_out = self.encoder(src_tokens, src_lengths, sentence_uid, src_lang, tgt_lang, pass_index)
         return self.decoder.extract_features(prev_output_tokens, encoder_out)  # type: ignore[no-any-return]
 
@@ -244,28 +244,28 @@ class TransformerModel(RoutedModel, FairseqEncoderDecoderModel):  # type: ignore
 
     @property
     def output_weight(self) -> Tensor:
-        """[V, d], what :meth:`output_layer` multiplies by: the target embedding where they are tied."""
+        """[V, d], the matrix of :meth:`output_layer`; the target embedding if they are tied."""
         return self.decoder.output_weight  # type: ignore[no-any-return]
 
     def parts(self) -> ModelParts:
-        """Encoder, decoder, and the output's product."""
+        """Encoder, decoder, and the output product."""
         return ModelParts(self.encoder.stack, self.decoder.stack, 0.0, 2.0 * self.output_weight.numel())
 
     def start_decoding(self, encoder_out: EncoderOut, beam: int, max_length: int) -> DecoderState:
-        """A state for ``beam`` hypotheses per sentence; ``max_length`` positions are laid out at once.
+        """A state for ``beam`` hypotheses per sentence, with ``max_length`` positions allocated.
 
-        The source's keys and values are computed here, once per sentence, not per beam.
+        Computes keys and values of the source, once per sentence.
         """
         return self.decoder.start(encoder_out, beam, max_length)  # type: ignore[no-any-return]
 
     def decode_step(self, tokens: Tensor, state: DecoderState) -> Tensor:
-        """Feeds tokens [N], the last token of every hypothesis → logits [N, V]; the state moves on by one."""
+        """Decodes one position: tokens [N], the last token of every hypothesis → logits [N, V]."""
         features, _ = self.decoder.step(tokens, state)
         return self.output_layer(features.squeeze(1))
 
 
 def _memory(encoder_out: EncoderOut) -> tuple[Tensor, Tensor | None]:
-    """[B, S, d] and the mask [B, 1, 1, S], true = visible."""
+    """Encoder output [B, S, d] and its mask [B, 1, 1, S], True = visible."""
     masks = encoder_out["encoder_padding_mask"]
     mask = ~masks[0][:, None, None, :] if masks else None
     return torch.as_tensor(encoder_out["encoder_out"][0]), mask

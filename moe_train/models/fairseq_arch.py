@@ -26,21 +26,21 @@ _DEFAULTS = {"model": "tiny", "routing": "switch"}
 
 @dataclass
 class MoEModelFlags(FairseqDataclass):  # type: ignore[misc]
-    """The one flag: the groups and keys of ``moe-train`` in its own grammar."""
+    """The flag ``--moe-config``: overrides of groups and keys in the grammar of ``moe-train``."""
 
     moe_config: str = field(
         default="model=tiny routing=switch",
-        metadata={"help": "what moe-train would be told of model and routing, e.g. 'model=base routing=switch'"},
+        metadata={"help": "overrides of model and routing as for moe-train, e.g. 'model=base routing=switch'"},
     )
 
 
 @register_model(ARCH, dataclass=MoEModelFlags)
 class MoETransformerArch(BaseFairseqModel):  # type: ignore[misc]
-    """A name in fairseq's registry; what it builds is the model of :func:`moe_train.models.build_model`."""
+    """Entry in fairseq's registry, which builds the model of :func:`moe_train.models.build_model`."""
 
     @classmethod
     def build_model(cls, cfg: Any, task: Any) -> Any:
-        """Has the task build the model, since it knows seed and data."""
+        """Calls the task to build the model, since the task knows seed and data."""
         model, routing = composed(cfg.moe_config)
         return task.build_configured(model, routing)
 
@@ -49,7 +49,7 @@ def composed(overrides: str) -> tuple[ModelConfig, dict[str, Any]]:
     """The groups ``model`` and ``routing``, composed from the shipped configs in the grammar of ``moe-train``.
 
     Raises:
-        ConfigError: an override of another group, an unknown name, or a value that cannot be.
+        ConfigError: an override of another group, an unknown name, or an invalid value.
     """
     try:
         words = shlex.split(overrides)

@@ -1,4 +1,4 @@
-"""Weights of fairseq's stock Transformer in our model's names: the same function, number for number."""
+"""Converts weights of fairseq's Transformer to the names of :class:`TransformerModel`; the function is identical."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ _RENAMED = {
 
 
 def convert_state_dict(stock: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state of a dense model of ours from that of fairseq 0.12.2's ``transformer``.
+    """State dict of a dense model from that of fairseq 0.12.2's ``transformer``.
 
-    Query, key and value become one matrix (key and value in cross-attention); the key bias is left out, because softmax
-    takes it away again, and so are the parameters that fairseq registers and never trains.
+    Query, key and value become one matrix (key and value in cross-attention). Key biases are dropped, since softmax
+    cancels them, and so are parameters that fairseq registers but never trains.
 
     Args:
         stock: ``TransformerModel.state_dict()`` or ``checkpoint["model"]``, with sinusoidal positions.
 
     Raises:
-        CheckpointError: it is not a Transformer, or one with learned positions, which we have not.
+        CheckpointError: not a Transformer, or one with learned positions, which are not supported.
     """
     if any(name.endswith("embed_positions.weight") for name in stock):
         raise CheckpointError("the model has learned positions", remedy="convert a model with sinusoidal positions")
@@ -38,7 +38,7 @@ def convert_state_dict(stock: Mapping[str, Tensor]) -> dict[str, Tensor]:
         state = {f"{side}.embed.tokens.weight": stock[f"{side}.embed_tokens.weight"] for side in ("encoder", "decoder")}
     except KeyError as error:
         raise CheckpointError(
-            f"{error} is missing: this is no fairseq Transformer", remedy="name another file"
+            f"{error} is missing: this is not a fairseq Transformer", remedy="name another file"
         ) from None
     output = stock.get("decoder.output_projection.weight")
     if output is not None and not torch.equal(output, state["decoder.embed.tokens.weight"]):

@@ -18,10 +18,10 @@ from moe_train.routing.types import RoutingStatistics
 
 @dataclass(frozen=True)
 class ModelParts:
-    """What a model's FLOPs are counted by.
+    """Parts of a model for counting FLOPs.
 
     Attributes:
-        flops_input, flops_output: per token, of the products before and after the layers.
+        flops_input, flops_output: FLOPs per token of the products before and after the layers.
     """
 
     encoder: EncoderStack
@@ -31,31 +31,31 @@ class ModelParts:
 
 
 class RoutedModel(TrainableModel):
-    """Mixed into models; ``settings`` is what their routers share."""
+    """Base class; ``settings`` are shared by all routers."""
 
     settings: RoutingSettings
 
     def parts(self) -> ModelParts:
-        """Its stacks, and the products around them."""
+        """Stacks, and FLOPs of the products before and after them."""
         raise NotImplementedError
 
     def set_num_updates(self, num_updates: int) -> None:
-        """Optimizer updates done so far, for counted draws."""
+        """Sets the number of optimizer updates done so far, for counter-based random numbers."""
         self.settings.update = num_updates
 
     def set_seed(self, seed: int) -> None:
-        """The seed of counted draws (an evaluation may want its own)."""
+        """Sets the seed of counter-based random numbers (an evaluation may use another)."""
         self.settings.seed = seed
 
     def set_ranks(self, ranks: RankReduction) -> None:
-        """Who shares the micro-batch."""
+        """Sets the reductions over the ranks that share the micro-batch."""
         self.settings.ranks = ranks
 
     def after_update(self, statistics: Mapping[int, RoutingStatistics]) -> None:
-        """Hands each sparse block's counts of an optimizer update, summed over the world, to its router.
+        """Calls ``after_update`` of each router, which may adapt to loads (a balancing bias).
 
         Args:
-            statistics: by the block's number; what learns from loads (a balancing bias) moves.
+            statistics: counts of an optimizer update, summed over all ranks, by the number of the sparse block.
         """
         for block in self.modules():
             router, layer = getattr(block, "router", None), int(getattr(block, "layer", -1))
@@ -63,15 +63,15 @@ class RoutedModel(TrainableModel):
                 router.after_update(statistics[layer])
 
     def set_recompute(self, recompute: bool) -> None:
-        """Whether each layer's activations are computed again in the backward pass instead of kept."""
+        """Sets whether each layer's activations are recomputed in backward instead of kept."""
         for stack in stacks(self):
             stack.recompute = recompute
 
 
 def block_names(model: nn.Module) -> dict[int, str]:
-    """Where each sparse block stands, by its number: ``encoder layer 1``; layers count from 0, as in the config.
+    """Position of each sparse block by its number: ``encoder layer 1``; layers are numbered from 0, as in the config.
 
-    A block that is inserted is named by the layer that it follows (``after encoder layer 1``).
+    An inserted block is named after the layer before it (``after encoder layer 1``).
     """
     names: dict[int, str] = {}
     for stack in stacks(model):

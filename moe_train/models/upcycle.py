@@ -1,4 +1,4 @@
-"""A dense model's weights as the start of a sparse one (Komatsuzaki et al., 2023, "Sparse Upcycling")."""
+"""Initialises a sparse model from a dense one (Komatsuzaki et al., 2023, "Sparse Upcycling")."""
 
 from __future__ import annotations
 
@@ -19,21 +19,20 @@ _PARTS = ("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
 def upcycle(dense: Mapping[str, Tensor], sparse: nn.Module) -> nn.Module:
     """Fills ``sparse`` from the state of a dense model of the same shape.
 
-    Every expert starts as a copy of the dense feed-forward that it replaces; whatever else the two models share is
-    copied; routers, norms that only the sparse model has, and inserted blocks keep their fresh weights. Where a token's
-    weights sum to one, the function is unchanged; with Switch's weight, which is below one, it is not.
+    Every expert becomes a copy of the dense feed-forward that it replaces, and all other common parameters are copied.
+    Routers, norms that only the sparse model has, and inserted blocks keep their initial weights. If a token's weights
+    sum to one, the function is unchanged; with Switch's weight, which is below one, it is not.
 
-    A shared expert keeps its fresh weights too: with a copy of the feed-forward in it the output would count twice.
+    A shared expert keeps its initial weights too: as a copy, it would double the feed-forward's output.
 
     Args:
-        dense: of a model built with ``routing=dense`` (or converted from fairseq): its ``state_dict()``, or what a
-            checkpoint has of it. A tensor that the model uses under several names (tied embeddings) may stand under
-            any of them, once or repeatedly.
+        dense: state dict of a model built with ``routing=dense`` (or converted from fairseq), perhaps from a
+            checkpoint. A tied tensor may have any of its names, or several.
         sparse: built with the same model config; changed in place, and returned.
 
     Raises:
-        CheckpointError: a tensor is missing or has another shape, tensors that the model ties differ, or an expert is
-            not one feed-forward of that width.
+        CheckpointError: a tensor is missing or has another shape, tied tensors differ, or an expert is not one
+            feed-forward of that width.
     """
     remaining = dict(dense)
     blocks = sparse_blocks(sparse)
@@ -48,14 +47,14 @@ def upcycle(dense: Mapping[str, Tensor], sparse: nn.Module) -> nn.Module:
             tensor.copy_(_same_shape(_take_tied(remaining, names), tensor, key))
     if remaining:
         raise CheckpointError(
-            f"the sparse model has no place for {', '.join(sorted(remaining)[:3])}",
+            f"the sparse model has no tensor {', '.join(sorted(remaining)[:3])}",
             remedy="build both with the same model config",
         )
     return sparse
 
 
 def _by_tensor(module: nn.Module) -> list[tuple[Tensor, list[str]]]:
-    """Parameters and persistent buffers, each once, with all its names: several where it is tied."""
+    """Parameters and persistent buffers, each once, with all its names (several if it is tied)."""
     state = module.state_dict(keep_vars=True)
     names: dict[int, list[str]] = {}
     for name, tensor in state.items():
@@ -78,13 +77,13 @@ def _fill_experts(pool: ExpertPool, dense: dict[str, Tensor], name: str) -> None
         parameter = getattr(stack, part)
         source = _take(dense, f"{name}.{part.replace('_', '.')}")
         if parameter is not None:
-            # Pools multiply x @ W, nn.Linear x @ W.T.
+            # Pools compute x @ W, nn.Linear x @ W.T.
             copy = source.t() if source.dim() == 2 else source
             parameter.copy_(_same_shape(copy, parameter[0], f"{name}.{part}").expand_as(parameter))
 
 
 def _fill_norms(block: RoutedBlock, dense: dict[str, Tensor], name: str) -> None:
-    """Strata that own their norms all start with the norm of the feed-forward they replace."""
+    """Initialises all norms of a stratified block with the norm of the feed-forward that it replaces."""
     layer = name.removesuffix(".block")
     for part in ("weight", "bias"):
         source = _take(dense, f"{layer}.residual.norm.{part}")
@@ -101,7 +100,7 @@ def _take(dense: dict[str, Tensor], key: str) -> Tensor:
 
 
 def _take_tied(dense: dict[str, Tensor], names: list[str]) -> Tensor:
-    """The tensor that stands under one of the names, or under several of them with equal values."""
+    """Removes and returns a tied tensor: under one of its names, or under several with equal values."""
     present = [name for name in names if name in dense] or names[:1]
     first, *others = [_take(dense, name) for name in present]
     if any(not torch.equal(first, other) for other in others):

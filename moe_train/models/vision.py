@@ -1,6 +1,6 @@
-"""A vision Transformer with experts.
+"""Vision Transformer with experts.
 
-Dosovitskiy et al., ICLR 2021, arXiv 2010.11929, as Soft MoE uses it (Puigcerver et al., 2024, §3.3): patches, learnt
+Dosovitskiy et al., ICLR 2021, arXiv 2010.11929, in Soft MoE's variant (Puigcerver et al., 2024, §3.3): patches, learnt
 positions, pre-norm layers, no class token, global average pooling before the head. The paper's models also normalise
 queries and keys (0.01 % of the parameters), which this one does not.
 """
@@ -29,7 +29,7 @@ _PATCHES, _HEAD = 10, 11
 
 @dataclass(frozen=True)
 class ImageShape:
-    """What the model must know of its images."""
+    """Shape and number of classes of the images."""
 
     height: int
     width: int
@@ -38,7 +38,7 @@ class ImageShape:
 
 
 class PatchEmbedding(nn.Module):
-    """Images → a row per patch: a product with its pixels, and a learnt position."""
+    """Images → one row per patch: a linear map of its pixels plus a learnt position."""
 
     def __init__(self, images: ImageShape, patch: int, dim: int, dropout: float) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class PatchEmbedding(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, images: Tensor) -> Tensor:
-        """images [B, H, W, C] of bytes → [B, patches, d], row after row; pixels are scaled to -1 .. 1."""
+        """images [B, H, W, C] uint8 → [B, patches, d], patches in row-major order; pixels are scaled to -1 .. 1."""
         rows = self.cut(images).to(self.project.weight.dtype) / 127.5 - 1.0
         embedded = linear(rows, self.project.weight, self.project.bias) + self.positions
         return self.dropout(embedded)  # type: ignore[no-any-return]
@@ -65,7 +65,7 @@ class PatchEmbedding(nn.Module):
 
 
 class VisionTransformer(RoutedModel):
-    """Images → a score per class."""
+    """Image classifier."""
 
     def __init__(self, embed: PatchEmbedding, stack: EncoderStack, head: nn.Linear, settings: RoutingSettings) -> None:
         super().__init__()
@@ -84,8 +84,8 @@ class VisionTransformer(RoutedModel):
 
         Args:
             images: [B, H, W, C] uint8.
-            sentence_uid: [B] numbers that stay with the images: an image is to a router what a sentence is.
-            pass_index: [B], which pass of a doubled batch.
+            sentence_uid: [B] unique numbers of the images; routers treat an image as a sentence.
+            pass_index: [B], pass of the image in a doubled batch.
 
         Returns:
             logits [B, classes] and ``{"routing": records}``.
@@ -103,13 +103,13 @@ class VisionTransformer(RoutedModel):
         return linear(x.mean(1), self.head.weight, self.head.bias), {"routing": records}
 
     def parts(self) -> ModelParts:
-        """The layers, the product of patches, and a token's part of the head."""
+        """The layers, the patch embedding, and the head divided by the number of tokens."""
         head = 2.0 * self.head.weight.numel() / self.patches
         return ModelParts(self.stack, None, 2.0 * self.embed.project.weight.numel(), head)
 
     @property
     def patches(self) -> int:
-        """Tokens of an image."""
+        """Number of tokens of an image."""
         return self.embed.positions.shape[0]
 
 
@@ -121,12 +121,12 @@ def build_vision_model(
     seed: int,
     layout: Any = None,
 ) -> VisionTransformer:
-    """A fresh model, its weights a function of ``seed`` and of where they stand.
+    """A new model. Its weights depend on ``seed`` and their position in the model.
 
-    An image always has the same number of tokens, so Soft MoE's ``expected_tokens`` is that number.
+    All images have the same number of tokens, which becomes Soft MoE's ``expected_tokens``.
 
     Raises:
-        ConfigError: no vision Transformer; patches that do not fill the image.
+        ConfigError: the architecture is not a vision Transformer, or patches do not fill the image.
     """
     if config.name != ARCHITECTURE:
         raise ConfigError(f"model '{config.name}' is not for images", remedy="set model=vit_tiny, vit_s16, vit_b16 …")

@@ -103,7 +103,7 @@ def test_a_search_whose_sentences_are_all_done_goes_on_without_rows() -> None:
     assert model.decode_step(nobody, state).shape == (0, 40)
 
 
-def test_slots_that_nobody_descends_from_are_cleared_away() -> None:
+def test_slots_without_descendants_are_removed() -> None:
     """Beams that come from one parent at every step keep one slot per position between them."""
     model, beam, steps = small_model(), 4, 40
     state = model.start_decoding(model.encoder(sentences([5, 5])), beam, steps)
