@@ -1,7 +1,7 @@
 """moe_train: sparse-expert (mixture-of-experts) models for multilingual translation.
 
-``from moe_train import MoELayer`` needs torch alone; the rest is imported from its own room, such as
-``moe_train.routing``. Importing the package imports nothing else, torch included.
+``from moe_train import MoELayer`` needs torch only; import everything else from its package, such as
+``moe_train.routing``. Importing ``moe_train`` imports nothing else, not even torch.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# After each operator libgomp's idle threads spin for some 3 to 5 ms in case another follows, and hold the cores
-# that experts' own threads want (a fifth of a sparse layer's time on two cores). Read when torch is loaded; a user's
-# own setting stays.
+# After each operator libgomp's idle threads spin for 3 to 5 ms, and occupy the cores that the experts' threads need (a
+# fifth of a sparse layer's time on two cores). Read when torch is loaded; a user's setting is kept.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
@@ -26,10 +25,10 @@ __all__ = ["MoELayer", "UserError", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    homes = {"MoELayer": "moe_train.layers", "UserError": "moe_train.errors"}
-    if name not in homes:
+    modules = {"MoELayer": "moe_train.layers", "UserError": "moe_train.errors"}
+    if name not in modules:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(homes[name]), name)
+    return getattr(importlib.import_module(modules[name]), name)
 
 
 def __dir__() -> list[str]:

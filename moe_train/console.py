@@ -1,8 +1,8 @@
-"""The standard streams of a command: a reader that has gone, or a full disk, must not end the work.
+"""Standard streams that do not raise: a closed pipe or a full disk must not end a command's work.
 
-Python raises ``OSError`` where text cannot be written, and ``UnicodeEncodeError`` where the stream's encoding lacks a
-character. Commands print while and after they work for hours, so both are caught at the stream and not at each print.
-So are escape sequences in text from elsewhere, such as in the message of an error that a library raises.
+Python raises ``OSError`` if text cannot be written, and ``UnicodeEncodeError`` if the stream's encoding lacks a
+character. Commands work for hours and print meanwhile, so both are handled in the stream and not at each print. The
+stream also escapes control characters, for example in the messages of libraries' exceptions.
 """
 
 from __future__ import annotations
@@ -27,19 +27,18 @@ _NAMES = {1: "standard output", 2: "standard error"}
 class ConsoleStream(io.TextIOWrapper):
     """Standard output or standard error that does not raise.
 
-    Text that cannot be written is dropped, and so is all that follows; the first such error is logged. Characters that
-    the encoding lacks are written as escapes such as ``\\u2026``, control characters as :func:`for_terminal` has them;
-    :class:`moe_train.screen.Screen` writes its colours past that.
+    After the first write error, which is logged, all text is dropped. Characters that the encoding lacks are written as
+    escapes such as ``\\u2026``, and control characters as by :func:`for_terminal`; :class:`moe_train.screen.Screen`
+    bypasses this for its colours.
 
     Args:
         descriptor: 1 or 2.
-        before: the stream to stand for; None: it was closed when the process started.
-        vital: the stream is what the command is run for: where it cannot be written, the command ends
-            (:func:`end_without_output`).
-        literal: control characters are written as they are.
+        before: the stream to replace; None: it was closed when the process started.
+        vital: the command's result goes to this stream: a write error ends the command (:func:`end_without_output`).
+        literal: control characters are not escaped.
 
     Attributes:
-        error: why the stream is lost; None while it is not.
+        error: the error after which text is dropped; None if there was none.
     """
 
     def __init__(self, descriptor: int, before: TextIO | None, vital: bool = False, literal: bool = False) -> None:
@@ -55,22 +54,22 @@ class ConsoleStream(io.TextIOWrapper):
         self.error = None if before is not None else OSError(errno.EBADF, os.strerror(errno.EBADF))
 
     def write(self, text: str) -> int:
-        """Writes, or drops, all of it."""
+        """Writes or drops the text."""
         return self.write_styled(text if self.literal else for_terminal(text))
 
     def write_styled(self, text: str) -> int:
-        """Writes, or drops, text whose control characters are meant."""
+        """Writes or drops the text without escaping control characters."""
         with self._not_raising():
             super().write(text)
         return len(text)
 
     def flush(self) -> None:
-        """Writes, or drops, what is buffered."""
+        """Writes or drops buffered text."""
         with self._not_raising():
             super().flush()
 
     def check(self) -> None:
-        """Logs that the stream is lost, if it is. Whether it can be written is tried without writing."""
+        """Logs an error if the stream cannot be written; this is tested without writing."""
         if self.error is not None:
             self._log(self.error)
             return
@@ -85,29 +84,29 @@ class ConsoleStream(io.TextIOWrapper):
     def _not_raising(self) -> Iterator[None]:
         try:
             yield
-        except BlockingIOError:  # another process has made the terminal or pipe non-blocking, and it is full just now
+        except BlockingIOError:  # another process has made the terminal or pipe non-blocking, and it is full
             os.set_blocking(self.fileno(), True)
         except OSError as error:
             self.error = error
             _discard(self.fileno())
-            # Here, when the stream's own lock is free again: a handler of the log may write to this very stream.
+            # After the stream's lock was released, since a log handler may write to this stream.
             self._log(error)
             if self.vital:
                 end_without_output(error)
 
     def _log(self, error: OSError) -> None:
-        if _LOG.handlers:  # a log file of ours; others, such as Hydra's, would print it for whoever has seen enough
-            _LOG.info("%s: this process goes on without it", _loss(self.fileno(), error))
+        if _LOG.handlers:  # only our log file; root handlers, such as Hydra's, would print to a closed stream
+            _LOG.info("%s: this process continues without it", _loss(self.fileno(), error))
 
 
 class StyledStream:
-    """A :class:`ConsoleStream` for whoever styles text by control characters."""
+    """A :class:`ConsoleStream` whose ``write`` does not escape control characters, for styled text."""
 
     def __init__(self, stream: ConsoleStream) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Writes, or drops, all of it."""
+        """Writes or drops the text."""
         return self._stream.write_styled(text)
 
     def __getattr__(self, name: str) -> Any:
@@ -115,12 +114,12 @@ class StyledStream:
 
 
 def make_streams_lossy(vital: bool = False, literal: bool = False) -> None:
-    """From now on ``sys.stdout`` and ``sys.stderr`` do not raise; streams of tests, without a descriptor, stay.
+    """Replaces ``sys.stdout`` and ``sys.stderr`` by streams that do not raise, unless they have no descriptor (tests).
 
     Args:
-        vital: of standard output, as in :class:`ConsoleStream`.
+        vital: for standard output, as in :class:`ConsoleStream`.
         literal: for libraries that draw bars on standard error and write data to standard output: control characters
-            are shown where standard output is a terminal, and nowhere else.
+            are escaped only if standard output is a terminal.
     """
     _occupy_closed_descriptors()
     sys.stdout, sys.stderr = _lossy(1, sys.stdout, vital, literal), _lossy(2, sys.stderr, False, literal)
@@ -128,7 +127,7 @@ def make_streams_lossy(vital: bool = False, literal: bool = False) -> None:
 
 @contextmanager
 def lossy_streams(vital: bool = False, literal: bool = False) -> Iterator[None]:
-    """While entered, :func:`make_streams_lossy`."""
+    """Context with :func:`make_streams_lossy`."""
     before = sys.stdout, sys.stderr
     make_streams_lossy(vital, literal)
     try:
@@ -140,22 +139,22 @@ def lossy_streams(vital: bool = False, literal: bool = False) -> Iterator[None]:
 
 
 def check_streams() -> None:
-    """Logs which standard streams are lost. Who has opened a log calls it; what is lost later is logged then."""
+    """Logs which standard streams cannot be written. Call it after opening a log; later errors are logged at once."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, ConsoleStream):
             stream.check()
 
 
 def write_output(content: bytes) -> None:
-    """Writes what a command is run for to standard output, whatever the stream's encoding.
+    """Writes a command's result to standard output as bytes.
 
     Raises:
         SystemExit: it cannot be written (:func:`end_without_output`).
     """
-    lost = sys.stdout.error if isinstance(sys.stdout, ConsoleStream) else None
+    earlier = sys.stdout.error if isinstance(sys.stdout, ConsoleStream) else None
     try:
-        if lost is not None:
-            raise lost
+        if earlier is not None:
+            raise earlier
         sys.stdout.buffer.write(content)
         sys.stdout.buffer.flush()
     except OSError as error:
@@ -163,10 +162,10 @@ def write_output(content: bytes) -> None:
 
 
 def require_output() -> None:
-    """Called when the work is done, by commands whose users want to see the text.
+    """Checks standard output at the end of a command whose result is printed text.
 
     Raises:
-        UserError: standard output could not be written. Not where its reader closed it: ``head`` has seen enough.
+        UserError: standard output could not be written. A pipe closed by its reader (``head``) is no error.
     """
     sys.stdout.flush()
     error = sys.stdout.error if isinstance(sys.stdout, ConsoleStream) else None
@@ -175,11 +174,11 @@ def require_output() -> None:
 
 
 def end_without_output(error: OSError) -> NoReturn:
-    """Ends a command whose product cannot be written: quietly where the reader has closed the pipe.
+    """Ends a command whose result cannot be written.
 
     Raises:
-        SystemExit: 0 for a pipe that its reader has closed, else 2, with a message on standard error. (No
-            :class:`UserError`: Python's logging, which may be the one that writes, would catch and print it.)
+        SystemExit: 0 if the reader has closed the pipe, else 2, with a message on standard error. (Not a
+            :class:`UserError`, which Python's logging would catch and print if it is the writer.)
     """
     _discard(1)
     if error.errno == errno.EPIPE:
@@ -212,14 +211,14 @@ def _lossy(descriptor: int, stream: TextIO | None, vital: bool, literal: bool) -
 
 
 def _discard(descriptor: int) -> None:
-    """What this process, and those that it starts from now on, write there is dropped by the system."""
+    """Redirects a descriptor to the null device, for this process and processes started later."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, descriptor)
     os.close(null)
 
 
 def _occupy_closed_descriptors() -> None:
-    """A file that is opened later must not get the number of a standard stream: prints would go into it."""
+    """Opens the null device for closed standard streams, so that no file opened later gets their descriptor."""
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)

@@ -1,7 +1,7 @@
-"""Errors that speak to the user: what is wrong, where, and what to do about it.
+"""User errors: what is wrong, where, and the remedy.
 
-Commands catch :class:`UserError`, print it as one message and leave with exit code 2; anything else is a defect of ours
-and keeps its traceback.
+Commands catch :class:`UserError`, print it as one message and exit with code 2. Any other exception is a bug and keeps
+its traceback.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from typing import Any
 
 from moe_train.safe_text import for_terminal
 
-_SPELLINGS = {"k": "top_k"}  # what papers and documents call a key, too far from its name to be found as a near word
+_SPELLINGS = {"k": "top_k"}  # names of keys in papers that are too different to be found as similar words
 
 
 class UserError(Exception):
-    """A mistake that the user can mend.
+    """An error that the user can correct.
 
     Args:
-        what: what is wrong, as one sentence without its full stop.
-        where: the file, line or config key that it concerns.
-        remedy: what to do about it.
+        what: what is wrong, one sentence without full stop.
+        where: the file, line or config key.
+        remedy: what to do.
     """
 
     def __init__(self, what: str, where: str = "", remedy: str = "") -> None:
@@ -39,38 +39,38 @@ class UserError(Exception):
 
 
 class ConfigError(UserError):
-    """A config key or value that cannot be."""
+    """An invalid config key or value."""
 
 
 class DataError(UserError):
-    """A corpus, a text file or a prepared data folder that cannot be used."""
+    """An unusable corpus, text file or prepared data folder."""
 
 
 class CheckpointError(UserError):
-    """A checkpoint that is missing, incomplete, altered, or of another model."""
+    """A checkpoint that is missing, incomplete, modified, or of another model."""
 
 
 class LaunchError(UserError):
-    """Processes, ports, ranks or layouts that cannot be had."""
+    """Processes, ports, ranks or layouts that are not available."""
 
 
 class TrainingError(UserError):
-    """A run that cannot go on: gradients that stay infinite, a disk that is full."""
+    """A run that cannot continue: gradients stay infinite, the disk is full."""
 
 
 class MissingDependency(UserError):
-    """A library that this command needs and that is not installed."""
+    """A required library that is not installed."""
 
 
 def error_to_json(error: OSError | UserError) -> dict[str, Any]:
-    """An error as plain values, for other ranks."""
+    """An error as JSON values, to send it to other ranks."""
     if isinstance(error, UserError):
         return {"kind": type(error).__name__, "arguments": [error.what, error.where, error.remedy]}
     return {"kind": "OSError", "arguments": [error.errno, error.strerror or str(error), error.filename]}
 
 
 def error_from_json(content: Mapping[str, Any]) -> OSError | UserError:
-    """The inverse of :func:`error_to_json`; an unknown kind becomes a plain UserError, an OSError its own subclass."""
+    """The inverse of :func:`error_to_json`. An unknown kind becomes a UserError; an OSError gets its subclass."""
     kinds: dict[str, type[OSError | UserError]] = {kind.__name__: kind for kind in UserError.__subclasses__()}
     kinds["OSError"] = OSError
     return kinds.get(content["kind"], UserError)(*content["arguments"])
@@ -78,7 +78,7 @@ def error_from_json(content: Mapping[str, Any]) -> OSError | UserError:
 
 @contextmanager
 def located(where: str) -> Iterator[None]:
-    """A UserError from inside says that it is about ``where``, in front of what place it names itself."""
+    """Context that prepends ``where`` to the location of UserErrors raised inside."""
     try:
         yield
     except UserError as error:
@@ -88,13 +88,13 @@ def located(where: str) -> Iterator[None]:
 
 
 def note(text: str) -> None:
-    """Tells the user, on standard error, what is no error; nothing depends on whether that can be written."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, full, or not there
+    """Prints a note to the user on standard error; failures to write are ignored."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, full, or missing stream
         print(f"note: {for_terminal(text)}", file=sys.stderr, flush=True)
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
-    """The part of a message that offers near spellings, and every choice where none is near."""
+    """The remedy that suggests similar names, or lists all choices if none is similar."""
     known = sorted(choices)
     full = spelt_out(word)
     near = [full] if full != word and full in known else difflib.get_close_matches(word, known, n=3, cutoff=0.6)
@@ -104,10 +104,10 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
 
 
 def spelt_out(word: str) -> str:
-    """The name of the key that papers and documents call ``word``: ``top_k`` for ``k``; else the word itself."""
+    """The key that papers call ``word``: ``top_k`` for ``k``; else the word itself."""
     return _SPELLINGS.get(word, word)
 
 
 def plural(count: int, noun: str) -> str:
-    """Such as ``1 rank`` and ``2,000 ranks``."""
+    """For example ``1 rank`` and ``2,000 ranks``."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"

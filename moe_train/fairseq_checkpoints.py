@@ -1,8 +1,8 @@
-"""Checkpoints of fairseq are data from elsewhere: what their config may hold, and how large a model they may ask for.
+"""Checks fairseq's checkpoints as untrusted files: values of their config, and the size of the model that they request.
 
-A checkpoint brings the options of the command that wrote it along, and fairseq's generate, interactive and validate
-build the model, the task and the criterion from these. Refused are values other than plain ones, interpolations (they
-would read environment variables), code to import, and options that would make fairseq open further files.
+A checkpoint contains the options of the command that wrote it, and fairseq's generate, interactive and validate build
+model, task and criterion from these. Rejected are values that are not plain, interpolations (which could read
+environment variables), code to import, and options that make fairseq open further files.
 """
 
 from __future__ import annotations
@@ -30,17 +30,18 @@ _MOST = 200_000  # values in a config
 _LONGEST_TEXT = 1 << 20
 _CHOICES = ("task", "arch", "criterion", "optimizer", "lr_scheduler", "bpe", "tokenizer", "scoring", "_name")
 _NAMES_A_FILE = re.compile(r"(^|_)(path|paths|file|dir|checkpoint|ckpt|json|yaml|manifest|lexicon|from)$")
-# Groups of fairseq's config that nobody reads from a checkpoint: the present command line has its own.
+_KEYWORDS = ("True", "False", "None", "never", "none")  # values of an option that may name a file
+# Groups of fairseq's config that are not read from a checkpoint, but from the command line.
 _UNREAD = (
     *("common", "common_eval", "distributed_training", "dataset", "optimization", "checkpoint", "bmuf"),
     *("generation", "eval_lm", "interactive", "ema"),
 )
-_FREE_ELEMENTS = 1 << 28  # a model may have so many elements whatever the size of its file: 1 GiB in fp32
+_FREE_ELEMENTS = 1 << 28  # allowed for any file size: 1 GiB in fp32
 _FREE_PARAMETERS = 10_000
 
 
 def guard_checkpoints() -> None:
-    """Has fairseq load checkpoints as data, check their configs, and build no more than they hold."""
+    """Makes fairseq load checkpoints as data, check their configs, and limit the size of models by their files."""
     from fairseq import checkpoint_utils
 
     checkpoint_utils.torch = _TorchThatReadsData("torch")
@@ -48,14 +49,14 @@ def guard_checkpoints() -> None:
 
     @functools.wraps(load)
     def load_checked(path: Any, arg_overrides: Any = None, load_on_all_ranks: bool = False) -> Any:
-        with naming([path]):
+        with checkpoint_errors([path]):
             state = load(path, arg_overrides, load_on_all_ranks)
         _check_files(state, str(path))
         return state
 
     @functools.wraps(build)
     def build_bounded(filenames: Sequence[str], *args: Any, **kwargs: Any) -> Any:
-        with naming(filenames), _bounded_model(sum(map(_bytes, filenames))):
+        with checkpoint_errors(filenames), _bounded_model(sum(map(_bytes, filenames))):
             return build(filenames, *args, **kwargs)
 
     checkpoint_utils.load_checkpoint_to_cpu = load_checked
@@ -64,7 +65,7 @@ def guard_checkpoints() -> None:
 
 
 class _TorchThatReadsData(types.ModuleType):
-    """torch as fairseq's ``checkpoint_utils`` knows it, whose ``load`` gives plain data or raises CheckpointError."""
+    """torch for fairseq's ``checkpoint_utils``; its ``load`` returns plain data or raises CheckpointError."""
 
     def __getattr__(self, name: str) -> Any:
         import torch
@@ -80,19 +81,19 @@ class _TorchThatReadsData(types.ModuleType):
                 state = torch.load(file, **options)
         except pickle.UnpicklingError as error:
             raise CheckpointError(
-                f"this fairseq checkpoint holds more than plain data, so it was not loaded ({_first_line(error)})",
+                f"this fairseq checkpoint contains more than plain data, so it was not loaded ({_first_line(error)})",
                 path,
-                "if you trust its author, save it anew with plain Python values",
+                "if you trust its author, save it again with plain Python values",
             ) from error
         if not isinstance(state, dict):
-            raise CheckpointError(f"this is no fairseq checkpoint: it holds a {type(state).__name__}", path)
+            raise CheckpointError(f"this is not a fairseq checkpoint: it contains a {type(state).__name__}", path)
         for part in ("args", "cfg"):
             _check_values(state.get(part), path, part)
         return state
 
 
 def harmless_types() -> list[Any]:
-    """What fairseq writes into checkpoints beside tensors and Python's own types; building these runs no code."""
+    """Types in fairseq's checkpoints besides tensors and built-in types; constructing them runs no code."""
     import numpy as np
 
     scalars = [type(np.dtype(kind)) for kind in ("float32", "float64", "int32", "int64", "bool")]
@@ -106,10 +107,10 @@ def _first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def naming(paths: Sequence[Any]) -> Iterator[None]:
-    """What goes wrong with a checkpoint inside becomes one CheckpointError with the file's name.
+def checkpoint_errors(paths: Sequence[Any]) -> Iterator[None]:
+    """Context that turns exceptions into a CheckpointError with the file's name.
 
-    The traceback is logged where fairseq's ``LOGLEVEL`` is DEBUG.
+    The traceback is logged if fairseq's ``LOGLEVEL`` is DEBUG.
     """
     where = ", ".join(map(str, paths))
     try:
@@ -122,10 +123,10 @@ def naming(paths: Sequence[Any]) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
             raise CheckpointError(f"it cannot be read ({error.strerror})", str(error.filename)) from error
         LOG.debug("loading %s failed", where, exc_info=True)
-        raise CheckpointError(f"fairseq cannot load this checkpoint ({said(error)})", where) from error
+        raise CheckpointError(f"fairseq cannot load this checkpoint ({describe_exception(error)})", where) from error
 
 
-def said(error: BaseException) -> str:
+def describe_exception(error: BaseException) -> str:
     """An exception in one line of at most 200 characters."""
     line = next(iter(str(error).splitlines()), "")
     return f"{type(error).__name__}: {line[:200]}" if line else type(error).__name__
@@ -135,19 +136,19 @@ def said(error: BaseException) -> str:
 
 
 def _check_values(config: Any, path: str, part: str) -> None:
-    """Refuses what no option of fairseq is: other types, interpolations, deep nesting, huge numbers and texts."""
+    """Rejects values that no option of fairseq has: other types, interpolations, deep nesting, huge numbers, texts."""
     rest, seen = [(config, part, 0)], 0
     while rest:
         value, name, depth = rest.pop()
         seen += 1
-        if depth > _DEEPEST or seen > _MOST:  # a pickle can hold one list in itself, or many times over
+        if depth > _DEEPEST or seen > _MOST:  # in a pickle a list can contain itself, or one list many times
             _refuse(path, name, f"is nested more than {_DEEPEST} deep, or has more than {_MOST:,} parts")
         if isinstance(value, argparse.Namespace):
             value = vars(value)
         if isinstance(value, Mapping):
             for key, inner in value.items():
                 if not isinstance(key, str | int) or "${" in str(key):
-                    _refuse(path, name, f"has a key that is no name: {str(key)[:60]!r}")
+                    _refuse(path, name, f"has a key that is not a name: {str(key)[:60]!r}")
                 _check_choice(str(key), inner, path, f"{name}.{key}")
                 rest.append((inner, f"{name}.{key}", depth + 1))
         elif isinstance(value, list | tuple):
@@ -159,19 +160,19 @@ def _check_values(config: Any, path: str, part: str) -> None:
 def _check_leaf(value: Any, path: str, name: str) -> None:
     if isinstance(value, str):
         if "${" in value:
-            _refuse(path, name, f"holds an interpolation: {value[:60]!r}")
+            _refuse(path, name, f"contains an interpolation: {value[:60]!r}")
         if len(value) > _LONGEST_TEXT:
             _refuse(path, name, f"has {len(value):,} characters")
     elif isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
         _refuse(path, name, "is an integer of more than 64 bits")
     elif not isinstance(value, int | float | None):
-        _refuse(path, name, f"holds a {type(value).__name__}, which no option of fairseq is")
+        _refuse(path, name, f"contains a {type(value).__name__}, a type that no option of fairseq has")
 
 
 def _check_choice(key: str, value: Any, path: str, name: str) -> None:
-    """What is chosen by name (a task, a bpe) names no file: Hydra would read a config there."""
+    """Rejects a path as the name of a task, a bpe and the like, from which Hydra would read a config."""
     if key in _CHOICES and isinstance(value, str) and not re.fullmatch(r"[\w.@+-]*", value):
-        _refuse(path, name, f"is no name of something in fairseq: {value[:60]!r}")
+        _refuse(path, name, f"is not a registered name of fairseq: {value[:60]!r}")
 
 
 def _refuse(path: str, name: str, reason: str, remedy: str = "") -> NoReturn:
@@ -182,7 +183,7 @@ def _refuse(path: str, name: str, reason: str, remedy: str = "") -> NoReturn:
 
 
 def _check_files(state: Mapping[str, Any], path: str) -> None:
-    """Refuses ``user_dir`` and options that name further files, unless the present command line names them too."""
+    """Rejects ``user_dir`` and options that name further files, unless the current command line names them too."""
     typed = {part for word in sys.argv[1:] for part in (word, word.partition("=")[2])}
     unread = _unread_options()
     for name, value in (*_options(state.get("args"), "args"), *_options(state.get("cfg"), "cfg")):
@@ -193,17 +194,12 @@ def _check_files(state: Mapping[str, Any], path: str) -> None:
             remedy = "if you trust that code, give the same --user-dir on the command line"
             _refuse(path, name, f"names code to import: {value[:60]!r}", remedy)
         looks_like_one = _NAMES_A_FILE.search(key) or any(mark in value for mark in ("/", "\\", "~"))
-        if looks_like_one and key not in unread and not _is_plain(value):
+        if looks_like_one and key not in unread and value not in _KEYWORDS:
             remedy = (
                 f"give the option itself on the command line if you trust that file, or generate, interactive and "
                 f"validate --model-overrides \"{{'{key}': None}}\""
             )
             _refuse(path, name, f"names a further file: {value[:60]!r}", remedy)
-
-
-def _is_plain(value: str) -> bool:
-    """Whether a value for an option that could name a file is a switch, such as ``never`` or ``True``."""
-    return value in ("True", "False", "None", "never", "none")
 
 
 def _options(value: Any, name: str) -> Iterator[tuple[str, Any]]:
@@ -225,7 +221,7 @@ def _options(value: Any, name: str) -> Iterator[tuple[str, Any]]:
 
 
 def _unread_options() -> Collection[str]:
-    """Options that nobody reads from a checkpoint, and the data folder, which the command line always gives."""
+    """Options that are not read from a checkpoint, and ``data``, which is always on the command line."""
     from fairseq.dataclass.configs import FairseqConfig
     from fairseq.registry import REGISTRIES
 
@@ -245,10 +241,10 @@ def _bytes(filename: str) -> int:
 
 @contextmanager
 def _bounded_model(size: int) -> Iterator[None]:
-    """While entered, no model is built that is much larger than a checkpoint of ``size`` bytes can fill.
+    """Context in which no model much larger than a checkpoint of ``size`` bytes can be built.
 
-    ``encoder_layers=10**9`` would build until memory is gone. A checkpoint holds a byte or more for each element of its
-    model; building takes a few times the elements that stay.
+    ``encoder_layers=10**9`` would allocate until memory is exhausted. A checkpoint has at least one byte per element of
+    its model; building allocates a few times the final elements.
     """
     from torch import nn
 
@@ -269,7 +265,7 @@ def _bounded_model(size: int) -> Iterator[None]:
 
 
 def _bounded_elements(limit: int) -> AbstractContextManager[Any]:
-    """A mode of torch in which new tensors have at most ``limit`` elements in all; checked before memory is taken."""
+    """A dispatch mode in which new tensors have at most ``limit`` elements in total, checked before allocation."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Bounded(TorchDispatchMode):
@@ -277,7 +273,7 @@ def _bounded_elements(limit: int) -> AbstractContextManager[Any]:
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             given = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)}
-            if "self" not in given or func._schema.name.startswith("aten::new_"):  # others look at what is there
+            if "self" not in given or func._schema.name.startswith("aten::new_"):  # others only read tensors
                 self.used += math.prod(map(int, given.get("size", [])))
                 self.used += int(abs(given["end"])) if func._schema.name == "aten::arange" else 0
             if self.used > limit:
@@ -288,14 +284,14 @@ def _bounded_elements(limit: int) -> AbstractContextManager[Any]:
 
 
 def _too_large(what: str) -> NoReturn:
-    raise CheckpointError(f"this checkpoint's config asks for a model of {what}, far more than its file holds")
+    raise CheckpointError(f"this checkpoint's config requests a model of {what}, far more than its file contains")
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
 def _resumes_or_names_the_file(load: Callable[..., Any]) -> Callable[..., Any]:
-    """fairseq's ``load_checkpoint``, whose errors name the checkpoint that training was to go on from."""
+    """fairseq's ``load_checkpoint``, whose errors name the checkpoint from which training was to resume."""
 
     @functools.wraps(load)
     def load_checkpoint(cfg: Any, trainer: Any, **passed: Any) -> Any:
@@ -305,7 +301,7 @@ def _resumes_or_names_the_file(load: Callable[..., Any]) -> Callable[..., Any]:
         present = next((path for path in (own, cfg.finetune_from_model) if path and os.path.exists(path)), None)
         if present is None:
             return load(cfg, trainer, **passed)
-        with naming([present]):
+        with checkpoint_errors([present]):
             return load(cfg, trainer, **passed)
 
     return load_checkpoint

@@ -1,11 +1,11 @@
-"""Every patch that fairseq 0.12.2 needs on Python 3.11+, torch 2.6+ and Hydra 1.3, each with its reason.
+"""Patches that fairseq 0.12.2 needs on Python 3.11+, torch 2.6+ and Hydra 1.3, each with its reason.
 
-Whatever uses fairseq asks for it here, so that the patches always come first::
+Code that uses fairseq imports it from here, so that the patches are applied first::
 
     from moe_train.fairseq_compat import fairseq
 
-or calls :func:`apply` before a plain ``import fairseq`` (DeepSpeed, which imports fairseq by itself, needs that in
-every process). fairseq's source on disk stays as it is. Importing this module imports neither fairseq nor torch.
+or calls :func:`apply` before ``import fairseq`` (required in every process that uses DeepSpeed, which imports fairseq
+itself). fairseq's files on disk are not changed. Importing this module imports neither fairseq nor torch.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _MARK = "__moe_train_patches__"
 
 @dataclasses.dataclass(frozen=True)
 class Patch:
-    """One repair: ``during`` surrounds the import of fairseq, ``after`` runs once it is imported."""
+    """One patch: ``during`` is a context around the import of fairseq, ``after`` runs after the import."""
 
     name: str
     reason: str
@@ -54,19 +54,19 @@ def require_fairseq() -> None:
     """
     if "fairseq" not in sys.modules and importlib.util.find_spec("fairseq") is None:
         raise MissingDependency(
-            "fairseq is not installed, and this needs it",
+            "fairseq is required and not installed",
             remedy=f"run scripts/setup.sh, or pip install --no-deps fairseq=={FAIRSEQ_VERSION}",
         )
 
 
 def apply(skip: Collection[str] = ()) -> tuple[str, ...]:
-    """Imports fairseq with every patch applied; does nothing the second time.
+    """Imports fairseq with all patches; does nothing the second time.
 
     Args:
-        skip: names of patches to leave out (tests show with it what breaks).
+        skip: names of patches to skip (used by tests to show what breaks).
 
     Returns:
-        The names of the patches that are in force in this process.
+        The names of the patches applied in this process.
 
     Raises:
         MissingDependency: fairseq is not installed.
@@ -124,7 +124,7 @@ def _without_deepspeed() -> Iterator[None]:
     if "deepspeed" in sys.modules:
         yield
         return
-    sys.modules["deepspeed"] = None  # type: ignore[assignment]  # Python's way to make an import fail
+    sys.modules["deepspeed"] = None  # type: ignore[assignment]  # makes the import fail
     try:
         yield
     finally:
@@ -132,7 +132,7 @@ def _without_deepspeed() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _values_stay_data() -> Iterator[None]:
+def _options_without_eval() -> Iterator[None]:
     guard_eval()
     yield
 
@@ -154,7 +154,7 @@ def _broadcasts_from_own_ranks() -> None:
     utils.pickle = types.SimpleNamespace(dumps=pickle.dumps, loads=loads, UnpicklingError=pickle.UnpicklingError)
 
 
-def _ranks_of_one_host_meet_in_a_folder() -> None:
+def _rendezvous_in_a_folder() -> None:
     from fairseq.distributed import utils
 
     from moe_train.parallel.isolation import LOOPBACK
@@ -203,25 +203,25 @@ def _compose_with_hydra_1_3() -> None:
 
     @functools.wraps(original)
     def convert(args: argparse.Namespace) -> DictConfig:
-        # fairseq clears Hydra's global state; a Hydra application that calls it must find its own again.
+        # fairseq clears Hydra's global state; it is restored for the Hydra application that calls this.
         states: tuple[type, ...] = (GlobalHydra, VersionBase)
         kept = {kind: Singleton._instances.pop(kind) for kind in states if kind in Singleton._instances}
         try:
-            with warnings.catch_warnings(category=UserWarning, action="ignore"):  # a page on its old config each time
+            with warnings.catch_warnings(category=UserWarning, action="ignore"):  # long warnings about its old config
                 return original(args)
         finally:
             for kind in states:
                 Singleton._instances.pop(kind, None)
             Singleton._instances.update(kept)
 
-    # fairseq's config.yaml is written for Hydra 1.1: `# @package _group_` has another meaning from 1.2 on.
+    # fairseq's config.yaml is for Hydra 1.1: `# @package _group_` has another meaning since 1.2.
     utils.initialize = functools.partial(hydra.initialize, version_base="1.1")
     utils.compose = compose
     _rebind(original, convert)
 
 
 def _rebind(old: Any, new: Any) -> None:
-    """Puts ``new`` wherever fairseq's modules hold ``old``: many import functions by name."""
+    """Replaces ``old`` by ``new`` in all modules of fairseq, many of which import functions by name."""
     for name, module in list(sys.modules.items()):
         if module is None or name.partition(".")[0] not in {"fairseq", "fairseq_cli"}:
             continue
@@ -243,7 +243,7 @@ def _ddp_on_cpu() -> None:
 
 
 class _NumpyWithOldNames(types.ModuleType):
-    """numpy as fairseq knew it, for fairseq's modules alone."""
+    """numpy with its removed names, for fairseq's modules only."""
 
     int = int
     float = float
@@ -260,60 +260,60 @@ def _old_numpy_names() -> None:
 PATCHES: tuple[Patch, ...] = (
     Patch(
         "dataclass_defaults",
-        "Python 3.11 refuses defaults that cannot be hashed; fairseq's configs have dataclass instances as defaults, "
-        "and `import fairseq` fails. They get a hash.",
+        "Python 3.11 rejects defaults that cannot be hashed; fairseq's configs have dataclass instances as defaults, "
+        "so that `import fairseq` fails. They get a hash.",
         during=_hashable_dataclasses,
     ),
     Patch(
         "deepspeed_probe",
-        "`import fairseq` imports DeepSpeed, if installed, to offer one optimizer: slow, noisy, and circular, since "
-        "DeepSpeed imports fairseq for the same purpose.",
+        "`import fairseq` imports DeepSpeed, if installed, for one optimizer: slow, with much output, and circular, "
+        "since DeepSpeed imports fairseq.",
         during=_without_deepspeed,
     ),
     Patch(
         "checkpoint_loading",
-        "torch.load takes plain data only since 2.6, and fairseq's checkpoints hold argparse.Namespace and numpy "
-        "scalars. These are allowed; code in a checkpoint stays refused.",
+        "torch.load accepts plain data only since 2.6, and fairseq's checkpoints contain argparse.Namespace and numpy "
+        "scalars. These are allowed; code in a checkpoint is still rejected.",
         after=guard_checkpoints,
     ),
     Patch(
         "plain_values",
-        "fairseq passes options to Python's eval, and options come out of checkpoints too. They are read as plain "
-        "values, in modules that are imported later as well.",
-        during=_values_stay_data,
+        "fairseq passes options to Python's eval, also those of checkpoints. They are parsed as plain values, also in "
+        "modules that are imported later.",
+        during=_options_without_eval,
     ),
     Patch(
         "object_broadcast",
-        "fairseq broadcasts objects through torch.load, which refuses its own placeholders since torch 2.6: torch's "
-        "broadcast of objects takes over. What other ranks send, statistics too, is read as data and never run.",
+        "fairseq broadcasts objects through torch.load, which rejects fairseq's placeholders since torch 2.6: torch's "
+        "object broadcast is used instead. Pickles of other ranks are loaded as data and cannot run code.",
         after=_broadcasts_from_own_ranks,
     ),
     Patch(
         "single_node_store",
-        "The ranks that fairseq starts on one host meet at a TCP port, which listens on all interfaces and takes what "
-        "anyone writes. They meet in a folder that only their user may enter.",
-        after=_ranks_of_one_host_meet_in_a_folder,
+        "The ranks that fairseq starts on one host rendezvous at a TCP port, which listens on all interfaces without "
+        "authentication. They use a file in a folder that only their user can enter.",
+        after=_rendezvous_in_a_folder,
     ),
     Patch(
         "encoder_layer_loading",
-        "Loading weights turns BetterTransformer on, which computes wrong outputs with today's torch and demands the "
-        "weights of a dense feed-forward. Encoder layers load like any module, with or without its dead parameters.",
+        "Loading weights enables BetterTransformer, which computes wrong outputs with current torch and requires the "
+        "weights of a dense feed-forward. Encoder layers load like any module, with or without its unused parameters.",
         after=_encoder_layers_load_plainly,
     ),
     Patch(
         "hydra_compose",
-        "fairseq composes its config through hydra.experimental, which raises under version_base >= 1.2, and leaves "
-        "Hydra's global state cleared.",
+        "fairseq composes its config by hydra.experimental, which raises with version_base >= 1.2, and clears Hydra's "
+        "global state.",
         after=_compose_with_hydra_1_3,
     ),
     Patch(
         "ddp_on_cpu",
-        "--ddp-backend pytorch_ddp names a GPU even where the model is on the CPU, which DDP refuses.",
+        "--ddp-backend pytorch_ddp passes a GPU even if the model is on the CPU, which DDP rejects.",
         after=_ddp_on_cpu,
     ),
     Patch(
         "numpy_names",
-        "np.int and np.float are gone since NumPy 1.24; fairseq's span masking and CRF use them.",
+        "np.int and np.float were removed in NumPy 1.24; fairseq's span masking and CRF use them.",
         after=_old_numpy_names,
     ),
 )

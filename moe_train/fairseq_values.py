@@ -1,8 +1,8 @@
-"""fairseq's ``eval``, replaced by a reader of plain values.
+"""Replaces ``eval`` in fairseq's modules by a parser of plain values.
 
 fairseq passes options to Python's ``eval``: ``--adam-betas "(0.9, 0.98)"``, ``--encoder-layers "[(512, 3)] * 20"``. The
-same options also come out of checkpoints, which must stay data. Every module of fairseq therefore finds
-:func:`read_value` under the name ``eval``, those that are imported later too.
+same options are also read from checkpoints, which must not execute code. So in every module of fairseq, also those
+imported later, the name ``eval`` is bound to :func:`read_value`.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ _INTEGERS = 1 << 63
 
 
 class ValueRefused(ConfigError):
-    """An option of fairseq that is no plain value."""
+    """An option of fairseq that is not a plain value."""
 
 
 def read_value(source: Any, /) -> Any:
     """The value of an expression of numbers, strings, booleans, None, tuples, lists, dicts, ``+`` and ``*``.
 
     Raises:
-        ValueRefused: the expression holds anything else, or its value is too large.
-        TypeError: ``source`` is no string; fairseq relies on eval's TypeError there.
+        ValueRefused: the expression contains anything else, or its value is too large.
+        TypeError: ``source`` is not a string (fairseq relies on eval's TypeError).
     """
     if not isinstance(source, str):
         raise TypeError("eval() arg 1 must be a string")
@@ -47,13 +47,13 @@ def read_value(source: Any, /) -> Any:
 def _refuse(source: str, reason: str, cause: Exception | None = None) -> NoReturn:
     shown = source if len(source) <= 60 else f"{source[:57]}..."
     raise ValueRefused(
-        f"an option of fairseq is no plain value: {shown!r} ({reason})",
+        f"an option of fairseq is not a plain value: {shown!r} ({reason})",
         remedy="write numbers, strings, booleans, None, tuples, lists, dicts, + and * only",
     ) from cause
 
 
 def _value(node: ast.expr, source: str) -> tuple[Any, int]:
-    """The value and its size: how many numbers, characters and containers it is written with, repetitions included."""
+    """The value and its size: its numbers, characters and containers, including repetitions."""
     found, size = _unbounded(node, source)
     if size > LARGEST:
         _refuse(source, f"its value has more than {LARGEST:,} parts")
@@ -78,7 +78,7 @@ def _unbounded(node: ast.expr, source: str) -> tuple[Any, int]:
             return -operand if isinstance(node.op, ast.USub) else operand, size
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add | ast.Mult):
         return _computed(_value(node.left, source), _value(node.right, source), isinstance(node.op, ast.Mult), source)
-    _refuse(source, f"it holds '{ast.unparse(node)[:40]}'")
+    _refuse(source, f"it contains '{ast.unparse(node)[:40]}'")
 
 
 def _values(nodes: Sequence[ast.expr], source: str) -> tuple[list[Any], int]:
@@ -87,7 +87,7 @@ def _values(nodes: Sequence[ast.expr], source: str) -> tuple[list[Any], int]:
 
 
 def _computed(left: tuple[Any, int], right: tuple[Any, int], times: bool, source: str) -> tuple[Any, int]:
-    """Sum or product, refused before it is made where it would be too large. TypeError is Python's own."""
+    """Sum or product; one that would be too large is rejected before it is computed."""
     (a, size_a), (b, size_b) = left, right
     if not times:
         return a + b, size_a + size_b
@@ -100,7 +100,7 @@ def _computed(left: tuple[Any, int], right: tuple[Any, int], times: bool, source
 
 
 class _Binding(importlib.abc.Loader):
-    """The loader of a module of fairseq; binds ``eval`` before any of the module's code runs."""
+    """Loader of fairseq's modules, which binds ``eval`` before the module's code runs."""
 
     def __init__(self, loader: importlib.abc.Loader) -> None:
         self._loader = loader
@@ -117,7 +117,7 @@ class _Binding(importlib.abc.Loader):
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds fairseq's modules as all other finders would, and has them loaded by :class:`_Binding`."""
+    """Finds fairseq's modules with the other finders, and loads them with :class:`_Binding`."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -137,8 +137,7 @@ def _bind(module: ModuleType) -> None:
 
 
 def guard_eval() -> None:
-    """Binds ``eval`` to :func:`read_value` in all modules of fairseq, imported or yet to be; the second call does
-    nothing."""
+    """Binds ``eval`` to :func:`read_value` in all modules of fairseq, imported now or later. Idempotent."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
     for name, module in list(sys.modules.items()):

@@ -1,7 +1,7 @@
-"""Pickles that libraries send between ranks, read as data: what they may name is listed here, and code is not.
+"""Restricted unpickler for pickles that libraries send between ranks: only listed data types, no code.
 
-torch.distributed.checkpoint agrees on its plan by pickles, and fairseq shares statistics and checkpoints so. Our own
-ranks tell one another JSON (:class:`moe_train.training.runtime.world.World`).
+torch.distributed.checkpoint exchanges its plans as pickles, and fairseq its statistics and checkpoints. moe_train sends
+JSON (:class:`moe_train.training.runtime.world.World`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-_PLANS = {  # torch.distributed.checkpoint's
+_PLANS = {  # of torch.distributed.checkpoint
     "api": {"CheckpointException"},
     "filesystem": {"_StorageInfo"},
     "metadata": {
@@ -39,7 +39,7 @@ _PLANS = {  # torch.distributed.checkpoint's
     },
     "storage": {"WriteResult"},
 }
-_VALUES = {  # plain values, and what fairseq's statistics and checkpoints are made of
+_VALUES = {  # plain values, and types in fairseq's statistics and checkpoints
     "argparse": {"Namespace"},
     "builtins": {"bool", "bytes", "complex", "dict", "float", "int", "list", "set", "str", "tuple"},
     "collections": {"OrderedDict", "defaultdict"},
@@ -63,28 +63,28 @@ _NAMES = {
 
 
 class PeerError(Exception):
-    """Stands for another rank's error of a kind that is not Python's own."""
+    """Replaces another rank's exception if its type is not a built-in one."""
 
 
 class DataUnpickler(pickle.Unpickler):
-    """Builds plain values, tensors, torch.distributed.checkpoint's plans and errors, and nothing else.
+    """Unpickles only plain values, tensors, plans of torch.distributed.checkpoint, and exceptions.
 
     Raises:
-        pickle.UnpicklingError: from ``load``, where a pickle names anything else.
+        pickle.UnpicklingError: by ``load``, if a pickle names anything else.
     """
 
     def find_class(self, module: str, name: str) -> Any:
-        """What a pickle may name."""
+        """The object of an allowed name."""
         if (module, name) in _NAMES:
             return super().find_class(module, name)
-        if (module, name) == ("torch.storage", "_load_from_bytes"):  # which unpickles whatever it is given
+        if (module, name) == ("torch.storage", "_load_from_bytes"):  # the original unpickles anything
             return _load_storage
         found = getattr(sys.modules.get(module), name, None)
         if module == "torch" and isinstance(found, torch.dtype):
             return found
         if isinstance(found, type) and issubclass(found, BaseException):
             return found if module == builtins.__name__ else PeerError
-        raise pickle.UnpicklingError(f"another rank sent {module}.{name}, which is no plain data: it was not built")
+        raise pickle.UnpicklingError(f"another rank sent {module}.{name}, which is not plain data: it was not loaded")
 
 
 def _load_storage(content: bytes) -> Any:
@@ -92,12 +92,12 @@ def _load_storage(content: bytes) -> Any:
 
 
 def loads(content: bytes) -> Any:
-    """As ``pickle.loads``, by :class:`DataUnpickler`."""
+    """``pickle.loads`` with :class:`DataUnpickler`."""
     return DataUnpickler(io.BytesIO(content)).load()
 
 
 def read_data_only() -> None:
-    """From here on torch's collectives of objects read what other ranks send with :class:`DataUnpickler`."""
+    """Makes torch's object collectives use :class:`DataUnpickler`."""
     from torch.distributed import distributed_c10d
 
     distributed_c10d._unpickler = DataUnpickler

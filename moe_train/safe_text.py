@@ -1,7 +1,7 @@
-"""Text that comes from files or other programs, made safe for the place where it is shown: one function a place.
+"""Escapes text from files or other programs for terminals, Markdown, HTML and CSV.
 
-A run's name, a note, a failure or a translation may hold escape sequences, markup or a formula. A terminal would carry
-out the first, a page the second, and a spreadsheet the third.
+A run's name, a note, a failure or a translation may contain escape sequences, markup or formulas, which a terminal, a
+page or a spreadsheet would execute.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ import logging
 import re
 import traceback
 
-# Control characters but for line feed and tab; what ends lines elsewhere; what turns the direction of text around.
+# Control characters except line feed and tab; Unicode line separators; characters that change the text direction.
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
-# What begins emphasis, code, links, HTML and cells anywhere; headings, lists, rules and fences at the beginning.
+# Markdown for emphasis, code, links, HTML and cells anywhere; headings, lists, rules and fences at the start of a line.
 _MARKDOWN = re.compile(r"[\\`*<>\[\]|]|(?<!\w)_|_(?!\w)|^#(?=[#\s])|^[+-](?=\s)|^-(?=--)|^~(?=~~)")
 _FORMULA = ("=", "+", "-", "@", "\t")
 
 
 def for_terminal(text: str) -> str:
-    """For terminals and log files: control characters become pictures of themselves (``␛``), lines and tabs stay."""
-    return _CONTROLS.sub(_picture, text)
+    """For terminals and log files: replaces control characters by symbols (``␛``), except line feeds and tabs."""
+    return _CONTROLS.sub(_symbol, text)
 
 
 def for_markdown(text: str) -> str:
-    """For a paragraph or a table's cell of a Markdown page: one line, in which nothing is markup or HTML."""
+    """For a paragraph or table cell of a Markdown page: one line with markup and HTML escaped."""
     line = " ".join(for_terminal(text).split("\n"))
     return _MARKDOWN.sub(r"\\\g<0>", line).replace("&", "&amp;")
 
@@ -35,7 +35,7 @@ def for_html(text: str) -> str:
 
 
 def for_csv(value: object) -> object:
-    """For a cell of a CSV file: text that a spreadsheet would take for a formula gets an apostrophe before it."""
+    """For a cell of a CSV file: text that a spreadsheet would read as a formula is prefixed with an apostrophe."""
     if isinstance(value, (int, float)):
         return value
     text = for_terminal(str(value))
@@ -43,25 +43,25 @@ def for_csv(value: object) -> object:
 
 
 class LogFormatter(logging.Formatter):
-    """A formatter for log files, which are read on terminals."""
+    """A formatter for log files, which are displayed on terminals."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The record's lines, its traceback included."""
+        """The formatted record with its traceback, escaped."""
         return for_terminal(super().format(record))
 
 
 def show_warnings_as_text() -> None:
-    """From here on Python's logging formats so what it prints where there is no log file."""
+    """Makes Python's logging escape what it prints if there is no log file."""
     if logging.lastResort is not None:
         logging.lastResort.setFormatter(LogFormatter())
 
 
 def current_traceback() -> str:
-    """The traceback of the error that is being handled, for a terminal."""
+    """The traceback of the current exception, escaped for a terminal."""
     return for_terminal(traceback.format_exc())
 
 
-def _picture(match: re.Match[str]) -> str:
+def _symbol(match: re.Match[str]) -> str:
     code = ord(match.group())
     if code < 0x20:
         return chr(0x2400 + code)

@@ -1,4 +1,4 @@
-"""The console of all commands: what it prints is text, unless it says itself that it is markup."""
+"""The rich console of all commands; strings are plain text unless printed with ``markup=True``."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from moe_train.safe_text import for_terminal
 
 
 class Screen(Console):
-    """A console of rich's that shows control characters in what is printed, in tables too, and sends them nowhere.
+    """A rich console that shows control characters as symbols instead of sending them to the terminal, in tables too.
 
-    Strings are no markup (``print(…, markup=True)`` makes them so), and ``:bug:`` is no picture.
+    Markup (except with ``print(…, markup=True)``) and emoji codes such as ``:bug:`` are not interpreted.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -24,7 +24,7 @@ class Screen(Console):
 
     @property
     def file(self) -> IO[str]:
-        """Where it writes; control characters from here are meant."""
+        """The output stream, on which rich's own control characters are not escaped."""
         stream = Console.file.fget(self)  # type: ignore[attr-defined]
         return StyledStream(stream) if isinstance(stream, ConsoleStream) else stream  # type: ignore[return-value]
 
@@ -33,10 +33,10 @@ class Screen(Console):
         Console.file.fset(self, stream)  # type: ignore[attr-defined]
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """Strings, before their width is measured."""
+        """Escapes strings before their width is measured."""
         return super().render_str(for_terminal(text), **options)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """What rich makes of all else; its own sequences for colours and the cursor are added later."""
+        """Escapes all other renderables; rich adds its sequences for colours and the cursor later."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else Segment(for_terminal(segment.text), segment.style)

@@ -55,7 +55,7 @@ def test_what_cannot_be_written_is_dropped_and_logged_once(lost: Lost, tmp_path:
             print("x" * 100_000, flush=True)
         print("said", file=sys.stderr)
         os.write(1, b"nor does it end a library that writes by itself")
-    assert log.read_text() == f"standard output cannot be written ({LOST[lost]}): this process goes on without it\n"
+    assert log.read_text() == f"standard output cannot be written ({LOST[lost]}): this process continues without it\n"
     assert err.read_text() == "said\n"
 
 

@@ -95,7 +95,7 @@ def deep(levels: int) -> Any:
 
 
 # What a config may not say → the words that refuse it.
-NO_VALUE, FILE, CODE_DIRECTORY = "is no plain value", "names a further file", "names code to import"
+NO_VALUE, FILE, CODE_DIRECTORY = "is not a plain value", "names a further file", "names code to import"
 HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
     # options that fairseq's models, tasks and criterions pass to eval
     "transformer": (legacy(adaptive_softmax_cutoff=CODE), NO_VALUE),

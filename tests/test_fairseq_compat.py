@@ -97,7 +97,7 @@ def test_missing_fairseq_is_said_in_one_sentence(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(fairseq_compat.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingDependency) as caught:
         fairseq_compat.require_fairseq()
-    assert str(caught.value).startswith("fairseq is not installed, and this needs it.")
+    assert str(caught.value).startswith("fairseq is required and not installed.")
     assert "scripts/setup.sh" in str(caught.value)
 
 

@@ -148,7 +148,7 @@ def test_values(text: str, value: object) -> None:
     ids=lambda text: text[:20],
 )
 def test_everything_else_is_refused_in_one_message(text: str) -> None:
-    with pytest.raises(ConfigError, match=r"^an option of fairseq is no plain value: ") as caught:
+    with pytest.raises(ConfigError, match=r"^an option of fairseq is not a plain value: ") as caught:
         read_value(text)
     assert len(str(caught.value).splitlines()) == 1 and len(str(caught.value)) < 400
 

@@ -246,7 +246,7 @@ def test_a_distribution_brings_corpora_and_configs(
 def test_a_broken_plug_in_is_one_error_that_names_its_distribution(installed: Path) -> None:
     with pytest.raises(ConfigError, match=r"outside 1\.5, entry point broken = outside\.broken: .*nothing_of_that"):
         strategies.strategy("broken")
-    with pytest.raises(ConfigError, match=r"outside 1\.5.* registers no 'silent' in strategies"):
+    with pytest.raises(ConfigError, match=r"outside 1\.5.* does not register 'silent' in strategies"):
         strategies.strategy("silent")
     with pytest.raises(ConfigError, match="Did you mean 'outside'"):
         strategies.strategy("outsid")
@@ -322,7 +322,7 @@ def test_a_config_file_names_no_code(
         ("mine.py", "def broken(:\n", r"mine\.py.*SyntaxError"),
         ("mine.py", "raise SystemExit(0)\n", r"mine\.py:1: .*SystemExit"),
         ("json.py", "", r"json\.py: .*name is taken by"),
-        ("my-strategy.py", "", r"my-strategy\.py: .*no name of a module"),
+        ("my-strategy.py", "", r"my-strategy\.py: .*not a module name"),
         ("README.md", "", "holds no Python module"),
     ],
 )
@@ -334,7 +334,7 @@ def test_what_cannot_be_imported_is_named(
     with pytest.raises(ConfigError, match=message):
         plugins.import_user_dir()
     shutil.rmtree(tmp_path)
-    with pytest.raises(ConfigError, match="user_dir is no folder"):
+    with pytest.raises(ConfigError, match="user_dir is not a folder"):
         plugins.import_user_dir()
 
 

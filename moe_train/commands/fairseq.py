@@ -22,7 +22,7 @@ from moe_train import __version__
 from moe_train.commands.cli.messages import INTERRUPTED, say_interrupted
 from moe_train.console import lossy_streams, make_streams_lossy
 from moe_train.errors import CheckpointError, UserError, did_you_mean
-from moe_train.fairseq_checkpoints import said
+from moe_train.fairseq_checkpoints import describe_exception
 from moe_train.fairseq_compat import apply
 from moe_train.fairseq_values import ValueRefused
 from moe_train.plugins import import_user_dir
@@ -104,7 +104,7 @@ def _run(command: str, words: Sequence[str]) -> None:
             raise
         logging.getLogger("fairseq").debug("%s failed", command, exc_info=True)
         raise UserError(
-            f"fairseq's {command} failed ({said(error)})",
+            f"fairseq's {command} failed ({describe_exception(error)})",
             _checkpoint(words),
             "set LOGLEVEL=DEBUG in the environment to see where",
         ) from error

@@ -1,1 +1,1 @@
-"""Small tools that need the standard library alone."""
+"""Utilities: files, JSON, processes. Standard library only."""

@@ -1,4 +1,4 @@
-"""Writing files so that a crash leaves the old content or the new one, and so that a rename follows what it names."""
+"""Atomic file writes: after a crash a file has its old or its new content."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def write_synced(path: Path, text: str) -> None:
-    """Writes a text file and waits until it is on the disk. Bytes of file names that are no text become escapes."""
+    """Writes a text file and syncs it to disk. Undecodable bytes of file names are written as escapes."""
     with path.open("w", encoding="utf-8", errors="backslashreplace") as stream:
         stream.write(text)
         stream.flush()
@@ -16,9 +16,9 @@ def write_synced(path: Path, text: str) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Writes a text file so that readers see the old one or the new one, never a part.
+    """Replaces a text file atomically: readers see the old or the new content.
 
-    Several processes may write it at once: the last one's text stays.
+    Several processes may write at the same time: the last one wins.
     """
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.partial")
     try:
@@ -30,7 +30,7 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Waits until a folder's entries (created or renamed files) are on the disk."""
+    """Syncs a folder's entries (created or renamed files) to disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,4 +1,4 @@
-"""JSON files of a run folder, read so that a damaged one is an error that names it."""
+"""Reads JSON files of a run folder; a damaged file is an error with its name."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _DEEPEST = 64
 
 
 def read_object(path: Path, remedy: str = "") -> dict[str, Any] | None:
-    """The JSON object that a file holds; None where there is no file.
+    """The JSON object in a file; None if there is no file.
 
     Raises:
-        DataError: it cannot be read, is not JSON, or holds something else; or it is larger than anything of ours.
+        DataError: the file cannot be read, is not a JSON object, or is larger than ``_LARGEST``.
     """
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would not end
-            raise ValueError("no file")
+            raise ValueError("not a regular file")
         if path.stat().st_size > _LARGEST:
             raise ValueError(f"more than {_LARGEST:,} bytes")
         return parse_object(path.read_bytes())
@@ -39,7 +39,7 @@ def parse_object(text: str | bytes) -> dict[str, Any]:
     """A JSON object.
 
     Raises:
-        ValueError: it is not JSON (or not UTF-8, or nested too deeply), or something else than an object.
+        ValueError: not JSON (or not UTF-8, or nested too deeply), or not an object.
     """
     try:
         content = json.loads(text)
@@ -61,7 +61,7 @@ def entry(content: Mapping[str, Any], key: str, kind: type) -> Any:
     """A value of an object, checked for its type.
 
     Raises:
-        ValueError: it is missing, or of another type.
+        ValueError: the value is missing or of another type.
     """
     if key not in content:
         raise ValueError(f"'{key[:60]}' is missing")
@@ -75,14 +75,14 @@ def file_digests(files: Any) -> dict[str, dict[str, Any]]:
     """The ``files`` of a manifest: relative path → ``{"sha256": …, "bytes": …}``.
 
     Raises:
-        ValueError: they are not of this form, or a path leads out of the folder.
+        ValueError: the value has another form, or a path leads out of the folder.
     """
     if not isinstance(files, dict):
-        raise ValueError("no list of files")
+        raise ValueError("not a list of files")
     for name, digest in files.items():
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in name:
-            raise ValueError(f"{name[:60]!r} is no file in its folder")
+            raise ValueError(f"{name[:60]!r} is not a file in its folder")
         if not isinstance(digest, dict):
             raise ValueError(f"no checksum of {name[:60]!r}")
         entry(digest, "sha256", str)
@@ -91,7 +91,7 @@ def file_digests(files: Any) -> dict[str, dict[str, Any]]:
 
 
 def finite(value: Any) -> float | None:
-    """A number as a float; None where it is none, or not finite."""
+    """A finite number as a float; None for all other values."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:

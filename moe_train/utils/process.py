@@ -1,4 +1,4 @@
-"""Processes that end with the one that started them, and not of a Ctrl-C before it."""
+"""Child processes that end with their parent, and ignore Ctrl-C until then."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent(parent: int) -> None:
-    """A parent that is killed outright cannot end us; Linux does it then. Leaves at once where it is gone already."""
+    """Makes Linux kill this process when its parent dies. Exits at once if the parent is already gone."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() != parent:
@@ -22,9 +22,9 @@ def die_with_parent(parent: int) -> None:
 
 @contextmanager
 def children_uninterrupted() -> Iterator[None]:
-    """Processes that are started inside never see a Ctrl-C, which a terminal sends to all: their parent ends them.
+    """Context in which started processes ignore Ctrl-C, which a terminal sends to all; their parent ends them.
 
-    Without this each would print a traceback. One that comes meanwhile reaches the parent a moment later.
+    Otherwise each would print a traceback. A Ctrl-C inside the context reaches the parent at its end.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:

@@ -1,4 +1,4 @@
-"""An ordered, bounded map over processes: the parent never reads further ahead than the workers need."""
+"""An ordered map over processes with bounded read-ahead."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _LONGEST_BLOCK = 1 << 24
 
 
 def blocks(items: Iterable[A], size: int, length: Callable[[A], int]) -> Iterator[list[A]]:
-    """Cuts into lists of ``size``, and of fewer items where these have 16 million characters; the last may be shorter.
+    """Splits items into lists of ``size``, or shorter lists that have reached 16 million characters.
 
     Args:
-        length: characters of an item.
+        length: number of characters of an item.
     """
     block: list[A] = []
     characters = 0
@@ -44,10 +44,10 @@ def blocks(items: Iterable[A], size: int, length: Callable[[A], int]) -> Iterato
 
 
 class Workers:
-    """Worker processes that start when there is enough to do, and serve until the ``with`` block ends.
+    """Worker processes, started on the first :meth:`map` of several items and stopped at the end of the ``with`` block.
 
     Args:
-        processes: how many (1: everything happens in the calling process).
+        processes: number of processes (1: everything runs in the calling process).
     """
 
     def __init__(self, processes: int) -> None:
@@ -63,9 +63,9 @@ class Workers:
             self._pool = None
 
     def map(self, function: Callable[[A], B], items: Iterable[A]) -> Iterator[B]:
-        """Like ``map``: results in the order of the items, at most three items a worker in flight.
+        """Like ``map``: results in the order of the items, with at most three pending items per worker.
 
-        A single item is worked off in the calling process.
+        A single item is processed in the calling process.
         """
         iterator = iter(items)
         head = list(islice(iterator, 2))
@@ -74,18 +74,18 @@ class Workers:
             yield from map(function, iterator)
             return
         pool = self._started()
-        flying: deque[Future[B]] = deque()
+        pending: deque[Future[B]] = deque()
         for item in chain(head, iterator):
-            if len(flying) >= 3 * self.processes:
-                yield flying.popleft().result()
-            with children_uninterrupted():  # the pool starts its processes one by one, as items come
-                flying.append(pool.submit(function, item))
-        while flying:
-            yield flying.popleft().result()
+            if len(pending) >= 3 * self.processes:
+                yield pending.popleft().result()
+            with children_uninterrupted():  # submit may start a process
+                pending.append(pool.submit(function, item))
+        while pending:
+            yield pending.popleft().result()
 
     def _started(self) -> ProcessPoolExecutor:
         if self._pool is None:
-            # Not fork: a progress bar's thread may hold a lock at that moment.
+            # Not fork: a progress bar's thread may hold a lock.
             context = multiprocessing.get_context("spawn")
             self._pool = ProcessPoolExecutor(self.processes, mp_context=context, initializer=import_user_dir)
         return self._pool

@@ -131,7 +131,7 @@ def test_what_a_killed_export_leaves_goes_and_neighbours_stay(made: Path, tmp_pa
         (tmp_path / name / "notes").write_text("mine")
     with (
         replacing_folder(tmp_path / "out"),
-        pytest.raises(ConfigError, match=rf"another process is making this folder \(process {os.getpid()}"),
+        pytest.raises(ConfigError, match=rf"another process is writing this folder \(process {os.getpid()}"),
     ):
         export_run(ExportConfig(str(made), str(tmp_path / "out")))
     export_run(ExportConfig(str(made), str(tmp_path / "out")))

@@ -148,7 +148,7 @@ def test_the_same_bits_at_inference_and_in_any_number_of_threads() -> None:
         assert torch.equal(one, other)
 
 
-def test_a_number_that_is_none_reaches_the_output() -> None:
+def test_nan_reaches_the_output() -> None:
     numbers, plan = inputs([3, 3], 32, 32, True), plan_of([3, 3])
     with torch.no_grad():
         numbers[0][4, 7] = float("nan")
@@ -166,7 +166,7 @@ def test_torchs_products_on_the_same_unit_are_not_disturbed() -> None:
 
 
 @pytest.mark.parametrize("kind", [{}, {"bias": False}, {"sublayers": 2}, {"dim": 7, "hidden": 10}], ids=str)
-def test_the_pool_takes_it_and_computes_the_same(kind: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_pool_uses_the_backend_with_the_same_result(kind: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     experts = pool_of(0, 4, BF16, **{"dim": 32, "hidden": 64, **kind})
     x = torch.randn(12, experts.spec.dim).to(BF16).requires_grad_()
     assignment = random_assignment(12, 4, 40, 1)
@@ -215,7 +215,7 @@ def test_recomputed_and_under_autocast(reentrant: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_under_another_default_type(dtype: torch.dtype) -> None:
+def test_independent_of_the_default_dtype(dtype: torch.dtype) -> None:
     numbers, plan = inputs([40, 7], 64, 256, True), plan_of([40, 7])
     y = amx.amx_feed_forward(*numbers, plan, HiddenLayer("relu"))
     wanted = torch.autograd.grad(y, numbers, torch.ones_like(y), retain_graph=True)
@@ -263,7 +263,7 @@ def test_threads_that_end_leave_no_memory() -> None:
     assert resident() - before < 20 << 20  # each had 4 MiB
 
 
-def test_not_for_everybody() -> None:
+def test_amx_backend_needs_bf16_and_relu() -> None:
     rows = torch.zeros(1, dtype=BF16)
     assert mlp.choose_backend(rows, "relu", 1).name == "amx" and mlp.choose_backend(rows, "gelu", 1).name == "torch"
     assert mlp.choose_backend(rows.float(), "relu", 1).name == "torch" and not amx_mlp.is_supported(rows.float())

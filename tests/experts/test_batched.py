@@ -90,7 +90,7 @@ def test_only_small_experts_of_16_bits_are_batched() -> None:
     assert row_alignment(rows, 128) % 32 == 0 and row_alignment(rows.double(), 128) == 1
 
 
-def test_bf16_takes_it_by_itself_and_sums_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bf16_uses_the_kernel_and_accumulates_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where our kernel does not serve."""
     monkeypatch.setattr(amx_mlp, "is_supported", lambda *_: False)
     calls = []

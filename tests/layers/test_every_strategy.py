@@ -39,7 +39,7 @@ def run(layer: MoELayer, x: Tensor, padding: Tensor | None = None) -> tuple[Tens
 
 
 @every
-def test_a_few_steps_bring_a_target_nearer(case: str) -> None:
+def test_a_few_steps_reduce_the_loss(case: str) -> None:
     layer, x = make(case), inputs(4, 6)
     target = torch.tanh(x.flip(-1))
     optimizer = torch.optim.Adam(layer.parameters(), lr=0.01)

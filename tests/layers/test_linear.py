@@ -47,7 +47,7 @@ def test_only_what_is_asked_for_is_differentiated() -> None:
 
 
 @pytest.mark.usefixtures("always_fast")
-def test_other_types_and_autocast_take_torchs_own_road() -> None:
+def test_other_types_and_autocast_use_torch() -> None:
     x, weight = torch.randn(7, 5), torch.randn(6, 5)
     assert linear(x.double(), weight.double()).dtype == torch.float64
     assert linear(x.bfloat16(), weight.bfloat16()).dtype == torch.bfloat16

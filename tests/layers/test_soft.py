@@ -129,7 +129,7 @@ def test_a_sentence_of_padding_alone_gives_zeros_and_finite_gradients() -> None:
 
 @given(st.integers(1, 8), st.integers(0, 50))
 @settings(max_examples=15)
-def test_one_slot_in_all_gives_every_token_the_same(length: int, seed: int) -> None:
+def test_one_slot_gives_every_token_the_same_output(length: int, seed: int) -> None:
     y = run(make(seed, num_experts=1, slots_per_expert=1), inputs(2, length, seed))
     torch.testing.assert_close(y, y[:, :1].expand_as(y))
 

@@ -22,7 +22,7 @@ def test_ten_steps_equal_one_process(worlds: Worlds, world: int, expert_parallel
             assert (value - want[name]).norm() <= 1e-12 * whole, name
 
 
-def test_process_ranks(worlds: Worlds) -> None:
+def test_dist_reduction(worlds: Worlds) -> None:
     assert worlds(4).run(statistics) == [(4, rank, [6, 4], 3.0, False) for rank in range(4)]
 
 

@@ -55,13 +55,13 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("numbers", "complaint"), REFUSED, ids=str)
-def test_what_cannot_be_says_what_can(numbers: tuple, complaint: str) -> None:
+def test_invalid_layout_names_valid_sizes(numbers: tuple, complaint: str) -> None:
     with pytest.raises(ConfigError) as caught:
         plan_layout(*numbers)
     assert complaint in str(caught.value)
 
 
-def test_picture() -> None:
+def test_describe() -> None:
     assert plan_layout(4, 2, 2, 8).describe(8).splitlines() == [
         "4 ranks = 2 replicas x 2 expert-parallel (8 experts, 4 a rank)",
         "node 0",

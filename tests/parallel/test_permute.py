@@ -80,7 +80,7 @@ def test_without_a_pair(dtype: torch.dtype) -> None:
 
 
 @given(st.permutations(range(12)))
-def test_one_pair_each_is_a_move(order: list[int]) -> None:
+def test_one_pair_per_token_is_a_copy(order: list[int]) -> None:
     """Each token has one pair: rows are a permutation of tokens, and go back to where they came from."""
     expert = torch.tensor(order) % EXPERTS
     counts = torch.bincount(expert, minlength=EXPERTS).tolist()

@@ -28,7 +28,7 @@ def naive(choices: list[list[int]], order: list[int], capacity: int) -> list[lis
 
 
 @given(choice_rows, st.integers(1, 4), st.integers(0, 6), st.randoms(use_true_random=False), st.booleans())
-def test_serving_follows_the_definition(
+def test_within_capacity_follows_the_definition(
     rows: list[list[int]], k: int, capacity: int, random: object, holes: bool
 ) -> None:
     chosen = [row[:k] for row in rows]
@@ -41,7 +41,7 @@ def test_serving_follows_the_definition(
     assert kept.tolist() == naive(chosen, order, capacity)
 
 
-def test_places_count_earlier_entries_of_the_same_expert() -> None:
+def test_positions_count_earlier_entries_of_the_same_expert() -> None:
     assert positions_in_expert(torch.tensor([2, 0, 2, 2, 0]), 3).tolist() == [0, 0, 1, 2, 1]
 
 
@@ -78,7 +78,7 @@ def test_what_is_rounded_is_a_key(
     assert sorted(routing.statistics.load.tolist()) == [0] * (num_experts - k) + [expected] * k
 
 
-def test_the_surest_tokens_come_first_where_asked() -> None:
+def test_batch_prioritised_uses_weights() -> None:
     choices = torch.zeros(8, 1, dtype=torch.int64)
     sure = torch.tensor([0.1, 0.9, 0.3, 0.8, 0.2, 0.5, 0.4, 0.7])
     kept = capacity_mask(choices, torch.tensor(4), 2, batch_context([8]), priority=sure)

@@ -44,7 +44,7 @@ def test_each_coordinate_gives_draws_of_its_own(change: dict[str, int]) -> None:
 
 
 @given(st.permutations(range(12)))
-def test_draws_follow_tokens_wherever_they_stand(order: list[int]) -> None:
+def test_draws_do_not_depend_on_the_position_in_the_batch(order: list[int]) -> None:
     context = batch_context([5, 7], passes=1)
     rows = torch.tensor(order)
     taken = {n: getattr(context, n)[rows] for n in ("sentence", "position", "sentence_uid", "pass_index")}

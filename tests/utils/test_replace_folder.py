@@ -119,7 +119,7 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
     assert read(tmp_path / "out") == "first" and os.listdir(tmp_path) == ["out"]
 
 
-def test_a_work_folder_in_use_stays_though_somebody_has_removed_the_lock(tmp_path: Path) -> None:
+def test_a_work_folder_in_use_is_kept_without_its_lock(tmp_path: Path) -> None:
     with replacing_folder(tmp_path / "out") as first:
         write(first.begin(), "first")
         (tmp_path / ".out.lock").unlink()
@@ -160,7 +160,7 @@ def test_a_work_folder_of_another_machine_stays(tmp_path: Path, caplog: pytest.L
 
 
 @pytest.mark.parametrize("mark", ["", "[]", "{}", "null", "[" * 100_000])
-def test_a_marker_that_says_nothing_is_no_marker(tmp_path: Path, mark: str) -> None:
+def test_an_empty_marker_is_no_marker(tmp_path: Path, mark: str) -> None:
     work = leave_over(tmp_path / "out")
     (work / MARKER).write_text(mark)
     replace(tmp_path / "out", "new")
@@ -177,7 +177,7 @@ def test_a_file_of_the_users_by_the_name_of_the_lock_is_left_as_it_is(tmp_path: 
     assert lock.read_text() == ""
 
 
-def test_what_comes_to_the_place_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+def test_a_target_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
     place = tmp_path / "out"
     with replacing_folder(place) as replacement:
         write(replacement.begin(), "new")
@@ -210,7 +210,7 @@ def test_symbolic_links_are_followed(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "disk") == ["data"]
 
 
-def test_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_replaces_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     replace(Path("."), "new")

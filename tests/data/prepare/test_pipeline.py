@@ -462,7 +462,7 @@ def test_two_processes_never_make_one_folder(corpus: Path, tmp_path: Path) -> No
             assert first.poll() is None
             time.sleep(0.01)
         first.send_signal(signal.SIGSTOP)
-        with pytest.raises(ConfigError, match=rf"another process is making this folder \(process {first.pid} on "):
+        with pytest.raises(ConfigError, match=rf"another process is writing this folder \(process {first.pid} on "):
             prepare(settings(corpus, tmp_path / "out"))
         assert (tmp_path / "out.partial" / "new").exists()
     finally:

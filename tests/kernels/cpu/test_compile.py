@@ -136,7 +136,7 @@ def test_processes_that_build_at_once(source: Path, tmp_path: Path) -> None:
 
 
 @needs_compiler
-def test_for_whom(source: Path) -> None:
+def test_library_for_bf16_on_cpu_only(source: Path) -> None:
     """For bf16 on the CPU, unless somebody counts what torch does."""
     rows = torch.zeros(1, dtype=torch.bfloat16)
     assert compile.library_for(rows, source) is not None

@@ -38,7 +38,7 @@ def test_gradient_goes_where_values_went() -> None:
     torch.testing.assert_close(x.grad * x, y)
 
 
-def test_the_seed_decides() -> None:
+def test_seed_determines_the_mask() -> None:
     def drawn() -> torch.Tensor:
         torch.manual_seed(3)
         return dropout(torch.ones(1001), 0.2)
@@ -48,7 +48,7 @@ def test_the_seed_decides() -> None:
 
 
 @pytest.mark.parametrize(("p", "training"), [(0.0, True), (0.4, False)])
-def test_nothing_happens(p: float, training: bool) -> None:
+def test_returns_the_input_without_dropout(p: float, training: bool) -> None:
     x = torch.ones(5)
     assert dropout(x, p, training) is x
 

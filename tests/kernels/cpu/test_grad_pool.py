@@ -34,7 +34,7 @@ def waiting(memory: grad_pool._Memory) -> dict[int, int]:
     return {size: len(mappings) for size, mappings in memory.free.items() if mappings}
 
 
-def test_used_again_when_nobody_has_it(memory: grad_pool._Memory) -> None:
+def test_freed_memory_is_reused(memory: grad_pool._Memory) -> None:
     first = grad_pool.gradient_like(LARGE)
     first.fill_(1)
     place, part = first.data_ptr(), first[3:]
@@ -48,7 +48,7 @@ def test_used_again_when_nobody_has_it(memory: grad_pool._Memory) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_like_the_weight(dtype: torch.dtype) -> None:
+def test_gradient_has_shape_and_dtype_of_the_weight(dtype: torch.dtype) -> None:
     weight = torch.zeros(2, 2100, 1024, dtype=dtype)
     gradient = grad_pool.gradient_like(weight)
     assert gradient.shape == weight.shape and gradient.dtype == dtype and gradient.is_contiguous()
@@ -82,13 +82,13 @@ def test_what_waits_for_long_is_given_up(memory: grad_pool._Memory, monkeypatch:
     assert 8 << 20 not in waiting(memory) and (kept == 3).all()
 
 
-def test_watched_it_is_torchs(memory: grad_pool._Memory) -> None:
+def test_not_used_under_a_dispatch_mode(memory: grad_pool._Memory) -> None:
     with FlopCounterMode(display=False):
         grad_pool.gradient_like(LARGE)
     assert memory.free == {} and memory.acquisitions == 0
 
 
-def test_small_ones_and_other_devices_are_torchs(memory: grad_pool._Memory) -> None:
+def test_small_gradients_and_other_devices_use_torch(memory: grad_pool._Memory) -> None:
     assert grad_pool.gradient_like(torch.zeros(3, 4)).shape == (3, 4)
     assert grad_pool.gradient_like(LARGE.to("meta")).device.type == "meta"
     assert memory.free == {}

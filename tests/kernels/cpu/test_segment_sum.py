@@ -22,7 +22,7 @@ def draw(seed: int, *shape: int) -> Tensor:
 
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=8), st.integers(1, 150), st.booleans(), st.integers(0, 99))
-def test_add_up(sizes: list[int], dim: int, weighted: bool, seed: int) -> None:
+def test_weighted_sums(sizes: list[int], dim: int, weighted: bool, seed: int) -> None:
     """Bags of any size, none included, over rows in any order."""
     total, count = sum(sizes), torch.tensor(sizes)
     values = draw(seed, max(total, 1), dim)
@@ -37,7 +37,7 @@ def test_add_up(sizes: list[int], dim: int, weighted: bool, seed: int) -> None:
 
 
 @given(st.lists(st.integers(0, 3), max_size=12), st.integers(0, 4), st.integers(1, 150), st.integers(0, 99))
-def test_add_up_backward(tokens: list[int], padding: int, dim: int, seed: int) -> None:
+def test_weighted_sums_grad(tokens: list[int], padding: int, dim: int, seed: int) -> None:
     """Rows in any order; what stands in padding rows, and where they point, reaches nobody."""
     pairs, total = len(tokens), len(tokens) + padding
     order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
@@ -53,7 +53,7 @@ def test_add_up_backward(tokens: list[int], padding: int, dim: int, seed: int) -
     assert ((by_weight - products.sum(1)).abs() <= 1e-5 * products.abs().sum(1)).all()
 
 
-def test_numbers_that_are_none() -> None:
+def test_nan_and_infinity_pass_through() -> None:
     """NaN and infinity pass through, and what is too large becomes infinite."""
     row = torch.tensor([[float("nan"), float("inf"), -float("inf"), 3.3e38, 0.0]]).to(torch.bfloat16)
     one = torch.zeros(1, dtype=torch.int64)

@@ -29,14 +29,14 @@ def two_threads() -> object:
 
 
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=40), st.integers(1, 6))
-def test_the_fullest_part_is_within_one_expert_of_even(rows: list[int], parts: int) -> None:
+def test_largest_load_is_within_one_expert_of_even(rows: list[int], parts: int) -> None:
     busy = sorted((e for e, count in enumerate(rows) if count), key=lambda e: -rows[e])
     fullest = thread_pool.largest_load(busy, rows, parts)
     assert sum(rows) / parts <= fullest <= sum(rows) / parts + max(rows)
 
 
 @pytest.mark.parametrize(("rows", "threaded"), [([9, 0, 5, 7, 8], True), ([90, 0, 5], False), ([4], False), ([], 0)])
-def test_every_busy_expert_is_taken_once_the_fullest_first(
+def test_every_expert_with_rows_is_taken_once_largest_first(
     two_threads: None, monkeypatch: pytest.MonkeyPatch, rows: list[int], threaded: bool
 ) -> None:
     monkeypatch.setattr(thread_pool, "_MIN_PARALLEL_FLOPS", 0.0)
@@ -48,7 +48,7 @@ def test_every_busy_expert_is_taken_once_the_fullest_first(
 
 
 @pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
-def test_nobody_works_on_when_the_call_has_failed(
+def test_no_thread_continues_after_an_error(
     two_threads: None, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
 ) -> None:
     """Else threads would write to memory that the caller has let go of."""
@@ -95,7 +95,7 @@ print(awake, min(spent_asleep() for _ in range(3)))
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores, for two threads to wait awake")
-def test_openmp_does_not_keep_our_threads_from_the_cores() -> None:
+def test_openmp_threads_do_not_block_the_pool() -> None:
     """After a loop its threads wait awake, unless there are more of them than cores: measured as time on cores."""
     command = ["taskset", "-c", ",".join(map(str, sorted(os.sched_getaffinity(0))[:2])), sys.executable, "-c", ASLEEP]
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_", "KMP_"))}

@@ -63,7 +63,7 @@ def test_the_batch_scope_lets_batch_mates_compete() -> None:
     assert pairs_by_token(sentence, 24) != pairs_by_token(batch, 24)
 
 
-def test_a_later_token_changes_an_earlier_one() -> None:
+def test_a_later_token_changes_an_earlier_output() -> None:
     """Why a decoder refuses it."""
     router = make_router("expert_choice", num_experts=4, capacity_factor=1.0)
     x, context = tokens(8), batch_context([8])

@@ -39,7 +39,7 @@ def test_only_the_first_of_the_batch_are_served_and_the_others_have_no_pair() ->
     assert routing.losses["balance_loss"].value.item() > 1, "what is dropped still counts in f"
 
 
-def test_evaluation_drops_nothing_unless_told_to() -> None:
+def test_evaluation_drops_nothing_by_default() -> None:
     x, context = tokens(12), batch_context([12])
     assert make_router("switch", capacity_factor=0.25)(x, context).kept.all()
     limited = make_router("switch", num_experts=4, capacity_factor=1.0, evaluation_capacity_factor=0.25)(x, context)

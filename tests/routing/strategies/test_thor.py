@@ -64,7 +64,7 @@ def test_distinct_pairs_are_uniform_over_ordered_pairs() -> None:
     assert ((counts - 1500 / 6) ** 2 / (1500 / 6)).sum().item() < 20.5  # 0.999 quantile, 5 degrees of freedom
 
 
-def test_layers_and_seeds_draw_on_their_own() -> None:
+def test_draws_differ_between_layers_and_seeds() -> None:
     router = make_router("thor", num_experts=8)
     base = over_updates(router, 200)
     for change in ({"layer": 1}, {"seed": 2}):

@@ -154,7 +154,7 @@ def test_torchscale_has_no_temperature_and_takes_two() -> None:
 
 @given(scale, scales, st.integers(0, 100), st.booleans())
 @settings(max_examples=25)
-def test_torchscale_is_blind_to_lengths_of_embeddings_and_chooses_blind_to_those_of_tokens(
+def test_torchscale_ignores_lengths_of_embeddings_and_chooses_regardless_of_token_lengths(
     c: float, e: list[float], seed: int, training: bool
 ) -> None:
     router, x = make_router("xmoe", seed=seed, mode="torchscale"), tokens(9, seed=seed)
