@@ -59,15 +59,14 @@ class AmxFeedForward(torch.autograd.Function):
         weights_need_grad = any(ctx.needs_input_grad[1:5])
         grad_rows = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
         grad_w1, grad_w2 = (empty_weight_gradient(w, ctx.plan) if weights_need_grad else None for w in (w1, w2))
-        grad_b1, grad_b2 = (_zero_bias_sums(w) if weights_need_grad and ctx.biased else None for w in (w1, w2))
+        # Gradients of biases are accumulated in fp32.
+        grad_b1, grad_b2 = (
+            w.new_zeros(w.shape[0], w.shape[2], dtype=torch.float32) if weights_need_grad and ctx.biased else None
+            for w in (w1, w2)
+        )
         # The factor 1 / (1 - p) of dropout, rounded to the type of the rows.
         dropout_scale = float(rows.new_ones(()).div_(1 - ctx.dropout))
         into = grad_rows, grad_w1, grad_b1, grad_w2, grad_b2
         amx_mlp.backward(grad.contiguous(), rows, hidden, w1, w2, into, dropout_scale, ctx.plan.rows)
         grad_b1, grad_b2 = (None if by is None else by.to(w1.dtype) for by in (grad_b1, grad_b2))
         return grad_rows, grad_w1, grad_b1, grad_w2, grad_b2, None, None, None
-
-
-def _zero_bias_sums(weight: Tensor) -> Tensor:
-    """Zeros [E, out] fp32, to accumulate the gradient of the bias that follows a weight [E, in, out]."""
-    return torch.zeros(weight.shape[0], weight.shape[2], dtype=torch.float32, device=weight.device)

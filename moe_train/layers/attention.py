@@ -27,12 +27,6 @@ def _split(projected: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
     return projected.view(batch, length, parts, heads, width // (parts * heads)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
-def _merge(attended: Tensor) -> Tensor:
-    """[B, H, S, d / H] → [B, S, d]."""
-    batch, heads, length, width = attended.shape
-    return attended.transpose(1, 2).reshape(batch, length, heads * width)
-
-
 class _Attention(nn.Module):
     """Base class. Initialised as in fairseq: Xavier, with a gain of 1/√2 for query, key and value."""
 
@@ -58,7 +52,7 @@ class _Attention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         with sdpa_kernel(list(_KERNELS)) if q.device.type == "cuda" else nullcontext():
             attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
-        return linear(_merge(attended), self.out.weight, self.out.bias)
+        return linear(attended.transpose(1, 2).flatten(2), self.out.weight, self.out.bias)
 
 
 class SelfAttention(_Attention):

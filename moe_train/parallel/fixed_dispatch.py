@@ -57,7 +57,9 @@ def start_fixed_dispatch(
     padded = torch.cat([x, x.new_zeros(1, x.shape[1])])
     weight = torch.cat([weight, weight.new_zeros(1)])[slots.pair]
     index = RowIndex.of_tokens(slots.token, tokens + 1)
-    sizes = _equal_sizes(level.group.size, rows, rows * pairs_per_row, x.device)
+    members, pairs = level.group.size, rows * pairs_per_row
+    arriving = torch.stack([torch.full((members,), n, device=x.device) for n in (rows, pairs)])
+    sizes = SplitSizes([rows] * members, [pairs] * members, [rows] * members, [pairs] * members, arriving)
     return FixedDispatch(SentRows.start(padded, index, weight, slots.ids, level, sizes), tokens)
 
 
@@ -106,8 +108,3 @@ def assign_slots(
 def _scatter(size: int, default: int, slot: Tensor, value: Tensor) -> Tensor:
     """[size] filled with ``default``, then ``value`` written at ``slot``; values for slot ``size`` are discarded."""
     return value.new_full((size + 1,), default).scatter_(0, slot, value)[:-1]
-
-
-def _equal_sizes(members: int, rows: int, pairs: int, device: torch.device) -> SplitSizes:
-    arriving = torch.stack([torch.full((members,), n, device=device) for n in (rows, pairs)])
-    return SplitSizes([rows] * members, [pairs] * members, [rows] * members, [pairs] * members, arriving)

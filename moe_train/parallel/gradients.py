@@ -82,11 +82,11 @@ def gradient_norm(parameters: Iterable[nn.Parameter], layout: ExpertLayout) -> T
 
 def _reduce(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup | None, divide_by: float) -> None:
     known = [p for p in parameters if p.requires_grad]
-    alone = group is None or dist.get_world_size(group) == 1
+    is_single = group is None or dist.get_world_size(group) == 1
     for parameter in known:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    if not alone:
+    if not is_single:
         for bucket in _buckets([p.grad for p in known if p.grad is not None]):
             flat = torch.cat([g.reshape(-1) for g in bucket])
             dist.all_reduce(flat, group=group)

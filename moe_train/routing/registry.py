@@ -79,7 +79,7 @@ def routing_config(keys: Mapping[str, Any]) -> RoutingConfig:
 
 
 def _built(target: Strategy, keys: Mapping[str, Any], where: str) -> RoutingConfig:
-    """The strategy's config; a key that only others have is refused with their names."""
+    """The strategy's config; the error for a key of other strategies names these."""
     own = {f.name for f in dataclasses.fields(target.config)}
     for key in keys:
         full = spelt_out(key)
