@@ -6,7 +6,6 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 
@@ -89,16 +88,6 @@ class RoutingContext:
         """The context of the tokens ``rows`` [R] int64, increasing (for SMoE's later strata)."""
         taken = {n: getattr(self, n)[rows] for n in _PER_TOKEN}
         return dataclasses.replace(self, **taken)
-
-    @classmethod
-    def of_batch(cls, batch: int, length: int, device: torch.device | str = "cpu", **changes: object) -> RoutingContext:
-        """A context for ``batch`` sentences of ``length`` tokens without metadata (tests, single layers)."""
-        sentence = torch.arange(batch, device=device).repeat_interleave(length)
-        position = torch.arange(length, device=device).repeat(batch)
-        unknown = torch.full_like(sentence, -1)
-        zero = torch.zeros_like(sentence)
-        context = cls(sentence, position, sentence.clone(), unknown, unknown, zero, num_sentences=batch)
-        return dataclasses.replace(context, **changes)  # type: ignore[arg-type]
 
 
 _PER_TOKEN = ("sentence", "position", "sentence_uid", "token_id", "language", "pass_index")

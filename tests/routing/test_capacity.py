@@ -1,4 +1,4 @@
-"""Who is served first, and that nobody serves more than its capacity."""
+"""Order of priority, and that no expert takes more than its capacity."""
 
 from __future__ import annotations
 

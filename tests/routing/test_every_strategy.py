@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from moe_train.routing import RoutingContext, strategy
+from moe_train.routing import strategy
 from tests.routing.helpers import (
-    DIM,
     batch_context,
     make_experts,
     make_router,
@@ -259,12 +258,6 @@ def test_padding_needs_no_mask_because_it_never_arrives(case: str) -> None:
     without = batch_context([3, 4, 2], training=True)
     without = dataclasses.replace(without, sentence_uid=context.sentence_uid, token_id=context.token_id)
     assert pairs_by_token(router(x, context), 9) == pairs_by_token(router(x, without), 9)
-
-
-def test_contexts_have_one_row_per_token() -> None:
-    context = RoutingContext.of_batch(2, 3)
-    assert context.position.tolist() == [0, 1, 2, 0, 1, 2]
-    assert tokens(6).shape == (6, DIM)
 
 
 @every

@@ -82,7 +82,7 @@ def test_one_expert_per_group_is_switch(num_experts: int, matrices: str, count: 
 def test_one_group_is_flat_top_k_with_nothing_to_align(
     num_experts: int, data: st.DataObject, matrices: str, count: int, seed: int
 ) -> None:
-    """G = 1, whatever k: the same outputs and gradients; no expert stands outside the group."""
+    """G = 1, any k: the same outputs and gradients; no expert is outside the group."""
     k = data.draw(st.integers(1, num_experts), label="k")
     keys = {"num_experts": num_experts, "top_k": k}
     sam = make_router("sam", seed=seed, num_groups=1, matrices=matrices, **keys)

@@ -1,4 +1,4 @@
-"""SMoE's gates: what they see, where tokens go on, capacity, and the closed form of passes. The block: tests/layers."""
+"""SMoE's gates: visible experts, the next stratum, capacity, closed form of passes. The block is in tests/layers."""
 
 from __future__ import annotations
 

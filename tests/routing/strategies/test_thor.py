@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_train.errors import ConfigError
-from moe_train.routing import RoutingContext, routing_config, strategy
+from moe_train.routing import routing_config, strategy
 from tests.routing.helpers import batch_context, make_experts, make_router, mix, tokens
 
 CHI_SQUARE_999 = {2: 10.83, 3: 13.82, 4: 16.27, 5: 18.47, 8: 24.32}  # 0.999 quantile by number of experts
@@ -122,7 +122,7 @@ def test_beams_inherit_the_uid_and_so_the_expert() -> None:
     """Five beams of one sentence, as rows of a step-by-step batch at any position."""
     router = make_router("thor", inference="sentence")
     for position in (0, 1, 17):
-        context = RoutingContext.of_batch(5, 1)
+        context = batch_context([1] * 5)
         uid, where = torch.full((5,), 42), torch.full((5,), position)
         context = dataclasses.replace(context, sentence_uid=uid, position=where)
         assert len(router(tokens(5), context).choices.unique()) == 1

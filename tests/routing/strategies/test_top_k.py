@@ -184,7 +184,7 @@ def test_the_bias_learns_from_loads_and_is_kept_in_the_state() -> None:
 
 
 def test_the_bias_levels_a_collapsed_router() -> None:
-    """An expert that nobody would choose gets its share after enough updates."""
+    """An expert that no token chooses at first gets its share after enough updates."""
     router, x = make_router("top_k", balancing_bias_rate=0.004, num_experts=4, top_k=1, normalise="none"), tokens(400)
     x[:, 0] = 1.0
     router.gate.weight.data[:, 0] = torch.tensor([3.0, 0, 0, -3.0])

@@ -23,7 +23,7 @@ def weights_of(router: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def lengthen(router: Any, factors: list[float]) -> None:
-    """Multiplies each expert's embedding by a factor of its own."""
+    """Multiplies each expert's embedding by a different factor."""
     with torch.no_grad():
         router.embedding.mul_(torch.tensor(factors, dtype=torch.float64).unsqueeze(1))
 
