@@ -1,4 +1,4 @@
-"""Every recipe in configs/experiment builds; those of papers have the papers' parameters; each has a small twin."""
+"""Every recipe in configs/experiment builds; those of papers have the papers' parameters; each has a small version."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where sparse layers stand, by the papers' conventions."""
+"""Placement of sparse layers by the papers' conventions."""
 
 from __future__ import annotations
 

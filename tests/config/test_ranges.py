@@ -25,7 +25,7 @@ from moe_train.errors import ConfigError, UserError
 from moe_train.routing import registered_strategies, routing_config
 
 CLUSTER = OmegaConf.to_container(OmegaConf.load(configs_directory() / "cluster" / "cpu.yaml"))
-# A config, where its keys stand in messages, and what it cannot be without.
+# A config, the prefix of its keys in messages, and its required keys.
 CONFIGS: dict[str, tuple[type, str, dict[str, Any]]] = {
     "train": (RunConfig, "", {"data": "d"}),
     "images": (ImageConfig, "task", {}),

@@ -19,7 +19,7 @@ KINDS = [{}, {"activation": "gelu"}, {"bias": False}, {"sublayers": 2}]
 
 @pytest.fixture(scope="module")
 def always() -> object:
-    """Pads whatever the loads are."""
+    """Pads for any loads."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mlp, "max_padding_for_batched", lambda x, mean: float("inf"))
         calls: list[int] = []

@@ -37,7 +37,7 @@ def test_equals_the_loop(kind: dict, pairs: int, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this torch has no grouped_mm")
 @pytest.mark.parametrize("weighted", [True, False])
 def test_no_tokens_at_all(weighted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A later stratum may be reached by nobody. Rows are padding only then, of a token that is not there."""
+    """A later stratum may get no token. Then all rows are padding, of a token that does not exist."""
     pool = pool_of(0, 4, torch.float32, dim=8, hidden=16)
     monkeypatch.setattr(mlp, "prefers_grouped", lambda _: True)
     monkeypatch.setattr(mlp, "row_alignment", lambda *_: 16)

@@ -113,7 +113,7 @@ def test_frozen_blocks_do_not_learn_but_still_teach_what_is_below(case: str) -> 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c != "dense"])
 def test_frozen_blocks_keep_every_bit_through_an_optimizers_steps(case: str) -> None:
-    """Weight decay, moments and the balancing bias too, while what stands below learns (X-MoE §3.3)."""
+    """Also with weight decay, moments and the balancing bias, while the layers below are trained (X-MoE §3.3)."""
     below, layer, x = nn.Linear(DIM, DIM).double(), make(case, frozen=True), inputs(2, 5)
     optimizer = torch.optim.AdamW([*below.parameters(), *layer.parameters()], lr=0.1, weight_decay=0.1)
     before, weight = {n: v.clone() for n, v in layer.state_dict().items()}, below.weight.detach().clone()

@@ -1,4 +1,4 @@
-"""The fast product computes what F.linear computes, and stands aside where it cannot help."""
+"""The oneDNN product equals F.linear, and is not used where it is not faster."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The script that sets our model beside stock fairseq's runs, and both sides of it do what they say."""
+"""The script that compares our model with stock fairseq runs, and both models compute what they should."""
 
 from __future__ import annotations
 

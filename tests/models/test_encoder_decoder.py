@@ -15,7 +15,7 @@ from tests.models.helpers import PAD, VARIANTS, causal_strategies, facts, senten
 
 CAUSAL = causal_strategies()
 DECODERS = [*CAUSAL, *VARIANTS]
-EVERY = [*sorted(registered_strategies()), *VARIANTS]  # what decoders refuse stands in the encoder
+EVERY = [*sorted(registered_strategies()), *VARIANTS]  # strategies that decoders reject are used in the encoder
 
 
 def full(model: TransformerModel, source: Tensor, target: Tensor, **who: Tensor) -> Tensor:
@@ -214,7 +214,7 @@ def test_weights_follow_the_seed_and_nothing_else() -> None:
     name = "encoder.stack.layers.0.self_attention.qkv_weight"
     assert not torch.equal(first[name], other[name])
     dense = small_model("dense", seed=5).state_dict()
-    assert torch.equal(first[name], dense[name])  # what is built beside it does not matter
+    assert torch.equal(first[name], dense[name])  # independent of the other modules
 
 
 def test_a_sentence_beyond_the_positions_is_refused() -> None:

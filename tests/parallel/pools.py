@@ -106,7 +106,7 @@ def carry_out(case: Case, layout: ExpertLayout | None, share: slice) -> Outcome:
 
 
 def forward(pool: ExpertPool, case: Case, x: Tensor, pairs: Assignment) -> Tensor:
-    """As a layer with a shared expert does it, where the case has a product beside the experts."""
+    """Like a layer with a shared expert, if the case has a product outside the experts."""
     if not case.shared:
         return pool(x, pairs)  # type: ignore[no-any-return]
     pending = pool.start(x, pairs)

@@ -79,7 +79,7 @@ def test_a_layout_that_tears_groups_warns() -> None:
     assert plan_layout(4, 4, 4, 16).split_groups(16, 8) is None
     warning = plan_layout(4, 4, 4, 16).split_groups(16, 2)
     assert warning is not None and warning.endswith("layout.expert_parallel up to 2")
-    # Groups as large as a node are whole where tokens travel node by node.
+    # With two-level dispatch, groups as large as a node are not split.
     assert plan_layout(4, 2, 4, 16, two_level=True).split_groups(16, 2) is None
     assert plan_layout(4, 2, 4, 16).split_groups(16, 2) is not None
 

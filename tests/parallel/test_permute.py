@@ -22,7 +22,7 @@ def planned(token: Tensor, num_tokens: int, align: int, seed: int) -> RowPlan:
 
 @given(st.lists(st.integers(0, 5), max_size=20), st.sampled_from([1, 4]), st.integers(0, 99))
 def test_mixes_and_their_gradients(tokens: list[int], align: int, seed: int) -> None:
-    """Any pairs, tokens without one included; padding rows, whatever stands there, reach nobody."""
+    """Any pairs, also tokens without a pair; the content of padding rows is not used."""
     token = torch.tensor(tokens, dtype=torch.int64)
     rows = planned(token, 6, align, seed).index
     generator = torch.Generator().manual_seed(seed)

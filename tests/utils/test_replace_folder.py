@@ -17,7 +17,7 @@ from tests.killed import killed_before
 
 
 def write(folder: Path, word: str) -> None:
-    """Content of which a part can be told from the whole."""
+    """Content whose parts differ from the whole."""
     for name in ("first", "sub/second", "third"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(word)
@@ -68,7 +68,7 @@ def test_killed_at_any_step_it_is_whole_after_the_next_start(tmp_path: Path, kee
         assert read(place) == "newer"
         assert all(read(folder / name) == f"the user's {name}" for name in USERS)
         others = set(os.listdir(folder)) - {*USERS, "out", "out.replaced"}
-        # Killed before it has a marker, a work folder is empty, and nobody can tell whose it is.
+        # A work folder without a marker (killed early) is empty, and its owner is unknown.
         assert not others or (others == {"out.partial-2"} and not os.listdir(folder / "out.partial-2"))
         if not killed:
             break

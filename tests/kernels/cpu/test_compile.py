@@ -22,7 +22,7 @@ needs_compiler = pytest.mark.skipif(not BUILDS, reason="no C compiler here")
 
 @pytest.fixture
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A C file of its own, an empty place for libraries, and a processor with everything."""
+    """A new C file, an empty cache folder, and a processor with all flags."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv(compile.SWITCH, raising=False)
     monkeypatch.setattr(compile, "processor_flags", lambda: frozenset(compile._REQUIRED_FLAGS))
@@ -137,7 +137,7 @@ def test_processes_that_build_at_once(source: Path, tmp_path: Path) -> None:
 
 @needs_compiler
 def test_library_for_bf16_on_cpu_only(source: Path) -> None:
-    """For bf16 on the CPU, unless somebody counts what torch does."""
+    """For bf16 on the CPU, unless torch's operators are traced."""
     rows = torch.zeros(1, dtype=torch.bfloat16)
     assert compile.library_for(rows, source) is not None
     assert compile.library_for(rows.float(), source) is None

@@ -12,7 +12,7 @@ from moe_train.kernels.cpu import huge_pages
 
 
 def flags(buffer: Tensor) -> set[str]:
-    """What the kernel notes of the mapping in which the middle of a buffer stands."""
+    """The flags that Linux reports for the mapping that contains the middle of a buffer."""
     middle, here = buffer.data_ptr() + buffer.numel() * buffer.element_size() // 2, False
     for line in Path("/proc/self/smaps").read_text(encoding="ascii", errors="replace").splitlines():
         word, _, rest = line.partition(" ")
@@ -29,7 +29,7 @@ def test_large_buffers_stand_in_huge_pages(dtype: torch.dtype) -> None:
     if huge_pages._madvise() is None:
         pytest.skip("this kernel lends no huge pages (/sys/kernel/mm/transparent_hugepage/enabled)")
     like = torch.zeros(1, dtype=dtype)
-    buffer = huge_pages.empty((48 << 20,), like)  # too large for the heap: a mapping of its own
+    buffer = huge_pages.empty((48 << 20,), like)  # too large for the heap: a separate mapping
     assert "hg" in flags(buffer) and buffer.dtype == dtype and buffer.shape == (48 << 20,)
     assert "hg" not in flags(torch.empty(48 << 20, dtype=dtype))
 

@@ -38,7 +38,7 @@ def test_weighted_sums(sizes: list[int], dim: int, weighted: bool, seed: int) ->
 
 @given(st.lists(st.integers(0, 3), max_size=12), st.integers(0, 4), st.integers(1, 150), st.integers(0, 99))
 def test_weighted_sums_grad(tokens: list[int], padding: int, dim: int, seed: int) -> None:
-    """Rows in any order; what stands in padding rows, and where they point, reaches nobody."""
+    """Rows in any order; content and token of padding rows are not used."""
     pairs, total = len(tokens), len(tokens) + padding
     order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
     pair = order.clamp(max=pairs)

@@ -1,4 +1,4 @@
-"""Work on threads of its own: the same results, fair parts, torch's settings left alone."""
+"""The thread pool: the same results, balanced parts, torch's settings unchanged."""
 
 from __future__ import annotations
 
