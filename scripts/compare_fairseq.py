@@ -1,14 +1,13 @@
 #!/usr/bin/env python
-"""Our dense Transformer beside stock fairseq 0.12.2's, in one run on the CPU: loss, speeds of both, BLEU.
+"""Compares our dense Transformer with that of stock fairseq 0.12.2 on the CPU: loss, speed, BLEU.
 
     python scripts/compare_fairseq.py DATA_FOLDER --updates 400 --directions de-en en-de
 
-Both models have the same dimensions and start from the same weights (stock's: with weights of their own, either may be
-2 % ahead after a few hundred updates, by the luck of the draw). They see the same micro-batches in the same order, an
-update of one after an update of the other, so that other work on the machine slows both alike. Stock is fairseq's
-model, criterion, gradient clipping and Adam without its Trainer around them (which would only slow it down); ours is
-model, criterion and optimizer as ``moe-train`` uses them. Then stock's weights go into our model, and fairseq's
-SequenceGenerator and our beam search translate the same batches.
+Both models have the same dimensions and start from the same weights (with different initial weights either may be 2 %
+ahead after a few hundred updates, by chance). They get the same micro-batches in the same order and alternate after
+each update, so that other load of the machine affects both. Stock is fairseq's model, criterion, gradient clipping and
+Adam without its Trainer (which would only slow it down); ours is model, criterion and optimizer as in ``moe-train``.
+Then our model gets stock's weights, and fairseq's SequenceGenerator and our beam search translate the same batches.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ from moe_train.config import (
 from moe_train.data.folder import DataFolder
 from moe_train.evaluation.scoring.bleu_chrf import Scorer
 from moe_train.evaluation.search.beam_search import BeamSearch
-from moe_train.evaluation.translator import Job, encode
+from moe_train.evaluation.translator import Batch, encode
 from moe_train.fairseq_compat import apply
 from moe_train.models.from_fairseq import convert_state_dict
 from moe_train.tasks import build_task
@@ -62,7 +61,7 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 @dataclass
 class Side:
-    """One of the two: how it computes a loss and steps, and the time it took."""
+    """One of the two implementations: its loss and update functions, and their times."""
 
     name: str
     model: nn.Module
@@ -73,7 +72,7 @@ class Side:
     words: list[int] = field(default_factory=list)
 
     def words_per_second(self) -> float:
-        """Target words over time, the first updates left out."""
+        """Target words per second, without the first updates."""
         return sum(self.words[WARM_UP:]) / sum(self.seconds[WARM_UP:])
 
 
@@ -111,7 +110,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--ffn-dim", type=int, default=768)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--beam", type=int, default=4)
-    parser.add_argument("--split", default="test", help="what is translated")
+    parser.add_argument("--split", default="test", help="split to translate")
     parser.add_argument("--sentences", type=int, default=150, help="at most, of each direction")
     parser.add_argument("--bf16-updates", type=int, default=20)
     parser.add_argument("--threads", type=int, default=2)
@@ -122,7 +121,7 @@ def parse() -> argparse.Namespace:
 
 
 def run_config(options: argparse.Namespace) -> RunConfig:
-    """The configuration that both sides follow."""
+    """The config of both sides."""
     return RunConfig(
         data=str(options.data),
         seed=options.seed,
@@ -217,7 +216,7 @@ def our_side(task: Any, config: RunConfig, clock: Callable[[], float], bf16: boo
 
 
 def plain(sample: dict[str, Any]) -> dict[str, Any]:
-    """The sample as stock fairseq knows it."""
+    """The sample without keys that stock fairseq does not know."""
     return {**sample, "net_input": {key: sample["net_input"][key] for key in STOCK_KEYS}}
 
 
@@ -228,7 +227,7 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def train(task: Any, config: RunConfig, stock: Side, ours: Side, console: Console) -> None:
-    """The same updates for both, turn by turn."""
+    """Runs the same updates on both sides, alternating."""
     training, batches = config.training, task.train_batches()
     for update in range(training.max_updates):
         rate = learning_rate(training.schedule, training.optimizer.lr, training.max_updates, update + 1)
@@ -327,17 +326,17 @@ def translate(
     seconds: dict[str, float],
     tokens: dict[str, int],
 ) -> dict[str, list[str]]:
-    """The lines of one direction by both, batch by batch in turn; adds to ``seconds`` and ``tokens``."""
+    """Translates one direction with both, alternating by batch; adds to ``seconds`` and ``tokens``."""
     source, target = direction.split("-")
     lines = task.folder.raw(options.split, direction)[0][: options.sentences]
     encoded = encode(task, lines, source, target, settings.batch_tokens)
     results = {name: [""] * len(lines) for name in sides}
     tokenizer = task.folder.tokenizer()
-    for number, (job, places) in enumerate(zip(encoded.jobs, encoded.lines, strict=True)):
+    for number, (batch, places) in enumerate(zip(encoded.batches, encoded.lines, strict=True)):
         for name in sorted(sides, reverse=bool(number % 2)):
             start = CLOCKS[options.clock]()
             with torch.no_grad():
-                found = sides[name](net_input_of(task, job))
+                found = sides[name](net_input_of(task, batch))
             seconds[name] += CLOCKS[options.clock]() - start
             tokens[name] += sum(len(ids) + 1 for ids in found)
             for place, ids in zip(places, found, strict=True):
@@ -345,14 +344,14 @@ def translate(
     return results
 
 
-def net_input_of(task: Any, job: Job) -> dict[str, Any]:
-    """A fresh batch: searches may take theirs apart."""
-    sample = task.inference_sample(job.sentences, job.source, job.target, job.uids)
+def net_input_of(task: Any, batch: Batch) -> dict[str, Any]:
+    """A new input for each search, which may change it."""
+    sample = task.inference_sample(batch.sentences, batch.source, batch.target, batch.uids)
     return dict(sample["net_input"])
 
 
 def show(report: dict[str, Any], console: Console) -> None:
-    """The comparison as a table, with the bounds that the project promises."""
+    """Prints the comparison as a table, with the project's bounds."""
     table = Table("", "stock fairseq", "ours", "ratio", "promised")
     rows = (
         ("validation loss (nll, nats per token)", "valid_nll", "{:.4f}", "within 2 %"),

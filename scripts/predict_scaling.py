@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""moe-plan beside published scale-outs, and what it says of the strategies from 8 to 4,096 GPUs.
+"""Compares moe-plan with published scale-outs, and predicts the speed of strategies from 8 to 4,096 GPUs.
 
     python scripts/predict_scaling.py --out results/scaling --docs docs/scaling.md
 
-Writes published.json, strategies.json and strategies.svg, and the tables of docs/scaling.md between their marks. The
+Writes published.json, strategies.json and strategies.svg, and the tables of docs/scaling.md between their markers. The
 published figures are those of README.moe.md in facebookresearch/fairseq, branch moe: words per second in its logs of
 August 2021 (4.1 B parameters) and its table "Expected performance on IB interconnect" (142 B with 64 experts).
 """
@@ -22,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from moe_train.analysis.planner.choose_layout import Candidate, describe, make_plan
+from moe_train.analysis.planner.choose_layout import Candidate, compare_layouts, describe_layout
 from moe_train.analysis.planner.cost_memory import StateSharding
 from moe_train.analysis.planner.cost_shape import ModelShape, decoder_only
 from moe_train.analysis.planner.cost_time import TimePlan, time_plan
@@ -40,7 +40,7 @@ EXPERTS_PER_GPU = 4
 
 @dataclass(frozen=True)
 class Published:
-    """One figure: a language model of fairseq's moe branch, one expert a GPU, top-2, activations recomputed."""
+    """A published speed: language model of fairseq's moe branch, one expert per GPU, top-2, recomputed activations."""
 
     gpus: int
     cluster: str
@@ -52,7 +52,7 @@ class Published:
 
     @property
     def shape(self) -> ModelShape:
-        """What its logs count."""
+        """The model in closed form."""
         config = ModelConfig(**{"dropout": 0.1, **self.model})  # type: ignore[arg-type]
         return decoder_only(config, {"name": "top_k", "num_experts": self.gpus}, VOCABULARY)
 
@@ -70,16 +70,16 @@ PUBLISHED = (
 
 
 def cluster(name: str) -> ClusterConfig:
-    """A shipped one."""
+    """A cluster of ``configs/cluster``."""
     text = (ROOT / "configs" / "cluster" / f"{name}.yaml").read_text(encoding="utf-8")
     return build(ClusterConfig, yaml.safe_load(text))
 
 
 def predictions(case: Published, efficiency: float | None = None) -> dict[str, float]:
-    """Words per second: with our exchange and dispatch, and with fairseq's, on the same machine.
+    """Predicted words per second with our exchange and dispatch, and with fairseq's, on the same machine.
 
     Args:
-        efficiency: of the cluster; None: the shipped guess.
+        efficiency: of the cluster; None: that of its config.
     """
     machine = cluster(case.cluster)
     machine = dataclasses.replace(machine, efficiency=efficiency or machine.efficiency)
@@ -94,13 +94,13 @@ def predictions(case: Published, efficiency: float | None = None) -> dict[str, f
 
 
 def pair_traffic(shape: ModelShape, plan: LayoutPlan, work: Workload) -> StepTraffic:
-    """A row for every pair instead of one for every destination."""
+    """Traffic with a row per pair instead of one per destination."""
     flows = tuple(dataclasses.replace(f, rows=f.pairs) for f in block_flows(shape.sparse[0], plan))
     return StepTraffic(tuple(block_traffic(block, flows, work.tokens, work) for block in shape.sparse))
 
 
 def dispatch_flops(case: Published) -> float:
-    """Of dispatch and combine as dense products with one-hot masks [T, E, C], E·C = 2 T, in a step of one GPU.
+    """FLOPs of dispatch and combine as dense products with one-hot masks [T, E, C], E·C = 2 T, in a step of one GPU.
 
     Each is 2 · T · 2 T · d. Forward twice (recomputation) both; backward one of the dispatch (its mask has no
     gradient) and two of the combination.
@@ -111,7 +111,7 @@ def dispatch_flops(case: Published) -> float:
 
 
 def calibrated() -> float:
-    """The efficiency with which the first figure comes out right."""
+    """The efficiency for which the prediction of the first case equals its published speed."""
     low, high = 0.05, 1.0
     for _ in range(50):
         middle = (low + high) / 2
@@ -121,7 +121,7 @@ def calibrated() -> float:
 
 
 def published_rows() -> list[dict[str, Any]]:
-    """All published figures with their predictions."""
+    """All published speeds with their predictions."""
     efficiency = calibrated()
     rows = []
     for case in PUBLISHED:
@@ -143,7 +143,7 @@ def published_rows() -> list[dict[str, Any]]:
 
 
 def published_table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Markdown."""
+    """The table in Markdown."""
     fitted = f"{rows[0]['efficiency']:.2f}"
     planned = f"planned, efficiency 0.40 | error | planned, efficiency {fitted} | error"
     yield f"| GPUs | parameters | published | {planned} | our layers |"
@@ -173,12 +173,12 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 
 
 def scaled(name: str, machine: str, world: int) -> Candidate:
-    """The layout that moe-plan takes with experts spread over all GPUs, so that the model grows with them."""
+    """The layout that moe-plan chooses with experts divided over all GPUs, so that the model grows with them."""
     model = yaml.safe_load((ROOT / "configs" / "model" / "big.yaml").read_text(encoding="utf-8"))
     routing = {**STRATEGIES[name], "num_experts": EXPERTS_PER_GPU * world}
     layout = {"world": world, "expert_parallel": world}
     config = {"cluster": vars(cluster(machine)), "model": model, "routing": routing, "layout": layout}
-    return make_plan(build(PlanConfig, config)).chosen
+    return compare_layouts(build(PlanConfig, config)).chosen
 
 
 def strategy_rows() -> list[dict[str, Any]]:
@@ -193,7 +193,7 @@ def strategy_rows() -> list[dict[str, Any]]:
                         "cluster": machine,
                         "strategy": name,
                         "gpus": world,
-                        "layout": describe(found.layout),
+                        "layout": describe_layout(found.layout),
                         "two_level": found.layout.dispatches_by_node,
                         "parameters": found.shape.dense_parameters + found.shape.expert_parameters,
                         "tokens_per_second_per_gpu": found.tokens_per_second / world,
@@ -206,12 +206,12 @@ def strategy_rows() -> list[dict[str, Any]]:
 
 
 def largest(time: TimePlan) -> str:
-    """The part that takes the most."""
+    """The part of the step that takes longest."""
     return max(vars(time), key=lambda part: getattr(time, part)).replace("_", " ")
 
 
 def strategy_table(rows: Sequence[Mapping[str, Any]], machine: str) -> Iterator[str]:
-    """Markdown: thousands of tokens a second and GPU, and what of 8 GPUs' speed is left at 4,096."""
+    """Markdown: thousands of tokens per second and GPU, and the speed at 4,096 GPUs relative to 8."""
     yield f"| {machine} | {' | '.join(f'{world:,}' for world in WORLDS)} | left of 8's | exchange | largest part |"
     yield "|---" * (len(WORLDS) + 4) + "|"
     for name in STRATEGIES:
@@ -245,10 +245,10 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def into(document: str, mark: str, lines: Iterator[str]) -> str:
-    """The document with the text between two marks replaced.
+    """The document with the text between two markers replaced.
 
     Raises:
-        ValueError: it has no such marks.
+        ValueError: the markers are missing.
     """
     start, end = f"<!-- {mark} -->", f"<!-- /{mark} -->"
     if document.count(start) != 1 or document.count(end) != 1:
@@ -257,14 +257,14 @@ def into(document: str, mark: str, lines: Iterator[str]) -> str:
 
 
 def write(path: Path, text: str) -> None:
-    """Atomically."""
+    """Writes a file atomically."""
     partial = path.with_name(path.name + ".tmp")
     partial.write_text(text.rstrip() + "\n", encoding="utf-8")
     os.replace(partial, path)
 
 
 def main() -> None:
-    """Predicts, and writes everything."""
+    """Writes all predictions."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "scaling")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs" / "scaling.md")

@@ -1,4 +1,4 @@
-"""Scoring a run: what ``moe-evaluate`` does, and ``moe-train evaluate=test`` when training is finished."""
+"""Scores a run: for ``moe-evaluate``, and for ``moe-train evaluate=test`` when training is finished."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from moe_train.config import RunConfig
 from moe_train.config.evaluation import EvaluateConfig
 from moe_train.errors import ConfigError
 from moe_train.evaluation.evaluate_split import evaluate
-from moe_train.evaluation.measure_task import measure, show_measures
-from moe_train.evaluation.scoring.score_table import show
+from moe_train.evaluation.measure_task import evaluate_task, show_measures
+from moe_train.evaluation.scoring.score_table import print_scores
 from moe_train.launch.job.env import under_launcher
 from moe_train.screen import Screen
 from moe_train.training.run.run_folder import RunFolder
@@ -23,19 +23,19 @@ def score(config: EvaluateConfig, world: World) -> float:
     if not RunFolder.open(config.run).config.task.translates:
         if config.metrics:
             raise ConfigError(
-                "metrics are of translations, and the run's task makes none", "metrics", "leave out metrics=…"
+                "metrics need translations, which the run's task does not produce", "metrics", "omit metrics=…"
             )
-        measured = measure(config)
+        measured = evaluate_task(config)
         show_measures(measured, Screen())
         return next(iter(measured["average"].values()))
     results = evaluate(config, Screen(stderr=True) if world.main else None)
     if world.main:
-        show(results, Screen())
+        print_scores(results, Screen())
     return results.average().chrf
 
 
 def score_when_finished(config: RunConfig, folder: RunFolder, world: World) -> None:
-    """As ``evaluate`` wants it, unless it has been done. The experts stay divided as they were in training."""
+    """Scores the split ``evaluate``, unless it is scored already, with the expert layout of the training."""
     if config.evaluate is None or not folder.finished or not folder.unscored(config):
         return
     score(
@@ -52,14 +52,14 @@ def score_when_finished(config: RunConfig, folder: RunFolder, world: World) -> N
 
 
 def check_scoring(config: RunConfig) -> None:
-    """Refuses what could not be scored at the end.
+    """Checks that the run can be scored at its end.
 
     Raises:
-        ConfigError: a launcher's ranks and a task that only one process measures.
+        ConfigError: several ranks of a launcher, and a task that only one process can evaluate.
     """
     if config.evaluate is not None and under_launcher() and not config.task.translates:
         raise ConfigError(
-            f"task={config.task.name} is measured by one process",
+            f"task={config.task.name} is evaluated by one process only",
             f"evaluate={config.evaluate}",
-            "leave it out here and run moe-evaluate when training is finished",
+            "omit it here and run moe-evaluate when training is finished",
         )

@@ -1,4 +1,4 @@
-"""What ``moe-train`` does with its composed config."""
+"""Runs a training from the composed config of ``moe-train``."""
 
 from __future__ import annotations
 
@@ -39,33 +39,29 @@ TARGET = "moe_train.commands._training:work"
 
 
 def train_as_configured(mapping: Mapping[str, Any]) -> float | None:
-    """Checks the whole config, then trains; gives the best value of the validation metric, for sweepers.
+    """Checks the whole config, then trains; returns the best value of the validation metric, for sweepers.
 
-    What ends it otherwise is kept in the run folder, where moe-report finds it. A start that is refused leaves nothing:
-    a run that is there keeps its record as it was, and a folder without one does not look like a run afterwards. Only
-    the jobs of a sweep, or of an array of Slurm, are noted in any case, so that a report on the sweep has all of them.
+    A failure is written to failure.json in the run folder, which moe-report reads. A start that is refused writes
+    nothing: an existing run is not changed, and a folder without a run does not become one. Failures of jobs of a sweep
+    or of a Slurm array are always written, so that a report on the sweep contains all of them.
     """
     folder = None if launched_rank() else RunFolder(run_directory())
     before = folder.session if folder else None
     try:
-        return _checked_and_trained(mapping, folder)
+        return _check_and_train(mapping, folder)
     except Exception as error:
-        if folder and (
-            not _is_refusal(error, folder, before) or ((in_sweep() or is_array_job()) and not folder.exists)
-        ):
+        refused = (
+            folder and isinstance(error, UserError) and folder.session == before
+        )  # before this session did anything
+        if folder and (not refused or ((in_sweep() or is_array_job()) and not folder.exists)):
             with suppress(OSError):  # such as a full disk
                 write_failure(folder.path / FAILURE, 0, error, overrides())
-        if out_of_memory(error):  # what to do about it must not be lost in the traceback
+        if out_of_memory(error):  # so that the remedy is shown last, not the traceback
             raise WorkerError(failure_of(launched_rank(), error), None) from None
         raise
 
 
-def _is_refusal(error: Exception, folder: RunFolder, before: tuple[int, int] | None) -> bool:
-    """Whether the user's mistake was found before this session began, or before it did anything."""
-    return isinstance(error, UserError) and folder.session == before
-
-
-def _checked_and_trained(mapping: Mapping[str, Any], folder: RunFolder | None) -> float | None:
+def _check_and_train(mapping: Mapping[str, Any], folder: RunFolder | None) -> float | None:
     with print_error_once():
         config = read_config(mapping)
         check_devices(config.launch)
@@ -77,9 +73,9 @@ def _checked_and_trained(mapping: Mapping[str, Any], folder: RunFolder | None) -
         else:
             outcome = on_this_host(config, data, folder)
             score_when_finished(config, folder, World())
-    except SystemExit as left:  # asked to stop before there was anything to save
-        print("asked to stop before the first update: nothing to save", file=sys.stderr)
-        exit_saved(int(left.code or 0))
+    except SystemExit as error:  # interrupted before there was anything to save
+        print("interrupted before the first update: nothing to save", file=sys.stderr)
+        exit_saved(int(error.code or 0))
         raise
     if outcome.status == "interrupted":
         exit_saved()
@@ -87,59 +83,59 @@ def _checked_and_trained(mapping: Mapping[str, Any], folder: RunFolder | None) -
 
 
 def read_config(mapping: Mapping[str, Any]) -> RunConfig:
-    """The typed config; the data folder's path made absolute, so that the run can be read from anywhere."""
+    """The typed config, with the absolute path of the data folder, so that the run can be read from any directory."""
     config = build(RunConfig, {key: value for key, value in mapping.items() if key != "experiment"})
     return dataclasses.replace(config, data=locate_data(config))
 
 
 def checked(config: RunConfig, folder: RunFolder | None) -> tuple[RunConfig, TaskData]:
-    """The config with its layout's numbers in it, and its data, when nothing is known to be wrong with them.
+    """Checks config and data; returns the config with the layout's numbers resolved, and the data.
 
     Args:
-        folder: where the run is or will be, whose numbers go on (SAM's groups); None: only rank 0 knows it.
+        folder: the run folder, whose resolved numbers (SAM's groups) are kept; None on ranks other than 0.
 
     Raises:
-        UserError: what the layout and :func:`moe_train.training.preflight.check_run` refuse.
+        UserError: the layout is not possible, or :func:`moe_train.training.preflight.check_run` raises.
     """
     data = open_data(config)
     plan = plan_run(config, world_size(config.launch), ranks_per_node(config.launch))
     before = folder.config if folder is not None and folder.exists else None
-    settled = resolve_config(config, plan, before)
-    task = build_task(settled, data)
-    if not under_launcher():  # whose ranks share the work when they have met
+    resolved = resolve_config(config, plan, before)
+    task = build_task(resolved, data)
+    if not under_launcher():  # ranks of a launcher share this work after the rendezvous
         verify_data(data, task, config.data_verify)
-    if folder is not None or settled.routing == config.routing:
-        check_run(settled, data, plan)
+    if folder is not None or resolved.routing == config.routing:
+        check_run(resolved, data, plan)
     source = config.training.init_from
     if source is not None and folder is not None and not CheckpointStore(folder.checkpoints).updates():
         check_initial_vocabulary(source, task)
-    return settled, data
+    return resolved, data
 
 
 def on_this_host(config: RunConfig, data: TaskData, folder: RunFolder) -> RunOutcome:
-    """Trains here, or in ``launch.processes`` processes; the folder is claimed for as long."""
-    with folder.claimed(), _forgotten_if_refused(folder):
+    """Trains in this process, or in ``launch.processes`` new ones; the run folder is locked meanwhile."""
+    with folder.claimed(), _removed_if_refused(folder):
         if nothing_to_do := _begin(folder, config, data):
             return nothing_to_do
         mapping, path = to_mapping(config), str(folder.path)
-        if config.launch.processes == 1 and config.engine.name != "deepspeed":  # which wants a process group
+        if config.launch.processes == 1 and config.engine.name != "deepspeed":  # which needs a process group
             return RunOutcome(**work(mapping, path))
         arguments = {"mapping": mapping, "folder": path}
         return RunOutcome(**launch(TARGET, arguments, config.launch, folder.logs)[0])
 
 
 def work(mapping: Mapping[str, Any], folder: str) -> dict[str, Any]:
-    """What each process does in a folder that is ready; every rank calls it, and gets the outcome's fields."""
+    """Trains in a prepared folder; every rank calls it. Returns the fields of :class:`RunOutcome`."""
     config = build(RunConfig, mapping)
     with joined_world(config.launch, config.training.threads) as world:
         return dataclasses.asdict(_train(config, open_data(config), RunFolder(Path(folder)), world))
 
 
 def joined(mapping: Mapping[str, Any], own: RunFolder | None) -> RunOutcome:
-    """The same under torchrun: rank 0's folder is everybody's, and so are the numbers that it has settled.
+    """Trains under torchrun or srun: all ranks use the run folder and the resolved numbers of rank 0.
 
     Args:
-        own: rank 0's run folder; None on the others.
+        own: the run folder on rank 0; None on the others.
     """
     config = build(RunConfig, mapping)
     with joined_world(config.launch, config.training.threads) as world, ExitStack() as held:
@@ -152,9 +148,9 @@ def joined(mapping: Mapping[str, Any], own: RunFolder | None) -> RunOutcome:
             if not world.main:
                 return None
             held.enter_context(folder.claimed())
-            held.enter_context(_forgotten_if_refused(folder))
-            goes_on = restarted() and folder.exists  # a finished run included, where a rank was lost on its way out
-            done = _begin(folder, dataclasses.replace(config, resume="must") if goes_on else config, data)
+            held.enter_context(_removed_if_refused(folder))
+            resumes = restarted() and folder.exists  # also if finished: a rank may have been lost after the last update
+            done = _begin(folder, dataclasses.replace(config, resume="must") if resumes else config, data)
             return dataclasses.asdict(done) if done else None
 
         nothing_to_do = world.broadcast(run_on_all_ranks(world, ready))
@@ -164,8 +160,8 @@ def joined(mapping: Mapping[str, Any], own: RunFolder | None) -> RunOutcome:
 
 
 @contextmanager
-def _forgotten_if_refused(folder: RunFolder) -> Iterator[None]:
-    """A start that comes to no update, by the user's mistake or will, leaves a folder without a run without one."""
+def _removed_if_refused(folder: RunFolder) -> Iterator[None]:
+    """Removes the files of a new run that ends before its first update by a user error or an interrupt."""
     unused = folder.unused
     try:
         yield
@@ -176,7 +172,7 @@ def _forgotten_if_refused(folder: RunFolder) -> Iterator[None]:
 
 
 def _begin(folder: RunFolder, config: RunConfig, data: TaskData) -> RunOutcome | None:
-    """Checks the folder and readies it; gives an outcome where the run is finished and no more is wanted."""
+    """Checks and prepares the folder; returns an outcome where the run is finished and there is nothing to do."""
     folder.check(config, data.fingerprint)
     if folder.exists and folder.finished and not folder.extended_by(config):
         info = folder.info

@@ -1,8 +1,8 @@
-"""``moe-bench``: how fast our layers are on this machine.
+"""``moe-bench``: measures the speed of layers on this machine.
 
-``moe-bench layer`` times one sparse layer against bare products and peers,
-``moe-bench inference`` THOR beside the dense model of equal sizes.
-Each explains its options: ``moe-bench layer --help``.
+``moe-bench layer`` times one sparse layer, its bare matrix products and peers.
+``moe-bench inference`` times THOR and a dense model of equal size.
+Options: ``moe-bench layer --help``.
 
 Examples:
   moe-bench layer --dtype fp32 --rounds 5
@@ -31,7 +31,7 @@ from moe_train import __version__
 from moe_train.analysis.bench.bench_layer import DTYPES, BenchRow, bench_layer
 from moe_train.analysis.bench.bench_peers import PEERS
 from moe_train.analysis.bench.bench_shape import SHAPES, BenchShape
-from moe_train.commands.cli.messages import INTERRUPTED, say_error, say_interrupted
+from moe_train.commands.cli.messages import INTERRUPTED, print_error, print_interrupted
 from moe_train.config import ModelConfig, build
 from moe_train.config.paths import configs_directory
 from moe_train.console import lossy_streams, require_output
@@ -55,10 +55,10 @@ def main() -> None:
             given.run(given)
             require_output()
         except UserError as error:
-            say_error(error)
+            print_error(error)
             sys.exit(2)
         except KeyboardInterrupt:
-            say_interrupted()
+            print_interrupted()
             sys.exit(INTERRUPTED)
 
 
@@ -68,12 +68,11 @@ def run_layer(given: argparse.Namespace) -> None:
     rows = [bench_layer(shape, dtype, given.rounds, given.peers) for shape, dtype in _tracked(plan)]
     title = "One sparse layer, forward + backward"
     notes = [
-        "median ms; skew: fullest expert / mean; ratio: ours / bmm; beside a peer's time: ours / peer; "
-        "ratios are medians of those within a round, in which all have the same neighbours, "
-        "not of the medians beside them"
+        "median ms; skew: load of the fullest expert / mean; ratio: ours / bmm; in parentheses: ours / peer; "
+        "ratios are medians over rounds of the ratio within a round, not ratios of the medians shown"
     ]
     absent = {name: reason for row in rows for name, reason in row.absent.items()}
-    notes += [f"{name} took no part: {reason}" for name, reason in absent.items()]
+    notes += [f"{name} was not run: {reason}" for name, reason in absent.items()]
     _report(given, title, layer_lines(rows), notes, rows)
 
 
@@ -97,14 +96,14 @@ def run_inference(given: argparse.Namespace) -> None:
     title = f"THOR with {given.experts} experts at inference, model={given.model}"
     notes = [
         f"median ms; search: beam {work.beam}, {work.steps} tokens; forward: {work.length} tokens on either side; "
-        f"{work.vocabulary} words; ratio: THOR / dense, the median of those within a round, "
-        "not of the medians beside it"
+        f"{work.vocabulary} words; ratio: THOR / dense, the median over rounds of the ratio within a round, "
+        "not the ratio of the medians shown"
     ]
     _report(given, title, lines, notes, rows)
 
 
 def layer_lines(rows: Sequence[BenchRow]) -> Lines:
-    """A head, and a line per shape and type."""
+    """A header, and a line per shape and data type."""
     peers = [name for name in PEERS if any(name in row.milliseconds for row in rows)]
     lines = [["tokens, d, hidden, experts, k", "type", "skew", "bmm", "ours", "ratio", *peers]]
     for row in rows:
@@ -118,7 +117,7 @@ def layer_lines(rows: Sequence[BenchRow]) -> Lines:
 
 
 def table(title: str, lines: Lines, notes: Sequence[str]) -> Table:
-    """What is printed."""
+    """The table that is printed."""
     result = Table(title=title, caption="\n".join(notes))
     for name in lines[0]:
         result.add_column(name, justify="right", no_wrap=name == "ratio")
@@ -128,7 +127,7 @@ def table(title: str, lines: Lines, notes: Sequence[str]) -> Table:
 
 
 def markdown(title: str, lines: Lines, notes: Sequence[str], about: dict[str, Any]) -> str:
-    """The same as a page."""
+    """The table as a Markdown page."""
     head, *body = (f"| {' | '.join(line)} |" for line in lines)
     rule = "|" + "---:|" * len(lines[0])
     made = f"`{about['command']}`, {about['threads']} threads, {about['processor']}, torch {about['torch']}"
@@ -141,11 +140,11 @@ def markdown(title: str, lines: Lines, notes: Sequence[str], about: dict[str, An
 def _report(given: argparse.Namespace, title: str, lines: Lines, notes: Sequence[str], rows: Sequence[Any]) -> None:
     Screen().print(table(title, lines, notes))
     about = {
-        "command": " ".join(["moe-bench", *(word for word in sys.argv[1:])]),
+        "command": " ".join(["moe-bench", *sys.argv[1:]]),
         "commit": commit(),
         "torch": torch.__version__,
         "machine": platform.machine(),
-        "processor": _processor(),
+        "processor": f"{processor_vendor() or platform.processor() or platform.machine()} with {os.cpu_count()} cores",
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "bf16_experts": "our kernel" if is_supported(torch.empty(0, dtype=torch.bfloat16)) else "torch's products",
         "threads": given.threads,
@@ -159,10 +158,6 @@ def _report(given: argparse.Namespace, title: str, lines: Lines, notes: Sequence
         replace_text(given.out / f"{given.what}.md", markdown(title, lines, notes, about))
 
 
-def _processor() -> str:
-    return f"{processor_vendor() or platform.processor() or platform.machine()} with {os.cpu_count()} cores"
-
-
 def _tracked(plan: Sequence[Any]) -> Iterable[Any]:
     return track(plan, "timing", console=Screen(stderr=True), transient=True)
 
@@ -172,10 +167,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="moe-bench", description=about, formatter_class=_Raw)
     parser.add_argument("--version", action="version", version=f"moe_train {__version__}", help="print the version")
     what = parser.add_subparsers(dest="what", required=True)
-    text = "a row per shape and type; ratio = time over the bare batched products of the same experts"
+    text = "a row per shape and data type; ratio = time over that of the bare batched products of the same experts"
     layer = what.add_parser("layer", help=text, description=text, formatter_class=_Help)
     shapes = (
-        "tokens, width, hidden width, experts, experts per token; may be given several times; without it a list of ours"
+        "tokens, width, hidden width, experts, experts per token; may be given several times; default: a list of shapes"
     )
     layer.add_argument("--shape", type=BenchShape.parse, action="append", metavar="T,D,H,E,K", help=shapes)
     types = list(DTYPES)
@@ -187,7 +182,7 @@ def _parser() -> argparse.ArgumentParser:
         "--peers", nargs="*", choices=peers, default=peers, metavar="PEER", help=f"of {', '.join(peers)}; {none}"
     )
     layer.set_defaults(run=run_layer)
-    text = "a row per task, batch and way to draw; ratio = THOR's time over the dense model's"
+    text = "a row per task, batch and inference mode; ratio = THOR's time over the dense model's"
     inference = what.add_parser("inference", help=text, description=text, formatter_class=_Help)
     models = sorted(path.stem for path in (configs_directory() / "model").glob("*.yaml"))
     named = f"sizes: {', '.join(models)}"
@@ -198,22 +193,22 @@ def _parser() -> argparse.ArgumentParser:
     inference.add_argument("--sentences", type=int, nargs="+", default=[1, 8, 32, 170], metavar="N", help=sizes)
     inference.add_argument("--length", type=int, default=24, metavar="N", help="tokens of a sentence")
     inference.add_argument("--beam", type=int, default=4, metavar="N", help="hypotheses of a search")
-    inference.add_argument("--steps", type=int, default=16, metavar="N", help="tokens that a search writes")
+    inference.add_argument("--steps", type=int, default=16, metavar="N", help="tokens that a search generates")
     inference.add_argument("--vocabulary", type=int, default=8000, metavar="N", help="words of the dictionary")
     inference.set_defaults(run=run_inference)
     threads = requested_threads() or min(2, os.cpu_count() or 1)
     for each in (layer, inference):
-        each.add_argument("--rounds", type=int, default=15, metavar="N", help="how often each contender runs")
+        each.add_argument("--rounds", type=int, default=15, metavar="N", help="number of timed runs of each")
         each.add_argument(
             "--threads", type=int, default=threads, metavar="N", help="CPU threads: OMP_NUM_THREADS, else at most 2"
         )
-        each.add_argument("--json", type=Path, metavar="FILE", help="write the figures here too")
+        each.add_argument("--json", type=Path, metavar="FILE", help="also write the results to this file")
         each.add_argument("--out", type=Path, metavar="FOLDER", help=f"write {'{layer,inference}.{json,md}'} there")
     return parser
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Tells defaults, and fits 80 columns."""
+    """Shows defaults, in 80 columns."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, width=80)
@@ -223,7 +218,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class _Raw(_Help, argparse.RawDescriptionHelpFormatter):
-    """Keeps the description's lines, too."""
+    """Also keeps the line breaks of the description."""
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""``moe-evaluate``: translates a held-out split and scores it, or measures what the run's task measures."""
+"""``moe-evaluate``: translates a held-out split and scores it, or computes the measures of the run's task."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moe_train.launch.job.env import under_launcher
 
 def run(mapping: Mapping[str, Any]) -> float:
     """Evaluates and prints the table; returns the average chrF++ (or accuracy …), which a sweeper may maximise."""
-    # torch and fairseq take seconds to import: a misspelt key should not wait for them.
+    # Imported here: torch and fairseq take seconds, and errors in keys are shown before.
     from moe_train.commands._scoring import score
     from moe_train.config import build
     from moe_train.config.evaluation import EvaluateConfig
@@ -22,7 +22,7 @@ def run(mapping: Mapping[str, Any]) -> float:
     from moe_train.training.runtime.world import World
 
     config = build(EvaluateConfig, mapping)
-    with print_error_once():  # before ranks meet, checkpoints are verified and texts are encoded
+    with print_error_once():  # before the rendezvous, verification of checkpoints and encoding
         trained = RunFolder.open(config.run).config
         if trained.task.translates:
             plan_evaluation(trained, config.expert_parallel, world_size(config.launch), ranks_per_node(config.launch))

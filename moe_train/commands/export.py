@@ -1,4 +1,4 @@
-"""``moe-export``: a trained model as one directory of safetensors, config and dictionaries."""
+"""``moe-export``: writes a trained model as one directory of safetensors, config and dictionaries."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from moe_train.commands.cli.app import run_app
 
 
 def run(mapping: Mapping[str, Any]) -> None:
-    """Exports, and says where to."""
-    # torch and fairseq take seconds to import: a misspelt key should not wait for them.
+    """Exports, and prints the folder."""
+    # Imported here: torch and fairseq take seconds, and errors in keys are shown before.
     from moe_train.config import build
     from moe_train.config.evaluation import ExportConfig
     from moe_train.evaluation.export_model import export_run

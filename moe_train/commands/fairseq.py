@@ -19,7 +19,7 @@ import sys
 from collections.abc import Sequence
 
 from moe_train import __version__
-from moe_train.commands.cli.messages import INTERRUPTED, say_interrupted
+from moe_train.commands.cli.messages import INTERRUPTED, print_interrupted
 from moe_train.console import lossy_streams, make_streams_lossy
 from moe_train.errors import CheckpointError, UserError, did_you_mean
 from moe_train.fairseq_checkpoints import describe_exception
@@ -36,12 +36,12 @@ COMMANDS = {
     "score": "BLEU of a file of hypotheses",
     "preprocess": "make a data folder from text",
 }
-_ON_A_CHECKPOINT = ("generate", "interactive", "validate")  # task, model and criterion come from a file
-_PRINTING = ("generate", "interactive", "score")  # what they print is what they are run for
+_READING_CHECKPOINT = ("generate", "interactive", "validate")  # task, model and criterion come from a file
+_PRINTING = ("generate", "interactive", "score")  # their output is their result
 
 
 def register() -> None:
-    """Makes ``moe_translation``, ``moe_transformer`` and ``moe_label_smoothed_cross_entropy`` known to fairseq.
+    """Registers ``moe_translation``, ``moe_transformer`` and ``moe_label_smoothed_cross_entropy`` with fairseq.
 
     Raises:
         MissingDependency: fairseq is not installed.
@@ -54,7 +54,7 @@ def register() -> None:
 
 
 if multiprocessing.current_process().name != "MainProcess":
-    # A rank that fairseq has spawned imports this module first and unpickles fairseq's functions next.
+    # In a rank that fairseq has spawned: it imports this module before it unpickles fairseq's functions.
     make_streams_lossy(literal=True)
     register()
 
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(for_terminal(f"moe-fairseq: {error}"), file=sys.stderr)
             return 2
         except KeyboardInterrupt:
-            say_interrupted()
+            print_interrupted()
             return INTERRUPTED
     return 0
 
@@ -82,38 +82,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _help() -> str:
     commands = (f"  {command:<12} {does}" for command, does in COMMANDS.items())
     about = (__doc__ or "").replace("``", "")
-    return "\n".join([about, "Commands, each with --help of its own, which is fairseq's:", "", *commands])
+    return "\n".join([about, "Commands, each with fairseq's own --help:", "", *commands])
 
 
 def _run(command: str, words: Sequence[str]) -> None:
     if command not in COMMANDS:
-        raise UserError(f"fairseq has no command '{command}' here", remedy=did_you_mean(command, COMMANDS))
+        raise UserError(f"unknown command '{command}'", remedy=did_you_mean(command, COMMANDS))
     if command == "interactive" and sys.stdin is None:
-        raise UserError("standard input is closed", remedy="type, or give it text: moe-fairseq interactive … < FILE")
+        raise UserError("standard input is closed", remedy="redirect text to it: moe-fairseq interactive … < FILE")
     register()
     # fairseq reads sys.argv in several places.
     before, sys.argv = sys.argv, [f"moe-fairseq {command}", *words]
     try:
         importlib.import_module(f"fairseq_cli.{command}").cli_main()
     except UserError as error:
-        if isinstance(error, ValueRefused) and command in _ON_A_CHECKPOINT and not error.where:
+        if isinstance(error, ValueRefused) and command in _READING_CHECKPOINT and not error.where:
             raise CheckpointError(error.what, _checkpoint(words), error.remedy) from error
         raise
     except Exception as error:
-        if command not in _ON_A_CHECKPOINT:
+        if command not in _READING_CHECKPOINT:
             raise
         logging.getLogger("fairseq").debug("%s failed", command, exc_info=True)
         raise UserError(
             f"fairseq's {command} failed ({describe_exception(error)})",
             _checkpoint(words),
-            "set LOGLEVEL=DEBUG in the environment to see where",
+            "set LOGLEVEL=DEBUG in the environment to see the traceback",
         ) from error
     finally:
         sys.argv = before
 
 
 def _checkpoint(words: Sequence[str]) -> str:
-    """The file that ``--path`` names; "" where it is not given."""
+    """The file given by ``--path``; "" without it."""
     given = [word.removeprefix("--path=") for word in words if word.startswith("--path=")]
     given += [after for word, after in itertools.pairwise(words) if word == "--path"]
     return given[-1] if given else ""

@@ -1,4 +1,4 @@
-"""``moe-plan``: what a model would cost on a cluster, and how to lay it out."""
+"""``moe-plan``: predicts memory, traffic and time of a model on a cluster, and chooses a layout."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from moe_train.plugins import user_dir
 
 
 def run(mapping: Mapping[str, Any]) -> None:
-    """Prints the plan, and writes it where ``json`` says."""
-    # torch and fairseq take seconds to import: a misspelt key should not wait for them.
-    from moe_train.analysis.planner.choose_layout import make_plan
-    from moe_train.analysis.planner.plan_tables import as_mapping, show
+    """Prints the plan, and writes it to the file ``json``."""
+    # Imported here: torch and fairseq take seconds, and errors in keys are shown before.
+    from moe_train.analysis.planner.choose_layout import compare_layouts
+    from moe_train.analysis.planner.plan_tables import as_mapping, print_plan
     from moe_train.analysis.planner.train_command import train_command, train_words
     from moe_train.config import build
     from moe_train.config.planner import PlanConfig
@@ -26,14 +26,14 @@ def run(mapping: Mapping[str, Any]) -> None:
     from moe_train.training.checkpoint.checksums import replace_text
 
     config = build(PlanConfig, mapping)
-    plan = make_plan(config)
+    plan = compare_layouts(config)
     words = train_words(plan, group_choices(), overrides())
     words += [f"user_dir={shlex.quote(outside)}"] if (outside := user_dir()) else []
     content = json.dumps({**as_mapping(plan), "train_words": words}, indent=2)
     if config.json == "-":
         print(content)
         return
-    show(plan, Screen())
+    print_plan(plan, Screen())
     print(for_terminal(f"\nTo train it (DIR: a folder of moe-prepare):\n{train_command(plan, words)}"))
     if config.json:
         replace_text(Path(config.json), content + "\n")

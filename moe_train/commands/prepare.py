@@ -9,16 +9,16 @@ from moe_train.commands.cli.app import run_app
 
 
 def run(mapping: Mapping[str, Any]) -> None:
-    """Prepares what the composed config describes and shows what came of it."""
+    """Prepares the data folder and prints its summary."""
     from moe_train.config import build
     from moe_train.config.corpus import PrepareConfig
     from moe_train.data.prepare.pipeline import prepare
-    from moe_train.data.prepare.summary import show
+    from moe_train.data.prepare.summary import print_summary
     from moe_train.data.stage_progress import Progress
     from moe_train.screen import Screen
 
     console = Screen()
-    show(prepare(build(PrepareConfig, mapping), Progress(console)), console)
+    print_summary(prepare(build(PrepareConfig, mapping), Progress(console)), console)
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from moe_train.commands.cli.app import run_app
 
 def run(mapping: Mapping[str, Any]) -> None:
     """Prints and writes the leaderboard."""
-    # torch and fairseq take seconds to import: a misspelt key should not wait for them.
+    # Imported here: torch and fairseq take seconds, and errors in keys are shown before.
     from moe_train.analysis.report.build_report import make_report
     from moe_train.config import build
     from moe_train.config.evaluation import ReportConfig

@@ -1,4 +1,4 @@
-"""``moe-train``: trains on a prepared data folder, in this process, in processes of its own, or under torchrun."""
+"""``moe-train``: trains on a prepared data folder, in this process, in several processes, or under torchrun."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from moe_train.commands.cli.app import run_app
 
 
 def start(mapping: Mapping[str, Any]) -> float | None:
-    """Trains; gives the best value of the validation metric, for sweepers."""
-    # torch and fairseq take seconds to import: a misspelt key should not wait for them.
+    """Trains; returns the best value of the validation metric, for sweepers."""
+    # Imported here: torch and fairseq take seconds, and errors in keys are shown before.
     from moe_train.commands._training import train_as_configured
 
     return train_as_configured(mapping)

@@ -1,4 +1,4 @@
-"""``moe-translate``: standard input to standard output, or a prompt where it is typed at."""
+"""``moe-translate``: translates standard input, or lines typed at a prompt."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from moe_train.commands.cli.app import run_app
 
 
 def run(mapping: Mapping[str, Any]) -> None:
-    """Translates what comes in."""
-    # torch and fairseq take seconds to import: a misspelt key should not wait for them.
+    """Translates standard input."""
+    # Imported here: torch and fairseq take seconds, and errors in keys are shown before.
     from moe_train.config import build
     from moe_train.config.evaluation import TranslateConfig
     from moe_train.evaluation.translate_stream import translate_input

@@ -1,15 +1,15 @@
-"""Micro-batches that belong to the world: (seed, update) alone fix them, however many ranks share them out.
+"""Micro-batches of the world: determined by (seed, update), independent of the number of ranks.
 
-An *item* is a sentence in a direction. Items are numbered direction after direction. An epoch takes from every
-direction its share, sorts by length so that micro-batches carry little padding, cuts under a budget of tokens, and
-shuffles the micro-batches. Decisions that callers may rely on:
+An *item* is a sentence in a direction. Items are numbered direction after direction. An epoch takes its share of every
+direction, sorts by length so that micro-batches contain little padding, splits by a budget of tokens, and shuffles the
+micro-batches. Properties that callers may rely on:
 
-- At temperature 1 every item comes exactly once an epoch. At another temperature direction d gives
-  ``N · n_d^(1/T) / Σ n^(1/T)`` items (Arivazhagan et al. 2019), read from an endless sequence of permutations of the
-  direction, so that none of its items comes twice before all have come.
-- An update never mixes epochs. The micro-batches of an epoch are dealt evenly to its updates, so some updates hold
-  fewer than ``accumulation``; the counts are the same for every rank.
-- Every epoch has the same number of updates, so any update is reached by planning one epoch, never by replay.
+- At temperature 1 every item occurs exactly once per epoch. At another temperature direction d contributes
+  ``N · n_d^(1/T) / Σ n^(1/T)`` items (Arivazhagan et al. 2019), taken from an endless sequence of permutations of the
+  direction, so that no item repeats before all others have occurred.
+- An update never mixes epochs. The micro-batches of an epoch are distributed evenly over its updates, so some updates
+  have fewer than ``accumulation``; the counts are the same for every rank.
+- Every epoch has the same number of updates, so any update is found by planning one epoch, without replay.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_train.data.length_buckets import cut, in_length_order
+from moe_train.data.length_buckets import in_length_order, split_by_budget
 from moe_train.errors import DataError
 
 Indices = NDArray[np.int64]
 
-# Streams of draws, so that two uses of one (seed, epoch) never share numbers.
+# Streams of random numbers: two uses of one (seed, epoch) never share numbers.
 _PERMUTATION, _TIES, _ORDER, _SURPLUS = range(4)
 
 
 @dataclass(frozen=True)
 class BatchSettings:
-    """How an epoch is cut up.
+    """How an epoch is divided into updates and micro-batches.
 
     Attributes:
         tokens_per_update: target tokens (padding included) of one update, over all ranks.
         accumulation: micro-batches of an update.
         temperature: directions are sampled in proportion to size^(1/temperature).
-        max_sentence_tokens: items longer than this on either side are left out.
+        max_sentence_tokens: items that are longer on either side are left out.
         seed: the run's seed.
     """
 
@@ -55,18 +55,18 @@ class BatchSettings:
 
     @property
     def longest(self) -> int:
-        """The longest item that is kept: one that outgrows a micro-batch of its own cannot be trained on."""
+        """Length of the longest item that is kept; a longer one would not fit into a micro-batch."""
         return min(self.max_sentence_tokens, self.budget)
 
 
 @dataclass(frozen=True)
 class Update:
-    """What the world does in one optimizer update.
+    """The micro-batches of one optimizer update, over all ranks.
 
     Attributes:
         epoch: counted from 1.
-        micro_batches: items of each micro-batch, sorted so that neighbours are of a length.
-        target_tokens: target tokens in all, without padding; what the update's loss is divided by.
+        micro_batches: items of each micro-batch, sorted so that neighbours have similar lengths.
+        target_tokens: all target tokens, without padding; the divisor of the update's loss.
     """
 
     epoch: int
@@ -76,7 +76,7 @@ class Update:
 
 @dataclass(frozen=True)
 class _Epoch:
-    """A planned epoch: micro-batch m holds ``items[starts[m]:ends[m]]``; ``order`` is the shuffled order of the m."""
+    """A planned epoch: micro-batch m is ``items[starts[m]:ends[m]]``; ``order`` is the shuffled order of the m."""
 
     items: Indices
     starts: Indices
@@ -85,7 +85,7 @@ class _Epoch:
 
 
 class WorldBatches:
-    """The micro-batches of every update, by random access.
+    """The micro-batches of every update, with random access.
 
     Args:
         source_lengths, target_lengths: [N] tokens of each item, tags and end included.
@@ -93,7 +93,7 @@ class WorldBatches:
         names: of the directions, for messages.
 
     Raises:
-        DataError: nothing is left to train on.
+        DataError: no item is left to train on.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class WorldBatches:
         self.updates_per_epoch = -(-self._micro_batches // settings.accumulation)
 
     def update(self, u: int) -> Update:
-        """The update that follows ``u`` finished ones (0: the first)."""
+        """The update after ``u`` finished ones (0: the first)."""
         epoch, within = divmod(u, self.updates_per_epoch)
         plan = self._plan(epoch)
         first, last = (self._micro_batches * n // self.updates_per_epoch for n in (within, within + 1))
@@ -147,26 +147,26 @@ class WorldBatches:
 
     def _plan(self, epoch: int) -> _Epoch:
         if epoch not in self._cache:
-            planned = self._make_plan(epoch)
-            # Two epochs are enough for a loader that reads ahead over an epoch's end.
+            planned = self._plan_epoch(epoch)
+            # Two epochs are enough for a loader that prefetches over the end of an epoch.
             while len(self._cache) > 1:
                 del self._cache[min(self._cache, key=lambda e: -abs(e - epoch))]
             self._cache[epoch] = planned
         return self._cache[epoch]
 
-    def _make_plan(self, epoch: int) -> _Epoch:
+    def _plan_epoch(self, epoch: int) -> _Epoch:
         budget = self.settings.budget
         items = np.concatenate([self._take(d, epoch) for d in range(len(self._pools))])
         items = items[self._draws(_TIES, epoch).permutation(len(items))]
         items = items[in_length_order(self._source[items], self._target[items], budget)]
-        edges = cut(self._source[items], self._target[items], budget)
+        edges = split_by_budget(self._source[items], self._target[items], budget)
         starts, ends = edges[:-1], edges[1:]
         if self._micro_batches:
             starts, ends = self._fit(starts, ends, epoch)
         return _Epoch(items, starts, ends, self._draws(_ORDER, epoch).permutation(len(starts)))
 
     def _take(self, direction: int, epoch: int) -> Indices:
-        """This epoch's stretch of the direction's endless sequence of permutations."""
+        """This epoch's part of the direction's endless sequence of permutations."""
         pool, share = self._pools[direction], self._shares[direction]
         taken: list[Indices] = []
         position, end = epoch * share, (epoch + 1) * share
@@ -179,10 +179,10 @@ class WorldBatches:
         return np.concatenate(taken) if taken else np.empty(0, np.int64)
 
     def _fit(self, starts: Indices, ends: Indices, epoch: int) -> tuple[Indices, Indices]:
-        """Makes the epoch as many micro-batches as the first one has.
+        """Gives the epoch the same number of micro-batches as the first one.
 
-        At temperature 1 the sorted lengths are the same every epoch, hence the cuts too, and there is nothing to do.
-        Elsewhere an epoch is a sample: micro-batches with most rows are halved, or a few surplus ones left out.
+        At temperature 1 the sorted lengths, and so the number of micro-batches, are the same in every epoch. Otherwise
+        an epoch is a sample: the micro-batches with most rows are halved, or surplus ones are left out.
         """
         wanted = self._micro_batches
         if len(starts) > wanted:
@@ -209,7 +209,7 @@ def split_micro_batch(indices: Indices, rank: int, world: int) -> Indices:
 
 
 def _shares(sizes: Sequence[int], temperature: float) -> list[int]:
-    """Items that each direction gives per epoch; they sum to the number of items (largest remainders)."""
+    """Items of each direction per epoch; they sum to the number of items (largest remainders)."""
     total = sum(sizes)
     if temperature == 1.0:
         return list(sizes)

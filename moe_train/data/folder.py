@@ -15,7 +15,7 @@ from moe_train.data.text.lines import read_lines, reading, sha256
 from moe_train.data.text.pairs import MASK, SPLITS, Pair, Sides, parse_sides, tag
 from moe_train.data.text.tokenizer import Tokenizer
 from moe_train.data.text.vocabulary import dictionary_size, load_dictionary
-from moe_train.data.verification import InputFiles, file_digests
+from moe_train.data.verification import InputFiles, sha256_of_files
 from moe_train.errors import DataError, did_you_mean
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class PairFiles:
 
     Attributes:
         source, target: path prefixes (fairseq adds ``.bin`` and ``.idx``), in the order of the direction.
-        pair: the name that the files carry, ``de-en`` even when the direction is ``en-de``.
+        pair: in the names of the files, such as ``de-en`` also for the direction ``en-de``.
         sentences: number of pairs.
     """
 
@@ -59,7 +59,7 @@ class DataFolder:
 
         Args:
             path: the folder.
-            verify: compare checksums too (:meth:`verify`); otherwise sizes only, which takes no time.
+            verify: also compare checksums (:meth:`verify`); else only sizes, without reading the files.
 
         Raises:
             DataError: missing or unfinished folder; a file that is missing, truncated or altered.
@@ -90,7 +90,7 @@ class DataFolder:
         """
         files = self.manifest.files
         names = sorted(name for name in files if training or not _TRAINING.fullmatch(name))
-        for name, digest in file_digests(self.path, names[share[0] :: share[1]], how).items():
+        for name, digest in sha256_of_files(self.path, names[share[0] :: share[1]], how).items():
             if digest != files[name]["sha256"]:
                 raise self._damaged(name, "the file's checksum is not the manifest's: it was altered")
 
@@ -100,12 +100,12 @@ class DataFolder:
 
     @property
     def languages(self) -> tuple[str, ...]:
-        """Language codes, sorted; the dictionary's tags stand in this order."""
+        """Language codes, sorted; the dictionary's tags are in this order."""
         return self.manifest.languages
 
     @property
     def directions(self) -> tuple[str, ...]:
-        """Every direction that the folder is for; none where it holds text of single languages."""
+        """All directions of the folder; none where it contains text of single languages."""
         return self.manifest.directions
 
     def directions_of(self, split: str) -> tuple[str, ...]:
@@ -129,12 +129,12 @@ class DataFolder:
             return sha256(self.path / FILE)
 
     def vocabulary_digests(self) -> dict[str, str]:
-        """Checksums of ``spm.model`` and ``dict.txt`` as they are: equal for models that can exchange weights.
+        """Checksums of the files ``spm.model`` and ``dict.txt``: equal for models that can exchange weights.
 
         Raises:
             DataError: one of them cannot be read.
         """
-        return file_digests(self.path, VOCABULARY, "always")
+        return sha256_of_files(self.path, VOCABULARY, "always")
 
     def dictionary(self) -> Dictionary:
         """The joint fairseq dictionary: pieces, a tag ``__xx__`` per language, ``<mask>``.
@@ -142,7 +142,7 @@ class DataFolder:
         The counts of pieces are their frequencies in the training text.
 
         Raises:
-            DataError: it is not the one that the manifest counts and names the languages of.
+            DataError: its size or its language tags do not match the manifest.
             MissingDependency: fairseq is not installed.
         """
         path = self.path / "dict.txt"
@@ -155,7 +155,7 @@ class DataFolder:
 
     def _check_entries(self, path: Path, found: int) -> None:
         if found != self.manifest.vocabulary:
-            problem = f"it makes a vocabulary of {found} entries, and the manifest has {self.manifest.vocabulary}"
+            problem = f"the vocabulary has {found} entries, but {self.manifest.vocabulary} in the manifest"
             raise self._damaged(path.name, problem)
 
     @cached_property
@@ -168,38 +168,38 @@ class DataFolder:
         """The joint SentencePiece model.
 
         Raises:
-            DataError: it cannot be read, or has another number of pieces than the manifest counts.
+            DataError: it cannot be read, or its number of pieces does not match the manifest.
         """
         return self._tokenizer
 
     def pair_files(self, split: str, direction: str) -> PairFiles:
-        """The binarised files that hold a direction.
+        """The binarised files of a direction.
 
         Raises:
-            DataError: the split has no such direction (near spellings are offered).
+            DataError: the split does not have the direction (near spellings are suggested).
         """
         pair = self._stored(split, direction)
         source, target = (self.prefix(split, Pair.parse(pair), side) for side in direction.split("-"))
         return PairFiles(direction, pair, source, target, self.manifest.counts[split][pair])
 
     def texts(self, split: str) -> tuple[Sides, ...]:
-        """The pairs and the single languages that a split has files of, each once, by name."""
+        """The pairs and single languages with files in a split, each once, sorted by name."""
         return tuple(parse_sides(name) for name in sorted(self.manifest.counts.get(split, {})))
 
     def prefix(self, split: str, sides: Sides, language: str) -> Path:
-        """Where the binarised sentences of one language of :meth:`texts` lie (fairseq adds ``.bin`` and ``.idx``)."""
+        """Path prefix of the binarised sentences of one language of :meth:`texts` (without ``.bin`` and ``.idx``)."""
         return self.path / f"{split}.{sides.file(language)}"
 
     def raw(self, split: str, direction: str) -> tuple[list[str], list[str]]:
-        """The untouched text of a held-out split: source lines and target lines, aligned with the binarised files.
+        """The raw text of a held-out split: source lines and target lines, aligned with the binarised files.
 
         Raises:
-            DataError: the split has no such direction, or is ``train``, whose text is not kept; a file that cannot be
-                read, or has another number of lines than the manifest counts.
+            DataError: the split does not have the direction, or is ``train``, whose raw text is not kept; a file cannot
+                be read, or its number of lines does not match the manifest.
         """
         if split == "train":
             raise DataError(
-                "a data folder keeps no raw training text", str(self.path), "choose split=valid or split=test"
+                "a data folder has no raw training text", str(self.path), "choose split=valid or split=test"
             )
         pair = self._stored(split, direction)
         source, target = (self._raw(split, pair, side) for side in direction.split("-"))
@@ -208,7 +208,7 @@ class DataFolder:
     def _raw(self, split: str, pair: str, side: str) -> list[str]:
         name, wanted = f"raw/{split}.{pair}.{side}", self.manifest.counts[split][pair]
         with reading(self.path / name):
-            # Folders of earlier versions may hold NUL characters in text that was given.
+            # Folders of earlier versions may contain NUL characters in held-out files of users.
             lines = list(read_lines(self.path / name, nul=True))
         if len(lines) != wanted:
             raise self._damaged(name, f"the file has {len(lines)} lines instead of {wanted}")
@@ -223,5 +223,5 @@ class DataFolder:
                 if name in names:
                     return name
         known = self.directions_of(split)
-        remedy = offer_direction(direction, known) if known else "give files for it and run moe-prepare again"
+        remedy = offer_direction(direction, known) if known else "add files for it and run moe-prepare again"
         raise DataError(f"the split '{split}' has no direction '{direction}'", str(self.path), remedy)

@@ -1,4 +1,4 @@
-"""Labelled texts: files ``{train,valid,test}.NAME.tsv`` with a line ``label<TAB>text`` per item.
+"""Reads labelled texts: files ``{train,valid,test}.NAME.tsv`` with a line ``label<TAB>text`` per item.
 
 ``dev`` and ``val`` are ``valid``.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from moe_train.data.text.languages import is_english, one_code_each
 from moe_train.data.text.lines import read_lines, reading, sha256
-from moe_train.data.text.pairs import SPLIT_WORDS, SPLITS, refuse_two_words
+from moe_train.data.text.pairs import SPLIT_WORDS, SPLITS, refuse_double_splits
 from moe_train.data.verification import InputFiles
 from moe_train.errors import DataError, did_you_mean
 
@@ -23,8 +23,8 @@ class LabelledFile:
     """One file.
 
     Attributes:
-        name: what stands between the split and ``.tsv``: ``de``, or ``de.in_en`` for the same items in English.
-        labels: [N] numbers of classes.
+        name: part of the file name between split and ``.tsv``: ``de``, or ``de.in_en`` for the same items in English.
+        labels: [N] indices of classes.
         texts: [N].
         first_uid: number of its first item among those of all files.
     """
@@ -53,16 +53,16 @@ class LabelledTexts:
         """Reads every file of the folder.
 
         Args:
-            languages: whose training files name the classes. They also say how a language is called, where files call
-                it otherwise (``en`` for ``train.eng_Latn.tsv``).
+            languages: those whose training files define the classes. Their codes are used also where a file has another
+                one of the same language (``en`` for ``train.eng_Latn.tsv``).
 
         Raises:
             DataError: no folder; no training file of a language; two files of one set; a line without a tab, or with a
-                label that training has not (file and line are named).
+                label that is not in the training files (file and line are named).
         """
         folder = Path(path)
         if not folder.is_dir():
-            raise DataError("there is no such folder of labelled texts", str(folder), "correct data=…")
+            raise DataError("the folder of labelled texts does not exist", str(folder), "correct data=…")
         files = _files(folder, languages)
         for language in languages:
             if language not in files["train"]:
@@ -85,7 +85,7 @@ class LabelledTexts:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of all files' contents."""
+        """Checksum of the contents of all files."""
         digest = hashlib.sha256()
         with reading(self.path):
             for file in sorted(self.path.glob("*.tsv")):
@@ -100,7 +100,7 @@ def _files(folder: Path, languages: Sequence[str]) -> dict[str, dict[str, Path]]
         word, _, name = file.name.removesuffix(".tsv").partition(".")
         if word in SPLIT_WORDS and name:
             found[word, name] = file
-    refuse_two_words(found, folder)
+    refuse_double_splits(found, folder)
     code_of = one_code_each([*languages, *(name.split(".")[0] for _, name in found)])
     files: dict[str, dict[str, Path]] = {split: {} for split in SPLITS}
     for (word, name), file in found.items():
@@ -110,7 +110,7 @@ def _files(folder: Path, languages: Sequence[str]) -> dict[str, dict[str, Path]]
         other = files[SPLIT_WORDS[word]].setdefault(code_of[code] + dot + rest, file)
         if other is not file:
             what = f"'{other.name}' and '{file.name}' are of one language"
-            raise DataError(what, str(folder), "keep one of them, or join them into one")
+            raise DataError(what, str(folder), "keep one of them, or concatenate them")
     return files
 
 
@@ -120,10 +120,10 @@ def _read(file: Path) -> list[tuple[str, str]]:
         label, tab, text = line.partition("\t")
         if not tab:
             raise DataError("a line without a tab", f"{file}, line {number}", "write label<TAB>text")
-        # Files that were joined have a byte order mark in their midst.
+        # Concatenated files have byte order marks within.
         lines.append((label.lstrip("\ufeff"), text))
     if not lines:
-        raise DataError("the file is empty", str(file), "remove it or give lines of label<TAB>text")
+        raise DataError("the file is empty", str(file), "remove it, or add lines of label<TAB>text")
     return lines
 
 

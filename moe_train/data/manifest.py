@@ -1,4 +1,4 @@
-"""``manifest.json``: what a prepared data folder holds, how it was made, and the checksum of every file."""
+"""``manifest.json`` of a prepared data folder: content, settings, and the checksum of every file."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ class Manifest:
     """The content of ``manifest.json``.
 
     Attributes:
-        directions: every direction that the folder is for (none: single languages); ``counts`` has them by split.
+        directions: all directions of the folder (none: single languages); ``counts`` has them by split.
         counts: split -> name of the files' pair or language -> sentences.
         vocabulary: entries of the dictionary, special symbols, tags and mask included.
         tiers: language -> ``high``, ``medium`` or ``low``.
-        cleaning: name of the training text -> rule -> pairs or lines (``read``, ``kept``, and what each rule dropped or
-            mended).
+        cleaning: name of the training text -> rule -> pairs or lines (``read``, ``kept``, and the numbers dropped or
+            changed by each rule).
         overlap: held-out text that also occurs in training: split -> pair -> counts.
         sources: the corpus's own files, with checksums.
-        files: every file of the folder but this one, relative path -> {"sha256", "bytes"}.
+        files: every other file of the folder, relative path -> {"sha256", "bytes"}.
     """
 
     corpus: str
@@ -49,7 +49,7 @@ class Manifest:
     format: int = FORMAT
 
     def write(self, folder: Path) -> None:
-        """Writes the manifest; the same content always gives the same bytes."""
+        """Writes the manifest; equal content gives equal bytes."""
         text = json.dumps(asdict(self), indent=1, sort_keys=True, ensure_ascii=False)
         write_synced(folder / FILE, text + "\n")
 
@@ -58,8 +58,8 @@ class Manifest:
         """Reads the manifest of a data folder.
 
         Raises:
-            DataError: no folder, no manifest, or not one of ours: of another format, with values of other types than
-                it has, or without the checksum of a file that it speaks of.
+            DataError: no folder, no manifest, or an invalid one: another format, values of other types, or without the
+                checksum of a file that belongs to the folder.
         """
         path = folder / FILE
         if not folder.is_dir():
@@ -67,7 +67,9 @@ class Manifest:
                 "the data folder does not exist", str(folder), "make it with moe-prepare, or correct data=…"
             )
         if not path.is_file():
-            raise DataError("this is no finished data folder: manifest.json is missing", str(folder), "run moe-prepare")
+            raise DataError(
+                "this is not a complete data folder: manifest.json is missing", str(folder), "run moe-prepare"
+            )
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             version = values["format"]
@@ -85,14 +87,14 @@ class Manifest:
         return manifest
 
     def _problems(self) -> Iterator[str]:
-        """What is not as :meth:`write` writes it."""
+        """Yields values that :meth:`write` would not write."""
         for key in fields(self):
             wanted = {"languages": tuple, "directions": tuple, "vocabulary": int, "corpus": str, "format": int}
             if not isinstance(getattr(self, key.name), wanted.get(key.name, Mapping)):  # type: ignore[arg-type]
                 yield f"'{key.name}' is a {type(getattr(self, key.name)).__name__}"
         for language in self.languages:
             if not LANGUAGE.fullmatch(language):
-                yield f"{language!r} is no language code"
+                yield f"{language!r} is not a language code"
         if sorted(set(self.languages)) != list(self.languages):
             yield "'languages' are not sorted"
         for direction in self.directions:
@@ -108,13 +110,13 @@ class Manifest:
             if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
                 yield f"the file {name!r} is not inside the folder"
             if type(entry["bytes"]) is not int or not isinstance(entry["sha256"], str):
-                yield f"the size or checksum of {name!r} is none"
+                yield f"the size or checksum of {name!r} is not valid"
         for name in self._needed():
             if name not in self.files:
                 yield f"it has no checksum of {name!r}"
 
     def _needed(self) -> Iterator[str]:
-        """The files that the folder is read by."""
+        """Names of the files that readers of the folder need."""
         yield from ("spm.model", "dict.txt")
         for split, texts in self.counts.items():
             for sides in map(parse_sides, texts):
@@ -125,7 +127,7 @@ class Manifest:
 
 
 def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Checksum and size of every file below a folder, apart from the manifest itself; all of it is on the disk then."""
+    """Checksum and size of every file below a folder except the manifest; also syncs the files to disk."""
     paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != FILE)
     files = {}
     for path in paths:

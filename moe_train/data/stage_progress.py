@@ -1,4 +1,4 @@
-"""Progress of preparation on the screen: one line per stage, with Rich; silent where nobody looks."""
+"""Progress bars of preparation, one per stage, with Rich."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ Advance = Callable[[int], None]
 
 
 class Progress:
-    """Stages with a bar each.
+    """Stages with a progress bar each.
 
     Args:
-        console: where to draw; None: nowhere.
+        console: for the output; None: no output.
     """
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Screen(quiet=True)
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         """Prints a line."""
         self.console.print(text, highlight=False, soft_wrap=True)
 
     @contextmanager
     def stage(self, name: str, total: int | None = None) -> Iterator[Advance]:
-        """Shows a bar while the block runs; the value is called with the amount done since last time."""
+        """Shows a bar while the block runs, which calls the yielded function with the amount since the last call."""
         columns = (TextColumn("{task.description:<28}", markup=False), BarColumn(bar_width=None), MofNCompleteColumn())
         with Bars(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.console, expand=True) as bars:
             task = bars.add_task(name, total=total)

@@ -1,4 +1,4 @@
-"""Translating a held-out split in every direction, scoring it, and keeping everything in the run folder."""
+"""Translates a held-out split in every direction, scores it and writes outputs and scores to the run folder."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from moe_train.config.evaluation import EvaluateConfig
 from moe_train.data.text.languages import offer_direction
 from moe_train.data.text.lines import sha256
 from moe_train.errors import DataError
-from moe_train.evaluation.decode_workers import decode
+from moe_train.evaluation.decode_workers import decode_batches
 from moe_train.evaluation.loading import OpenedRun, open_run
 from moe_train.evaluation.long_lines import cut_note
 from moe_train.evaluation.result_files import ResultFiles, part_name, writable_folder, writing
-from moe_train.evaluation.routed_tokens import describe_all
+from moe_train.evaluation.routed_tokens import describe_sum
 from moe_train.evaluation.scoring.bleu_chrf import AUTO, Scorer, require_tokenizer
 from moe_train.evaluation.scoring.further_metrics import find_metrics, measure_with
 from moe_train.evaluation.scoring.results import DirectionResult, Results, read_results
-from moe_train.evaluation.translator import Encoded, JobResult, Translation, encode
+from moe_train.evaluation.translator import BatchResult, EncodedLines, Translation, encode
 from moe_train.screen import Screen
 from moe_train.training.checkpoint.checksums import MANIFEST, replace_text
 from moe_train.training.checkpoint.store import run_on_all_ranks
@@ -37,29 +37,29 @@ from moe_train.training.runtime.world import World
 
 @dataclass(frozen=True)
 class HeldOutSet:
-    """One direction of a split: untouched text, and the sources made ready for decoding."""
+    """One direction of a split: raw text, and the encoded sources."""
 
     direction: str
     sources: list[str]
     references: list[str]
-    encoded: Encoded
+    encoded: EncodedLines
 
 
 def evaluate(config: EvaluateConfig, console: Console | None = None) -> Results:
-    """Translates and scores; writes the :class:`~moe_train.evaluation.result_files.ResultFiles` of what is evaluated.
+    """Translates and scores; writes :class:`~moe_train.evaluation.result_files.ResultFiles`.
 
-    Only all sentences of all trained directions go into ``<split>.json``. Results of another checkpoint or of other
-    settings that stand in the same files are set aside.
+    ``<split>.json`` is written only for all sentences of all trained directions. Existing files of another checkpoint
+    or of other settings are renamed and kept.
 
     Args:
-        console: where progress is shown, and where the results are; None: nowhere.
+        console: for progress and the place of the results; None: nothing is shown.
 
     Returns:
-        The file's content.
+        The content of the scores file.
 
     Raises:
         ConfigError, DataError, CheckpointError, LaunchError: as :func:`open_run` and :func:`decode`; also an unknown
-            direction, a split without any, or a folder for results that cannot be written.
+            direction, a split without directions, or a results folder that cannot be written.
     """
     require_tokenizer(config.tokenizer)
     find_metrics(config.metrics)
@@ -68,56 +68,57 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> Results:
     chosen = choose_directions(run, config.split, config.directions)
     everything = chosen == default_directions(run, config.split)
     part = part_name([] if everything else chosen, config.max_sentences)
-    place = run_on_all_ranks(world, lambda: _place(run, config, part, console) if world.main else None)
-    held = [_hold(run, config, name) for name in chosen]
-    jobs = [job for entry in held for job in entry.encoded.jobs]
+    destination = run_on_all_ranks(world, lambda: _destination(run, config, part, console) if world.main else None)
+    held = [_encode_direction(run, config, name) for name in chosen]
+    batches = [batch for entry in held for batch in entry.encoded.batches]
     start = time.perf_counter()
-    with _progress(console, sum(len(job.sentences) for job in jobs)) as advance:
-        outcomes = decode(run, jobs, config.search, config.launch, advance, config.expert_parallel)
+    with _progress(console, sum(len(batch.sentences) for batch in batches)) as advance:
+        outcomes = decode_batches(run, batches, config.search, config.launch, advance, config.expert_parallel)
     seconds = time.perf_counter() - start
 
     def finish() -> Results | None:
-        return None if place is None else _scored(run, config, place, held, outcomes, seconds)
+        return None if destination is None else _score_and_write(run, config, destination, held, outcomes, seconds)
 
     found = run_on_all_ranks(world, finish)
     results = Results.from_json(world.broadcast(found.to_json() if found is not None else {}))
-    if place is not None and console is not None:
-        console.print(f"written: {place.files.scores}", highlight=False, markup=False, soft_wrap=True)
+    if destination is not None and console is not None:
+        console.print(f"written: {destination.files.scores}", highlight=False, markup=False, soft_wrap=True)
     return results
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where results go, and what is to be said of it."""
+class _Destination:
+    """Files of the results, and a note where they are not in the run folder."""
 
     files: ResultFiles
     note: str
 
 
-def _place(run: OpenedRun, config: EvaluateConfig, part: str, console: Console | None) -> _Place:
-    """Found before hours of decoding, so that what cannot be written is said at once."""
+def _destination(run: OpenedRun, config: EvaluateConfig, part: str, console: Console | None) -> _Destination:
+    """Checked before hours of decoding, so that an unwritable folder is reported at once."""
     folder, note = writable_folder(run.folder.path, run.variant, config.out)
     if note and console is not None:
         console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
-    return _Place(ResultFiles(folder, config.split, part), note)
+    return _Destination(ResultFiles(folder, config.split, part), note)
 
 
-def _scored(
+def _score_and_write(
     run: OpenedRun,
     config: EvaluateConfig,
-    place: _Place,
+    destination: _Destination,
     held: Sequence[HeldOutSet],
-    outcomes: Sequence[JobResult],
+    outcomes: Sequence[BatchResult],
     seconds: float,
 ) -> Results:
-    """Writes outputs and scores; under a launcher one rank does it."""
-    translations = _assemble(held, outcomes)
+    """Writes outputs and scores. Rank 0 calls it."""
+    rest = iter(outcomes)
+    translations = [entry.encoded.to_lines([next(rest) for _ in entry.encoded.batches]) for entry in held]
     results = _results(run, config, held, translations, _speed(translations, outcomes, seconds, config))
-    results = replace(results, notes=[*results.notes, *filter(None, [place.note])])
-    files = place.files
+    results = replace(results, notes=[*results.notes, *filter(None, [destination.note])])
+    files = destination.files
     with writing(files.folder):
         if files.scores.exists() and not _replaces(results, files.scores):
-            results = replace(results, notes=[*results.notes, files.set_aside()])
+            results = replace(results, notes=[*results.notes, files.keep_earlier()])
         for entry, lines in zip(held, translations, strict=True):
             files.outputs(entry.direction).write(entry.sources, entry.references, lines)
         replace_text(files.scores, results.to_text())
@@ -125,7 +126,7 @@ def _scored(
 
 
 def _replaces(results: Results, path: Path) -> bool:
-    """Whether nothing is lost with the file that is there; one that cannot be read might hold anything."""
+    """Whether the existing file can be replaced without loss; False where it cannot be read."""
     try:
         earlier = read_results(path)
     except DataError:
@@ -136,10 +137,10 @@ def _replaces(results: Results, path: Path) -> bool:
 def choose_directions(run: OpenedRun, split: str, wanted: Sequence[str]) -> list[str]:
     """The directions to evaluate, sorted: those wanted, else :func:`default_directions`.
 
-    A direction for which there was no training text is no trained one, whatever held-out text there is for it.
+    A direction without training text does not count as trained, even if it has held-out text.
 
     Raises:
-        DataError: a direction that the split does not have, or a split that has none.
+        DataError: the split does not have a direction, or has none of the trained ones.
     """
     known = run.data.directions_of(split)
     for name in wanted:
@@ -161,19 +162,13 @@ def default_directions(run: OpenedRun, split: str) -> list[str]:
     return sorted({name for name in run.trained if name in known})
 
 
-def _hold(run: OpenedRun, config: EvaluateConfig, direction: str) -> HeldOutSet:
+def _encode_direction(run: OpenedRun, config: EvaluateConfig, direction: str) -> HeldOutSet:
     source, target = direction.split("-")
     sources, references = run.data.raw(config.split, direction)
     if config.max_sentences:
         sources, references = sources[: config.max_sentences], references[: config.max_sentences]
     encoded = encode(run.task, sources, source, target, config.search.batch_tokens)
     return HeldOutSet(direction, sources, references, encoded)
-
-
-def _assemble(held: Sequence[HeldOutSet], outcomes: Sequence[JobResult]) -> list[list[Translation]]:
-    """Outcomes in the order of all jobs → a list per direction."""
-    rest = iter(outcomes)
-    return [entry.encoded.assemble([next(rest) for _ in entry.encoded.jobs]) for entry in held]
 
 
 # --- scoring ---------------------------------------------------------------------------------------------------------
@@ -192,9 +187,9 @@ def _results(
     for entry, lines in zip(held, translations, strict=True):
         scorer = Scorer(entry.direction.split("-")[1], config.tokenizer)
         texts = [t.text for t in lines]
-        measured, failed = _measured(config, entry, texts)
+        metrics, failed = _further_metrics(config, entry, texts)
         scored = _score(scorer, entry, texts, config.seed, entry.direction not in run.trained)
-        directions[entry.direction] = replace(scored, metrics=measured)
+        directions[entry.direction] = replace(scored, metrics=metrics)
         notes += failed
         signatures["bleu"][scorer.tokenization.name] = scorer.bleu_signature
         signatures["chrf"] = scorer.chrf_signature
@@ -212,7 +207,7 @@ def _results(
 
 
 def _score(scorer: Scorer, entry: HeldOutSet, hypotheses: list[str], seed: int, zero_shot: bool) -> DirectionResult:
-    shuffled = move_earlier_results(hypotheses, f"{seed}/{entry.direction}")
+    shuffled = derange(hypotheses, f"{seed}/{entry.direction}")
     return DirectionResult(
         scores=scorer.score(hypotheses, entry.references),
         baselines={
@@ -227,20 +222,22 @@ def _score(scorer: Scorer, entry: HeldOutSet, hypotheses: list[str], seed: int, 
     )
 
 
-def _measured(config: EvaluateConfig, entry: HeldOutSet, hypotheses: list[str]) -> tuple[dict[str, float], list[str]]:
-    """Scores of further metrics by name, and notes on those that failed."""
+def _further_metrics(
+    config: EvaluateConfig, entry: HeldOutSet, hypotheses: list[str]
+) -> tuple[dict[str, float], list[str]]:
+    """Scores of further metrics by name, and notes about those that failed."""
     scores: dict[str, float] = {}
     failed = []
     for name, metric in find_metrics(config.metrics).items():
         try:
             scores[name] = measure_with(metric, hypotheses, entry.references, entry.direction.split("-")[1])
         except ValueError as error:
-            failed.append(f"{entry.direction}: the metric '{name}' has failed ({error})")
+            failed.append(f"{entry.direction}: the metric '{name}' failed ({error})")
     return scores, failed
 
 
-def move_earlier_results(lines: Sequence[str], seed: str) -> list[str]:
-    """The lines in a seeded random order in which none stays in its place (Sattolo's algorithm); one line stays."""
+def derange(lines: Sequence[str], seed: str) -> list[str]:
+    """The lines in a seeded random order in which none keeps its position (Sattolo's algorithm)."""
     order, draw = list(lines), random.Random(seed)
     for last in range(len(order) - 1, 0, -1):
         other = draw.randrange(last)
@@ -259,14 +256,14 @@ def _notes(run: OpenedRun, scorer: Scorer, entry: HeldOutSet) -> list[str]:
         notes.append(f"{entry.direction}, sources, {cut_note(lines, run.task.max_positions()[0])}")
     blank = len(entry.sources) - sum(len(lines) for lines in entry.encoded.lines)
     if blank:
-        notes.append(f"{entry.direction}: {blank} blank sources were left blank")
+        notes.append(f"{entry.direction}: {blank} blank sources have blank outputs")
     if entry.direction not in run.trained:
         notes.append(f"{entry.direction}: not trained in this run (zero-shot)")
     return notes
 
 
 def _settings(run: OpenedRun, config: EvaluateConfig) -> dict[str, Any]:
-    """What decides the outputs and scores; compute layout does not."""
+    """The settings that determine outputs and scores; the compute layout does not."""
     return {
         "split": config.split,
         "checkpoint": run.checkpoint.name,
@@ -275,19 +272,19 @@ def _settings(run: OpenedRun, config: EvaluateConfig) -> dict[str, Any]:
         "max_sentences": config.max_sentences,
         "seed": config.seed,
         "search": asdict(config.search),
-        # A key that scores of earlier versions do not have: absent where it is the default.
+        # Absent where it is the default: results of earlier versions do not have this key.
         **({} if config.tokenizer == AUTO else {"tokenizer": config.tokenizer}),
         **asdict(run.inference),
     }
 
 
 def _speed(
-    translations: Sequence[Sequence[Translation]], outcomes: Sequence[JobResult], seconds: float, config: EvaluateConfig
+    translations: Sequence[Sequence[Translation]],
+    outcomes: Sequence[BatchResult],
+    seconds: float,
+    config: EvaluateConfig,
 ) -> dict[str, Any]:
-    """Words and tokens per second of decoding: over the summed time of all processes, divided by their number.
-
-    And how tokens were routed.
-    """
+    """Words and tokens per second of decoding (over the mean time of a process), and how tokens were routed."""
     tokens = sum(t.tokens for lines in translations for t in lines)
     words = _words([t.text for lines in translations for t in lines])
     processes = World.current().size if dist.is_initialized() else config.launch.processes
@@ -300,7 +297,7 @@ def _speed(
         "words_per_second": round(words / busy, 2) if busy else 0.0,
         "tokens_per_second": round(tokens / busy, 2) if busy else 0.0,
         "processes": processes,
-        "routing": describe_all([outcome.routing for outcome in outcomes]),
+        "routing": describe_sum([outcome.routing for outcome in outcomes]),
     }
 
 

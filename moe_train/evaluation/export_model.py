@@ -1,13 +1,13 @@
-"""A trained model as one directory that needs nothing else: safetensors, config, dictionaries, SentencePiece.
+"""Exports a trained model as one self-contained directory: safetensors, config, dictionaries, SentencePiece.
 
     OUT/
       model.safetensors      or model-00001-of-00003.safetensors … and model.safetensors.index.json
-      config.json            the run's config, and what it was exported from
+      config.json            the run's config, and the run and checkpoint exported
       data/                  dict.txt, dict.XX.txt, spm.model and their manifest (languages, directions)
       README.md              the names of the tensors
       manifest.json          sha256 of every file
 
-Tensors keep the names of checkpoints, so the directory is a checkpoint too: any number of ranks can read it.
+Tensors keep the names of checkpoints, so the directory can also be read as a checkpoint, by any number of ranks.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ INDEX = "model.safetensors.index.json"
 
 
 def export_run(config: ExportConfig) -> Path:
-    """Writes the export of a run's checkpoint and returns its folder, which appears whole or not at all.
+    """Exports a checkpoint of a run and returns the new folder, which is written atomically.
 
     Raises:
-        ConfigError: no run folder, or the target is there already.
-        CheckpointError: no such checkpoint, or a damaged one.
+        ConfigError: no run folder, or the target exists already.
+        CheckpointError: the checkpoint is missing or damaged.
         DataError: the run's data folder, which has the dictionaries, is missing or damaged.
     """
     out = Path(config.out)
@@ -60,22 +60,22 @@ def export_run(config: ExportConfig) -> Path:
     except (OSError, SafetensorError) as error:
         what = f"the export could not be written ({getattr(error, 'strerror', None) or error})"
         where = str(getattr(error, "filename", None) or out)
-        raise ConfigError(what, where, "look after space and permissions, or choose another out=…") from error
+        raise ConfigError(what, where, "check disk space and permissions, or set another folder: out=…") from error
     return out
 
 
 def _check_free(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError("the export's folder is there already, and not empty", str(out), "choose another out=…")
+        raise ConfigError("the export's folder exists already and is not empty", str(out), "set another folder: out=…")
 
 
 def _write(run: LoadedRun, folder: Path, shard_mb: float) -> None:
     tensors = model_tensors(run.model)
     _write_tensors(tensors, folder, int(shard_mb * 10**6))
     portable = _write_data(run.data, folder / DATA)
-    described = _described(run, DATA if portable else run.config.data)
-    checksums.write_synced(folder / CONFIG, json.dumps(described, indent=1) + "\n")
-    checksums.write_synced(folder / "README.md", readme(described["exported"], run.config, tensors, portable))
+    content = _config_json(run, DATA if portable else run.config.data)
+    checksums.write_synced(folder / CONFIG, json.dumps(content, indent=1) + "\n")
+    checksums.write_synced(folder / "README.md", readme(content["exported"], run.config, tensors, portable))
     files = describe_files(folder)
     for manifest in folder.glob(f"*/{checksums.MANIFEST}"):
         files[manifest.relative_to(folder).as_posix()] = checksums.digest(manifest)
@@ -91,7 +91,7 @@ def _write_tensors(tensors: Mapping[str, Tensor], folder: Path, limit: int) -> N
     if len(shards) > 1:
         names = [f"model-{n + 1:05}-of-{len(shards):05}.safetensors" for n in range(len(shards))]
     for name, shard in zip(names, shards, strict=True):
-        # Experts are views of one stack; safetensors wants each tensor to own its memory.
+        # Experts are views of one stacked tensor; safetensors requires that tensors do not share memory.
         save_file({key: tensor.clone() for key, tensor in shard.items()}, folder / name, metadata={"format": "pt"})
     if len(shards) > 1:
         places = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
@@ -101,7 +101,7 @@ def _write_tensors(tensors: Mapping[str, Tensor], folder: Path, limit: int) -> N
 
 
 def _shards(tensors: Mapping[str, Tensor], limit: int) -> Iterator[dict[str, Tensor]]:
-    """In order, each below ``limit`` bytes unless one tensor alone is larger."""
+    """Tensors in order, divided into shards of at most ``limit`` bytes; a larger tensor is a shard of its own."""
     shard: dict[str, Tensor] = {}
     size = 0
     for name, tensor in tensors.items():
@@ -114,7 +114,7 @@ def _shards(tensors: Mapping[str, Tensor], limit: int) -> Iterator[dict[str, Ten
 
 
 def _write_data(data: Any, folder: Path) -> bool:
-    """Dictionaries and tokenizer as a data folder without sentences; False where the task has none."""
+    """Writes dictionaries and tokenizer as a data folder without sentences; False where the task has none."""
     if not isinstance(data, DataFolder):
         return False
     folder.mkdir()
@@ -125,8 +125,8 @@ def _write_data(data: Any, folder: Path) -> bool:
     return True
 
 
-def _described(run: LoadedRun, data: str) -> dict[str, Any]:
-    """``config.json`` as a run folder has it, and where the export comes from."""
+def _config_json(run: LoadedRun, data: str) -> dict[str, Any]:
+    """``config.json`` of a run folder, with the run and checkpoint exported."""
     state = read_state(run.checkpoint) if (run.checkpoint / STATE).is_file() else {}
     config = dataclasses.replace(run.config, data=data)
     exported = {
@@ -135,6 +135,6 @@ def _described(run: LoadedRun, data: str) -> dict[str, Any]:
         "update": state.get("update"),
         "moe_train": moe_train.__version__,
     }
-    about_data = RunData(RunData.of_task(run.task).vocabulary, run.trained).to_json()
-    outside = {"user_dir": run.folder.user_dir} if run.folder.user_dir else {}
-    return {"format": 1, "config": to_mapping(config), "exported": exported, **about_data, **outside}
+    data_keys = RunData(RunData.of_task(run.task).vocabulary, run.trained).to_json()
+    user_dir = {"user_dir": run.folder.user_dir} if run.folder.user_dir else {}
+    return {"format": 1, "config": to_mapping(config), "exported": exported, **data_keys, **user_dir}

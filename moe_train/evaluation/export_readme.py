@@ -1,4 +1,4 @@
-"""The README of an export: what each name means, so that other programs can read the tensors."""
+"""Writes the README of an export: use, and names and shapes of the tensors."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from moe_train.training.checkpoint.state_dict import EXPERT, MODEL
 
 
 def readme(exported: Mapping[str, Any], config: RunConfig, tensors: Mapping[str, Tensor], portable: bool) -> str:
-    """Markdown: origin, use, and a table of the tensors, experts of a layer in one line."""
+    """Markdown text: origin, use, and a table of the tensors with one line for the experts of a layer."""
     total = sum(tensor.numel() for tensor in tensors.values())
     lines = [
         f"# {for_markdown(exported['run'])}, {exported['checkpoint']}",
         "",
         f"Exported by moe_train {exported['moe_train']}: task {config.task.name}, routing {config.routing['name']}, "
-        f"{total:,} numbers.",
+        f"{total:,} values.",
         "",
         *_use(portable),
         "",
         "## Tensors",
         "",
-        f"`{MODEL}<parameter>`, as in PyTorch's state_dict; tied parameters stand under their first name. Experts are",
-        f"stored one by one: `{MODEL}<parameter>{EXPERT}3` is expert 3 of its layer, and is used as `x @ W`.",
+        f"`{MODEL}<parameter>`, as in PyTorch's state_dict; tied parameters are stored under their first name. Each",
+        f"expert is a tensor of its own: `{MODEL}<parameter>{EXPERT}3` is expert 3 of its layer, applied as `x @ W`.",
         "",
         "| name | shape | type |",
         "|---|---|---|",
@@ -43,13 +43,13 @@ def _use(portable: bool) -> list[str]:
         "    moe-evaluate run=HERE data=DATA      (a prepared data folder with held-out sentences)",
         "    moe-train … training.init_from=HERE",
         "",
-        "`data/` has the SentencePiece model and the dictionaries: line n of `dict.txt` is token n + 4, after `<s>`,",
-        "`<pad>`, `</s>` and `<unk>`; a tag `__xx__` per language and `<mask>` come last.",
+        "`data/` contains the SentencePiece model and the dictionaries: line n of `dict.txt` is token n + 4, after",
+        "`<s>`, `<pad>`, `</s>` and `<unk>`. A tag `__xx__` per language and `<mask>` are the last tokens.",
     ]
 
 
 def _table(tensors: Mapping[str, Tensor]) -> list[str]:
-    """One line per name; consecutive experts of one parameter share a line."""
+    """One line per parameter; its experts share the line."""
     rows: dict[str, tuple[str, str]] = {}
     counts: dict[str, int] = {}
     for name, tensor in tensors.items():

@@ -1,11 +1,11 @@
-"""Hypotheses on disk, so that scores can be checked, compared and tested without the model or the data.
+"""Files of hypotheses, with which scores can be checked and compared without the model or the data.
 
 hypotheses/test.en-de.de            the outputs, one line per source line
 hypotheses/test.en-de.de.reference  the references
 hypotheses/test.en-de.en            the sources
-hypotheses/test.en-de.de.scores     a score per line: log-probability over length^penalty
+hypotheses/test.en-de.de.scores     one score per line: log-probability over length^penalty
 
-Those of a part of the split stand in a folder of its name: hypotheses/first-3/test.en-de.de
+Files of a part of the split are in a folder with its name: hypotheses/first-3/test.en-de.de
 (:mod:`moe_train.evaluation.result_files`).
 """
 
@@ -24,7 +24,7 @@ _LINE_ENDS = {ord(c): " " for c in "\r\n"}
 
 
 def hypotheses_folder(run: Path, part: str = "") -> Path:
-    """Where the outputs of a part of a split lie; "": of all of it."""
+    """Folder of the outputs of a part of a split; "": of the whole split."""
     return run / "hypotheses" / part
 
 
@@ -58,14 +58,14 @@ class OutputFiles:
 
     @property
     def scores(self) -> Path:
-        """A score per line."""
+        """One score per line."""
         return self._with(f"{self.direction.split('-')[1]}.scores")
 
     def _with(self, suffix: str) -> Path:
         return self._stem.with_name(f"{self._stem.name}.{suffix}")
 
     def write(self, sources: Sequence[str], references: Sequence[str], translations: Sequence[Translation]) -> None:
-        """Writes all four, each as a whole or not at all."""
+        """Writes the four files, each atomically."""
         self._stem.parent.mkdir(parents=True, exist_ok=True)
         _write(self.sources, sources)
         _write(self.references, references)
@@ -81,7 +81,7 @@ class OutputFiles:
         for path in (self.hypotheses, self.references):
             if not path.is_file():
                 raise DataError("an output file is missing", str(path), "run moe-evaluate again")
-        # A model that spells in bytes may write a NUL.
+        # A model with byte fallback may output a NUL.
         hypotheses, references = (list(read_lines(path, nul=True)) for path in (self.hypotheses, self.references))
         if len(hypotheses) != len(references):
             what = f"{len(hypotheses)} hypotheses for {len(references)} references"

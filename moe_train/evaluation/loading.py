@@ -1,4 +1,4 @@
-"""A trained run, loaded for use: config, data, task and the weights of one checkpoint, on any number of devices."""
+"""Opens a trained run for inference: config, data, task and the weights of one checkpoint."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from moe_train.training.run.run_folder import CONFIG, RunFolder
 from moe_train.training.run.run_folder import EXPORTED_DATA as DATA
 from moe_train.training.runtime.world import World
 
-VARIANTS = "variants"  # results of a run that routes otherwise than it was told to
+VARIANTS = "variants"  # results with routing keys that differ from the training's
 
 
 @dataclass(frozen=True)
 class OpenedRun:
-    """A run without its weights: enough to prepare work that other processes do.
+    """A run without its weights, with which work for other processes can be prepared.
 
     Attributes:
         folder: the run folder.
-        config: as the run was trained, with the data folder's present place and the routing keys changed since.
-        checkpoint: the verified checkpoint's folder.
-        inference: how it routes: every key that may change after training, and the seed of draws.
-        trained: the directions or languages that it was trained on; all of the task's where that cannot be told.
+        config: that of the training, with the present data folder and the changed routing keys.
+        checkpoint: the folder of the verified checkpoint.
+        inference: every routing key that may change after training, and the seed of draws.
+        trained: the directions or languages that it was trained on; all of the task's where that is not known.
     """
 
     folder: RunFolder
@@ -49,8 +49,7 @@ class OpenedRun:
 
     @property
     def variant(self) -> str:
-        """The folder in the run folder for scores and outputs of what routes otherwise than the run; "" where nothing
-        does."""
+        """Subfolder for scores and outputs where routing differs from the training's; "" where it does not."""
         trained, here = _inference(self.folder.config), self.inference
         changed = [f"{key}={value}" for key, value in here.routing.items() if value != trained.routing[key]]
         if here.draw_seed != trained.draw_seed:
@@ -60,17 +59,17 @@ class OpenedRun:
 
     @property
     def results(self) -> Path:
-        """Where scores and outputs belong: the run folder, or the :attr:`variant` in it."""
+        """Folder of scores and outputs: the run folder, or the :attr:`variant` in it."""
         return self.folder.path / self.variant
 
     def load(self, device: torch.device | str = "cpu", layout: ExpertLayout | None = None) -> LoadedRun:
         """Builds the model on ``device`` and loads the checkpoint's weights.
 
         Args:
-            layout: which rank holds which experts, whatever the layout of the training was; None: all here.
+            layout: distribution of experts over ranks, independent of that of the training; None: all on this rank.
 
         Raises:
-            CheckpointError: the weights are another model's.
+            CheckpointError: the weights do not fit the model.
         """
         model = self.task.build_model(layout)
         load_model(self.checkpoint, model)
@@ -97,22 +96,24 @@ def open_run(
     """Opens a run without loading its weights.
 
     Args:
-        path: the run folder, or what moe-export made of one (which has one checkpoint, whatever is asked for).
-        checkpoint: ``best``, ``last``, ``averaged``, or an update's number; or the folder of a checkpoint that has been
-            verified before, with the data, by the process that hands out the work.
+        path: the run folder, or an export (which has one checkpoint; ``checkpoint`` is ignored).
+        checkpoint: ``best``, ``last``, ``averaged``, or an update's number; or the folder of a checkpoint that the
+            process that started this one has verified, with the data.
         data: the data folder, where it has moved.
-        inference: how it routes, where not as the run has it.
-        world: ranks that all open it and share the reading of checksums; None: this process alone.
-        verify: whether files of the data are compared with their checksums; sentences that only training reads are not.
+        inference: routing keys that differ from the training's.
+        world: ranks that all open it and share the reading of checksums; None: only this process.
+        verify: when data files are compared with their checksums; sentences that only training reads are not.
 
     Raises:
-        ConfigError: no run folder, a routing key that cannot change after training, or a seed of draws where none are.
-        CheckpointError: no such checkpoint, or a damaged one.
-        DataError: the data folder is missing or damaged, or its vocabulary is not the run's.
+        ConfigError: no run folder, a routing key that cannot change after training, or a seed of draws for routing
+            without draws.
+        CheckpointError: the checkpoint is missing or damaged.
+        DataError: the data folder is missing or damaged, or its vocabulary differs from the run's.
     """
     folder = RunFolder.open(path)
-    config, handed_out = folder.config, isinstance(checkpoint, Path)
-    if _is_export(folder):
+    config, is_verified = folder.config, isinstance(checkpoint, Path)
+    is_export = not folder.checkpoints.is_dir() and any(folder.path.glob("model*.safetensors"))
+    if is_export:
         if not isinstance(checkpoint, Path):
             checkpoint = folder.path.resolve()
             CheckpointStore(checkpoint.parent, world).verify(checkpoint)
@@ -121,7 +122,7 @@ def open_run(
         config = dataclasses.replace(config, data=str(data))
     elif Path(config.data).is_absolute() and not Path(config.data).is_dir():
         raise DataError(
-            "the data folder that the run was trained on is not there", config.data, "say where it is now: data=FOLDER"
+            "the data folder of the training does not exist", config.data, "set its present place: data=FOLDER"
         )
     inference = inference or Inference()
     config = dataclasses.replace(config, routing=changed(config.routing, inference.routing))
@@ -132,7 +133,7 @@ def open_run(
         checkpoint = CheckpointStore(folder.checkpoints, world).resolve(checkpoint)
     task = build_task(config, opened)
     trained: tuple[str, ...] | None = None
-    if not handed_out:
+    if not is_verified:
         main = world is None or world.main
         verify_data(opened, task, verify, world, training=False)
         _check_size(config, opened, checkpoint, folder)
@@ -147,10 +148,10 @@ def open_run(
 
 
 def _check_size(config: RunConfig, data: Any, checkpoint: Path, folder: RunFolder) -> None:
-    """Refuses a config of another model than the checkpoint's before any memory is taken for its weights.
+    """Checks that the config fits the checkpoint, before memory is allocated for the weights.
 
     Raises:
-        CheckpointError, ConfigError: the config's file is named.
+        CheckpointError, ConfigError: it does not; names the config file.
     """
     with located(str(folder.path / CONFIG)):
         layers = config.model.encoder_layers + config.model.decoder_layers
@@ -166,13 +167,8 @@ def _check_size(config: RunConfig, data: Any, checkpoint: Path, folder: RunFolde
 
 
 def _inference(config: RunConfig, draw_seed: int | None = None) -> Inference:
-    """Every key that may change after training as the config has it, and the seed; None: the run's."""
+    """Every routing key that may change after training, from the config, and the seed; None: the run's."""
     return Inference(evaluation_values(config.routing), config.seed if draw_seed is None else draw_seed)
-
-
-def _is_export(folder: RunFolder) -> bool:
-    """Whether this is no run folder but what moe-export made of one: a checkpoint with its config."""
-    return not folder.checkpoints.is_dir() and any(folder.path.glob("model*.safetensors"))
 
 
 def load_run(
@@ -188,10 +184,10 @@ def load_run(
 
 
 def choose_device(wanted: str, index: int = 0) -> torch.device:
-    """The device of the ``index``-th process of this host: a GPU of its own where there is one and it is wanted.
+    """The device of the ``index``-th process of this host: a GPU where there is one and it is wanted.
 
     Raises:
-        LaunchError: ``cuda`` is wanted and there is none.
+        LaunchError: ``cuda`` is wanted and there is no GPU.
     """
     available = torch.cuda.is_available()
     if wanted == "cuda" and not available:

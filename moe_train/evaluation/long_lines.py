@@ -1,4 +1,4 @@
-"""Lines that are longer than the model's longest source: which they are, in words, and their parts at sentence ends."""
+"""Lines that are longer than the model's longest source: messages that name them, and division at sentence ends."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from moe_train.errors import plural
 
 _NAMED = 10  # lines that a message names
-# The end of a sentence, closing marks with it: before a space, or anywhere after those of scripts without spaces.
+# The end of a sentence with closing marks: before a space, or anywhere in scripts without spaces.
 _CLOSING = "\"'»”’)\\]」』）"
 _END = re.compile(rf"[.!?…؟۔।॥։።៕။།]+[{_CLOSING}]*\s+|[。！？｡]+[{_CLOSING}]*\s*")
 _NO_SPACE = re.compile(rf"[。！？｡][{_CLOSING}]*$")
@@ -29,12 +29,12 @@ def name_lines(lines: Sequence[int]) -> str:
 
 
 def cut_note(lines: Sequence[int], longest: int) -> str:
-    """That these lines (from 1) have lost their tails, which is what else a translation would not show."""
+    """A note that these lines (numbered from 1) were truncated, which their translations do not show."""
     return f"{name_lines(lines)}: cut to the model's {plural(longest, 'token')}, tag and end included"
 
 
 def sentence_parts(line: str, fits: Callable[[str], bool]) -> list[str]:
-    """Cuts a line at sentence ends into parts, each as long as it can be; a sentence that does not fit stands alone.
+    """Divides a line at sentence ends into parts as long as possible; a sentence that does not fit is one part.
 
     Args:
         fits: whether a text is short enough.
@@ -51,7 +51,7 @@ def sentence_parts(line: str, fits: Callable[[str], bool]) -> list[str]:
 
 
 def join_parts(parts: Sequence[str]) -> str:
-    """Translations of the parts of a line as one line; no space behind the full stop of a script that writes none."""
+    """Translations of the parts of a line as one line; no space after the full stop of a script without spaces."""
     text = ""
     for part in filter(None, parts):
         space = "" if not text or _NO_SPACE.search(text) else " "

@@ -1,4 +1,4 @@
-"""Measuring a held-out split for tasks that do not translate: losses, perplexities, accuracy, F1, and routing."""
+"""Evaluates a held-out split for tasks that do not translate: losses, perplexities, accuracy, F1, and routing."""
 
 from __future__ import annotations
 
@@ -25,22 +25,21 @@ from moe_train.training.data_loader import move
 from moe_train.training.metrics.sums import MetricSums, total
 from moe_train.training.run.run_info import versions
 
-_DECIDING = ("checkpoint_digest", "data_fingerprint", "max_sentences", "routing", "draw_seed")
+_SETTINGS = ("checkpoint_digest", "data_fingerprint", "max_sentences", "routing", "draw_seed")
 
 
-def measure(config: EvaluateConfig) -> dict[str, Any]:
-    """Runs the model over every set of a split; writes the scores of
-    :class:`~moe_train.evaluation.result_files.ResultFiles`, of which ``<split>.json`` is only ever of the whole split.
+def evaluate_task(config: EvaluateConfig) -> dict[str, Any]:
+    """Runs the model over every set of a split; writes the scores file of
+    :class:`~moe_train.evaluation.result_files.ResultFiles`; ``<split>.json`` is written only for the whole split.
 
     Returns:
-        The file's content: ``sets`` (name → measures), ``summary`` (what the task makes of them), ``routing`` (name →
-        load of each expert, drops and entropy by layer; with strata, the shares of tokens by the passes they asked for,
-        with slots the largest weights), ``items``, ``seconds``, ``zero_shot`` (sets that were not trained on, which
-        ``average`` leaves out).
+        The file's content: ``sets`` (name → measures), ``summary`` (computed by the task), ``routing`` (name → load of
+        each expert, drops and entropy by layer; with strata, the shares of tokens by requested passes, with slots the
+        largest weights), ``items``, ``seconds``, ``zero_shot`` (sets without training data, not in ``average``).
 
     Raises:
-        ConfigError, DataError, CheckpointError: as :func:`load_run`; a split that is not there, or results that cannot
-            be written.
+        ConfigError, DataError, CheckpointError: as :func:`load_run`; an unknown split, or results that cannot be
+            written.
     """
     device = choose_device(config.launch.device)
     run = load_run(config.run, config.checkpoint, config.data, device, config.inference, config.data_verify)
@@ -79,17 +78,19 @@ def measure(config: EvaluateConfig) -> dict[str, Any]:
         "versions": versions(),
     }
     with writing(folder):
-        if files.scores.exists() and _deciding(files.scores.read_bytes()) != _deciding(json.dumps(content)):
-            content["notes"] = [*content["notes"], files.set_aside()]
+        if files.scores.exists() and _defining_settings(files.scores.read_bytes()) != _defining_settings(
+            json.dumps(content)
+        ):
+            content["notes"] = [*content["notes"], files.keep_earlier()]
         replace_text(files.scores, json.dumps(content, indent=1) + "\n")
     return content
 
 
-def _deciding(text: str | bytes) -> dict[str, Any]:
-    """What decided the scores of a file; nothing where it cannot be read, or is of a version that did not say it."""
+def _defining_settings(text: str | bytes) -> dict[str, Any]:
+    """The settings that determine the scores of a file; empty where it cannot be read or does not record them."""
     try:
         settings = json.loads(text)["settings"]
-        return {name: settings[name] for name in _DECIDING}
+        return {name: settings[name] for name in _SETTINGS}
     except (ValueError, KeyError, TypeError, RecursionError):
         return {}
 
@@ -106,7 +107,7 @@ def _measure_set(run: LoadedRun, split: str, name: str, batches: Sequence[Indice
 
 
 def _average(sets: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """The plain mean over sets of what all of them have."""
+    """The unweighted mean over sets of the measures that all of them have."""
     names = [name for name in (*shown_metrics(), "ppl", "nll_loss") if all(name in entry for entry in sets.values())]
     return {name: sum(entry[name] for entry in sets.values()) / len(sets) for name in names}
 
@@ -124,6 +125,6 @@ def show_measures(content: Mapping[str, Any], console: Console) -> None:
         table.add_row(shown, f"{entry['sentences']:,}", *(f"{entry[n]:.4f}" for n in names))
     table.add_row("average", f"{content['items']:,}", *(f"{content['average'][n]:.4f}" for n in names), style="bold")
     console.print(table)
-    console.print(f"{content['items_per_second']:,.1f} items a second on {content['device']}")
+    console.print(f"{content['items_per_second']:,.1f} items/s on {content['device']}")
     for note in content["notes"]:
         console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)

@@ -1,11 +1,11 @@
-"""Where the scores and outputs of an evaluation lie, by the set of sentences that they are of.
+"""Names of the files with scores and outputs of an evaluation, by the set of sentences evaluated.
 
     test.json                hypotheses/test.en-de.de               the whole split, every trained direction
     test.first-3.json        hypotheses/first-3/test.en-de.de       the first 3 sentences of each direction
     test.only-en-de.json     hypotheses/only-en-de/test.en-de.de    one direction of several
-    test.replaced-1.json     hypotheses/replaced-1/test.en-de.de    what stood there, made with other settings
+    test.replaced-1.json     hypotheses/replaced-1/test.en-de.de    earlier results, made with other settings
 
-A limited evaluation never touches the files of the whole split, and nothing that was set aside is deleted.
+An evaluation of a part never changes the files of the whole split, and earlier results are never deleted.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ _LONGEST = 80  # characters of a part's name
 
 
 def part_name(directions: Sequence[str] = (), max_sentences: int = 0) -> str:
-    """What of a split was evaluated, as a part of file names; "" where it was all of it.
+    """The evaluated part of a split, as a part of file names; "" for the whole split.
 
     Args:
-        directions: sorted, where they are not exactly those that are evaluated by default.
+        directions: sorted; empty where they are those evaluated by default.
         max_sentences: of each direction; 0: all.
     """
     names = []
@@ -55,7 +55,7 @@ class ResultFiles:
     """The files of one set of sentences.
 
     Attributes:
-        folder: the run folder, or another one that results go to.
+        folder: the run folder, or another folder for results.
         split: ``test`` or ``valid``.
         part: see :func:`part_name`.
     """
@@ -73,54 +73,54 @@ class ResultFiles:
         """The outputs of one direction."""
         return OutputFiles(self.folder, self.split, direction, self.part)
 
-    def set_aside(self) -> str:
-        """Moves scores and outputs to the first free number; returns a note. Only while :func:`writing`.
+    def keep_earlier(self) -> str:
+        """Renames scores and outputs to the first free number; returns a note. Call it only within :func:`writing`.
 
-        The scores move last: where this is cut off they still stand in their place, and the next call goes on.
+        The scores are renamed last: if this is interrupted they keep their name, and the next call continues.
         """
         outputs = [path for path in hypotheses_folder(self.folder, self.part).glob(f"{self.split}.*") if path.is_file()]
         for number in count(1):
-            aside = dataclasses.replace(self, part=f"{self.part}.replaced-{number}".lstrip("."))
-            there = hypotheses_folder(self.folder, aside.part)
-            if not aside.scores.exists() and not any((there / path.name).exists() for path in outputs):
+            renamed = dataclasses.replace(self, part=f"{self.part}.replaced-{number}".lstrip("."))
+            target = hypotheses_folder(self.folder, renamed.part)
+            if not renamed.scores.exists() and not any((target / path.name).exists() for path in outputs):
                 break
         for path in outputs:
-            there.mkdir(parents=True, exist_ok=True)
-            os.replace(path, there / path.name)
-        os.replace(self.scores, aside.scores)
-        return f"what stood in {self.scores.name} was made with other settings, and is kept in {aside.scores.name}"
+            target.mkdir(parents=True, exist_ok=True)
+            os.replace(path, target / path.name)
+        os.replace(self.scores, renamed.scores)
+        return f"the earlier {self.scores.name} was made with other settings, and is kept in {renamed.scores.name}"
 
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """While entered, no other evaluation writes into the folder: a second one waits (the kernel lets go when we die).
+    """While entered, no other evaluation writes into the folder: a second one waits for the lock.
 
     Raises:
-        DataError: something could not be written, such as on a full disk.
+        DataError: a file could not be written, such as on a full disk.
     """
     try:
         with (folder / LOCK).open("a") as stream:
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX)
             except OSError as error:  # file systems without locks
-                LOG.warning("%s cannot be locked (%s): see to it that one evaluation alone writes there", folder, error)
+                LOG.warning("%s cannot be locked (%s): do not run two evaluations that write there", folder, error)
             yield
     except OSError as error:
         what = f"the results could not be written ({error.strerror or error})"
-        raise DataError(what, str(folder), "make room, or name another folder for them: out=…") from error
+        raise DataError(what, str(folder), "free disk space, or set another folder: out=…") from error
 
 
 def writable_folder(run: Path, variant: str, out: str | None) -> tuple[Path, str]:
-    """The folder for results, made and tried before any work is done, and a note where it is not the expected one.
+    """The folder for results, made and tested before any work is done, and a note where it is not the run folder.
 
     Args:
-        run: the run folder, where results belong.
-        variant: a folder below it, "" for none.
-        out: the folder to take instead. None: the run folder; where that cannot be written (a file system that is
-            mounted read-only, somebody else's run), one in the working directory.
+        run: the run folder.
+        variant: a folder below it; "" for none.
+        out: the folder to use instead. None: the run folder, or where that cannot be written (a read-only file system,
+            another user's run), one in the working directory.
 
     Raises:
-        ConfigError: ``out``, or every one of them, cannot be written.
+        ConfigError: ``out``, or none of them, can be written.
     """
     if out is not None:
         folder = Path(out) / variant
@@ -132,10 +132,10 @@ def writable_folder(run: Path, variant: str, out: str | None) -> tuple[Path, str
     if not error:
         return expected, ""
     name = f"{run.resolve().name}-{hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:8]}"
-    instead = Path.cwd() / "evaluated" / name / variant
-    if why_not_writable(instead):
-        raise ConfigError(f"results cannot be written ({error})", str(expected), "name a folder for them: out=…")
+    fallback = Path.cwd() / "evaluated" / name / variant
+    if why_not_writable(fallback):
+        raise ConfigError(f"results cannot be written ({error})", str(expected), "set a folder for them: out=…")
     return (
-        instead,
-        f"the run folder cannot be written ({error}): results are in {instead}; out=… chooses another folder",
+        fallback,
+        f"the run folder cannot be written ({error}): results are in {fallback}; out=… sets another folder",
     )

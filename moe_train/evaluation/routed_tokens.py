@@ -1,4 +1,4 @@
-"""What routers counted while a model was evaluated: load, drops, entropy and whatever else a strategy counts."""
+"""Collects routing statistics while a model is evaluated: load, drops, entropy and those of the strategy."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from moe_train.training.metrics.sums import ROUTING, MetricSums, describe_routin
 
 
 @contextmanager
-def counting(model: Any) -> Iterator[Callable[[], MetricSums]]:
-    """Gives what counts, when it is called, everything that the model's sparse blocks have routed inside."""
+def collect_routing(model: Any) -> Iterator[Callable[[], MetricSums]]:
+    """Yields a function that returns the sum of all that the model's sparse blocks have routed within the context."""
     seen: dict[int, list[RoutingStatistics]] = {}
 
-    def listen(block: Any, inputs: Any, output: tuple[Any, RoutingRecord | None]) -> None:
+    def record_routing(block: Any, inputs: Any, output: tuple[Any, RoutingRecord | None]) -> None:
         if (record := output[1]) is not None:
             seen.setdefault(record.layer, []).append(record.statistics)
 
     modules = model.modules() if isinstance(model, nn.Module) else ()
-    handles = [module.register_forward_hook(listen) for module in modules if isinstance(module, Block)]
+    handles = [module.register_forward_hook(record_routing) for module in modules if isinstance(module, Block)]
     try:
-        # Summed afterwards: a step of the search must not wait for it.
+        # Summed when called, so that no step of the search waits for it.
         yield lambda: _sum(seen)
     finally:
         for handle in handles:
@@ -43,12 +43,12 @@ def _sum(seen: Mapping[int, list[RoutingStatistics]]) -> MetricSums:
 
 
 def describe_routed(sums: MetricSums) -> dict[str, Any]:
-    """:func:`describe_routing` and the tokens of each layer; empty without sparse blocks."""
+    """:func:`describe_routing` and the number of tokens of each layer; empty without sparse blocks."""
     layers = sums.routing()
     tokens = {str(layer): int(found.tokens) for layer, found in layers.items()}
     return {**describe_routing(layers), "tokens": tokens} if layers else {}
 
 
-def describe_all(parts: list[Mapping[str, Any]]) -> dict[str, Any]:
-    """:func:`describe_routed` of the sum of what :meth:`MetricSums.to_json` gave."""
+def describe_sum(parts: list[Mapping[str, Any]]) -> dict[str, Any]:
+    """:func:`describe_routed` of the sum of several :meth:`MetricSums.to_json`."""
     return describe_routed(total([MetricSums.from_json(part, torch.device("cpu")) for part in parts])) if parts else {}

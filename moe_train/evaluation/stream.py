@@ -1,4 +1,4 @@
-"""Lines in, translations out: gathered into buffers where they come fast, answered at once where they do not."""
+"""Reads lines in buffers (fewer lines where input is slow), and translates lines at a prompt."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from moe_train.data.text.lines import decode_line, split_lines
 from moe_train.errors import DataError
 from moe_train.safe_text import for_terminal
 
-_PAUSE = 0.05  # seconds without a new line after which a buffer is translated as it is
+_PAUSE = 0.05  # seconds without a new line after which an incomplete buffer is translated
 
 
 def check_languages(source: str, target: str, known: Sequence[str]) -> None:
-    """Refuses languages that the model has no tag for.
+    """Checks that the model has both languages.
 
     Raises:
-        DataError: names the known ones.
+        DataError: names the known languages.
     """
     for key, code in (("source", source), ("target", target)):
         if code not in known:
@@ -34,9 +34,9 @@ def check_languages(source: str, target: str, known: Sequence[str]) -> None:
 
 
 def buffers(stream: IO[bytes], size: int) -> Iterator[list[str]]:
-    """Lists of 1 to ``size`` lines; a short one where no further line came within a moment.
+    """Yields lists of 1 to ``size`` lines, fewer than ``size`` where no further line came within 50 ms.
 
-    Lines end at a line feed and nowhere else, so that the output has as many.
+    Lines end only at a line feed, so that the output has as many lines as the input.
 
     Raises:
         DataError: a line is not UTF-8, or the stream cannot be read.
@@ -56,7 +56,7 @@ def buffers(stream: IO[bytes], size: int) -> Iterator[list[str]]:
                 break
             if isinstance(line, OSError):
                 what = f"the input cannot be read after line {number} ({line.strerror or line})"
-                raise DataError(what, remedy="give it text: moe-translate … < FILE") from line
+                raise DataError(what, remedy="redirect text to it: moe-translate … < FILE") from line
             number += 1
             buffer.append(decode_line(line, number, "standard input"))
         if buffer:
@@ -68,24 +68,23 @@ def _read(stream: IO[bytes], lines: queue.Queue[bytes | OSError | None]) -> None
         for line in split_lines(stream):
             lines.put(line)
         lines.put(None)
-    except OSError as error:  # such as that of a folder, or of a descriptor that is open for writing alone
+    except OSError as error:  # such as for a folder, or a descriptor that is open only for writing
         lines.put(error)
 
 
 def prompt(translate: Callable[[str], str], source: str, target: str) -> int:
-    """Reads lines at a terminal and answers each; ends at the end of input. Returns the number of lines.
+    """Reads lines at a terminal and prints their translations until the end of input. Returns the number of lines.
 
-    Editing and history are readline's, where Python has it. A line with bytes that are no text is refused, and the next
-    one is asked for.
+    Editing and history use readline where Python has it. A line that cannot be decoded is refused.
     """
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  (importing it is what gives `input` its line editing)
+        import readline  # noqa: F401  (importing it enables line editing in `input`)
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")
     count = 0
     while True:
         try:
-            line = _as_typed(input(f"{source}> "))
+            line = _decode_typed(input(f"{source}> "))
         except EOFError:
             print()
             return count
@@ -96,11 +95,11 @@ def prompt(translate: Callable[[str], str], source: str, target: str) -> int:
         print(f"{target}> {for_terminal(translate(line))}" if line.strip() else "", flush=True)
 
 
-def _as_typed(line: str) -> str:
-    """Bytes that standard input's encoding has no character for are read as UTF-8, whatever the locale says.
+def _decode_typed(line: str) -> str:
+    """Decodes a line with bytes that are invalid in standard input's encoding as UTF-8, whatever the locale is.
 
     Raises:
-        UnicodeError: they are not.
+        UnicodeError: it is not UTF-8.
     """
     if any("\udc80" <= character <= "\udcff" for character in line):
         return line.encode(sys.stdin.encoding, "surrogateescape").decode("utf-8")

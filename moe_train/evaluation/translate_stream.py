@@ -1,4 +1,4 @@
-"""Translating standard input with a trained run."""
+"""Translates standard input with a trained run."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from moe_train.screen import Screen
 
 
 def translate_input(config: TranslateConfig) -> None:
-    """Standard input to standard output, line by line (blank lines stay blank); a prompt where both are a terminal.
+    """Translates standard input to standard output, line by line (blank lines stay blank).
 
-    Everything that is not a translation goes to standard error.
+    Where both are a terminal it shows a prompt. Everything but translations is written to standard error.
 
     Raises:
         ConfigError, CheckpointError: as :func:`moe_train.evaluation.loading.open_run`.
-        DataError: a language that the model does not know; input that is closed, cannot be read or is not UTF-8.
-        KeyboardInterrupt: Ctrl-C, at the prompt too.
+        DataError: a language that the model does not know; or input that is closed, unreadable or not UTF-8.
+        KeyboardInterrupt: Ctrl-C, also at the prompt.
         SystemExit: the output cannot be written (:func:`moe_train.console.end_without_output`).
     """
-    if sys.stdin is None:  # so Python says that it was closed
-        raise DataError("standard input is closed", remedy="give it text: moe-translate … < FILE")
+    if sys.stdin is None:  # Python's way to say that it was closed
+        raise DataError("standard input is closed", remedy="redirect text to it: moe-translate … < FILE")
     console = Screen(stderr=True, highlight=False)
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -45,32 +45,38 @@ def translate_input(config: TranslateConfig) -> None:
     device = choose_device(config.device)
     translator = Translator(run.task, run.load(device).model, config.search, device)
 
-    def say(note: str) -> None:
+    def print_note(note: str) -> None:
         console.print(f"note: {note}", markup=False, soft_wrap=True)
 
-    translate = LineTranslator(translator, source, target, say, split=config.long_lines == "split")
+    translate = LineTranslator(translator, source, target, print_note, split=config.long_lines == "split")
     if sys.stdin.isatty() and sys.stdout.isatty():
-        console.print(f"{run.checkpoint.name}: type a sentence, or Ctrl-D to leave")
+        console.print(f"{run.checkpoint.name}: type a sentence, or Ctrl-D to end")
         prompt(lambda line: translate([line])[0], source, target)
     else:
         _pipe(translate, config.buffer, console)
 
 
 class LineTranslator:
-    """Translates lines that come in buffers, and says which of them are longer than the model's longest source.
+    """Translates lines in buffers, and reports which of them are longer than the model's longest source.
 
     Args:
-        say: takes a note on some lines, by their numbers in the whole input.
-        split: such lines are translated in parts that end with sentences; else only their beginning is.
+        report: called with a note that names lines by their numbers in the whole input.
+        split: translate such lines in parts that end at sentence ends; else they are truncated.
     """
 
     def __init__(
-        self, translator: Translator, source: str, target: str, say: Callable[[str], None], split: bool
+        self, translator: Translator, source: str, target: str, report: Callable[[str], None], split: bool
     ) -> None:
-        self._translator, self._source, self._target, self._say, self._split = translator, source, target, say, split
+        self._translator, self._source, self._target, self._report, self._split = (
+            translator,
+            source,
+            target,
+            report,
+            split,
+        )
         self._room = translator.task.source_room(f"{source}-{target}")
         self._done = 0  # lines of earlier buffers
-        self._offered = False
+        self._remedy_shown = False
 
     def __call__(self, lines: Sequence[str], progress: Callable[[int], None] | None = None) -> list[str]:
         """A translation per line; blank ones stay blank. ``progress`` as in :meth:`Translator.translate`."""
@@ -78,7 +84,7 @@ class LineTranslator:
         flat = [part for own in parts for part in own]
         rest = iter(self._translator.translate(flat, self._source, self._target, progress))
         found = [[next(rest) for _ in own] for own in parts]
-        self._tell(found)
+        self._report_long_lines(found)
         self._done += len(lines)
         return [join_parts([part.text for part in own]) for own in found]
 
@@ -90,18 +96,18 @@ class LineTranslator:
     def _fits(self, text: str) -> bool:
         return len(self._translator.task.folder.tokenizer().encode(text)) <= self._room
 
-    def _tell(self, found: Sequence[Sequence[Translation]]) -> None:
+    def _report_long_lines(self, found: Sequence[Sequence[Translation]]) -> None:
         longest = self._translator.task.max_positions()[0]
         numbered = list(enumerate(found, self._done + 1))
         if several := [number for number, own in numbered if len(own) > 1]:
-            self._say(f"{name_lines(several)}: beyond the model's {longest} tokens, translated in parts")
+            self._report(f"{name_lines(several)}: longer than the model's {longest} tokens, translated in parts")
         if cut := [number for number, own in numbered if any(part.cut for part in own)]:
             remedy = ""
             if self._split:
-                remedy = " (no sentence ends there)"
-            elif not self._offered:
-                remedy, self._offered = "; long_lines=split translates such lines in parts, at sentence ends", True
-            self._say(f"{cut_note(cut, longest)}{remedy}")
+                remedy = " (no sentence end found)"
+            elif not self._remedy_shown:
+                remedy, self._remedy_shown = "; long_lines=split translates such lines in parts, at sentence ends", True
+            self._report(f"{cut_note(cut, longest)}{remedy}")
 
 
 class _Translated(ProgressColumn):

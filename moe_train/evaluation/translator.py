@@ -1,4 +1,4 @@
-"""Text to text with a model: sentences are sorted by length, cut into batches by tokens, searched and detokenised."""
+"""Translates text: sorts sentences by length, makes batches by tokens, searches and detokenises."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from typing import Any
 import torch
 
 from moe_train.config import SearchConfig
-from moe_train.evaluation.routed_tokens import counting
+from moe_train.evaluation.routed_tokens import collect_routing
 from moe_train.evaluation.search.beam_search import BeamSearch, DecodableModel
 from moe_train.routing.context import RankReduction
 from moe_train.tasks.base import TranslatingTask
 
-_FRAME = 2  # a tag and the end symbol, at most
+_TAG_AND_END = 2  # a tag and the end symbol, at most
 _LINE_ENDS = {ord(c): " " for c in "\r\n"}
 
 
 @dataclass(frozen=True)
-class Job:
-    """A batch to translate, small enough to travel to another process: dictionary ids without tags and end."""
+class Batch:
+    """A batch to translate, as plain values for another process: dictionary ids without tags and end symbol."""
 
     source: str
     target: str
@@ -34,7 +34,7 @@ class Job:
 class Translation:
     """One line: its text, its score (log-probability over length^penalty) and its tokens, end symbol included.
 
-    ``cut``: the source was longer than the model's longest, and its tail is not translated.
+    ``cut``: the source was longer than the model's longest and was truncated.
     """
 
     text: str
@@ -44,11 +44,11 @@ class Translation:
 
 
 @dataclass(frozen=True)
-class JobResult:
-    """A job done: a translation per sentence, and the seconds that it took.
+class BatchResult:
+    """The result of a batch: a translation per sentence, and the seconds that it took.
 
     Attributes:
-        routing: what routers counted of sources and of all hypotheses that were tried, as plain values.
+        routing: routing statistics of sources and of all hypotheses that were considered, as plain values.
     """
 
     translations: tuple[Translation, ...]
@@ -56,8 +56,8 @@ class JobResult:
     routing: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> JobResult:
-        """The inverse of :func:`dataclasses.asdict`, after a journey as JSON."""
+    def from_json(cls, content: Mapping[str, Any]) -> BatchResult:
+        """The inverse of :func:`dataclasses.asdict`, after conversion to JSON and back."""
         translations = tuple(Translation(**one) for one in content["translations"])
         return cls(translations, content["seconds"], content["routing"])
 
@@ -66,14 +66,14 @@ EMPTY = Translation("", 0.0, 0)
 
 
 def sentence_uid(text: str) -> int:
-    """A number for a sentence that its text alone decides, so that random routing does not depend on its neighbours."""
+    """A hash of the sentence's text, so that random routing does not depend on the other sentences of its batch."""
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "big") >> 1
 
 
 def length_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
     """Indices sorted by length, longest first, in batches of at most ``batch_tokens`` tokens, padding included.
 
-    A sentence that is longer than that stands alone. The batches depend on the lengths only, not on who decodes them.
+    A longer sentence is a batch of its own. The batches depend only on the lengths, not on the number of processes.
     """
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -85,19 +85,23 @@ def length_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """Lines made ready: ``jobs`` and, for each, the ``lines`` that its sentences are; blank lines are in no job.
+class EncodedLines:
+    """Encoded lines in batches.
 
-    ``truncated``: the lines, by their numbers from 0, beyond the model's longest source, which lose their tails.
+    Attributes:
+        batches: the batches. Blank lines are in none.
+        lines: for each batch, the line number (from 0) of each sentence.
+        total: number of lines.
+        truncated: line numbers of lines that are longer than the model's longest source.
     """
 
-    jobs: tuple[Job, ...]
+    batches: tuple[Batch, ...]
     lines: tuple[tuple[int, ...], ...]
     total: int
     truncated: tuple[int, ...] = ()
 
-    def assemble(self, outcomes: Sequence[JobResult]) -> list[Translation]:
-        """One translation per line, in the order of the lines; blank ones stay blank."""
+    def to_lines(self, outcomes: Sequence[BatchResult]) -> list[Translation]:
+        """One translation per line, in the order of the lines; blank for blank lines."""
         result = [EMPTY] * self.total
         for lines, outcome in zip(self.lines, outcomes, strict=True):
             for line, translation in zip(lines, outcome.translations, strict=True):
@@ -107,31 +111,31 @@ class Encoded:
         return result
 
 
-def encode(task: TranslatingTask, lines: Sequence[str], source: str, target: str, batch_tokens: int) -> Encoded:
-    """Cuts lines of one direction into jobs."""
+def encode(task: TranslatingTask, lines: Sequence[str], source: str, target: str, batch_tokens: int) -> EncodedLines:
+    """Encodes lines of one direction and divides them into batches."""
     tokenizer, longest = task.folder.tokenizer(), task.max_positions()[0]
     filled = [n for n, line in enumerate(lines) if line.strip()]
     ids = [tuple(tokenizer.encode(lines[n])) for n in filled]
-    lengths = [min(len(i) + _FRAME, longest) for i in ids]
-    batches = length_batches(lengths, batch_tokens)
-    jobs = tuple(
-        Job(source, target, tuple(ids[i] for i in batch), tuple(sentence_uid(lines[filled[i]]) for i in batch))
-        for batch in batches
+    lengths = [min(len(i) + _TAG_AND_END, longest) for i in ids]
+    grouped = length_batches(lengths, batch_tokens)
+    batches = tuple(
+        Batch(source, target, tuple(ids[i] for i in batch), tuple(sentence_uid(lines[filled[i]]) for i in batch))
+        for batch in grouped
     )
     room = task.source_room(f"{source}-{target}")
     truncated = tuple(n for n, pieces in zip(filled, ids, strict=True) if len(pieces) > room)
-    return Encoded(jobs, tuple(tuple(filled[i] for i in batch) for batch in batches), len(lines), truncated)
+    return EncodedLines(batches, tuple(tuple(filled[i] for i in batch) for batch in grouped), len(lines), truncated)
 
 
 class Translator:
-    """Translates jobs with one model on one device.
+    """Translates batches with one model on one device.
 
     Args:
-        task: gives tags, dictionary and tokenizer.
-        model: moved by its owner; only used here.
-        search: beam search's settings.
-        device: where batches go.
-        company: ranks that hold some of the model's experts and search at the same time; see :class:`BeamSearch`.
+        task: has tags, dictionary and tokenizer.
+        model: already on ``device``.
+        search: settings of beam search.
+        device: to which batches are moved.
+        group: ranks that share the model's experts and search at the same time; see :class:`BeamSearch`.
     """
 
     def __init__(
@@ -146,19 +150,19 @@ class Translator:
         self._model = model
         self._search = BeamSearch(model, task.target_dictionary, search, group)
 
-    def run(self, job: Job) -> JobResult:
+    def run(self, batch: Batch) -> BatchResult:
         """Translates one batch."""
         start = time.perf_counter()
-        sample = self.task.inference_sample(job.sentences, job.source, job.target, job.uids)
+        sample = self.task.inference_sample(batch.sentences, batch.source, batch.target, batch.uids)
         net_input = {k: v.to(self.device) if isinstance(v, torch.Tensor) else v for k, v in sample["net_input"].items()}
-        with counting(self._model) as counted:
+        with collect_routing(self._model) as counted:
             found = self._search(net_input)
         tokenizer = self.task.folder.tokenizer()
         translations = tuple(
             Translation(tokenizer.decode(ids).translate(_LINE_ENDS), round(score, 6), len(ids) + 1)
             for ids, score in zip(found.best(), found.best_scores(), strict=True)
         )
-        return JobResult(translations, time.perf_counter() - start, counted().to_json())
+        return BatchResult(translations, time.perf_counter() - start, counted().to_json())
 
     def translate(
         self, lines: Sequence[str], source: str, target: str, progress: Callable[[int], None] | None = None
@@ -170,8 +174,8 @@ class Translator:
         """
         encoded = encode(self.task, lines, source, target, self.config.batch_tokens)
         outcomes = []
-        for job in encoded.jobs:
-            outcomes.append(self.run(job))
+        for batch in encoded.batches:
+            outcomes.append(self.run(batch))
             if progress:
-                progress(len(job.sentences))
-        return encoded.assemble(outcomes)
+                progress(len(batch.sentences))
+        return encoded.to_lines(outcomes)

@@ -1,4 +1,4 @@
-"""BLEU on the validation split while training: every rank translates its share, all get the same scores."""
+"""BLEU on the validation split during training: every rank translates a part, all get the same scores."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moe_train.config import SearchConfig
 from moe_train.data.folder import DataFolder
 from moe_train.evaluation.long_lines import cut_note
 from moe_train.evaluation.scoring.bleu_chrf import Scorer
-from moe_train.evaluation.translator import Encoded, Job, JobResult, Translator, encode
+from moe_train.evaluation.translator import Batch, BatchResult, EncodedLines, Translator, encode
 from moe_train.routing.context import LocalReduction
 from moe_train.tasks.base import TranslatingTask
 from moe_train.training.runtime.world import World
@@ -31,23 +31,23 @@ def make_bleu_validator(
     split: str = "valid",
     expert_parallel: int | None = None,
 ) -> Callable[..., dict[str, float]]:
-    """Prepares validation by BLEU. Call it on every rank, and the result on every rank at the same update.
+    """Prepares validation by BLEU. Every rank calls it, and calls the result at the same update.
 
     Args:
-        task: its ``directions`` that the split has are scored.
-        max_sentences: the first so many of each direction (0: all).
-        expert_parallel: above 1 the ranks hold each other's experts and search in step (None: as the config says).
+        task: those of its ``directions`` that the split has are scored.
+        max_sentences: number of sentences of each direction, from its beginning (0: all).
+        expert_parallel: above 1 the ranks share experts and search at the same time (None: as in the config).
 
     Returns:
-        ``model → {direction: BLEU}``, the same for any number of ranks; the model is left as it was. A second argument
-        is called before each round of batches, on every rank, and may break off by an error.
+        ``model → {direction: BLEU}``, the same for any number of ranks; the model is not changed. A second argument is
+        called before each round of batches, on every rank, and may raise an error to end the validation.
     """
     if expert_parallel is None:
         expert_parallel = task.config.layout.expert_parallel
     together = expert_parallel > 1
     directions = [name for name in task.directions if name in data.directions_of(split)]
-    held = {name: _hold(task, data, split, name, search, max_sentences) for name in directions}
-    jobs = [job for encoded, _ in held.values() for job in encoded.jobs]
+    held = {name: _encode_direction(task, data, split, name, search, max_sentences) for name in directions}
+    batches = [batch for encoded, _ in held.values() for batch in encoded.batches]
 
     def validate(model: nn.Module, between: Callable[[], None] = lambda: None) -> dict[str, float]:
         device = next(model.parameters()).device
@@ -55,15 +55,15 @@ def make_bleu_validator(
         group = world if together and world.size > 1 else None
         with _evaluating(model):
             translator = Translator(task, model, search, device, group)  # type: ignore[arg-type]
-            outcomes = _share(translator, jobs, world, group is not None, between)
+            outcomes = _translate_share(translator, batches, world, group is not None, between)
         return world.broadcast(_scores(held, outcomes) if world.main else {})
 
     return validate
 
 
-def _hold(
+def _encode_direction(
     task: TranslatingTask, data: DataFolder, split: str, direction: str, search: SearchConfig, limit: int
-) -> tuple[Encoded, list[str]]:
+) -> tuple[EncodedLines, list[str]]:
     source, target = direction.split("-")
     sources, references = data.raw(split, direction)
     if limit:
@@ -75,34 +75,34 @@ def _hold(
     return encoded, references
 
 
-def _share(
-    translator: Translator, jobs: list[Job], world: World, together: bool, between: Callable[[], None]
-) -> list[JobResult]:
-    """Every n-th job is this rank's; all outcomes on every rank, in the order of the jobs."""
+def _translate_share(
+    translator: Translator, batches: list[Batch], world: World, together: bool, between: Callable[[], None]
+) -> list[BatchResult]:
+    """Translates every n-th batch of n ranks; returns the results of all batches, in their order, on every rank."""
     outcomes = []
-    for first in range(0, len(jobs), world.size):
+    for first in range(0, len(batches), world.size):
         between()
         number = first + world.rank
-        if number < len(jobs):
-            outcomes.append(translator.run(jobs[number]))
+        if number < len(batches):
+            outcomes.append(translator.run(batches[number]))
         elif together:
-            translator.run(Job(jobs[0].source, jobs[0].target, (), ()))
+            translator.run(Batch(batches[0].source, batches[0].target, (), ()))
     shares = world.gather([asdict(outcome) for outcome in outcomes])
-    return [JobResult.from_json(shares[i % world.size][i // world.size]) for i in range(len(jobs))]
+    return [BatchResult.from_json(shares[i % world.size][i // world.size]) for i in range(len(batches))]
 
 
-def _scores(held: dict[str, tuple[Encoded, list[str]]], outcomes: list[JobResult]) -> dict[str, float]:
+def _scores(held: dict[str, tuple[EncodedLines, list[str]]], outcomes: list[BatchResult]) -> dict[str, float]:
     rest = iter(outcomes)
     scores = {}
     for direction, (encoded, references) in held.items():
-        lines = encoded.assemble([next(rest) for _ in encoded.jobs])
+        lines = encoded.to_lines([next(rest) for _ in encoded.batches])
         scores[direction] = Scorer(direction.split("-")[1]).score([t.text for t in lines], references).bleu
     return scores
 
 
 @contextmanager
 def _evaluating(model: Any) -> Iterator[None]:
-    """Routers see one rank's tokens only meanwhile, as in an evaluation by one process."""
+    """While entered, routers use the tokens of their rank only, as in an evaluation by one process."""
     settings = getattr(model, "settings", None)
     if settings is None:
         yield

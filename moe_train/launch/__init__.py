@@ -1,1 +1,1 @@
-"""How processes come to life, find each other, and end."""
+"""Starts, connects and ends the processes of a job."""

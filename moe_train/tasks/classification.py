@@ -19,7 +19,7 @@ from moe_train.config import ClassificationConfig, RunConfig
 from moe_train.data.batching import BatchSettings, Indices, WorldBatches
 from moe_train.data.folder import DataFolder
 from moe_train.data.labelled import LabelledFile, LabelledTexts
-from moe_train.data.length_buckets import cut_by_length
+from moe_train.data.length_buckets import batch_by_length
 from moe_train.data.text.languages import find_english, find_same
 from moe_train.data.text.tokenizer import OFFSET
 from moe_train.errors import ConfigError, DataError
@@ -217,7 +217,7 @@ class ClassificationTask(TrainingTask):
         text = self.encoded(split, (name,))
         items = np.arange(len(text.labels))[: max_items or None]
         lengths = text.lengths[items]
-        return cut_by_length(items, lengths, lengths, self.config.training.micro_batch_tokens)
+        return batch_by_length(items, lengths, lengths, self.config.training.micro_batch_tokens)
 
     def _sample(self, text: EncodedFiles, indices: Indices) -> Sample:
         indices = np.asarray(indices, np.int64)

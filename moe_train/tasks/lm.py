@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from moe_train.config import LanguageModelConfig, RunConfig
 from moe_train.data.batching import BatchSettings, Indices, WorldBatches
 from moe_train.data.folder import DataFolder
-from moe_train.data.length_buckets import cut_by_length
+from moe_train.data.length_buckets import batch_by_length
 from moe_train.data.text.pairs import tag
 from moe_train.errors import ConfigError
 from moe_train.models.encoder import build_masked_language_model
@@ -159,7 +159,7 @@ class LanguageModelTask(TrainingTask):
                     "%s %s: %d sentences of more than %d tokens left out", split, name, len(items) - len(kept), limit
                 )
             kept = kept[: max_items or None]
-            sets[name] = cut_by_length(kept, text.lengths[kept], text.lengths[kept], budget)
+            sets[name] = batch_by_length(kept, text.lengths[kept], text.lengths[kept], budget)
         return sets
 
     def evaluation_sample(self, split: str, name: str, indices: Indices) -> Sample:

@@ -1,7 +1,7 @@
-"""What the comparisons share: runs that are trained once, evaluated once, and a table of them beside a paper's claims.
+"""Common part of the comparisons: trains and evaluates runs once, and tabulates them with the claims of papers.
 
-A run that is finished is not trained again, one that was stopped goes on; so every comparison can be broken off and
-started again with the same command. Results are written after every run, with those that are there.
+A finished run is not trained again, an interrupted one resumes; so every comparison can be interrupted and continued
+with the same command. Results are written after every run, with all runs so far.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from moe_train.analysis.probe.probing import probe_run
 from moe_train.config import build
 from moe_train.config.evaluation import EvaluateConfig
 from moe_train.evaluation.evaluate_split import evaluate
-from moe_train.evaluation.measure_task import measure
+from moe_train.evaluation.measure_task import evaluate_task
 from moe_train.evaluation.result_files import ResultFiles, part_name
 from moe_train.training.checkpoint.checksums import replace_text
 from moe_train.training.run.run_folder import INFO, RunFolder
@@ -37,7 +37,7 @@ Measures = Mapping[str, float | None]
 
 @dataclass(frozen=True)
 class Variant:
-    """One side of a comparison: its name and what it adds to the common command line."""
+    """One side of a comparison: its name and its overrides in addition to the common ones."""
 
     name: str
     overrides: tuple[str, ...]
@@ -45,13 +45,13 @@ class Variant:
 
 @dataclass(frozen=True)
 class Budget:
-    """How much a comparison may take.
+    """Size of a comparison.
 
     Attributes:
         updates: of each run.
-        words: what every moe-train of it is given besides: batch size, learning rate, widths.
+        words: overrides of all runs: batch size, learning rate, widths.
         items: of each evaluation set or direction (0: all).
-        takes: what to expect, for the help.
+        takes: expected time, for the help.
     """
 
     updates: int
@@ -62,11 +62,11 @@ class Budget:
 
 @dataclass(frozen=True)
 class Claim:
-    """What a paper says, and how the same is read off the means of the variants.
+    """A claim of a paper, and how it is tested with the means of the variants.
 
     Attributes:
-        measured: gives a sentence and whether it agrees (None: undecided); called where all variants that it needs have
-            results.
+        measured: returns a text and whether the claim holds (None: undecided); called once all variants in ``needs``
+            have results.
     """
 
     paper: str
@@ -77,7 +77,7 @@ class Claim:
 
 @dataclass
 class Study:
-    """A comparison: its runs by name, and what has been measured of them."""
+    """A comparison: its runs by name, with their measures."""
 
     name: str
     title: str
@@ -90,11 +90,11 @@ class Study:
     more: Callable[[Mapping[str, Mapping[str, Any]]], list[str]] = lambda _: []  # further lines of the page, from runs
 
     def folder(self, run: str) -> Path:
-        """Where a run is."""
+        """The folder of a run."""
         return Path(self.options.runs) / self.name / run
 
     def train(self, run: str, overrides: Sequence[str]) -> Path:
-        """Trains what is not trained yet; the run's folder."""
+        """Trains a run unless it is finished; returns its folder."""
         folder = self.folder(run)
         opened = RunFolder(folder)
         if opened.exists and opened.finished and not opened.info["update"] < _updates(overrides):
@@ -105,21 +105,21 @@ class Study:
         done = subprocess.run([sys.executable, "-m", "moe_train.commands.train", *words], check=False)
         _add_seconds(folder, time.monotonic() - started)
         if done.returncode:
-            raise SystemExit(f"{run} ended with code {done.returncode}; the same command goes on from here")
+            raise SystemExit(f"{run} ended with code {done.returncode}; the same command resumes")
         return folder
 
     def evaluate(self, folder: Path, split: str = "test", max_sentences: int = 0, **keys: Any) -> dict[str, Any]:
-        """A run's scores, made where they are not there or older than the run's last session."""
+        """Scores of a run; evaluates it where they are missing or older than its last session."""
         path = ResultFiles(folder, split, part_name(max_sentences=max_sentences)).scores
         if _outdated(path, folder):
             where = {"run": str(folder), "split": split, "max_sentences": max_sentences}
             config = build(EvaluateConfig, {**where, **keys})
-            (evaluate if RunFolder.open(folder).config.task.translates else measure)(config)
+            (evaluate if RunFolder.open(folder).config.task.translates else evaluate_task)(config)
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return content
 
     def probe(self, folder: Path, max_sentences: int) -> dict[str, Any]:
-        """What :func:`probe_run` says of a run, kept in its folder."""
+        """Result of :func:`probe_run`, cached in the run folder."""
         path = folder / "probe.json"
         if _outdated(path, folder):
             replace_text(path, json.dumps(probe_run(folder, max_sentences)) + "\n")
@@ -127,7 +127,7 @@ class Study:
         return content
 
     def note(self, variant: str, seed: int, folder: Path, measures: Measures, details: Any = None) -> None:
-        """Keeps what was measured of a run, and writes the results so far."""
+        """Adds the measures of a run, and writes the results so far."""
         info = RunFolder(folder).info
         self.runs[folder.name] = {
             "variant": variant,
@@ -144,7 +144,7 @@ class Study:
         self.write()
 
     def add(self, run: str, measures: Measures, details: Mapping[str, Any] | None = None) -> None:
-        """More about a run that is noted already."""
+        """Adds further measures to a run that was noted before."""
         entry = self.runs[run]
         entry["measures"] |= {name: value for name, value in measures.items() if value is not None}
         if details:
@@ -164,12 +164,12 @@ class Study:
         return {v: {m: spread(values) for m, values in found.items()} for v, found in by_variant.items()}
 
     def outcomes(self) -> list[dict[str, Any]]:
-        """Each claim with what was measured, ``None`` where runs are missing."""
+        """Each claim with its measured values; ``open`` where runs are missing."""
         means = self.means()
         return [{"paper": claim.paper, "says": claim.says, **_outcome(claim, means)} for claim in self.claims]
 
     def write(self) -> None:
-        """``NAME.json`` and ``NAME.md`` in the folder of results."""
+        """Writes ``NAME.json`` and ``NAME.md`` to the results folder."""
         folder = Path(self.options.results)
         folder.mkdir(parents=True, exist_ok=True)
         content = {
@@ -189,7 +189,7 @@ class Study:
 
 
 def _outdated(path: Path, folder: Path) -> bool:
-    """Whether what was made of a run is not there, or older than its last session."""
+    """Whether a file made from a run does not exist, or is older than its last session."""
     return not path.is_file() or path.stat().st_mtime_ns < (folder / INFO).stat().st_mtime_ns
 
 
@@ -204,7 +204,7 @@ def _outcome(claim: Claim, means: Mapping[str, Mapping[str, Mean]]) -> dict[str,
 
 
 def plain_word(word: str) -> str:
-    """A word of the command line without the folders of this machine."""
+    """A word of the command line without folders of this machine."""
     key, mark, value = word.rpartition("=")
     return f"{key}{mark}{Path(value).name}" if os.path.isabs(value) or value.startswith("..") else word
 
@@ -223,7 +223,7 @@ def machine() -> dict[str, Any]:
 
 
 def parser(description: str, data: str, seeds: int, budgets: Mapping[str, Budget]) -> argparse.ArgumentParser:
-    """The options that every comparison has; what stands behind ``--`` goes to every moe-train."""
+    """The options of every comparison; words after ``--`` are passed to every moe-train."""
     options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     sizes = "; ".join(f"{name}: {budget.updates} updates a run, {budget.takes}" for name, budget in budgets.items())
     options.add_argument("--budget", choices=list(budgets), default="full", help=f"{sizes} (default: full)")
@@ -234,12 +234,12 @@ def parser(description: str, data: str, seeds: int, budgets: Mapping[str, Budget
     options.add_argument("--updates", type=int, help="updates of a run (default: the budget's)")
     options.add_argument("--threads", type=int, default=0, help="CPU threads (default: all cores)")
     options.add_argument("--only", default="", help="these variants only, by name, separated by commas")
-    options.add_argument("more", nargs="*", help="further words for every moe-train, behind --")
+    options.add_argument("more", nargs="*", help="further overrides for every moe-train, after --")
     return options
 
 
 def parsed(options: argparse.ArgumentParser, budgets: Mapping[str, Budget]) -> argparse.Namespace:
-    """The command line, its budget looked up as ``size`` and its threads set for this process too."""
+    """The parsed command line, with the budget as ``size``; also sets the threads of this process."""
     given = options.parse_args()
     given.size = budgets[given.budget]
     given.updates = given.size.updates if given.updates is None else given.updates
@@ -249,16 +249,16 @@ def parsed(options: argparse.ArgumentParser, budgets: Mapping[str, Budget]) -> a
 
 
 def wanted(variants: Sequence[Variant], only: str) -> list[Variant]:
-    """The variants that ``--only`` names; all where it names none."""
+    """The variants in ``--only``; all without it."""
     names = [name for name in only.split(",") if name]
     known = {variant.name for variant in variants}
     if unknown := [name for name in names if name not in known]:
-        raise SystemExit(f"no such variants: {', '.join(unknown)}; there are {', '.join(sorted(known))}")
+        raise SystemExit(f"unknown variants: {', '.join(unknown)}; known: {', '.join(sorted(known))}")
     return [variant for variant in variants if not names or variant.name in names]
 
 
 def _updates(overrides: Sequence[str]) -> int:
-    """``training.max_updates`` of a command line, 0 where it does not say."""
+    """``training.max_updates`` of a command line, 0 without it."""
     found = [word.partition("=")[2] for word in overrides if word.startswith("training.max_updates=")]
     return int(found[-1]) if found else 0
 

@@ -45,7 +45,7 @@ def test_thor_beside_the_dense_model_in_both_tasks_and_ways(bench: object) -> No
     figures, page = bench("inference", *words)  # type: ignore[operator]
     found = [(row["sentences"], row["task"], row["inference"]) for row in figures["rows"]]
     ways = [("forward", "sentence"), ("forward", "token"), ("search", "sentence"), ("search", "token")]
-    assert found == [(n, *way) for n in (1, 3) for way in ways]
+    assert found == [(n, *mode) for n in (1, 3) for mode in ways]
     assert all(row["ratio"] > 0 and set(row["milliseconds"]) == {"dense", "thor"} for row in figures["rows"])
     assert page.count("\n| ") == 9
 

@@ -34,7 +34,7 @@ def test_it_prints_tables_and_writes_json(tmp_path: Path) -> None:
     assert (tmp_path / "plan.json.tmp").read_text() == "mine"
     (tmp_path / "plan.json.tmp").unlink()
     for part in (
-        "Cluster: dgx_a100, 8 nodes of 8 ranks; cluster=… takes another",
+        "Cluster: dgx_a100, 8 nodes of 8 ranks; cluster=… sets another",
         "Parameters",
         "Memory of a rank",
         "What a rank sends",

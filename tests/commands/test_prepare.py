@@ -27,7 +27,7 @@ def test_makes_a_folder_and_keeps_it(tmp_path: Path) -> None:
     assert folder.manifest.counts["train"] == {"en-de": 100, "en-fr": 100}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus", "data-bin"]
     again = moe_prepare(tmp_path, *words)
-    assert again.returncode == 0 and "kept as it is" in again.stdout
+    assert again.returncode == 0 and "nothing to do" in again.stdout
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,7 @@ def test_input_that_is_closed_or_cannot_be_read(
     monkeypatch.setattr(sys, "stdin", None)  # so Python starts after `<&-`
     assert run(translate.main, *words) == 2
     written = capsys.readouterr().err
-    assert written == "Error: standard input is closed. Give it text: moe-translate … < FILE.\n"
+    assert written == "Error: standard input is closed. Redirect text to it: moe-translate … < FILE.\n"
     with opened("/dev/null") as writing, open(writing, closefd=False) as stream:  # as after `0>/dev/null`
         monkeypatch.setattr(sys, "stdin", stream)
         assert run(translate.main, *words) == 2

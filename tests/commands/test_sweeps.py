@@ -117,7 +117,7 @@ def test_a_finished_folder_is_refused_or_left_alone_by_an_explicit_key(tiny_data
 
 def test_a_launcher_that_would_not_be_asked_is_refused(tiny_data: DataFolder, tmp_path: Path) -> None:
     code, said = here([*keys(tiny_data, *SHORT), "hydra/launcher=submitit_slurm"], tmp_path)
-    assert code == 2 and "hydra/launcher=submitit_slurm: a launcher is only asked in a sweep. Add -m" in said
+    assert code == 2 and "hydra/launcher=submitit_slurm: a launcher is only used in a sweep. Add -m" in said
 
 
 def test_the_launcher_for_slurm_without_slurm(

@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from torch import nn
 
-from moe_train.analysis.planner.choose_layout import make_plan
+from moe_train.analysis.planner.choose_layout import compare_layouts
 from moe_train.analysis.planner.cost_shape import model_shape
 from moe_train.analysis.planner.plan_tables import as_mapping
 from moe_train.config import ImageConfig, LanguageModelConfig, RunConfig, build
@@ -161,7 +161,7 @@ def test_moe_plan_lays_out_every_recipe(name: str) -> None:
     of_images = isinstance(config.task, ImageConfig)
     per_item = (config.task.image_size // config.model.patch_size) ** 2 if of_images else 1  # type: ignore[attr-defined]
     training = config.training
-    plan = make_plan(
+    plan = compare_layouts(
         build(
             PlanConfig,
             {

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_train.data.batching import BatchSettings, WorldBatches, split_micro_batch
-from moe_train.data.length_buckets import SOURCE_SLACK, cut, in_length_order
+from moe_train.data.length_buckets import SOURCE_SLACK, in_length_order, split_by_budget
 from moe_train.errors import DataError
 
 
@@ -116,7 +116,7 @@ def test_a_cut_keeps_all_items_in_order_and_lets_an_outsized_one_stand_alone(
     source, target = (np.array([p[side] for p in lengths], np.int64) for side in (0, 1))
     order = in_length_order(source, target, budget)
     assert sorted(order.tolist()) == list(range(len(lengths)))
-    edges = cut(source[order], target[order], budget)
+    edges = split_by_budget(source[order], target[order], budget)
     assert edges[0] == 0 and edges[-1] == len(lengths) and (np.diff(edges) > 0).all()
     for start, end in itertools.pairwise(edges):
         assert end - start == 1 or (end - start) * target[order][start:end].max() <= budget
@@ -195,12 +195,12 @@ def test_a_micro_batch_has_little_padding_on_both_sides() -> None:
 def test_update_100000_of_a_small_set_needs_two_plans_not_a_replay() -> None:
     world = realistic([2000]).world(temperature=3.0)
     planned: Counter[int] = Counter()
-    make = world._make_plan
+    make = world._plan_epoch
 
     def counted(epoch: int) -> Any:
         planned[epoch] += 1
         return make(epoch)
 
-    world._make_plan = counted  # type: ignore[method-assign]
+    world._plan_epoch = counted  # type: ignore[method-assign]
     world.update(100_000)
     assert sum(planned.values()) == 1

@@ -75,11 +75,11 @@ def test_an_idx_file_cut_short_is_named_with_its_bytes(idx: Path, cut: int) -> N
     ("header", "message"),
     [
         (b"\0\0\x08\x03\0\0\0\x28\0\0", "ends within its header of 16 bytes"),
-        (b"\0\0\x08\xff", "no IDX file of unsigned bytes"),
-        (b"\0\0\x08\x00", "no IDX file of unsigned bytes"),
+        (b"\0\0\x08\xff", "not an IDX file of unsigned bytes"),
+        (b"\0\0\x08\x00", "not an IDX file of unsigned bytes"),
         (b"\0\0\x08\x03" + 12 * b"\xff", "bytes expected, 16 found"),
-        (b"\0\0\x08\x03" + 8 * b"\xff" + 4 * b"\0", "holds nothing"),
-        (b"\0\0\x08\x03\0\0\0\x28\0\0\0\0\0\0\0\0", "holds nothing"),
+        (b"\0\0\x08\x03" + 8 * b"\xff" + 4 * b"\0", "IDX file is empty"),
+        (b"\0\0\x08\x03\0\0\0\x28\0\0\0\0\0\0\0\0", "IDX file is empty"),
     ],
 )
 def test_an_idx_header_that_cannot_be_is_named(idx: Path, header: bytes, message: str) -> None:
@@ -119,7 +119,7 @@ def test_other_mistakes_in_idx_files(idx: Path) -> None:
     with pytest.raises(DataError, match="40 images and 39 labels"):
         open_images(str(idx), ImageConfig())
     (idx / "train-labels-idx1-ubyte").write_bytes(b"\0\0\x0d\1" + struct.pack(">i", 1) + b"\0" * 4)
-    with pytest.raises(DataError, match="no IDX file of unsigned bytes"):
+    with pytest.raises(DataError, match="not an IDX file of unsigned bytes"):
         open_images(str(idx), ImageConfig())
     (idx / "train-labels-idx1-ubyte").unlink()
     with pytest.raises(DataError, match=r"train-labels-idx1-ubyte \(or .*gz\) is missing"):
@@ -183,7 +183,7 @@ def test_an_image_deeper_than_its_class_is_named(tmp_path: Path) -> None:
     """Its class would vanish otherwise, or get another name."""
     write_class_folders(tmp_path / "train", {"cat": 3}, size=(8, 8))
     write_class_folders(tmp_path / "train" / "wild", {"fox": 3}, size=(8, 8))
-    with pytest.raises(DataError, match="deeper than in a class's folder") as raised:
+    with pytest.raises(DataError, match="below a subfolder of a class folder") as raised:
         open_images(str(tmp_path), ImageConfig())
     assert raised.value.where.startswith(str(tmp_path / "train" / "wild" / "fox"))
 
@@ -210,7 +210,7 @@ def test_colours_among_grey_images_are_mentioned(tmp_path: Path, caplog: pytest.
     write_class_folders(tmp_path, {"a": 1, "b": 9}, size=(4, 4))
     Image.new("L", (4, 4)).save(tmp_path / "a" / "0.png")
     assert open_images(str(tmp_path), ImageConfig()).channels == 1
-    assert f"{tmp_path / 'b' / '0.png'} is read without its colours" in caplog.text
+    assert f"{tmp_path / 'b' / '0.png'} is read as grey" in caplog.text
     caplog.clear()
     assert open_images(str(tmp_path), ImageConfig(channels=1)).channels == 1 and not caplog.text
 
@@ -248,5 +248,5 @@ def test_fashion_mnist_where_debian_has_put_it() -> None:
 
 
 def test_nothing_there() -> None:
-    with pytest.raises(DataError, match="no such folder of images"):
+    with pytest.raises(DataError, match="folder of images does not exist"):
         open_images("/nowhere/at/all", ImageConfig())

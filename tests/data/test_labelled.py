@@ -52,7 +52,7 @@ def test_byte_order_marks_and_carriage_returns_make_no_classes(folder: Path, wri
     assert texts.splits["test"]["de"].labels == (0, 1)
 
 
-@pytest.mark.parametrize(("bad", "message"), [(b"\xf6", "line 2 is not UTF-8"), (b"\0", "line 2 holds a NUL")])
+@pytest.mark.parametrize(("bad", "message"), [(b"\xf6", "line 2 is not UTF-8"), (b"\0", "line 2 contains a NUL")])
 def test_what_is_no_text_is_named_with_file_and_line(folder: Path, bad: bytes, message: str) -> None:
     (folder / "test.de.tsv").write_bytes(b"animal\tein Hund\nfruit\tein " + bad + b"pfel\n")
     with pytest.raises(DataError, match=rf"test\.de\.tsv: {message}"):
@@ -109,7 +109,7 @@ def test_missing_files(folder: Path) -> None:
     (folder / "valid.en.tsv").write_text("")
     with pytest.raises(DataError, match="empty"):
         LabelledTexts.open(folder, ["en"])
-    with pytest.raises(DataError, match="no such folder"):
+    with pytest.raises(DataError, match="does not exist"):
         LabelledTexts.open(folder / "nowhere", ["en"])
 
 

@@ -21,7 +21,7 @@ from moe_train.data.cleaning import Cleaner
 from moe_train.data.corpora import read_corpus
 from moe_train.data.folder import DataFolder
 from moe_train.data.prepare.pipeline import prepare
-from moe_train.data.prepare.summary import show
+from moe_train.data.prepare.summary import print_summary
 from moe_train.data.stage_progress import Progress
 from moe_train.data.text.dedup_keys import fold
 from moe_train.data.text.lines import write_lines
@@ -127,7 +127,7 @@ def test_translation_refuses_it(mono: DataFolder) -> None:
 
 def test_what_is_shown_counts_lines_of_languages(mono: DataFolder) -> None:
     console = Console(width=200, record=True, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115
-    show(mono, console)
+    print_summary(mono, console)
     shown = console.export_text()
     assert "language" in shown and "dropped 9 of 370 training lines" in shown and "3 languages, 0 directions" in shown
 
@@ -156,7 +156,7 @@ def _no_valid(corpus: Path) -> None:
 
 MISTAKES = [
     (_no_files, r"no files of single languages here \(found: test\.de\.txt.*Name the files train\.XX"),
-    (_no_valid, r"no valid\.XX to measure a model on"),
+    (_no_valid, r"no valid\.XX to evaluate a model"),
     (lambda corpus: (corpus / "train.ja").write_text(""), r"train\.ja: the split 'train' is empty: of 0 lines 0"),
     (lambda corpus: (corpus / "valid.ja").write_text("\n \n"), r"valid\.ja: the split 'valid' of ja is empty"),
     (lambda corpus: (corpus / "train.en").write_bytes(b"Good.\nNa\xefve.\n"), r"train\.en: line 2 is not UTF-8"),

@@ -12,7 +12,7 @@ import pytest
 
 from moe_train.data import verification
 from moe_train.data.text.lines import sha256
-from moe_train.data.verification import file_digests
+from moe_train.data.verification import sha256_of_files
 from moe_train.errors import DataError
 
 NAMES = ("a.bin", "raw/b.txt")
@@ -44,7 +44,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def folder(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Two files that count as settled although they are just written."""
-    monkeypatch.setattr(verification, "_SETTLED", 0)
+    monkeypatch.setattr(verification, "_MIN_AGE", 0)
     (tmp_path / "data" / "raw").mkdir(parents=True)
     for name in NAMES:
         (tmp_path / "data" / name).write_text(f"this is {name}\n")
@@ -59,10 +59,10 @@ def expected(folder: Path) -> dict[str, str]:
 def test_once_reads_each_version_of_a_file_once(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reads, before = Reads(monkeypatch), sorted(folder.rglob("*"))
     for wanted in (["a.bin", "b.txt"], [], []):
-        assert file_digests(folder, NAMES) == expected(folder)
+        assert sha256_of_files(folder, NAMES) == expected(folder)
         assert reads.taken() == wanted
-    assert file_digests(folder, NAMES, "always") == expected(folder) and reads.taken() == ["a.bin", "b.txt"]
-    assert file_digests(folder, NAMES, "never") == {} and reads.taken() == []
+    assert sha256_of_files(folder, NAMES, "always") == expected(folder) and reads.taken() == ["a.bin", "b.txt"]
+    assert sha256_of_files(folder, NAMES, "never") == {} and reads.taken() == []
     assert sorted(folder.rglob("*")) == before, "nothing is written into the data folder"
     assert [path.suffix for path in sorted(cache.iterdir())] == [".json", ".lock"]
     assert cache.stat().st_mode & 0o077 == 0
@@ -90,22 +90,22 @@ def _grown(path: Path) -> None:
 @pytest.mark.parametrize("change", [_rewritten, _replaced, _grown, os.utime])
 def test_a_file_that_has_changed_is_read_again(folder: Path, change: object, monkeypatch: pytest.MonkeyPatch) -> None:
     reads = Reads(monkeypatch)
-    file_digests(folder, NAMES)
+    sha256_of_files(folder, NAMES)
     reads.taken()
     change(folder / "a.bin")  # type: ignore[operator]
-    assert file_digests(folder, NAMES) == expected(folder)
+    assert sha256_of_files(folder, NAMES) == expected(folder)
     assert reads.taken() == ["a.bin"]
-    assert file_digests(folder, NAMES) == expected(folder) and reads.taken() == []
+    assert sha256_of_files(folder, NAMES) == expected(folder) and reads.taken() == []
 
 
 def test_a_file_that_was_just_written_is_not_recorded(
     folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It may be written again within what its file system counts as the same time."""
-    monkeypatch.setattr(verification, "_SETTLED", 3_600_000_000_000)
+    monkeypatch.setattr(verification, "_MIN_AGE", 3_600_000_000_000)
     reads = Reads(monkeypatch)
     for _ in range(2):
-        assert file_digests(folder, NAMES) == expected(folder) and reads.taken() == ["a.bin", "b.txt"]
+        assert sha256_of_files(folder, NAMES) == expected(folder) and reads.taken() == ["a.bin", "b.txt"]
     assert not cache.exists()
 
 
@@ -113,28 +113,28 @@ def test_a_file_that_was_just_written_is_not_recorded(
 def test_a_damaged_record_is_not_believed(
     folder: Path, cache: Path, content: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file_digests(folder, NAMES)
+    sha256_of_files(folder, NAMES)
     (record,) = cache.glob("*.json")
     record.write_text(content)
     reads = Reads(monkeypatch)
-    assert file_digests(folder, NAMES) == expected(folder) and reads.taken() == ["a.bin", "b.txt"]
-    assert file_digests(folder, NAMES) == expected(folder) and reads.taken() == []
+    assert sha256_of_files(folder, NAMES) == expected(folder) and reads.taken() == ["a.bin", "b.txt"]
+    assert sha256_of_files(folder, NAMES) == expected(folder) and reads.taken() == []
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
 def test_somebody_else_s_record_is_not_believed(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file_digests(folder, NAMES)
+    sha256_of_files(folder, NAMES)
     (record,) = cache.glob("*.json")
     os.chown(record, 65534, 65534)
     reads = Reads(monkeypatch)
-    assert file_digests(folder, NAMES) == expected(folder) and reads.taken() == ["a.bin", "b.txt"]
+    assert sha256_of_files(folder, NAMES) == expected(folder) and reads.taken() == ["a.bin", "b.txt"]
 
 
 def test_another_host_has_a_record_of_its_own(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reads = Reads(monkeypatch)
     for host, wanted in (("one", ["a.bin", "b.txt"]), ("two", ["a.bin", "b.txt"]), ("one", [])):
         monkeypatch.setattr("socket.gethostname", lambda host=host: host)
-        assert file_digests(folder, NAMES) == expected(folder) and reads.taken() == wanted
+        assert sha256_of_files(folder, NAMES) == expected(folder) and reads.taken() == wanted
     assert len(list(cache.glob("*.json"))) == 2
 
 
@@ -145,7 +145,7 @@ def test_without_a_place_for_records_files_are_read_each_time(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     reads = Reads(monkeypatch)
     for _ in range(2):
-        assert file_digests(folder, NAMES) == expected(folder) and reads.taken() == ["a.bin", "b.txt"]
+        assert sha256_of_files(folder, NAMES) == expected(folder) and reads.taken() == ["a.bin", "b.txt"]
 
 
 def test_who_reads_at_the_same_time_adds_to_one_record(folder: Path, cache: Path) -> None:
@@ -153,7 +153,7 @@ def test_who_reads_at_the_same_time_adds_to_one_record(folder: Path, cache: Path
     for name in names:
         (folder / name).write_text(name)
     with ThreadPoolExecutor(8) as threads:
-        list(threads.map(lambda first: file_digests(folder, names[first::8]), range(8)))
+        list(threads.map(lambda first: sha256_of_files(folder, names[first::8]), range(8)))
     (record,) = cache.glob("*.json")
     assert json.loads(record.read_text())["files"].keys() == set(names)
 
@@ -166,9 +166,9 @@ def test_a_file_that_changes_while_it_is_read_is_named(folder: Path, monkeypatch
 
     monkeypatch.setattr(verification, "sha256", while_it_is_written)
     with pytest.raises(DataError, match=r"a\.bin: the file changes while it is read"):
-        file_digests(folder, ["a.bin"])
+        sha256_of_files(folder, ["a.bin"])
 
 
 def test_a_file_that_is_gone_is_named(folder: Path) -> None:
     with pytest.raises(DataError, match=r"c\.bin: it cannot be read \(No such file"):
-        file_digests(folder, ["c.bin"])
+        sha256_of_files(folder, ["c.bin"])

@@ -23,13 +23,13 @@ from moe_train.config import LaunchConfig, SearchConfig
 from moe_train.config.evaluation import EvaluateConfig
 from moe_train.data.folder import DataFolder
 from moe_train.errors import CheckpointError, ConfigError, DataError, LaunchError
-from moe_train.evaluation.decode_workers import decode
-from moe_train.evaluation.evaluate_split import evaluate, move_earlier_results
+from moe_train.evaluation.decode_workers import decode_batches
+from moe_train.evaluation.evaluate_split import derange, evaluate
 from moe_train.evaluation.hypothesis_files import OutputFiles
 from moe_train.evaluation.loading import open_run
-from moe_train.evaluation.scoring.averages import groups, tier_of
+from moe_train.evaluation.scoring.averages import group_directions, tier_of
 from moe_train.evaluation.scoring.results import read_results
-from moe_train.evaluation.scoring.score_table import show
+from moe_train.evaluation.scoring.score_table import print_scores
 from moe_train.evaluation.translator import encode
 from tests.distributed.world import Worlds
 from tests.evaluation import jobs
@@ -80,7 +80,7 @@ def test_scores_are_those_of_the_files(evaluated: Path, tiny_data: DataFolder) -
         assert found.scores.bleu == pytest.approx(sacrebleu.corpus_bleu(hypotheses, [references]).score, abs=1e-3)
         copied = sacrebleu.corpus_chrf(sources, [references], word_order=2).score
         assert found.baselines["copy"].chrf == pytest.approx(copied, abs=1e-3)
-        shuffled = move_earlier_results(hypotheses, f"1/{direction}")
+        shuffled = derange(hypotheses, f"1/{direction}")
         assert found.baselines["shuffled"].bleu == pytest.approx(
             sacrebleu.corpus_bleu(shuffled, [references]).score, abs=1e-3
         )
@@ -181,7 +181,7 @@ def test_validation_split_and_few_sentences(tmp_path: Path, tiny_data: DataFolde
     assert not list(run.glob("test*.json")) and not (run / "valid.json").exists()
     zero_shot = evaluate(config(run, split="valid", max_sentences=7, directions=("ja-en",)))
     assert any("zero-shot" in note for note in zero_shot.notes)
-    show(results, console := Console(width=80, record=True, file=io.StringIO()))
+    print_scores(results, console := Console(width=80, record=True, file=io.StringIO()))
     assert "the first 7 lines of each direction" in console.export_text()
 
 
@@ -229,23 +229,23 @@ def test_under_a_launcher(tmp_path: Path, tiny_data: DataFolder, monkeypatch: py
 
 def test_what_a_process_finds_wrong_is_reported_as_it_is(tmp_path: Path, tiny_data: DataFolder) -> None:
     run = open_run(make_run(tmp_path, tiny_data))  # verified here, and spoilt before the processes read it
-    batches = encode(run.task, ["Das Kind."] * 40, "de", "en", 30).jobs
+    batches = encode(run.task, ["Das Kind."] * 40, "de", "en", 30).batches
     for weights in run.checkpoint.glob("*.safetensors"):
         weights.unlink()
     with pytest.raises(CheckpointError, match="step_5"):
-        decode(run, batches, SEARCH, LaunchConfig(processes=2, device="cpu"))
+        decode_batches(run, batches, SEARCH, LaunchConfig(processes=2, device="cpu"))
 
 
 def test_killed_processes_are_noticed(tmp_path: Path, tiny_data: DataFolder) -> None:
     run = open_run(make_run(tmp_path, tiny_data))
-    batches = encode(run.task, ["Das Kind kauft das Buch."] * 400, "de", "en", 30).jobs
+    batches = encode(run.task, ["Das Kind kauft das Buch."] * 400, "de", "en", 30).batches
 
     def kill(_: int) -> None:
         for process in multiprocessing.active_children():
             process.kill()
 
     with pytest.raises(LaunchError, match="exit code -9"):
-        decode(run, batches, SEARCH, LaunchConfig(processes=2, device="cpu"), kill)
+        decode_batches(run, batches, SEARCH, LaunchConfig(processes=2, device="cpu"), kill)
 
 
 def test_processes_end_with_a_parent_that_is_killed(tmp_path: Path, tiny_data: DataFolder) -> None:
@@ -255,15 +255,15 @@ def test_processes_end_with_a_parent_that_is_killed(tmp_path: Path, tiny_data: D
         from moe_train.config import LaunchConfig, SearchConfig
         from moe_train.evaluation.translator import encode
         from moe_train.evaluation.loading import open_run
-        from moe_train.evaluation.decode_workers import decode
+        from moe_train.evaluation.decode_workers import decode_batches
 
         def kill(_):
             print(*(process.pid for process in multiprocessing.active_children()), flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
 
         run = open_run(sys.argv[1])
-        jobs = encode(run.task, ["Das Kind kauft das Buch."] * 400, "de", "en", 30).jobs
-        decode(run, jobs * 1000, SearchConfig(beam=2), LaunchConfig(processes=2, device="cpu"), kill)
+        batches = encode(run.task, ["Das Kind kauft das Buch."] * 400, "de", "en", 30).batches
+        decode_batches(run, batches * 1000, SearchConfig(beam=2), LaunchConfig(processes=2, device="cpu"), kill)
     """
     command = [sys.executable, "-c", textwrap.dedent(program), str(make_run(tmp_path, tiny_data))]
     with (tmp_path / "children").open("w") as told:  # a pipe would be held open by children that are left
@@ -304,18 +304,18 @@ def test_another_tokenizer_is_a_setting(evaluated: Path, tmp_path: Path, monkeyp
 
 def test_shuffling_leaves_no_line_in_its_place() -> None:
     lines = [str(i) for i in range(50)]
-    shuffled = move_earlier_results(lines, "seed")
+    shuffled = derange(lines, "seed")
     assert sorted(shuffled, key=int) == lines
     assert all(a != b for a, b in zip(lines, shuffled, strict=True))
-    assert move_earlier_results(lines, "seed") == shuffled != move_earlier_results(lines, "other")
-    assert move_earlier_results(["one"], "seed") == ["one"] and move_earlier_results([], "seed") == []
+    assert derange(lines, "seed") == shuffled != derange(lines, "other")
+    assert derange(["one"], "seed") == ["one"] and derange([], "seed") == []
 
 
 def test_tiers_and_groups() -> None:
     tiers = {"de": "high", "sw": "low", "fi": "medium", "en": "high"}
     assert tier_of("en-sw", tiers) == "low" and tier_of("de-en", tiers) == "high"
     assert tier_of("de-sw", tiers) == "low" and tier_of("de-fi", tiers) == "medium" and tier_of("en-xx", tiers) == ""
-    found = groups(["en-sw", "de-en", "de-sw", "en_GB-fi"], tiers)
+    found = group_directions(["en-sw", "de-en", "de-sw", "en_GB-fi"], tiers)
     assert found == {
         "all": ["en-sw", "de-en", "de-sw", "en_GB-fi"],
         "from English": ["en-sw", "en_GB-fi"],
@@ -331,7 +331,7 @@ def test_table_fits_a_narrow_screen(evaluated: Path) -> None:
     results = read_results(evaluated / "test.json")
     assert results is not None
     console = Console(width=80, record=True, file=(evaluated / "screen.txt").open("w"))
-    show(results, console)
+    print_scores(results, console)
     text = console.export_text()
     for word in ("en-ja", "average (6)", "from English (3)", "shuffled", "copy", "nrefs:1", "words/s"):
         assert word in text

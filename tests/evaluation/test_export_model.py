@@ -147,5 +147,5 @@ def test_the_command(made: Path, exported: Path, tmp_path: Path, monkeypatch: py
         main()
     assert "exported: out" in said.getvalue()
     assert [path.name for path in tmp_path.glob("out/*.safetensors")] == ["model.safetensors"]
-    with pytest.raises(ConfigError, match=r"there already.*Choose another out="):
+    with pytest.raises(ConfigError, match=r"exists already.*Set another folder: out="):
         export_run(ExportConfig(str(made), str(exported)))

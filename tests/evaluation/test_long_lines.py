@@ -94,8 +94,8 @@ def test_long_lines_are_translated_in_parts(run: LoadedRun) -> None:
     whole = [t.text for t in Translator(run.task, run.model, SEARCH).translate([SENTENCE, *parts, endless], "de", "en")]
     assert lines == [whole[0], join_parts(whole[1:-1]), "", whole[-1]]
     assert notes == [
-        "line 2: beyond the model's 40 tokens, translated in parts",
-        "line 4: cut to the model's 40 tokens, tag and end included (no sentence ends there)",
+        "line 2: longer than the model's 40 tokens, translated in parts",
+        "line 4: cut to the model's 40 tokens, tag and end included (no sentence end found)",
     ]
 
 

@@ -22,9 +22,9 @@ from moe_train.errors import DataError
 from moe_train.evaluation.evaluate_split import evaluate
 from moe_train.evaluation.export_model import export_run
 from moe_train.evaluation.loading import open_run
-from moe_train.evaluation.measure_task import measure, show_measures
+from moe_train.evaluation.measure_task import evaluate_task, show_measures
 from moe_train.evaluation.scoring.results import read_results
-from moe_train.evaluation.scoring.score_table import show
+from moe_train.evaluation.scoring.score_table import print_scores
 from moe_train.evaluation.translate_stream import translate_input
 from moe_train.training.run.run_data import check_initial_vocabulary
 from moe_train.training.run.run_folder import RunFolder
@@ -221,7 +221,7 @@ def test_a_direction_with_test_text_only_is_zero_shot(partly: DataFolder, tmp_pa
     assert read_results(run / "test.only-de-fr,en-fr.json") == named
     assert named.groups["trained"] == ["de-fr"] and named.groups["zero-shot"] == ["en-fr"]
     shown = io.StringIO()
-    show(named, Console(file=shown, width=200))
+    print_scores(named, Console(file=shown, width=200))
     assert "en-fr (zero-shot)" in shown.getvalue() and "trained (1)" in shown.getvalue()
 
 
@@ -252,7 +252,7 @@ def test_a_language_with_test_text_only_is_left_out_of_the_average(partly: DataF
         "model": {"name": "encoder", "encoder_layers": 2, "embed_dim": 16, "ffn_dim": 24, "num_heads": 2},
     }
     run = make_task_run(tmp_path / "run", build(RunConfig, mapping), partly)
-    content = measure(EvaluateConfig(str(run)))
+    content = evaluate_task(EvaluateConfig(str(run)))
     assert set(content["sets"]) == {"de", "en", "fr"} and content["zero_shot"] == ["en"]
     mean = (content["sets"]["de"]["ppl"] + content["sets"]["fr"]["ppl"]) / 2
     assert content["average"]["ppl"] == pytest.approx(mean)

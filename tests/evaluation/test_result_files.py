@@ -45,8 +45,8 @@ def test_whatever_is_set_aside_is_kept_under_a_number(tmp_path: Path) -> None:
         put(valid, "valid")
         put(part, "part")
         put(files, text, "en-de", "fr-en")
-        assert "test.json was made with other settings, and is kept in test.replaced-" in files.set_aside()
-    assert "kept in test.first-3.replaced-1.json" in part.set_aside()
+        assert "test.json was made with other settings, and is kept in test.replaced-" in files.keep_earlier()
+    assert "kept in test.first-3.replaced-1.json" in part.keep_earlier()
     assert not files.scores.exists() and found(valid) == {"valid"}
     for number, text in enumerate(("one", "two", "three"), 1):
         aside = ResultFiles(tmp_path, "test", f"replaced-{number}")
@@ -72,9 +72,9 @@ def test_a_move_that_is_cut_off_loses_nothing(tmp_path: Path, monkeypatch: pytes
 
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
             patched.setattr("moe_train.evaluation.result_files.os.replace", cut_off)
-            files.set_aside()
+            files.keep_earlier()
         assert files.scores.read_text() == "one"
-        files.set_aside()
+        files.keep_earlier()
         aside = ResultFiles(files.folder, "test", "replaced-2")
         assert found(aside) == found(aside, "de-en") == {"one"}
         assert found(ResultFiles(files.folder, "test", "replaced-1")) == {"older"}
@@ -88,7 +88,7 @@ def test_evaluations_of_one_run_take_turns(tmp_path: Path) -> None:
         for number in range(10):
             with writing(tmp_path):
                 if files.scores.exists():
-                    files.set_aside()
+                    files.keep_earlier()
                 put(files, f"{name}{number}")
 
     threads = [threading.Thread(target=evaluate, args=(name,)) for name in "abcd"]
@@ -122,5 +122,5 @@ def test_results_go_elsewhere_where_the_run_cannot_be_written(tmp_path: Path, mo
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "evaluated").write_text("")
     monkeypatch.chdir(tmp_path / "sub")
-    with pytest.raises(ConfigError, match=r"cannot be written.*Name a folder for them: out="):
+    with pytest.raises(ConfigError, match=r"cannot be written.*Set a folder for them: out="):
         writable_folder(run, "variants/x", None)

@@ -18,7 +18,7 @@ from moe_train.data.batching import split_micro_batch
 from moe_train.data.images import open_images
 from moe_train.data.text.lines import sha256
 from moe_train.errors import ConfigError, DataError
-from moe_train.evaluation.measure_task import measure
+from moe_train.evaluation.measure_task import evaluate_task
 from moe_train.tasks.augmentation import augment
 from moe_train.tasks.classification_criterion import ClassificationCriterion, count_classes, macro_f1
 from moe_train.tasks.images import ImageTask
@@ -181,14 +181,14 @@ def test_an_image_altered_after_training_is_refused(tmp_path: Path) -> None:
     assert here(words, tmp_path) == (0, "")
     kept = json.loads((tmp_path / "run" / "data.json").read_text())["files"]
     assert len(kept) == 36 and kept["test/cat/1.png"] == sha256(tmp_path / "input" / "test" / "cat" / "1.png")
-    measure(EvaluateConfig(str(tmp_path / "run")))
+    evaluate_task(EvaluateConfig(str(tmp_path / "run")))
     victim = tmp_path / "input" / "test" / "cat" / "1.png"
     content = bytearray(victim.read_bytes())
     content[-1] ^= 1
     victim.write_bytes(bytes(content))
     with pytest.raises(DataError, match=r"cat/1\.png: the file was altered since .*run was trained on it"):
-        measure(EvaluateConfig(str(tmp_path / "run")))
-    measure(EvaluateConfig(str(tmp_path / "run"), data_verify="never"))
+        evaluate_task(EvaluateConfig(str(tmp_path / "run")))
+    evaluate_task(EvaluateConfig(str(tmp_path / "run"), data_verify="never"))
     code, said = here([*words, "training.max_updates=2"], tmp_path)
     assert code == 2 and "cat/1.png: the file was altered since" in " ".join(said.split()), said
 
@@ -199,7 +199,7 @@ def test_moe_train_says_what_is_wrong(squares: Path, tmp_path: Path) -> None:
     code, said = here(command(squares, tmp_path / "run", 5, "model=tiny"), tmp_path)
     assert code == 2 and "not for images" in said
     code, said = here(command(squares, tmp_path / "run", 5, "task.image_size=12"), tmp_path)
-    assert code == 2 and "images of 8 x 8 pixels, not 12 x 12 as task.image_size says" in said
+    assert code == 2 and "images of 8 x 8 pixels, not 12 x 12 as in task.image_size" in said
     cut = tmp_path / "cut"
     shutil.copytree(squares, cut)
     labels = cut / "train-labels-idx1-ubyte"

@@ -23,7 +23,7 @@ from moe_train.data.labelled import LabelledTexts
 from moe_train.data.text.pairs import tag
 from moe_train.errors import ConfigError, DataError
 from moe_train.evaluation.export_model import export_run
-from moe_train.evaluation.measure_task import measure, show_measures
+from moe_train.evaluation.measure_task import evaluate_task, show_measures
 from moe_train.tasks.classification import ClassificationTask
 from moe_train.tasks.lm import LanguageModelTask
 from tests.commands.test_train import here
@@ -205,19 +205,19 @@ def test_perplexity_by_language_and_load_by_language(pretrained: Path, monkeypat
 
 def test_a_quick_look_at_measures_leaves_the_whole_ones_alone(pretrained: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(pretrained, tmp_path / "run", symlinks=True))
-    whole = measure(EvaluateConfig(str(run), "valid"))
+    whole = evaluate_task(EvaluateConfig(str(run), "valid"))
     before = (run / "valid.json").read_bytes()
-    few = [measure(EvaluateConfig(str(run), "valid", max_sentences=limit)) for limit in (3, 2)]
+    few = [evaluate_task(EvaluateConfig(str(run), "valid", max_sentences=limit)) for limit in (3, 2)]
     assert (run / "valid.json").read_bytes() == before
     assert [entry["items"] for entry in few] == [12, 8] and whole["items"] > 12
     for limit, entry in zip((3, 2), few, strict=True):
         assert json.loads((run / f"valid.first-{limit}.json").read_text())["sets"] == entry["sets"]
-    again = measure(EvaluateConfig(str(run), "valid"))
+    again = evaluate_task(EvaluateConfig(str(run), "valid"))
     assert again["sets"] == whole["sets"] and not again["notes"], "the same settings write the same file"
-    other = measure(EvaluateConfig(str(run), "valid", checkpoint=20))
+    other = evaluate_task(EvaluateConfig(str(run), "valid", checkpoint=20))
     assert "valid.replaced-1.json" in other["notes"][0]
     assert json.loads((run / "valid.replaced-1.json").read_text())["sets"] == again["sets"]
-    elsewhere = measure(EvaluateConfig(str(run), "valid", max_sentences=2, out=str(tmp_path / "out")))
+    elsewhere = evaluate_task(EvaluateConfig(str(run), "valid", max_sentences=2, out=str(tmp_path / "out")))
     assert json.loads((tmp_path / "out" / "valid.first-2.json").read_text())["sets"] == elsewhere["sets"]
     show_measures(elsewhere, console := Console(width=100, record=True, file=io.StringIO()))
     assert "the first 2 items of each set" in " ".join(console.export_text().split())
@@ -316,4 +316,4 @@ def test_fine_tuning_s_mistakes_are_said(pretrained: Path, tmp_path: Path) -> No
     code, said = fine_tune(tmp_path / "labels", pretrained, tmp_path / "run")
     assert code == 2 and "test.de.tsv, line 17: unknown label 'friut'" in " ".join(said.split())
     code, said = fine_tune(tmp_path / "texts2", pretrained, tmp_path / "run")
-    assert code == 2 and "no such folder of labelled texts" in said
+    assert code == 2 and "the folder of labelled texts does not exist" in said

@@ -1,16 +1,16 @@
-"""What THOR costs at inference beside the dense model of equal sizes: a forward pass, and a beam search.
+"""Measures inference time of THOR and of the dense model of equal size: a forward pass, and a beam search.
 
-THOR (Zuo et al., ICLR 2022) draws one expert per token or sentence, so that it computes what the dense model computes,
-with the rows of each sparse layer divided over E weights instead of one. Contenders have the same sizes and take turns
-within a round, so that what else the machine does hits all of them. Searches of random models would end at random: the
-end symbol is kept out of reach, so that all hypotheses of all contenders have the same length.
+THOR (Zuo et al., ICLR 2022) draws one expert per token or sentence, so that it has the FLOPs of the dense model, with
+the rows of each sparse layer divided over E weights. The models alternate within a round, so that other load of the
+machine affects all of them. Searches of random models would end at random: the end symbol gets a very low logit, so
+that all hypotheses have the same length.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,14 +22,14 @@ from moe_train.evaluation.search.beam_search import BeamSearch
 from moe_train.models import TransformerModel, build_model
 from moe_train.routing import routing_config
 
-WAYS = ("sentence", "token")
+INFERENCE_MODES = ("sentence", "token")
 _PAD, _EOS, _UNK, _FIRST = 1, 2, 3, 4
-_UNLIKELY = -1e4  # a logit
+_LOW_LOGIT = -1e4
 
 
 @dataclass(frozen=True)
 class DecodingWorkload:
-    """What is timed.
+    """Sizes of the batch that is timed.
 
     Attributes:
         sentences: of a batch.
@@ -48,11 +48,11 @@ class DecodingWorkload:
 
 @dataclass(frozen=True)
 class InferenceRow:
-    """One way to draw experts, in one task.
+    """One inference mode in one task.
 
     Attributes:
         task: ``forward`` (encoder and decoder over whole sentences) or ``search`` (a beam search).
-        inference: who shares an expert.
+        inference: ``sentence`` or ``token``, which share an expert.
         milliseconds: median times of ``dense`` and ``thor``.
         ratio: THOR's time over the dense model's: the median over rounds of the ratio within a round.
     """
@@ -79,11 +79,11 @@ class NumberedWords:
         return _PAD
 
     def eos(self) -> int:
-        """The end."""
+        """End symbol."""
         return _EOS
 
     def unk(self) -> int:
-        """An unknown word."""
+        """Unknown word."""
         return _UNK
 
 
@@ -93,20 +93,20 @@ def bench_inference(
     """Times one batch size.
 
     Args:
-        model: sizes of all contenders; its sparse layers are THOR's.
+        model: sizes of all models; its sparse layers are those of THOR.
         num_experts: E.
         work: the batch.
-        rounds: how often each contender runs.
+        rounds: number of timed runs of each model.
     """
     models = {"dense": _build(model, {"name": "dense"}, work)}
-    for way in WAYS:
-        keys = {"name": "thor", "num_experts": num_experts, "inference": way}
-        models[way] = _build(model, keys, work)
+    for mode in INFERENCE_MODES:
+        keys = {"name": "thor", "num_experts": num_experts, "inference": mode}
+        models[mode] = _build(model, keys, work)
     rows = []
     for task, prepare in _TASKS.items():
         calls = {name: prepare(built, work) for name, built in models.items()}
         seconds = timed(calls, rounds)
-        rows += [_row(task, way, num_experts, work, seconds) for way in WAYS]
+        rows += [_row(task, mode, num_experts, work, seconds) for mode in INFERENCE_MODES]
     return rows
 
 
@@ -140,7 +140,7 @@ def _search(model: TransformerModel, work: DecodingWorkload) -> Callable[[], obj
 
     def endless(tokens: Tensor, state: Any) -> Tensor:
         logits = step(tokens, state)
-        logits[:, _EOS] = _UNLIKELY
+        logits[:, _EOS] = _LOW_LOGIT
         return logits
 
     model.decode_step = endless  # type: ignore[method-assign]
@@ -157,10 +157,10 @@ _TASKS: Mapping[str, Callable[[TransformerModel, DecodingWorkload], Callable[[],
 
 @torch.no_grad()
 def timed(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each call in each round, after one that does not count; every second round in the opposite order."""
+    """Seconds of each call in each round, after a warm-up; every second round in the opposite order."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(rounds + 1):
-        for name, call in _turns(calls, number):
+        for name, call in list(calls.items())[:: 1 if number % 2 else -1]:
             start = time.perf_counter()
             call()
             if number:
@@ -168,14 +168,9 @@ def timed(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, l
     return seconds
 
 
-def _turns(calls: Mapping[str, Callable[[], object]], number: int) -> Iterator[tuple[str, Callable[[], object]]]:
-    items = list(calls.items())
-    yield from items if number % 2 else reversed(items)
-
-
 def _row(
-    task: str, way: str, num_experts: int, work: DecodingWorkload, seconds: Mapping[str, Sequence[float]]
+    task: str, mode: str, num_experts: int, work: DecodingWorkload, seconds: Mapping[str, Sequence[float]]
 ) -> InferenceRow:
-    pairs = zip(seconds[way], seconds["dense"], strict=True)
-    median = {"dense": statistics.median(seconds["dense"]) * 1e3, "thor": statistics.median(seconds[way]) * 1e3}
-    return InferenceRow(task, way, work.sentences, num_experts, median, statistics.median(a / b for a, b in pairs))
+    pairs = zip(seconds[mode], seconds["dense"], strict=True)
+    median = {"dense": statistics.median(seconds["dense"]) * 1e3, "thor": statistics.median(seconds[mode]) * 1e3}
+    return InferenceRow(task, mode, work.sentences, num_experts, median, statistics.median(a / b for a, b in pairs))

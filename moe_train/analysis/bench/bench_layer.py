@@ -1,9 +1,9 @@
-"""How fast one sparse layer is on this machine, forward and backward, against the bare products and against peers.
+"""Measures the speed of one sparse layer, forward and backward, against bare products and other implementations.
 
-The yardstick is ``torch.bmm`` of the same experts at equal loads: two products forward, four backward, nothing else.
-The layer is timed with everything it does (router, balance loss, sort, gather, products, activation, combine) at the
-loads of a real router, whose fullest expert has at least 1.2 times the mean. Contenders take turns within a round, so
-that what else the machine does hits all of them.
+The reference is ``torch.bmm`` of the same experts at equal loads: two products forward, four backward. The layer is
+timed with all its parts (router, balance loss, sort, gather, products, activation, combine) at loads of a real router,
+whose fullest expert has at least 1.2 times the mean. Contenders alternate within a round, so that other load of the
+machine affects all of them.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 
 @dataclass(frozen=True)
 class BenchRow:
-    """One shape in one type.
+    """Times of one shape in one data type.
 
     Attributes:
         skew: rows of the fullest expert over the mean, averaged over the batches used.
         milliseconds: median time of each contender, ``bmm`` and ``ours`` among them.
         ratio: our time over ``bmm``'s: the median over rounds of the ratio within a round.
-        best_ratio: the same of the fastest rounds.
+        best_ratio: ratio of the fastest rounds.
         over_peers: our time over each peer's, as ``ratio``.
-        absent: peers that are not here, with the reason.
+        absent: peers that are not available, with the reason.
     """
 
     shape: BenchShape
@@ -55,12 +55,12 @@ def bench_layer(
     Args:
         shape: the sizes.
         dtype: ``fp32`` or ``bf16``.
-        rounds: how often each contender runs.
+        rounds: number of timed runs of each contender.
         peers: names of :data:`moe_train.analysis.bench.bench_peers.PEERS`.
-        batches: different batches that rounds go through, since loads differ from batch to batch.
+        batches: number of different batches, since loads differ between batches.
 
     Raises:
-        AssertionError: a peer computes something else than we do.
+        AssertionError: a peer's output differs from ours.
     """
     torch.manual_seed(0)
     ours = Ours(shape, DTYPES[dtype])
@@ -73,28 +73,28 @@ def bench_layer(
             contenders[name] = PEERS[name](shape, ours)
         except ImportError as error:
             absent[name] = str(error)
-    _check_alike(contenders, ours, inputs[0])
+    _check_equal(contenders, ours, inputs[0])
     times = _time(contenders, inputs, rounds)
     return _row(shape, dtype, skew, times, absent)
 
 
 def draw_tokens(shape: BenchShape, gate: Tensor, batches: int) -> tuple[list[Tensor], float]:
-    """Batches of x [T, d] whose loads are those of a real router, and their mean skew.
+    """Batches of x [T, d] with loads like those of a real router, and their mean skew.
 
-    Tokens are noise around centres of Zipf frequency, as words are; the centres move apart until the gate [E, d] is
-    skewed enough.
+    Tokens are noise around centres with Zipf frequencies, like those of words; the distance of the centres is increased
+    until the loads of the gate [E, d] are skewed enough.
     """
     generator = torch.Generator().manual_seed(1)
     centres = torch.randn(4 * shape.num_experts, shape.dim, generator=generator)
     frequency = 1.0 / torch.arange(1, centres.shape[0] + 1)
     noise = torch.randn(batches, shape.tokens, shape.dim, generator=generator)
     words = torch.multinomial(frequency.expand(batches, -1), shape.tokens, True, generator=generator)
-    for apart in range(1, 40):
-        x = noise + 0.05 * apart * centres[words]
+    for distance in range(1, 40):
+        x = noise + 0.05 * distance * centres[words]
         skews = [load_skew(batch @ gate.float().t(), shape) for batch in x]
         if min(skews) >= LEAST_SKEW:
             return list(x), statistics.mean(skews)
-    raise AssertionError("no tokens were found whose loads differ enough")
+    raise AssertionError("no tokens with sufficiently skewed loads were found")
 
 
 def load_skew(logits: Tensor, shape: BenchShape) -> float:
@@ -103,14 +103,14 @@ def load_skew(logits: Tensor, shape: BenchShape) -> float:
     return float(load.max() / load.float().mean())
 
 
-def _check_alike(contenders: Mapping[str, Contender], ours: Contender, x: Tensor) -> None:
-    """Peers must do the same work: the same weights, the same tokens, the same output."""
+def _check_equal(contenders: Mapping[str, Contender], ours: Contender, x: Tensor) -> None:
+    """Checks that peers compute the same output."""
     with torch.no_grad():
         want = ours.forward(x)[0].float()
         for name, contender in contenders.items():
             if name != "bmm":
                 error = (contender.forward(x)[0].float() - want).norm() / want.norm()
-                assert error < _TOLERANCE[x.dtype], f"{name} computes something else: relative error {error:.1e}"
+                assert error < _TOLERANCE[x.dtype], f"the output of {name} differs: relative error {error:.1e}"
 
 
 def _time(contenders: Mapping[str, Contender], inputs: Sequence[Tensor], rounds: int) -> dict[str, list[float]]:

@@ -1,4 +1,4 @@
-"""Who takes part in the benchmark of the layer: the bare products, our layer, and other ways to the same outputs."""
+"""Contenders in the benchmark of the layer: bare products, our layer, and other implementations of it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from moe_train.parallel.isolation import LOOPBACK
 
 
 class Contender(Protocol):
-    """Something that is timed."""
+    """Interface of what is timed."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """y [T, d] of x [T, d], and the auxiliary loss."""
+        """y [T, d] for x [T, d], and the auxiliary loss."""
 
     def step(self, x: Tensor, grad: Tensor) -> None:
         """Forward and backward."""
@@ -54,7 +54,7 @@ class BareProducts(Layer):
         self.grad = torch.randn(experts, rows, dim, dtype=dtype)
 
     def step(self, x: Tensor, grad: Tensor) -> None:
-        """Forward and backward, of its own rows."""
+        """Forward and backward with its own rows."""
         torch.bmm(torch.bmm(self.x, self.w1), self.w2).backward(self.grad)
 
 
@@ -97,7 +97,7 @@ class RoutedPeer(Layer):
         self.gate = nn.Parameter(ours.gate.clone())
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Of pairs in expert order: token, weight; then choices in that order, rows per expert, and the loss."""
+        """Token and weight of pairs in expert order, indices of the choices, rows per expert, and the loss."""
         probabilities = F.linear(x.float(), self.gate).softmax(-1)
         weight, expert = probabilities.topk(self.shape.top_k)
         weight = weight / weight.sum(-1, keepdim=True)
@@ -108,7 +108,7 @@ class RoutedPeer(Layer):
         return order // self.shape.top_k, weight.reshape(-1)[order], order, counts, 0.01 * loss
 
     def combine(self, x: Tensor, rows: Tensor, token: Tensor, weight: Tensor) -> Tensor:
-        """Adds weighted rows up."""
+        """Sums the weighted rows of each token."""
         y = torch.zeros(x.shape, dtype=torch.float32)
         return y.index_add(0, token, rows * weight.unsqueeze(1)).to(x.dtype)
 
@@ -193,7 +193,7 @@ def _mlp(shape: BenchShape, w1: Tensor, w2: Tensor) -> nn.Sequential:
 
 
 def _import_deepspeed_moe() -> Callable[..., nn.Module]:
-    """DeepSpeed's layer in a world of one.
+    """DeepSpeed's layer, with a process group of one rank.
 
     Raises:
         ImportError: DeepSpeed is not installed.
@@ -211,7 +211,7 @@ def _import_deepspeed_moe() -> Callable[..., nn.Module]:
     except ImportError as error:
         raise ImportError("DeepSpeed is not installed: run scripts/setup.sh, or pip install deepspeed") from error
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # a minute of compiling that nothing here needs
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # not needed here, and takes a minute to compile
     os.environ.update(LOOPBACK)
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

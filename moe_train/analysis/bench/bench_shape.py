@@ -1,4 +1,4 @@
-"""The sizes at which a sparse layer is timed."""
+"""Sizes of the benchmark of a sparse layer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class BenchShape:
 
     @classmethod
     def parse(cls, text: str) -> BenchShape:
-        """From ``tokens,dim,hidden,experts,k``.
+        """Parses ``tokens,dim,hidden,experts,k``.
 
         Raises:
             ValueError: not five whole numbers.

@@ -1,4 +1,4 @@
-"""``moe-plan``: every layout that can be, what each costs, which to take and why."""
+"""Compares the possible layouts of a model on a cluster and chooses one (``moe-plan``)."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _OPTIMIZER_BYTES = {"adam": 8, "adamw": 8, "sgd": 0}
 
 @dataclass(frozen=True)
 class Candidate:
-    """One layout and what it costs.
+    """One layout with its cost.
 
     Attributes:
-        layout: the numbers.
-        routing: the ``routing`` group, ``rank`` and ``node`` made numbers.
-        same_model: whether it computes what the config asks for; false where a SAM model with other groups was tried.
-        shape, work, traffic, memory, time: the parts of the estimate.
-        fits: whether the memory of a rank suffices.
+        layout: its sizes.
+        routing: the ``routing`` group, with numbers in place of ``rank`` and ``node``.
+        same_model: whether it computes the config's model; false for a SAM model with another number of groups.
+        shape, work, traffic, memory, time: parts of the estimate.
+        fits: whether it fits into the memory of a rank.
     """
 
     layout: LayoutPlan
@@ -43,12 +43,12 @@ class Candidate:
 
     @property
     def groups(self) -> int | None:
-        """Groups of experts, where the strategy has them (SAM)."""
+        """Number of groups of experts of the strategy (SAM); None without groups."""
         return routing_config(self.routing).expert_groups
 
     @property
     def tokens_per_second(self) -> float:
-        """Target tokens of the world."""
+        """Target tokens per second of all ranks."""
         return self.work.tokens * self.work.micro_batches * self.layout.world / self.time.total
 
 
@@ -62,16 +62,16 @@ class LayoutComparison:
     reasons: tuple[str, ...]
 
 
-def make_plan(config: PlanConfig) -> LayoutComparison:
-    """Tries all layouts that the config leaves open.
+def compare_layouts(config: PlanConfig) -> LayoutComparison:
+    """Estimates all layouts that the config allows.
 
     Raises:
-        ConfigError: values that cannot be, or no layout that can.
+        ConfigError: invalid values, or no possible layout.
     """
     candidates = sorted(_candidates(config), key=lambda c: c.time.total)
-    ours = [c for c in candidates if c.same_model]
-    fitting = [c for c in ours if c.fits]
-    chosen = fitting[0] if fitting else min(ours, key=lambda c: c.memory.total)
+    same_model = [c for c in candidates if c.same_model]
+    fitting = [c for c in same_model if c.fits]
+    chosen = fitting[0] if fitting else min(same_model, key=lambda c: c.memory.total)
     return LayoutComparison(config, tuple(candidates), chosen, tuple(_reasons(config, candidates, chosen)))
 
 
@@ -86,17 +86,17 @@ def _candidates(config: PlanConfig) -> Iterator[Candidate]:
 
 
 def possible_layouts(config: PlanConfig) -> list[LayoutPlan]:
-    """What :func:`plan_layout` allows of what the config leaves open.
+    """The layouts that both the config and :func:`plan_layout` allow.
 
     Raises:
-        ConfigError: a layout that the config names cannot be.
+        ConfigError: a layout that the config sets is not possible.
     """
     world, per_node = config.layout.world, config.ranks_per_node
     sparse = strategy(str(config.routing.get("name", ""))).router.layer_kind != "dense"
     experts = int(config.routing.get("num_experts") or 1) if sparse else 1
     if config.batch.load is not None and len(config.batch.load) != experts:
         raise ConfigError(
-            f"batch.load has {len(config.batch.load)} numbers for {experts} experts", remedy="give one per expert"
+            f"batch.load has {len(config.batch.load)} numbers for {experts} experts", remedy="set one number per expert"
         )
     first = plan_layout(world, per_node, 1, experts)
     sizes = first.working_sizes(experts)
@@ -108,21 +108,21 @@ def possible_layouts(config: PlanConfig) -> list[LayoutPlan]:
 
 
 def possible_routings(routing: Mapping[str, Any], layout: LayoutPlan) -> list[tuple[dict[str, Any], bool]]:
-    """The ``routing`` group as it would be resolved, and with groups as ranks and as nodes where it could have them."""
+    """The resolved ``routing`` group, and variants with as many groups as ranks or nodes; True for the same model."""
     ranks, nodes = layout.expert_parallel, layout.nodes_per_group
     own = resolve(routing, ranks=ranks, nodes=nodes)
     found: list[tuple[dict[str, Any], bool]] = [(own, True)]
     for key in strategy(str(routing.get("name", ""))).config.layout_keys:
         for number in (ranks, nodes):
             other = {**own, key: number}
-            if all(other != known for known, _ in found) and _can_be(other):
+            if all(other != known for known, _ in found) and _is_valid(other):
                 found.append((other, False))
-    if not _can_be(own) and routing != own:  # as many groups as ranks, and these ranks are too many or too few
+    if not _is_valid(own) and routing != own:  # as many groups as ranks, which is not possible for this number
         return []
     return found
 
 
-def _can_be(routing: Mapping[str, Any]) -> bool:
+def _is_valid(routing: Mapping[str, Any]) -> bool:
     try:
         routing_config(routing)
     except ConfigError:
@@ -133,7 +133,7 @@ def _can_be(routing: Mapping[str, Any]) -> bool:
 def estimate(
     config: PlanConfig, layout: LayoutPlan, shape: ModelShape, routing: Mapping[str, Any], same_model: bool = True
 ) -> Candidate:
-    """All parts of one layout's cost."""
+    """Estimates the cost of one layout."""
     work = workload(config, shape.sentence_tokens)
     sharding = StateSharding(
         config.engine.name,
@@ -149,7 +149,7 @@ def estimate(
 
 
 def workload(config: PlanConfig, sentence_tokens: int | None = None) -> Workload:
-    """What one rank does in a step; ``sentence_tokens`` are the model's own, where it has any."""
+    """The work of one rank in a step; ``sentence_tokens``: fixed by the model, where it is."""
     return Workload(
         tokens=config.tokens_per_rank,
         source_ratio=config.batch.source_ratio,
@@ -164,18 +164,18 @@ def workload(config: PlanConfig, sentence_tokens: int | None = None) -> Workload
 
 
 def _reasons(config: PlanConfig, candidates: list[Candidate], chosen: Candidate) -> Iterator[str]:
-    """Why this one, in sentences."""
+    """Yields the reasons for the choice."""
     limit = config.cluster.memory_gb
     if not chosen.fits:
         yield (
-            f"nothing fits {limit:g} GB a rank; this needs the least, {chosen.memory.total / 1e9:.1f} GB. Try"
-            " training.recompute=true, a smaller training.tokens_per_update, or engine=deepspeed"
+            f"no layout fits into {limit:g} GB per rank; this one needs the least, {chosen.memory.total / 1e9:.1f} GB."
+            " Try training.recompute=true, a smaller training.tokens_per_update, or engine=deepspeed"
             " engine.zero_stage=1"
         )
     else:
         tried = sum(c.same_model for c in candidates)
         yield (
-            f"the fastest of {tried} layouts that compute this model, within {limit:g} GB a rank"
+            f"the fastest of {tried} layouts that compute this model, within {limit:g} GB per rank"
             f" ({chosen.memory.total / 1e9:.1f} GB)"
         )
     parts = {f.name: getattr(chosen.time, f.name) for f in dataclasses.fields(chosen.time)}
@@ -183,7 +183,7 @@ def _reasons(config: PlanConfig, candidates: list[Candidate], chosen: Candidate)
     yield f"{largest.replace('_', ' ')} is the largest part of its step, {parts[largest] / chosen.time.total:.0%}"
     rivals = [c for c in candidates if c.same_model and c is not chosen]
     if rivals:
-        yield _against(chosen, next((c for c in rivals if c.fits), rivals[0]))
+        yield _next_best(chosen, next((c for c in rivals if c.fits), rivals[0]))
     warning = routing_config(chosen.routing).layout_warning(chosen.layout)
     if warning and chosen.layout.expert_parallel > 1:
         yield warning
@@ -191,20 +191,21 @@ def _reasons(config: PlanConfig, candidates: list[Candidate], chosen: Candidate)
     if other is not None and other.time.total < 0.99 * chosen.time.total:
         less = 1 - other.time.total / chosen.time.total
         keys = ", ".join(f"routing.{key}={other.routing[key]}" for key in routing_config(other.routing).layout_keys)
-        model = f"another model, with {keys} ({describe(other.layout)})"
+        model = f"another model, with {keys} ({describe_layout(other.layout)})"
         yield f"{model}, would take {less:.0%} less time"
 
 
-def _against(chosen: Candidate, rival: Candidate) -> str:
-    """The next best and what it pays more for."""
+def _next_best(chosen: Candidate, rival: Candidate) -> str:
+    """The next best layout, and the part of the step in which it is slower."""
     more = {f.name: getattr(rival.time, f.name) - getattr(chosen.time, f.name) for f in dataclasses.fields(chosen.time)}
     worst = max(more, key=lambda name: more[name])
     slower = rival.time.total / chosen.time.total - 1
-    spare = "" if rival.fits else ", and does not fit"
-    return f"next best: {describe(rival.layout)}, {slower:+.0%} time, most of it in {worst.replace('_', ' ')}{spare}"
+    fit = "" if rival.fits else ", and does not fit"
+    part = worst.replace("_", " ")
+    return f"next best: {describe_layout(rival.layout)}, {slower:+.0%} time, most of it in {part}{fit}"
 
 
-def describe(layout: LayoutPlan) -> str:
+def describe_layout(layout: LayoutPlan) -> str:
     """Such as ``8 replicas x 8 expert-parallel, two-level``."""
     levels = ", two-level" if layout.dispatches_by_node else ""
     return f"{in_words(layout.replicas, layout.expert_parallel)}{levels}"

@@ -1,8 +1,8 @@
-"""Memory of one rank in a training step, in bytes: closed forms over what our modules keep.
+"""Memory of one rank in a training step, in bytes, in closed form.
 
-Activations are the tensors that autograd keeps for backward, each storage once; a test holds the forms to what
-``torch.autograd.graph.saved_tensors_hooks`` sees in real steps. Per token, with r bytes for a number of the residual
-stream (fp32 under autocast too), a for one of products, m = 1 for one of a dropout's mask:
+Activations are the tensors that autograd keeps for backward, each storage once; a test compares them with
+``torch.autograd.graph.saved_tensors_hooks`` in real steps. Bytes per token, with r bytes for a number of the residual
+stream (fp32, also under autocast), a for one of a matrix product, m = 1 for one of a dropout mask:
 
     self-attention   r d + a d (norm)  + 3 a d (q, k, v)  + a d (output)  + 4 H (log-sum-exp)  + m d (dropout)
     cross-attention  r d + a d         + a d + 2 a d · source ratio  + a d + 4 H + m d
@@ -25,19 +25,21 @@ from moe_train.parallel.traffic import LINKS
 _RESIDUAL = 4
 _STATISTICS = 8  # mean and deviation of a norm
 _INDEX = 8
-_MASK = 1  # of dropout; inside experts its noise is kept as numbers
+_MASK = 1  # of dropout; inside experts its noise is kept in the type of the activations
 
 
 @dataclass(frozen=True)
 class StateSharding:
-    """Who keeps parameters' states. Parameters and gradients are fp32 under both engines, casts are autocast's.
+    """Sharding of optimizer states, gradients and parameters.
+
+    Parameters and gradients are fp32 under both engines; casts are those of autocast.
 
     Attributes:
         name: ``ddp`` or ``deepspeed``.
-        zero_stage: 1 divides optimizer states over data-parallel ranks, 2 gradients, 3 parameters too (what fairseq's
-            fully sharded mode does with dense parameters; moe-train refuses it).
+        zero_stage: 1 divides optimizer states over data-parallel ranks, 2 gradients, 3 also parameters (as fairseq's
+            fully sharded mode does for dense parameters; moe-train refuses it).
         offload: optimizer states in the host's memory.
-        optimizer_bytes: states of a parameter (Adam: two fp32 moments).
+        optimizer_bytes: state per parameter (Adam: two fp32 moments).
     """
 
     name: str = "ddp"
@@ -48,7 +50,7 @@ class StateSharding:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes of one rank; ``exchange`` are one layer's buffers, ``loss`` the gradients that the fused loss keeps."""
+    """Bytes of one rank; ``exchange``: buffers of one layer, ``loss``: gradients kept by the fused loss."""
 
     parameters: float
     gradients: float
@@ -60,14 +62,14 @@ class MemoryPlan:
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """The sum."""
         return sum(vars(self).values())
 
 
 def memory_plan(
     shape: ModelShape, plan: LayoutPlan, work: Workload, traffic: StepTraffic, sharding: StateSharding
 ) -> MemoryPlan:
-    """What a rank holds at the end of a forward pass; its fullest moment, up to temporaries."""
+    """Memory of a rank at the end of a forward pass: the maximum, except for temporary buffers."""
     experts = shape.expert_parameters / plan.expert_parallel
     parts = ((shape.dense_parameters, plan.world), (experts, plan.replicas))
 
@@ -76,7 +78,7 @@ def memory_plan(
         over = [n if sharding.zero_stage >= stage else 1 for _, n in parts]
         return sum(count * per_parameter / n for (count, _), n in zip(parts, over, strict=True))
 
-    master = 4 if sharding.zero_stage else 0  # ZeRO's flat copy of what a rank steps
+    master = 4 if sharding.zero_stage else 0  # ZeRO's flat copy of the parameters that a rank updates
     optimizer = 0.0 if sharding.offload else held(1, sharding.optimizer_bytes + master)
     casts = 2.0 * (shape.dense_parameters + experts) if work.precision != "fp32" else 0.0
     return MemoryPlan(
@@ -92,7 +94,7 @@ def memory_plan(
 
 
 def activation_bytes(shape: ModelShape, work: Workload) -> float:
-    """The most that autograd keeps of one micro-batch on one rank, averaged over ranks.
+    """Largest size of tensors kept by autograd for one micro-batch on one rank, averaged over ranks.
 
     With recomputation: the layers' inputs, and one layer's activations while its backward runs.
     """
@@ -103,7 +105,7 @@ def activation_bytes(shape: ModelShape, work: Workload) -> float:
 
 
 def kept_bytes(shape: ModelShape, work: Workload) -> float:
-    """What autograd keeps at the end of the forward pass."""
+    """Bytes kept by autograd at the end of the forward pass."""
     total = 0.0
     d = shape.config.embed_dim
     for stack in shape.stacks:
@@ -132,7 +134,7 @@ def _layers(stack: StackShape, shape: ModelShape, work: Workload) -> Iterator[fl
 
 
 def block_bytes(block: SparseShape, shape: ModelShape, work: Workload) -> float:
-    """Per token of the layer: router, pairs, and frames of its own where the block has them (SMoE)."""
+    """Per token of the layer: router, pairs, and the block's own norms and residuals (SMoE)."""
     d, a, h = block.spec.dim, BYTES[work.precision], block.spec.hidden
     choices = block.router.expected_choices(block.routing)
     visits = sum(choice.share for choice in choices if choice.stage) if _owns_frame(block) else 0.0
@@ -148,7 +150,7 @@ def _owns_frame(block: SparseShape) -> bool:
 
 
 def _scores(shape: ModelShape, work: Workload) -> float:
-    """Of attention per token: the log-sum-exp, or all scores where no fused kernel takes dropout."""
+    """Bytes of attention per token: the log-sum-exp, or all scores where no fused kernel supports dropout."""
     heads = shape.config.num_heads
     if work.device == "cpu" and shape.config.attention_dropout:
         return 3 * 4.0 * heads * work.sentence_tokens

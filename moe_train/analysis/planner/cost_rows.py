@@ -1,23 +1,23 @@
-"""How many rows a sparse layer is expected to send where, from its strategy and layout alone.
+"""Expected number of rows that a sparse layer sends to each destination, from strategy and layout.
 
-A token travels once to each rank (or node) that holds one of its experts, so what counts is how many *distinct*
-destinations its choices have. By linearity of expectation that is the sum over destinations of the probability that at
-least one chosen expert stands there, which needs no independence between destinations.
+A token is sent once to each rank (or node) that has one of its experts, so rows are the number of *distinct*
+destinations of its choices. By linearity of expectation that is the sum over destinations of the probability that at
+least one chosen expert is there, which needs no independence between destinations.
 
-**Equal loads.** k distinct experts, every set as likely as any other, among n of which the destination holds m::
+**Equal loads.** k distinct experts, all sets equally likely, among n of which the destination has m::
 
     P(row) = 1 - C(n - m, k) / C(n, k) = 1 - Π_{i<k} (n - m - i) / (n - i)
 
-**Given loads.** Of all laws over sets of k distinct experts that give expert e its load π_e (Σ π = k), the one of the
-largest entropy chooses the set S with a probability proportional to Π_{e in S} w_e (conditional Poisson sampling; Chen,
-Dempster and Liu, Biometrika 81, 1994). With e_k the elementary symmetric polynomial::
+**Given loads.** Of all distributions over sets of k distinct experts in which expert e has its load π_e (Σ π = k), the
+one of largest entropy chooses the set S with probability proportional to Π_{e in S} w_e (conditional Poisson sampling;
+Chen, Dempster and Liu, Biometrika 81, 1994). With e_k the elementary symmetric polynomial::
 
     P(row) = 1 - e_k(w outside the destination) / e_k(w)
 
 which is the formula above where all w are equal. Weights are found from the loads by the fixed point of the same paper.
 Real routers correlate their choices, so with given loads this is an estimate; with one expert per token it is exact.
 
-**Groups and strata** (SAM, SMoE) are sums of such terms, weighted by the share of the tokens that choose so.
+**Groups and strata** (SAM, SMoE) are sums of such terms, weighted by the share of tokens.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _FIT_STEPS = 200
 
 @dataclass(frozen=True)
 class Flow:
-    """One step of an exchange, forward and one way; per token of the layer, averaged over the ranks of a group.
+    """One step of an exchange, forward, in one direction; per token of the layer, averaged over the ranks of a group.
 
     Attributes:
         rows: rows by link.
@@ -57,11 +57,11 @@ class Flow:
 def expected_flows(
     plan: LayoutPlan, choices: Sequence[ExpectedChoices], num_experts: int, load: Sequence[float] | None = None
 ) -> tuple[Flow, ...]:
-    """The steps of an exchange: none where no token leaves its rank, two where it goes node by node.
+    """The steps of an exchange: none where no token leaves its rank, two with a two-level exchange.
 
     Args:
         plan: the layout.
-        choices: how tokens choose (:meth:`moe_train.routing.Router.expected_choices`).
+        choices: expected choices of tokens (:meth:`moe_train.routing.Router.expected_choices`).
         num_experts: E.
         load: relative loads of the experts, [E]; None: equal.
     """
@@ -81,7 +81,7 @@ def expected_flows(
 
 
 def _flow(rows: Vector, pairs: Vector, peers: dict[LinkType, int]) -> Flow:
-    """Sources are spread evenly over the group, so each link carries its share of the members."""
+    """Sources are distributed evenly over the group, so a link carries the share of its members."""
     members = sum(peers.values())
 
     def by_link(total: float) -> dict[LinkType, float]:
@@ -106,7 +106,7 @@ def expected_rows(
 def expected_pairs(
     choices: Sequence[ExpectedChoices], num_experts: int, parts: int, load: Sequence[float] | None = None
 ) -> Vector:
-    """[parts]: pairs per token that each part carries out."""
+    """[parts]: pairs per token that each part processes."""
     per_expert = np.zeros(num_experts)
     for choice, weights in _weighted(choices, num_experts, load):
         chosen = np.full(choice.count, choice.picks / choice.count)
@@ -120,7 +120,7 @@ def expected_pairs(
 def _weighted(
     choices: Sequence[ExpectedChoices], num_experts: int, load: Sequence[float] | None
 ) -> list[tuple[ExpectedChoices, Vector | None]]:
-    """Each choice with the weights of its experts, None where they are equal; loads also move shares inside a stage."""
+    """Each choice with the weights of its experts, None if equal; loads also change shares within a stage."""
     if load is None:
         return [(choice, None) for choice in choices]
     every = np.asarray(load, dtype=np.float64)
@@ -187,15 +187,15 @@ def sampling_weights(loads: Vector) -> Vector:
 
 
 def _products_of_others(blocks: Sequence[Vector], k: int) -> list[Vector]:
-    """For each block the polynomial of all the others, cut at degree k (prefix times suffix, so nothing is divided)."""
+    """For each block the polynomial of all others up to degree k (prefix times suffix, without division)."""
 
     def times(a: Vector, b: Vector) -> Vector:
         return np.convolve(a, b)[: k + 1]
 
     one = symmetric_sums(np.zeros(0), k)
-    before, behind = [one], [one]
+    prefixes, suffixes = [one], [one]
     for block in blocks[:-1]:
-        before.append(times(before[-1], block))
+        prefixes.append(times(prefixes[-1], block))
     for block in reversed(blocks[1:]):
-        behind.append(times(behind[-1], block))
-    return [times(a, b) for a, b in zip(before, reversed(behind), strict=True)]
+        suffixes.append(times(suffixes[-1], block))
+    return [times(a, b) for a, b in zip(prefixes, reversed(suffixes), strict=True)]

@@ -1,7 +1,7 @@
-"""A model as the cost model sees it: stacks of layers, sparse blocks, and how many parameters and FLOPs each has.
+"""Shape of a model for the cost model: stacks of layers, sparse blocks, with parameters and FLOPs of each.
 
-Read from a model built on the meta device, so that parameters are those of the real modules; or put together by hand
-for models that this framework does not build (:func:`decoder_only`, for published figures of language models).
+Read from a model on the meta device, so that parameters are those of the real modules; or in closed form for models
+that this framework does not build (:func:`decoder_only`, to compare with published language models).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class SparseShape:
     Attributes:
         routing: its strategy's config.
         spec: one of its experts.
-        router_parameters: of its routers, norms of its own included.
+        router_parameters: of its routers and its own norms.
     """
 
     routing: RoutingConfig
@@ -35,17 +35,17 @@ class SparseShape:
 
     @property
     def router(self) -> type[Router]:
-        """The strategy's router class, for its expectations."""
+        """The strategy's router class."""
         return registered_strategies()[self.routing.name].router
 
     @property
     def num_experts(self) -> int:
-        """E, over all ranks."""
+        """E, of all ranks."""
         return self.routing.num_experts
 
     @property
     def parameters(self) -> int:
-        """Of all its experts."""
+        """Parameters of all its experts."""
         return self.num_experts * self.spec.parameters
 
     @property
@@ -61,11 +61,11 @@ class StackShape:
     Attributes:
         name: ``encoder`` or ``decoder``.
         layers: Transformer layers.
-        dense_ffn: how many of them have a dense feed-forward.
+        dense_ffn: number of them with a dense feed-forward.
         cross: whether each also attends to an encoder's output.
-        is_source: whether its tokens are the source's; those of a model that only encodes are what the batch counts.
-        parameters: all that are not experts', embeddings left out.
-        flops: forward per token, products with dense weights.
+        is_source: whether its tokens are source tokens; False for a model with only an encoder.
+        parameters: except those of experts and embeddings.
+        flops: forward per token, of products with dense weights.
         sparse: its sparse blocks in order.
     """
 
@@ -85,11 +85,11 @@ class ModelShape:
 
     Attributes:
         config: widths, dropouts, activation.
-        vocabulary: words, or an image model's classes.
-        stacks: encoder and decoder, or one alone.
-        embedding_parameters: each table once, the output's included where it is one of its own.
-        output_flops: forward per token that the batch counts, of the products before and after the layers.
-        sentence_tokens: of every sequence, where the model says so itself: an image's patches.
+        vocabulary: number of words, or classes of an image model.
+        stacks: encoder and decoder, or one of them.
+        embedding_parameters: each table once, including an untied output layer.
+        output_flops: forward per token of the batch, of products before and after the layers.
+        sentence_tokens: of every sequence, where the model fixes it: patches of an image.
     """
 
     config: ModelConfig
@@ -106,17 +106,17 @@ class ModelShape:
 
     @property
     def dense_parameters(self) -> int:
-        """All that are not experts'; the same on every rank."""
+        """All parameters except those of experts; every rank has them."""
         return self.embedding_parameters + sum(stack.parameters for stack in self.stacks)
 
     @property
     def expert_parameters(self) -> int:
-        """Of all experts."""
+        """Parameters of all experts."""
         return sum(block.parameters for block in self.sparse)
 
     @property
     def active_parameters(self) -> int:
-        """What one token's forward pass uses."""
+        """Parameters used in the forward pass of one token."""
         used = sum(b.parameters * min(1.0, b.pairs / b.num_experts) for b in self.sparse)
         return round(self.dense_parameters + used)
 
@@ -127,7 +127,7 @@ class ModelShape:
 
 
 class SizedVocabulary:
-    """A vocabulary of which nothing but its size is known."""
+    """A vocabulary of which only the size is known."""
 
     def __init__(self, size: int) -> None:
         self._size = size
@@ -136,14 +136,14 @@ class SizedVocabulary:
         return self._size
 
     def pad(self) -> int:
-        """Where fairseq's dictionaries have padding."""
+        """Padding id, as in fairseq's dictionaries."""
         return 1
 
 
 def model_shape(
     config: ModelConfig, routing: Mapping[str, Any], vocabulary: int, images: PlanImages | None = None
 ) -> ModelShape:
-    """The shape of what ``moe-train`` would build.
+    """The shape of the model that ``moe-train`` would build.
 
     Args:
         config: the architecture: an encoder-decoder, an encoder of text (as a masked language model) or of images.
@@ -152,7 +152,7 @@ def model_shape(
         images: their size, for an image model.
 
     Raises:
-        ConfigError: values that cannot be.
+        ConfigError: invalid values.
     """
     build = _BUILDERS.get(config.name, _translator)
     with torch.device("meta"):
@@ -172,7 +172,7 @@ def model_shape(
     )
 
 
-# Each gives a model and the share of the batch's tokens that the output's product is computed for.
+# Each returns a model, and the share of the batch's tokens for which the output layer is computed.
 
 
 def _translator(config: ModelConfig, routing: RoutingConfig, vocabulary: int, _: PlanImages) -> tuple[Any, float]:

@@ -7,7 +7,7 @@
 - gradients: rings, the slower of the rank's and the node's share; with ``overlap`` hidden behind backward's products;
 - the optimizer: every state read and written once at the memory's bandwidth.
 
-Nothing else overlaps: the exchange waits for its layer, as our layers do.
+Nothing else overlaps: an exchange and the computation of its layer are sequential.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ class TimePlan:
         dense: attention, dense feed-forwards, output.
         experts: products of experts, at the fullest rank.
         routers: scores of all experts for every token.
-        exchange_node, exchange_across: payload and metadata of all exchanges, by the link that was the slower.
-        exchange_latency: what exchanges take whatever they carry.
-        gradients: reductions, as far as backward does not hide them.
-        optimizer: the step.
+        exchange_node, exchange_across: payload and metadata of all exchanges, by the slower link.
+        exchange_latency: time of exchanges independent of their size.
+        gradients: reductions, except for the part overlapped with backward.
+        optimizer: the optimizer step.
     """
 
     dense: float
@@ -59,12 +59,12 @@ class TimePlan:
 
     @property
     def exchange(self) -> float:
-        """All of the exchange."""
+        """Total time of exchanges."""
         return self.exchange_node + self.exchange_across + self.exchange_latency
 
     @property
     def total(self) -> float:
-        """The step."""
+        """Time of the step."""
         return sum(vars(self).values())
 
 
@@ -161,7 +161,7 @@ def _block_exchange(
 
 
 def _exchange_latency(flow: Flow, work: Workload, cluster: ClusterConfig) -> float:
-    """All-to-alls of one step: counts, numbers, rows, weights, and rows back; backward rows twice, and weights."""
+    """All-to-alls of one step: counts, indices, rows, weights, rows back; backward twice rows, and weights."""
     start = cluster.latency_across if flow.peers["across"] else cluster.latency_node
     members = sum(flow.peers.values())
     return (5 * work.forwards + 3) * (start + members * cluster.message) * 1e-6
@@ -172,7 +172,7 @@ def gradient_seconds(
 ) -> float:
     """Reduction of fp32 gradients by rings.
 
-    Dense parameters go round the world, experts round their replicas, whose rings cross the same nodes all at once.
+    Rings of dense parameters span the world, those of experts their replicas; the latter share the links between nodes.
     With ZeRO-3 every micro-batch gathers 16-bit parameters twice and scatters their gradients once.
     """
     nodes = plan.world // min(plan.ranks_per_node, plan.world)

@@ -1,8 +1,8 @@
-"""Rows and bytes that a training step sends, by link: what the exchange's counters will say, and gradients' reduction.
+"""Predicts rows and bytes that a training step sends, by link: exchange of tokens, and reduction of gradients.
 
-Per sparse block and micro-batch, in the terms of :mod:`moe_train.parallel.dispatch`:
+Per sparse block and micro-batch, as counted in :mod:`moe_train.parallel.dispatch`:
 
-- payload: a row out and a row back forward, the same backward; once more forward where activations are recomputed;
+- payload: a row out and a row back forward, the same backward; forward again where activations are recomputed;
 - metadata: 4 + 4 bytes of numbers and 4 of weight per pair forward, 4 per pair backward, and for each member of the
   group, forward, 8-byte counts: its rows and the pairs of each of its experts (a node's: also the rows of each rank).
 """
@@ -26,7 +26,7 @@ COUNT = 8
 
 @dataclass(frozen=True)
 class Workload:
-    """What one rank does in a step.
+    """The work of one rank in a step.
 
     Attributes:
         tokens: target tokens of a micro-batch on one rank.
@@ -51,12 +51,12 @@ class Workload:
     device: str = "cuda"
 
     def tokens_of(self, stack: StackShape, shape: ModelShape) -> float:
-        """Tokens of a stack in one micro-batch on one rank; the passes of a doubled batch count each."""
+        """Tokens of a stack in one micro-batch on one rank; each pass of a doubled batch counts."""
         return self.tokens * shape.passes * (self.source_ratio if stack.is_source else 1.0)
 
     @property
     def forwards(self) -> int:
-        """How often a layer's forward runs."""
+        """Number of forward passes of a layer."""
         return 2 if self.recompute else 1
 
 
@@ -97,24 +97,24 @@ class StepTraffic:
 
     @property
     def sent(self) -> LinkTraffic:
-        """What leaves a rank."""
+        """Traffic that leaves a rank."""
         return self.by_link["node"] + self.by_link["across"]
 
 
 def step_traffic(shape: ModelShape, plan: LayoutPlan, work: Workload) -> StepTraffic:
-    """What a step sends."""
+    """Traffic of a step."""
     blocks = tuple(_blocks(shape, plan, work))
     total = {link: LinkTraffic() for link in LINKS}
     for block in blocks:
         for link in LINKS:
-            total[link] += _times(block.by_link[link], work.micro_batches)
+            total[link] += LinkTraffic(*(value * work.micro_batches for value in vars(block.by_link[link]).values()))
     for link, sent in gradient_bytes(shape, plan).items():
         total[link] += LinkTraffic(gradient_bytes=sent)
     return StepTraffic(blocks, total)
 
 
 def _blocks(shape: ModelShape, plan: LayoutPlan, work: Workload) -> Iterator[BlockTraffic]:
-    known: dict[int, tuple[Flow, ...]] = {}  # layers alike share their flows
+    known: dict[int, tuple[Flow, ...]] = {}  # equal layers share their flows
     for stack in shape.stacks:
         for block in stack.sparse:
             key = id(block.routing)
@@ -124,7 +124,7 @@ def _blocks(shape: ModelShape, plan: LayoutPlan, work: Workload) -> Iterator[Blo
 
 
 def block_flows(block: SparseShape, plan: LayoutPlan, load: Sequence[float] | None = None) -> tuple[Flow, ...]:
-    """The steps of one block's exchange, forward and one way."""
+    """The steps of one block's exchange, forward and in one direction."""
     return expected_flows(plan, block.router.expected_choices(block.routing), block.num_experts, load)
 
 
@@ -132,7 +132,8 @@ def block_traffic(block: SparseShape, flows: tuple[Flow, ...], tokens: float, wo
     """Forward, recomputation and backward of one block and micro-batch."""
     row = block.spec.dim * BYTES[work.precision]
     total = {link: LinkTraffic() for link in LINKS}
-    exchanges = _exchanges_per_forward(block)
+    # One exchange, or one per stratum.
+    exchanges = len({choice.stage for choice in block.router.expected_choices(block.routing)})
     for flow, counts in zip(flows, count_bytes(flows, block.num_experts), strict=True):
         for link in LINKS:
             rows, pairs = tokens * flow.rows[link], tokens * flow.pairs[link]
@@ -146,23 +147,18 @@ def block_traffic(block: SparseShape, flows: tuple[Flow, ...], tokens: float, wo
 
 
 def count_bytes(flows: Sequence[Flow], num_experts: int) -> list[int]:
-    """What each member is told of sizes, step by step (:func:`moe_train.parallel.split_sizes.exchange_split_sizes`)."""
+    """Bytes of sizes sent to each member, by step (:func:`moe_train.parallel.split_sizes.exchange_split_sizes`)."""
     members = [sum(flow.peers.values()) for flow in flows]
     each = [num_experts // math.prod(members[: n + 1]) for n in range(len(members))]
     ranks = [members[n + 1] if n + 1 < len(members) else 0 for n in range(len(members))]
     return [COUNT * (1 + behind + experts) for behind, experts in zip(ranks, each, strict=True)]
 
 
-def _exchanges_per_forward(block: SparseShape) -> int:
-    """Calls of the pool: one, or one per stratum."""
-    return len({choice.stage for choice in block.router.expected_choices(block.routing)})
-
-
 def gradient_bytes(shape: ModelShape, plan: LayoutPlan) -> dict[LinkType, float]:
     """Bytes that a rank sends to reduce gradients in fp32 by rings, averaged over ranks.
 
-    A ring over n members sends 2 (n - 1) / n of the buffer over each of its n edges. Dense parameters go round the
-    world, a rank's experts round their replicas.
+    A ring over n members sends 2 (n - 1) / n of the buffer over each of its n edges. Rings of dense
+    parameters span the world, those of a rank's experts its replicas.
     """
     sent: dict[LinkType, float] = dict.fromkeys(LINKS, 0.0)
     experts = shape.expert_parameters / plan.expert_parallel
@@ -175,9 +171,5 @@ def gradient_bytes(shape: ModelShape, plan: LayoutPlan) -> dict[LinkType, float]
 
 
 def ring_crossings(plan: LayoutPlan, ring: Sequence[int]) -> int:
-    """Edges of a ring that lead to another node."""
+    """Number of edges of a ring between two nodes."""
     return sum(plan.node(a) != plan.node(b) for a, b in zip(ring, (*ring[1:], ring[0]), strict=True))
-
-
-def _times(traffic: LinkTraffic, factor: float) -> LinkTraffic:
-    return LinkTraffic(*(value * factor for value in vars(traffic).values()))

@@ -1,4 +1,4 @@
-"""What a sparse layer or a model really sends and keeps on the ranks that run: the figures that plans are held to."""
+"""Measures traffic and memory of a sparse layer or a model on real ranks, for comparison with the cost model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ COUNTED = ("dispatched_rows", "returned_rows", "payload_bytes", "metadata_bytes"
 
 @dataclass(frozen=True)
 class TrafficCase:
-    """One layer under one layout; tokens are noise, so that a fresh gate has nearly equal loads.
+    """One layer with one layout; tokens are noise, so that loads of an untrained gate are nearly equal.
 
     Attributes:
         routing: the ``routing`` group.
@@ -47,11 +47,11 @@ class TrafficCase:
 
     @property
     def tokens(self) -> int:
-        """Of one rank."""
+        """Tokens of one rank."""
         return self.sentences * self.length
 
     def layout(self, world: int) -> LayoutPlan:
-        """For that many ranks."""
+        """The layout for ``world`` ranks."""
         experts = int(self.routing["num_experts"])
         return plan_layout(world, self.ranks_per_node, self.expert_parallel, experts, self.two_level)
 
@@ -70,7 +70,7 @@ class Measured:
 
 
 def measure_layer(case: TrafficCase) -> Measured:
-    """Runs one step on this rank; every rank must call it. The result is the same on all."""
+    """Runs one step; every rank calls it. The result is the same on all ranks."""
     layout = ExpertLayout.build(case.layout(dist.get_world_size()))
     layer = MoELayer(case.dim, case.hidden, case.routing, seed=case.seed, layout=layout).train()
     layer.set_ranks(DistReduction())
@@ -84,7 +84,7 @@ def measure_layer(case: TrafficCase) -> Measured:
 
 
 def world_traffic(layout: ExpertLayout) -> dict[LinkType, dict[str, int]]:
-    """The counters of all ranks, added up."""
+    """Sum of the counters of all ranks."""
     return {
         link: dict(zip(COUNTED, (int(n) for n in _sum(torch.tensor([getattr(t, n) for n in COUNTED]))), strict=True))
         for link, t in layout.counters.by_link.items()
@@ -92,10 +92,10 @@ def world_traffic(layout: ExpertLayout) -> dict[LinkType, dict[str, int]]:
 
 
 def predict_layer(case: TrafficCase, world: int, load: tuple[int, ...] | None = None) -> Mapping[LinkType, LinkTraffic]:
-    """The same by the cost model, for one rank.
+    """The prediction of the cost model, for one rank.
 
     Args:
-        load: as measured; None: equal loads.
+        load: measured loads; None: equal loads.
     """
     config = routing_config(case.routing)
     block = SparseShape(config, _spec(case), 0)
@@ -117,7 +117,7 @@ def _sum(value: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ModelCase:
-    """A translation model in fp32 on CPUs, and a batch without padding.
+    """A translation model in fp32 on CPUs with a batch without padding.
 
     Attributes:
         model: keys of the ``model`` group.
@@ -135,15 +135,15 @@ class ModelCase:
 
     @property
     def config(self) -> ModelConfig:
-        """The typed model."""
+        """The typed config of the model."""
         return ModelConfig(**self.model)
 
 
 def measure_memory(case: ModelCase) -> dict[str, float]:
     """Bytes of tensors on this rank, averaged over ranks: parameters, gradients, optimizer states, and activations.
 
-    Activations are what autograd keeps for backward in a forward pass up to the output layer, each storage once and
-    parameters left out, as ``saved_tensors_hooks`` sees them.
+    Activations are the tensors that autograd keeps for backward in a forward pass up to the output layer, each storage
+    once, without parameters, from ``saved_tensors_hooks``.
     """
     from moe_train.models import build_model
 
@@ -176,7 +176,7 @@ def measure_memory(case: ModelCase) -> dict[str, float]:
 
 
 def predict_memory(case: ModelCase, world: int) -> dict[str, float]:
-    """The same by the cost model."""
+    """The prediction of the cost model."""
     shape = model_shape(case.config, case.routing, case.vocabulary)
     plan = plan_layout(world, case.ranks_per_node, case.expert_parallel, int(case.routing["num_experts"]))
     work = Workload(
@@ -194,10 +194,10 @@ def predict_memory(case: ModelCase, world: int) -> dict[str, float]:
 
 @contextmanager
 def kept_for_backward(model: nn.Module) -> Iterator[dict[int, int]]:
-    """While entered, fills a mapping from storage to bytes with all that autograd keeps, parameters left out."""
+    """While entered, adds all storages that autograd keeps, except parameters, to the yielded dict: address → bytes."""
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
     found: dict[int, int] = {}
-    alive: list[Tensor] = []  # a storage that were freed could come back under the same address
+    alive: list[Tensor] = []  # a freed storage could be reused at the same address
 
     def pack(tensor: Tensor) -> Tensor:
         address = tensor.untyped_storage().data_ptr()

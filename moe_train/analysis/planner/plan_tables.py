@@ -1,4 +1,4 @@
-"""A plan as tables for the terminal, and as plain values for JSON."""
+"""Prints a plan as tables, and converts it to JSON values."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from moe_train.analysis.planner.choose_layout import Candidate, LayoutComparison, describe
+from moe_train.analysis.planner.choose_layout import Candidate, LayoutComparison, describe_layout
 from moe_train.errors import plural
 from moe_train.parallel.traffic import LINKS
 
-_PICTURED = 16  # ranks whose experts are drawn
+_MAX_PICTURED = 16  # ranks up to which the layout is drawn
 
 
 def render(plan: LayoutComparison) -> Group:
-    """What ``moe-plan`` prints."""
+    """The output of ``moe-plan``."""
     chosen = plan.chosen
     tables: list[Any] = [_model(chosen), _memory(plan), _traffic(chosen), _time(chosen), _layouts(plan)]
-    choice = Text.assemble(("Choice:", "bold"), f" {describe(chosen.layout)}")
+    choice = Text.assemble(("Choice:", "bold"), f" {describe_layout(chosen.layout)}")
     text: list[Text | str] = [choice, *(f"  - {reason}" for reason in plan.reasons)]
-    if chosen.layout.world <= _PICTURED and chosen.shape.sparse:
+    if chosen.layout.world <= _MAX_PICTURED and chosen.shape.sparse:
         text.append(chosen.layout.describe(chosen.shape.sparse[0].num_experts))
     return Group(_cluster(plan), *tables, *text)
 
 
-def show(plan: LayoutComparison, console: Console) -> None:
+def print_plan(plan: LayoutComparison, console: Console) -> None:
     """Prints the tables."""
     console.print(render(plan))
 
 
 def as_mapping(plan: LayoutComparison) -> dict[str, Any]:
-    """Plain values: the config's own numbers, the chosen layout in full, all others in short."""
+    """JSON values: the cluster, the chosen layout with all details, and all layouts in short."""
     return {
         "cluster": dataclasses.asdict(plan.config.cluster),
         "chosen": _full(plan.chosen),
@@ -75,14 +75,14 @@ def _short(c: Candidate) -> dict[str, Any]:
 
 
 def _cluster(plan: LayoutComparison) -> Text:
-    """What the figures are for: a plan that does not say so is taken for one of the reader's own machines."""
+    """The cluster for which the plan is, so that it is not mistaken for another one."""
     cluster, layout = plan.config.cluster, plan.chosen.layout
     nodes, ranks = layout.world // layout.ranks_per_node, layout.ranks_per_node
     have = f"{plural(nodes, 'node')} of {plural(ranks, 'rank')}"
     return Text.assemble(
         ("Cluster:", "bold"),
-        f" {cluster.name}, {have}; cluster=… takes another\n"
-        f"  a rank: {cluster.memory_gb:g} GB, {cluster.tflops:g} TFLOP/s at {cluster.efficiency:.0%};"
+        f" {cluster.name}, {have}; cluster=… sets another\n"
+        f"  per rank: {cluster.memory_gb:g} GB, {cluster.tflops:g} TFLOP/s at {cluster.efficiency:.0%};"
         f" GB/s: {cluster.bandwidth_node:g} in a node, {cluster.bandwidth_across:g} between\n",
     )
 
@@ -152,7 +152,7 @@ def _layouts(plan: LayoutComparison) -> Table:
 
 
 def _shown(plan: LayoutComparison) -> list[Candidate]:
-    """The first few, and the chosen one wherever it stands."""
+    """The first layouts, and the chosen one if it is not among them."""
     first = list(plan.candidates[: plan.config.alternatives])
     return first if plan.chosen in first else [*first[:-1], plan.chosen]
 

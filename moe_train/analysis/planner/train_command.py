@@ -1,4 +1,4 @@
-"""The ``moe-train`` command of a plan: what to type to train the planned model at the layout that was chosen."""
+"""Makes the ``moe-train`` command that trains the planned model with the chosen layout."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ _TASKS = {"vision_transformer": "image_classification", "encoder": "cross_lingua
 
 
 def train_words(plan: LayoutComparison, choices: Mapping[str, str], typed: Sequence[str]) -> list[str]:
-    """Words for ``moe-train``.
+    """Overrides for ``moe-train``.
 
     Args:
-        choices: the option of each Hydra group that the plan was made with, such as ``{"model": "base"}``.
-        typed: the words of ``moe-plan``'s command line; keys of model, routing and engine are kept.
+        choices: the chosen option of each Hydra group, such as ``{"model": "base"}``.
+        typed: overrides of ``moe-plan``; keys of model, routing and engine are kept.
     """
     config, chosen = plan.config, plan.chosen
     words = [f"{group}={choices[group]}" for group in _GROUPS]
@@ -42,7 +42,7 @@ def train_words(plan: LayoutComparison, choices: Mapping[str, str], typed: Seque
 
 
 def train_command(plan: LayoutComparison, words: Sequence[str]) -> str:
-    """The command line: one process a rank on one host, a Slurm job where the plan needs several.
+    """The command line: one process per rank on one host, a Slurm job for several hosts.
 
     Args:
         words: of :func:`train_words`.

@@ -1,4 +1,4 @@
-"""What the sparse blocks of a trained model do on held-out data."""
+"""Statistics of the sparse blocks of a trained model on held-out data."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Representation collapse of the states that a router sees (X-MoE, Chi et al., 2022, §4.5).
+"""Representation collapse of the inputs of a router (X-MoE, Chi et al., 2022, §4.5).
 
 ``RC = Tr(Σ_W Σ_B⁺)`` with the within-class covariance Σ_W and the pseudo-inverse of the between-class covariance Σ_B
-(neural collapse's NC1, Papyan et al., 2020, without its factor 1/K). The paper's readable text does not say what a
-class is; here it is whatever the caller labels the tokens with: the expert they are routed to, or their vocabulary id.
-Smaller is more collapsed: 0 where all tokens of a class coincide.
+(neural collapse's NC1, Papyan et al., 2020, without its factor 1/K). The paper does not define a class; here
+it is the caller's label of the tokens: the expert to which they are routed, or their vocabulary id. Smaller is more
+collapsed: 0 where all tokens of a class coincide.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from torch import Tensor
 def representation_collapse(states: Tensor, labels: Tensor, rtol: float = 1e-6) -> float:
     """``Tr(Σ_W Σ_B⁺)`` of states [T, d] under labels [T] int64.
 
-    Invariant to rotations and to a global scale of the states. Computed in fp64, one class at a time in the memory.
+    Invariant to rotations and to a global scale of the states. Computed in fp64.
 
     Args:
         rtol: singular values of Σ_B below ``rtol`` times the largest count as zero (its rank is at most K - 1).
 
     Raises:
-        ValueError: fewer than two classes, for which Σ_B is zero and the measure means nothing.
+        ValueError: fewer than two classes, for which Σ_B is zero and the measure is not defined.
     """
     states = states.to(torch.float64)
     names, members, sizes = torch.unique(labels, return_inverse=True, return_counts=True)

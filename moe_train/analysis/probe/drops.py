@@ -1,7 +1,7 @@
-"""Tokens that experts leave out: by capacity (token choice), or because no expert takes them (expert choice).
+"""Counts dropped tokens: over capacity (token choice), or chosen by no expert (expert choice).
 
-A token is *dropped* where none of its choices is carried out: its residual is all that goes on. This is the paper's
-count (Puigcerver et al., 2024, appendix B), not that of (token, expert) pairs, which train.jsonl has.
+A token is *dropped* where no expert processes it, so that only its residual remains. This is the count of Puigcerver et
+al., 2024, appendix B, not that of (token, expert) pairs in train.jsonl.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ class Drops:
 
     Attributes:
         tokens: T.
-        dropped: tokens that no expert works on.
-        partly: tokens that lost some choices and not all.
-        experts_per_token: [k + 1] tokens by the number of experts that work on them.
+        dropped: tokens that no expert processes.
+        partly: tokens with some choices dropped, but not all.
+        experts_per_token: [k + 1] tokens by the number of experts that process them.
     """
 
     tokens: int
@@ -30,23 +30,23 @@ class Drops:
 
     @property
     def dropped_fraction(self) -> float:
-        """``dropped`` over all tokens; 0 where there are none."""
+        """``dropped`` over all tokens; 0 without tokens."""
         return self.dropped / self.tokens if self.tokens else 0.0
 
 
 def count_drops(choices: Tensor, kept: Tensor) -> Drops:
-    """Of a router's choices [T, k] (-1: none) and kept [T, k].
+    """Counts drops from a router's choices [T, k] (-1: none) and kept [T, k].
 
-    With expert choice ``choices`` has only what experts took, so ``partly`` is 0 and tokens without a choice are the
-    dropped ones.
+    With expert choice ``choices`` has only choices of experts, so ``partly`` is 0, and tokens without a choice are
+    dropped.
     """
-    asked = choices >= 0
-    carried = (asked & kept).sum(1)
-    partly = (carried > 0) & (carried < asked.sum(1))
-    histogram = torch.bincount(carried, minlength=choices.shape[1] + 1)
+    chosen = choices >= 0
+    processed = (chosen & kept).sum(1)
+    partly = (processed > 0) & (processed < chosen.sum(1))
+    histogram = torch.bincount(processed, minlength=choices.shape[1] + 1)
     return Drops(
         tokens=choices.shape[0],
-        dropped=int((carried == 0).sum()),
+        dropped=int((processed == 0).sum()),
         partly=int(partly.sum()),
         experts_per_token=tuple(int(n) for n in histogram),
     )

@@ -1,10 +1,10 @@
 """Load per expert and language, and requested capacity per token, language and layer.
 
-- *Load* of expert e in group g: (token, expert) pairs carried out, over the group's pairs. *Utilisation* is load times
-  E: 1 is the ideal, 0 is dead.
-- *Specialisation*: I(group; expert) / H(group) of pairs, 0 where groups use experts alike and 1 where the expert tells
-  the group.
-- *Requested capacity* (SMoE, Xu et al., 2023, §5): the experts, that is passes, that a token goes through in one block,
+- *Load* of expert e in group g: processed (token, expert) pairs over those of the group. *Utilisation* is load times E:
+  1 is ideal, 0 is dead.
+- *Specialisation*: I(group; expert) / H(group) of pairs, 0 where all groups use experts equally and 1 where the expert
+  determines the group.
+- *Requested capacity* (SMoE, Xu et al., 2023, §5): the number of experts, that is passes, of a token in one block,
   averaged over tokens and then over the blocks of the encoder or decoder.
 """
 
@@ -23,20 +23,20 @@ def pairs_by_group(experts: Tensor, groups: Tensor, num_experts: int, num_groups
 
     Args:
         experts: [P] expert of each pair.
-        groups: [P] group of each pair's token (its language, say), in 0 .. G - 1.
+        groups: [P] group of each pair's token (such as its language), in 0 .. G - 1.
     """
     pairs = torch.bincount(groups * num_experts + experts, minlength=num_groups * num_experts)
     return pairs.view(num_groups, num_experts)
 
 
 def load_by_group(counts: Tensor) -> Tensor:
-    """[G, E] fp64 fractions of counts [G, E], a row of zeros for a group without pairs."""
+    """[G, E] fp64 fractions of counts [G, E]; zeros for a group without pairs."""
     counts = counts.double()
     return counts / counts.sum(1, keepdim=True).clamp(min=1.0)
 
 
 def specialisation(counts: Tensor) -> float:
-    """I(group; expert) / H(group) of counts [G, E]; 0 where there is one group only."""
+    """I(group; expert) / H(group) of counts [G, E]; 0 for one group."""
     joint = counts.double() / counts.double().sum().clamp(min=_TINY)
     groups, experts = joint.sum(1, keepdim=True), joint.sum(0, keepdim=True)
     information = (joint * (joint.clamp(min=_TINY) / (groups * experts).clamp(min=_TINY)).log()).sum()
@@ -65,10 +65,10 @@ def mean_by_label(values: Tensor, labels: Tensor) -> dict[int, float]:
 
 
 def requested_capacity_by_layer(passes: Mapping[int, Tensor], layers: Sequence[int]) -> float:
-    """The mean over blocks of their tokens' mean passes; ``passes``: block → [T], ``layers``: an encoder's, say.
+    """The mean over blocks of their tokens' mean passes; ``passes``: block → [T], ``layers``: such as an encoder's.
 
     Raises:
-        ValueError: no block.
+        ValueError: ``layers`` is empty.
     """
     if not layers:
         raise ValueError("requested capacity is the mean over at least one block")

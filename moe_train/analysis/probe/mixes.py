@@ -1,4 +1,4 @@
-"""What Soft MoE's mixes look like (Puigcerver et al., 2024, §5 and appendix): no token is dropped, some hardly count.
+"""Statistics of Soft MoE's mixing weights (Puigcerver et al., 2024, §5 and appendix).
 
 Dispatch weights D [.., m, s] sum to 1 over the m tokens of each slot, combine weights C [.., m, s] over the s slots of
 each token.
@@ -13,31 +13,31 @@ from torch import Tensor
 def needed_for_share(weights: Tensor, dim: int, share: float = 0.9) -> Tensor:
     """How many of the largest weights along ``dim`` make up ``share`` of their sum; int64, without that dimension.
 
-    Along the tokens of D: how many tokens a slot is really made of. Along the slots of C: how many slots a token's
-    output is really made of. 1 everywhere: the soft mix has become a hard choice.
+    Along the tokens of D: the number of tokens that mainly contribute to a slot. Along the slots of C: the number of
+    slots that mainly contribute to a token's output. 1 everywhere: the soft mix has become a hard choice.
 
     Raises:
         ValueError: a share outside (0, 1].
     """
     if not 0.0 < share <= 1.0:
-        raise ValueError(f"a share lies in (0, 1], not {share}")
+        raise ValueError(f"share must be in (0, 1], not {share}")
     ordered = weights.double().sort(dim=dim, descending=True).values
     reached = ordered.cumsum(dim) / ordered.sum(dim, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
-    # A sum of doubles may end a hair below 1.
+    # Rounding may leave the sum slightly below 1.
     return (reached < share - 1e-12).sum(dim) + 1
 
 
 def token_contributions(dispatch: Tensor) -> Tensor:
-    """[.., m] Σ over slots of D, times m / s: 1 for a token that counts as much as the mean token, 0: dropped."""
+    """[.., m] Σ over slots of D, times m / s: 1 for a token with the weight of the mean token, 0: dropped."""
     tokens, slots = dispatch.shape[-2:]
     return dispatch.double().sum(-1) * (tokens / slots)
 
 
 def expert_importance(combine: Tensor, num_experts: int) -> Tensor:
-    """[E] each expert's share of all combine weights C [.., m, s], whose slots stand expert after expert.
+    """[E] each expert's share of all combine weights C [.., m, s], whose slots are ordered by expert.
 
     Raises:
-        ValueError: the experts do not divide the slots.
+        ValueError: the number of slots is not a multiple of that of experts.
     """
     slots = combine.shape[-1]
     if slots % num_experts:
@@ -52,11 +52,11 @@ def mix_statistics(
 ) -> dict[str, float]:
     """Means of these measures over the real tokens and the slots of D and C, [B, m, s] each.
 
-    ``tokens_per_slot`` and ``slots_per_token`` (for 90 % of the weight), ``weak_tokens`` (the share of tokens that
-    count less than a quarter of the mean), ``expert_importance_max`` (times E: 1 where all count alike).
+    ``tokens_per_slot`` and ``slots_per_token`` (for 90 % of the weight), ``weak_tokens`` (the share of tokens
+    with less than a quarter of the mean weight), ``expert_importance_max`` (times E: 1 where all are equal).
 
     Args:
-        padding: [B, m], true where there is no token: neither D nor C has weight there.
+        padding: [B, m], true for padding, where D and C are zero.
     """
     real = torch.ones(dispatch.shape[:2], dtype=torch.bool) if padding is None else ~padding
     importance = expert_importance(combine, num_experts)

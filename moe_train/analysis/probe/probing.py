@@ -1,6 +1,6 @@
-"""What the sparse blocks of a trained model do on held-out data: the states they see and the experts they choose.
+"""Records inputs and routing of the sparse blocks of a trained model on held-out data.
 
-Checkpoints of one run, looked at on the same data, give X-MoE's measures along training (Chi et al., 2022, §4.5).
+Checkpoints of one run on the same data give X-MoE's measures over training (Chi et al., 2022, §4.5).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from moe_train.layers.batch_context import BatchContext
 from moe_train.layers.stack import DecoderStack
 from moe_train.models.routed import stacks
 
-_OFTEN = 10  # a token seen less often says little of its capacity
+_MIN_COUNT = 10  # occurrences of a token for which requested capacity is reported
 
 
 @dataclass
@@ -41,9 +41,9 @@ class LayerProbe:
 
     Attributes:
         stack: ``encoder`` or ``decoder``.
-        states: T rows [.., d] that its router saw; with strata, its first gate.
-        choices, kept: [T, k] expert ids before drops, and which were carried out; with L strata [T, L·k], pass by pass.
-        passes: [T] that each token asked for (strata only).
+        states: T rows [.., d] of inputs of the router; with strata, of the first gate.
+        choices, kept: [T, k] expert ids before drops, and whether each was kept; with L strata [T, L·k], pass by pass.
+        passes: [T] requested passes of each token (strata only).
         language, token_id: [T].
         mixes: means of Soft MoE's mixes, per batch.
     """
@@ -65,26 +65,26 @@ class LayerProbe:
 
 
 def probe(model: nn.Module, samples: Sequence[Mapping[str, Any]]) -> dict[int, LayerProbe]:
-    """Runs samples through a model in eval mode; layer number → what was seen there."""
+    """Runs samples through a model in eval mode; layer number → its record."""
     found: dict[int, LayerProbe] = {}
-    with _listening(model.eval(), found), torch.no_grad():
+    with _recording(model.eval(), found), torch.no_grad():
         for sample in samples:
             model(**sample["net_input"])
     return dict(sorted(found.items()))
 
 
 @contextmanager
-def _listening(model: nn.Module, found: dict[int, LayerProbe]) -> Iterator[None]:
-    places: dict[Any, str] = {}
+def _recording(model: nn.Module, found: dict[int, LayerProbe]) -> Iterator[None]:
+    names: dict[Any, str] = {}
 
-    def listen(block: Any, inputs: tuple[Tensor, BatchContext], output: tuple[Tensor, RoutingRecord]) -> None:
-        layer = found.setdefault(block.layer, LayerProbe(block.pool.num_experts, places[block]))
-        _note(layer, block, inputs[0], inputs[1], output[1])
+    def record_block(block: Any, inputs: tuple[Tensor, BatchContext], output: tuple[Tensor, RoutingRecord]) -> None:
+        layer = found.setdefault(block.layer, LayerProbe(block.pool.num_experts, names[block]))
+        _record(layer, block, inputs[0], inputs[1], output[1])
 
     for stack in stacks(model):
         name = "decoder" if isinstance(stack, DecoderStack) else "encoder"
-        places |= {block: name for block in stack.modules() if isinstance(block, Block) and hasattr(block, "router")}
-    handles = [block.register_forward_hook(listen) for block in places]
+        names |= {block: name for block in stack.modules() if isinstance(block, Block) and hasattr(block, "router")}
+    handles = [block.register_forward_hook(record_block) for block in names]
     try:
         yield
     finally:
@@ -92,7 +92,7 @@ def _listening(model: nn.Module, found: dict[int, LayerProbe]) -> Iterator[None]
             handle.remove()
 
 
-def _note(layer: LayerProbe, block: Block, x: Tensor, context: BatchContext, record: RoutingRecord) -> None:
+def _record(layer: LayerProbe, block: Block, x: Tensor, context: BatchContext, record: RoutingRecord) -> None:
     seen = block.observe(x, context, record)
     layer.states.append(seen.states.float().cpu())
     layer.language.append(context.routing.language.cpu())
@@ -108,15 +108,15 @@ def _note(layer: LayerProbe, block: Block, x: Tensor, context: BatchContext, rec
         layer.passes.append(seen.passes.cpu())
 
 
-def describe(layer: LayerProbe) -> dict[str, Any]:
+def describe_probe(layer: LayerProbe) -> dict[str, Any]:
     """The measures of one block, ready for JSON.
 
     ``collapse_by_expert`` and ``collapse_by_token``: Tr(Σ_W Σ_B⁺) with the first expert and the vocabulary id as the
-    class. Of the pairs of a token and an expert that are carried out, all choices and passes: ``load`` [E], its
-    ``max_over_mean``, ``variation`` and ``dead``; where languages are known ``load_by_language`` (fractions) and
-    ``specialisation``. ``dropped_fraction`` of the tokens, ``dropped_pairs`` of the pairs asked for. With strata
-    ``requested_capacity``, by language too, and by vocabulary id for those that occur at least ten times. With slots
-    what :func:`mix_statistics` says.
+    class. Of processed (token, expert) pairs, over all choices and passes: ``load`` [E], its ``max_over_mean``,
+    ``variation`` and ``dead``; where languages are known ``load_by_language`` (fractions) and ``specialisation``.
+    ``dropped_fraction`` of the tokens, ``dropped_pairs`` of the requested pairs. With strata ``requested_capacity``,
+    also by language, and by vocabulary id for those that occur at least ten times. With slots the values of
+    :func:`mix_statistics`.
     """
     states, language, token = (torch.cat(part) for part in (layer.states, layer.language, layer.token_id))
     content: dict[str, Any] = {"tokens": states.shape[0]}
@@ -137,26 +137,26 @@ def describe(layer: LayerProbe) -> dict[str, Any]:
 
 def _loads(layer: LayerProbe, language: Tensor) -> dict[str, Any]:
     choices, kept = torch.cat(layer.choices), torch.cat(layer.kept)
-    asked = choices >= 0
-    carried = asked & kept
-    load = torch.bincount(choices[carried], minlength=layer.num_experts)
+    chosen = choices >= 0
+    processed = chosen & kept
+    load = torch.bincount(choices[processed], minlength=layer.num_experts)
     content: dict[str, Any] = {"load": load.tolist(), **load_statistics(load)}
     if language.numel() and int(language.min()) >= 0:
-        spoken = language.unsqueeze(1).expand_as(choices)[carried]
-        counts = pairs_by_group(choices[carried], spoken, layer.num_experts, int(language.max()) + 1)
+        languages = language.unsqueeze(1).expand_as(choices)[processed]
+        counts = pairs_by_group(choices[processed], languages, layer.num_experts, int(language.max()) + 1)
         content["load_by_language"] = load_by_group(counts).tolist()
         content["specialisation"] = specialisation(counts)
     content["dropped_fraction"] = count_drops(choices, kept).dropped_fraction
-    content["dropped_pairs"] = 1.0 - int(carried.sum()) / max(int(asked.sum()), 1)
+    content["dropped_pairs"] = 1.0 - int(processed.sum()) / max(int(chosen.sum()), 1)
     return content
 
 
 def _capacities(passes: Tensor, language: Tensor, token: Tensor) -> dict[str, Any]:
-    often = torch.bincount(token)[token] >= _OFTEN
+    frequent = torch.bincount(token)[token] >= _MIN_COUNT
     return {
         "requested_capacity": float(passes.double().mean()),
         "requested_capacity_by_language": mean_by_label(passes, language),
-        "requested_capacity_by_token": mean_by_label(passes[often], token[often]),
+        "requested_capacity_by_token": mean_by_label(passes[frequent], token[frequent]),
     }
 
 
@@ -171,15 +171,15 @@ def capacity_by_stack(layers: Mapping[int, LayerProbe]) -> dict[str, float]:
 
 
 def probe_run(run: Path | str, max_sentences: int = 100, checkpoints: Sequence[int] = ()) -> dict[str, Any]:
-    """X-MoE's measures along the checkpoints that a run has kept, on its validation data.
+    """X-MoE's measures at the checkpoints of a run, on its validation data.
 
     Args:
-        max_sentences: the first so many of each validation set.
-        checkpoints: updates; none: all that are there.
+        max_sentences: number of sentences of each validation set, from its beginning.
+        checkpoints: updates; empty: all checkpoints.
 
     Returns:
-        ``checkpoints``: update → layer → :func:`describe`; ``fluctuation``: layer → the ratio between each checkpoint
-        and the one before; ``requested_capacity``: update → :func:`capacity_by_stack`.
+        ``checkpoints``: update → layer → :func:`describe_probe`; ``fluctuation``: layer → the ratio between each
+        checkpoint and the one before; ``requested_capacity``: update → :func:`capacity_by_stack`.
 
     Raises:
         ConfigError, CheckpointError, DataError: as :func:`moe_train.evaluation.loading.open_run`.
@@ -194,7 +194,7 @@ def probe_run(run: Path | str, max_sentences: int = 100, checkpoints: Sequence[i
         opened = open_run(run, str(update))
         layers = probe(opened.load().model, _samples(opened.task, max_sentences))
         capacity[str(update)] = capacity_by_stack(layers)
-        described[str(update)] = {str(number): describe(layer) for number, layer in layers.items()}
+        described[str(update)] = {str(number): describe_probe(layer) for number, layer in layers.items()}
         now = {number: layer.first for number, layer in layers.items() if layer.choices}
         for number in now.keys() & before.keys():
             fluctuation.setdefault(str(number), []).append(fluctuation_ratio(before[number], now[number]))

@@ -1,4 +1,4 @@
-"""How stable routing is: between checkpoints of a run, and between runs (X-MoE, Chi et al., 2022, §4.5)."""
+"""Stability of routing between checkpoints of a run, and between runs (X-MoE, Chi et al., 2022, §4.5)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def fluctuation_ratio(before: Tensor, after: Tensor) -> float:
         before, after: [T] expert ids (first choices, before drops).
 
     Raises:
-        ValueError: the two do not describe the same tokens.
+        ValueError: the shapes differ.
     """
     if before.shape != after.shape:
         raise ValueError(f"choices of {tuple(before.shape)} and {tuple(after.shape)} tokens cannot be compared")
@@ -27,8 +27,8 @@ def fluctuation_ratio(before: Tensor, after: Tensor) -> float:
 def inter_run_consistency(loads: Sequence[Tensor]) -> float:
     """``IC = (1/m²) Σ_ij Pearson(l_i, l_j)`` over m runs' load vectors l = [n_1 .. n_E].
 
-    The diagonal is included, as in the paper, so that unrelated runs give about 1/m and identical ones 1. A load vector
-    without variance (perfectly balanced) has no correlation with another one and counts as 0 there.
+    The diagonal is included, as in the paper, so that unrelated runs give about 1/m and identical ones 1. The
+    correlation with a load vector without variance (perfectly balanced) is taken as 0.
     """
     stacked = torch.stack([load.to(torch.float64) for load in loads])
     centred = stacked - stacked.mean(1, keepdim=True)

@@ -1,4 +1,4 @@
-"""The report over runs: leaderboard on the screen and on disk, a page for each run."""
+"""Makes the report over runs: prints and writes the leaderboard, writes a page for each run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,14 @@ from pathlib import Path
 from rich.console import Console
 
 from moe_train.analysis.report.compare import Comparisons, choose_baseline, compare
-from moe_train.analysis.report.leaderboard import damages, explanation, failures, run_tables, score_table, set_table
+from moe_train.analysis.report.leaderboard import (
+    damages,
+    explanation,
+    failures,
+    group_score_table,
+    run_tables,
+    set_table,
+)
 from moe_train.analysis.report.load_runs import RunReport, read_runs
 from moe_train.analysis.report.report_files import directions_csv, to_csv, to_markdown
 from moe_train.analysis.report.run_page import run_page
@@ -18,17 +25,17 @@ from moe_train.training.checkpoint.checksums import replace_text, why_not_writab
 
 
 def make_report(config: ReportConfig, console: Console) -> list[RunReport]:
-    """Prints the leaderboard, writes ``leaderboard.csv``, ``leaderboard.md`` and ``directions.csv``, and into every run
-    folder ``report.html``.
+    """Prints the leaderboard; writes ``leaderboard.csv``, ``leaderboard.md`` and ``directions.csv``,
+    and ``report.html`` in every run folder.
 
-    Files that cannot be written where they belong, such as the page of a run in somebody else's folder, go elsewhere,
-    which is said: the leaderboard into the working directory, pages beside the leaderboard.
+    Files whose folder cannot be written, such as the page of a run of another user, are written elsewhere, with a note:
+    the leaderboard to the working directory, pages next to the leaderboard.
 
     Returns:
         The runs, in the order in which they were found.
 
     Raises:
-        ConfigError: no runs, no such baseline, or nowhere to write.
+        ConfigError: no runs, an unknown baseline, or no folder that can be written.
         MissingDependency: pages are wanted and matplotlib is not installed.
     """
     runs = read_runs(config.runs, config.split, config.part)
@@ -49,14 +56,16 @@ def make_report(config: ReportConfig, console: Console) -> list[RunReport]:
 
 
 def _leaderboard_folder(config: ReportConfig, runs: list[RunReport]) -> tuple[Path, list[str]]:
-    expected = Path(config.out) if config.out else _common(runs)
+    expected = Path(config.out) if config.out else runs[0].path
+    if not config.out and len(runs) > 1:
+        expected = Path(os.path.commonpath([run.path.parent for run in runs]))
     reason = why_not_writable(expected)
     if not reason:
         return expected, []
-    instead = Path.cwd() / "report"
-    if config.out or why_not_writable(instead):
-        raise ConfigError(f"the leaderboard cannot be written ({reason})", str(expected), "name another folder: out=…")
-    return instead, [f"{expected} cannot be written ({reason}): the leaderboard is in {instead}"]
+    fallback = Path.cwd() / "report"
+    if config.out or why_not_writable(fallback):
+        raise ConfigError(f"the leaderboard cannot be written ({reason})", str(expected), "set another folder: out=…")
+    return fallback, [f"{expected} cannot be written ({reason}): the leaderboard is in {fallback}"]
 
 
 def _write_page(run: RunReport, out: Path) -> str:
@@ -65,9 +74,9 @@ def _write_page(run: RunReport, out: Path) -> str:
     try:
         replace_text(run.path / "report.html", page)
     except OSError as error:
-        instead = out / f"report-{run.name.replace('/', '_')}.html"
-        _write(instead, page)
-        return f"{run.path} cannot be written ({error.strerror or error}): the page is {instead}"
+        fallback = out / f"report-{run.name.replace('/', '_')}.html"
+        _write(fallback, page)
+        return f"{run.path} cannot be written ({error.strerror or error}): the page is {fallback}"
     return ""
 
 
@@ -76,20 +85,15 @@ def _write(path: Path, text: str) -> None:
         replace_text(path, text)
     except OSError as error:  # such as a full disk
         raise ConfigError(
-            f"the report cannot be written ({error.strerror or error})", str(path), "name another folder: out=…"
+            f"the report cannot be written ({error.strerror or error})", str(path), "set another folder: out=…"
         ) from error
-
-
-def _common(runs: list[RunReport]) -> Path:
-    """The folder that all runs stand in; of one run, its own."""
-    return runs[0].path if len(runs) == 1 else Path(os.path.commonpath([run.path.parent for run in runs]))
 
 
 def _print(runs: list[RunReport], comparisons: Comparisons, console: Console) -> None:
     for table in run_tables(runs):
         console.print(table)
     if any(run.results for run in runs):
-        console.print(score_table(runs, comparisons))
+        console.print(group_score_table(runs, comparisons))
         console.print(set_table(runs))
     for line in (*failures(runs), *damages(runs)):
         console.print(line, style="red", highlight=False, markup=False, soft_wrap=True)

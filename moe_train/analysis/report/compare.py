@@ -1,4 +1,4 @@
-"""Each run against a baseline, direction by direction, by paired bootstrap on the outputs in the run folders."""
+"""Compares each run with a baseline, by direction, with paired bootstrap on the outputs in the run folders."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from moe_train.analysis.report.load_runs import RunReport
-from moe_train.analysis.report.sentence_sets import unlike_sets
+from moe_train.analysis.report.sentence_sets import differing_sets
 from moe_train.errors import ConfigError, DataError, UserError, did_you_mean
 from moe_train.evaluation.scoring.bleu_chrf import Comparison, Scorer
 
 
 @dataclass(frozen=True)
 class Count:
-    """In how many of some directions a run is better or worse than the baseline, significantly (by BLEU)."""
+    """Number of directions in which a run is significantly better or worse than the baseline (by BLEU)."""
 
     better: int
     worse: int
@@ -25,10 +25,10 @@ class Comparisons:
     """All runs against one baseline.
 
     Attributes:
-        baseline: its name; "" where nothing was compared.
-        significance: p values below it count.
+        baseline: its name; "" without a comparison.
+        significance: p values below it are significant.
         by_run: run -> direction -> comparison.
-        notes: why something was not compared.
+        notes: reasons why runs or directions were not compared.
     """
 
     baseline: str = ""
@@ -42,16 +42,16 @@ class Comparisons:
         compared = [c for name, c in self.by_run.get(run, {}).items() if name in directions]
         if not compared:
             return None
-        sure = [c for c in compared if c.bleu_p < self.significance]
-        better = sum(c.difference.bleu > 0 for c in sure)
-        return Count(better, len(sure) - better, len(compared))
+        significant = [c for c in compared if c.bleu_p < self.significance]
+        better = sum(c.difference.bleu > 0 for c in significant)
+        return Count(better, len(significant) - better, len(compared))
 
 
 def choose_baseline(runs: Sequence[RunReport], wanted: str | None) -> RunReport | None:
-    """The wanted run, by name, folder or strategy; else the first that has scores.
+    """The wanted run, by name, folder or strategy; else the first with scores.
 
     Raises:
-        ConfigError: there is no such run, or it has no scores.
+        ConfigError: the run does not exist, or has no scores.
     """
     scored = [run for run in runs if run.results is not None]
     if wanted is None:
@@ -69,10 +69,10 @@ def choose_baseline(runs: Sequence[RunReport], wanted: str | None) -> RunReport 
 def compare(runs: Sequence[RunReport], baseline: RunReport | None, samples: int, significance: float) -> Comparisons:
     """Tests every scored run against the baseline in the directions that both have.
 
-    Runs with other references (other data, other sentences) are left out, with a note; whatever else is unlike in what
-    runs were scored and validated on gets a note, too.
+    Runs with other references (other data or sentences) are left out, with a note. Other differences of the sets on
+    which runs were scored and validated are noted, too.
     """
-    notes = unlike_sets(runs)
+    notes = differing_sets(runs)
     if baseline is None or samples == 0:
         return Comparisons(significance=significance, notes=notes)
     by_run: dict[str, dict[str, Comparison]] = {}
@@ -96,7 +96,7 @@ def compare(runs: Sequence[RunReport], baseline: RunReport | None, samples: int,
 def _outputs(
     baseline: RunReport, others: Sequence[RunReport], direction: str, notes: list[str]
 ) -> tuple[dict[str, list[str]], list[str] | None]:
-    """Hypotheses by run, the baseline's included, and the references that they share (None: the baseline has none)."""
+    """Hypotheses by run, including the baseline, and their common references (None: the baseline has none)."""
     try:
         hypotheses, references = _read(baseline, direction)
     except DataError as error:
@@ -115,7 +115,7 @@ def _outputs(
             found[run.name] = lines
         else:
             notes.append(
-                f"{run.name}: {direction} was evaluated on another text than the baseline's, and is not compared"
+                f"{run.name}: {direction} was evaluated on another text than the baseline, and is not compared"
             )
     return found, references
 
@@ -124,7 +124,7 @@ def _read(run: RunReport, direction: str) -> tuple[list[str], list[str]]:
     """Hypotheses and references of a run.
 
     Raises:
-        DataError: they cannot be read, or are not those that were scored.
+        DataError: they cannot be read, or their number is not that of the scores.
     """
     files = run.files.outputs(direction)
     try:

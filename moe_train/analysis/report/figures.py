@@ -1,4 +1,4 @@
-"""Curves of a run as SVG, drawn by matplotlib (the extra ``report``): losses, speed, load per expert."""
+"""Draws curves of a run as SVG with matplotlib (extra ``report``): losses, speed, load per expert."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SIZE = (7.0, 2.8)
 
 
 def loss_curves(train: Lines, valid: Lines) -> str:
-    """Training and validation loss per token over updates; "" where there is nothing to draw."""
+    """Training and validation loss per token over updates; "" without data."""
     figure, axes = _figure()
     drawn = [
         _plot(axes, train, "nll_loss", "training", alpha=0.7),
@@ -30,7 +30,7 @@ def loss_curves(train: Lines, valid: Lines) -> str:
 
 
 def auxiliary_curves(train: Lines) -> str:
-    """Every loss that a router adds."""
+    """Auxiliary losses of routers over updates."""
     figure, axes = _figure()
     names = sorted({key for line in train for key in line if key.endswith("_loss") and key != "nll_loss"})
     drawn = [_plot(axes, train, name, name) for name in names]
@@ -89,13 +89,13 @@ def _plot(axes: Axes, lines: Lines, key: str, label: str, **style: Any) -> bool:
 
 
 def _svg(figure: Figure, name: str, legend: bool = False) -> str:
-    """The figure's markup; ``name`` keeps the ids of a page's figures apart, and the same on every run."""
+    """The figure as SVG; ``name`` makes ids unique in a page, and the same in every call."""
     import matplotlib
 
     if legend:
         for label in figure.axes[0].legend(frameon=False).get_texts():
             label.set_text(for_terminal(label.get_text()))
-            label.set_parse_math(False)  # a name between dollars is no formula
+            label.set_parse_math(False)  # a name between dollars is not a formula
     stream = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         figure.savefig(stream, format="svg", metadata={"Date": None})

@@ -1,4 +1,4 @@
-"""The leaderboard on the screen, and what its cells hold wherever it is written."""
+"""The leaderboard: content of its cells, and its tables for the terminal."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SPEEDS = ("words/s", "images/s")
 _RESULTS = ("run", "strategy", "status", "updates", *SPEEDS, "valid nll")
 _COSTS = ("run", "strategy", "params", "active", "FLOPs/tok forward", "FLOPs/tok training")
 _SETTINGS = ("run", "settings")
-_NAME = 20  # columns of the screen for a run's name
+_NAME = 20  # width of a run's name, in characters
 COLUMNS = (*_RESULTS[:2], "settings", *_RESULTS[2:], *_COSTS[2:])
 RIGHT = (*_RESULTS[3:], *_COSTS[2:], "BLEU", "chrF++", "lines")
 
@@ -43,16 +43,16 @@ def present_groups(runs: Sequence[RunReport]) -> list[str]:
     return [name for name in GROUPS if name in present]
 
 
-def run_cells(run: RunReport, told: Sequence[str] = ()) -> dict[str, str]:
-    """By name of the column: what a run is, how far it came, and what it costs.
+def run_cells(run: RunReport, distinct: Sequence[str] = ()) -> dict[str, str]:
+    """Cells of a run by name of the column: strategy, progress and cost.
 
     Args:
-        told: its settings that tell it from the others.
+        distinct: its settings that other runs do not have.
     """
     return {
         "run": run.name,
         "strategy": run.strategy or "?",
-        "settings": " ".join(told),
+        "settings": " ".join(distinct),
         "status": run.status,
         "updates": f"{run.update:,}",
         **{name: "-" if speed is None else f"{speed:,.0f}" for name, speed in _speeds(run).items()},
@@ -69,7 +69,7 @@ def _speeds(run: RunReport) -> dict[str, float | None]:
 
 
 def unused_speeds(runs: Sequence[RunReport]) -> list[str]:
-    """The columns of :data:`SPEEDS` that no run has; that of words stays where there is no speed at all."""
+    """The columns of :data:`SPEEDS` that no run has; words/s is kept where no run has a speed."""
     unused = [name for name in SPEEDS if all(_speeds(run)[name] is None for run in runs)]
     return unused if len(unused) < len(SPEEDS) else list(SPEEDS[1:])
 
@@ -97,20 +97,20 @@ def score_cells(run: RunReport, group: str, comparisons: Comparisons) -> tuple[s
 
 
 def run_tables(runs: Sequence[RunReport]) -> list[Table]:
-    """For 80 columns: what runs are and how far they came, what they cost, and the settings in which they differ."""
-    told = settings(runs)
+    """Tables of 80 columns: results, costs, and the settings in which runs differ."""
+    distinct = settings(runs)
     unused = unused_speeds(runs)
     results = tuple(name for name in _RESULTS if name not in unused)
     tables = {columns: _table(columns) for columns in (results, _COSTS, _SETTINGS)}
     for run in ranked(runs):
-        found = {**run_cells(run, told[run.name]), "run": _folded(run.name)}
+        found = {**run_cells(run, distinct[run.name]), "run": _folded(run.name)}
         for columns, table in tables.items():
-            if columns != _SETTINGS or told[run.name]:
+            if columns != _SETTINGS or distinct[run.name]:
                 table.add_row(*_cells([found[name] for name in columns]), style="dim" if run.failed else None)
     return [table for table in tables.values() if table.row_count]
 
 
-def score_table(runs: Sequence[RunReport], comparisons: Comparisons) -> Table:
+def group_score_table(runs: Sequence[RunReport], comparisons: Comparisons) -> Table:
     """A row per run and group of directions."""
     table = _table(("directions", "run", "strategy", "BLEU", "chrF++", "against baseline"))
     for group in present_groups(runs):
@@ -124,7 +124,7 @@ def score_table(runs: Sequence[RunReport], comparisons: Comparisons) -> Table:
 
 
 def set_table(runs: Sequence[RunReport]) -> Table:
-    """What the scores of each run are of."""
+    """The set of sentences on which each run was scored."""
     table = _table(SETS)
     for run in ranked(runs):
         if found := set_cells(run):
@@ -133,7 +133,7 @@ def set_table(runs: Sequence[RunReport]) -> Table:
 
 
 def _table(columns: Sequence[str]) -> Table:
-    """A heading's words stand in lines of their own; of the cells only some may take several."""
+    """Each word of a heading is on its own line; only some columns wrap their cells."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for name in columns:
         wraps = name in ("run", "settings", "tokenizers")
@@ -143,12 +143,12 @@ def _table(columns: Sequence[str]) -> Table:
 
 
 def _cells(texts: Sequence[str]) -> list[Text]:
-    """As they are: of plain words rich would take ``[en-de]`` for a style, and leave it out."""
+    """Cells as plain text: rich would read ``[en-de]`` as a style."""
     return [Text(for_terminal(text)) for text in texts]
 
 
 def _folded(name: str) -> str:
-    """A long name in lines that end at a mark of its own, such as a slash, rather than anywhere."""
+    """A long name in lines that break after a separator, such as a slash."""
     lines = [""]
     for part in re.findall(r"[^/,_-]*[/,_-]?", name):
         if lines[-1] and len(lines[-1]) + len(part) > _NAME:
@@ -158,17 +158,17 @@ def _folded(name: str) -> str:
 
 
 def failures(runs: Sequence[RunReport]) -> list[str]:
-    """A line per failed run: its name and the cause."""
+    """One line per failed run: its name and the cause."""
     return [f"{run.name} failed at update {run.update}: {run.cause}" for run in runs if run.failed]
 
 
 def damages(runs: Sequence[RunReport]) -> list[str]:
-    """A line per file of a run folder that could not be used."""
+    """One line per file of a run folder that could not be read."""
     return [f"{run.name}: {problem}" for run in runs for problem in run.problems]
 
 
 def explanation(comparisons: Comparisons) -> list[str]:
-    """What the marks mean, and what was not compared."""
+    """Explains the comparison with the baseline, and what was not compared."""
     if not comparisons.baseline:
         return list(comparisons.notes)
     meaning = (

@@ -1,4 +1,4 @@
-"""Run folders as a report sees them: what was trained, how far it came, what it scored, and why it failed if it did."""
+"""Reads run folders for a report: config, progress, scores, and the cause of a failure."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ class RunReport:
         status: ``finished``, ``stopped_early``, ``interrupted``, ``running``, ``failed``, or ``unknown`` where the file
             that says it is damaged.
         cause: why it failed; "" otherwise.
-        passes: over each batch in training (THOR: 2); None where the strategy is not known here.
-        overrides: what its command line set, such as ``routing=switch``.
-        train, valid: the numbers in the lines of ``train.jsonl`` and ``valid.jsonl``.
-        files: where the scores and outputs are that are reported.
+        passes: over each batch in training (THOR: 2); None where the strategy is not known.
+        overrides: of its command line, such as ``routing=switch``.
+        train, valid: numbers in the lines of ``train.jsonl`` and ``valid.jsonl``.
+        files: of the reported scores and outputs.
         results: the scores, None where it was not evaluated.
         validated_on: what decides the set that the validation losses are of, as far as it is known.
-        problems: files of the folder that are damaged, and how.
+        problems: damaged files of the folder, with the reason.
     """
 
     name: str
@@ -55,7 +55,7 @@ class RunReport:
 
     @property
     def failed(self) -> bool:
-        """Whether it came to a bad end."""
+        """Whether the run failed."""
         return self.status == "failed"
 
     @property
@@ -66,7 +66,7 @@ class RunReport:
 
     @property
     def parameters(self) -> int | None:
-        """Parameters in all."""
+        """All parameters."""
         return self.info.get("parameters", {}).get("total")
 
     @property
@@ -81,18 +81,18 @@ class RunReport:
 
     @property
     def training_flops_per_token(self) -> float | None:
-        """Forward and backward, which is twice the forward pass, as often as training passes over a batch."""
+        """Forward and backward (twice the forward pass) FLOPs of a token, times the passes over a batch."""
         forward = self.flops_per_token
         return None if forward is None or self.passes is None else 3 * forward * self.passes
 
     @property
     def words_per_second(self) -> float | None:
-        """The median of the log lines: the first ones warm up. None for a run on images."""
+        """The median over log lines, since the first ones include warm-up. None for a run on images."""
         return None if self.images_per_second is not None else self._median("words_per_second")
 
     @property
     def images_per_second(self) -> float | None:
-        """As :attr:`words_per_second`, of a run on images; None for others."""
+        """As :attr:`words_per_second`, for a run on images; None for others."""
         return self._median("images_per_second")
 
     def _median(self, name: str) -> float | None:
@@ -101,53 +101,51 @@ class RunReport:
 
     @property
     def loss(self) -> float | None:
-        """The lowest validation loss, nats per token; the same whatever ``best`` was chosen by."""
+        """The lowest validation loss, nats per token, whichever metric selected ``best``."""
         return min((line["nll_loss"] for line in self.valid if "nll_loss" in line), default=None)
 
 
 def read_runs(paths: Sequence[Path | str], split: str = "test", part: str = "") -> list[RunReport]:
-    """Reads run folders, and all below folders of runs such as a multirun's.
+    """Reads run folders, and all run folders below a folder such as a multirun's.
 
     Args:
-        split, part: whose scores (:class:`~moe_train.evaluation.result_files.ResultFiles`).
+        split, part: of the scores to read (:class:`~moe_train.evaluation.result_files.ResultFiles`).
 
     Raises:
-        ConfigError: a path with no run, or none given.
+        ConfigError: a path without a run, or no paths.
     """
     found: list[Path] = []
     for path in map(Path, paths):
         below = find_runs(path)
         if not below:
-            raise ConfigError("there is no run here", str(path), "name run folders, or a folder of runs (a multirun)")
+            raise ConfigError("there is no run here", str(path), "give run folders, or a folder of runs (a multirun)")
         found += [run for run in below if run not in found]
     if not found:
-        raise ConfigError("no runs are given", "runs", "set 'runs=[FOLDER,FOLDER]' or 'runs=[MULTIRUN_FOLDER]'")
+        raise ConfigError("no runs were given", "runs", "set 'runs=[FOLDER,FOLDER]' or 'runs=[MULTIRUN_FOLDER]'")
     return [read_run(path, name, split, part) for path, name in zip(found, _names(found), strict=True)]
 
 
 def find_runs(path: Path, depth: int = _DEPTH) -> list[Path]:
-    """The run folders at or below ``path``, jobs of a sweep that failed before they began included.
+    """The run folders at or below ``path``, including those of jobs of a sweep that failed before they began.
 
-    Of these ``failure.json`` tells: a folder that Hydra made for a command that was refused is no run.
+    The latter have a ``failure.json``; a folder that Hydra made for a refused command has not, and is not a run.
     """
     if (path / CONFIG).is_file() or (path / FAILURE).is_file():
         return [path.resolve()]
     if depth == 0 or not path.is_dir():
         return []
     try:
-        children = sorted((p for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")), key=_natural)
-    except OSError:  # somebody else's folder
+        children = sorted(
+            (p for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")),
+            key=lambda p: (0, int(p.name), "") if p.name.isdecimal() else (1, 0, p.name),
+        )
+    except OSError:  # a folder of another user
         return []
     return [run for child in children for run in find_runs(child, depth - 1)]
 
 
-def _natural(path: Path) -> tuple[int, int, str]:
-    """Job 10 after job 9."""
-    return (0, int(path.name), "") if path.name.isdecimal() else (1, 0, path.name)
-
-
 def _names(paths: Sequence[Path]) -> list[str]:
-    """The last parts of the paths, as many as make them unique."""
+    """The shortest last parts of the paths that are unique."""
     for parts in range(1, max(len(path.parts) for path in paths) + 1):
         names = ["/".join(path.parts[-parts:]) for path in paths]
         if len(set(names)) == len(names):
@@ -156,7 +154,7 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 
 def read_run(path: Path, name: str, split: str = "test", part: str = "") -> RunReport:
-    """Reads one run folder; what is missing in it is left out, and so is what is damaged, which ``problems`` says."""
+    """Reads one run folder; missing and damaged files are left out, the latter are listed in ``problems``."""
     reader = Reader(path)
     info = reader.info(INFO)
     unreadable = bool(reader.problems)
@@ -166,13 +164,15 @@ def read_run(path: Path, name: str, split: str = "test", part: str = "") -> RunR
     validation = reader.inner(CONFIG, config, "training", "validation")
     status, cause = ("unknown", "") if unreadable and not info else _status(reader, info)
     overrides = recorded_overrides(path)
+    # Of a job that ended before it wrote its config.
+    overridden = next((word.partition("=")[2] for word in overrides if word.startswith("routing=")), "")
     return RunReport(
         name=name,
         path=path,
         status=status,
         files=files,
         cause=cause,
-        strategy=str(routing.get("name", "")) or _overridden_strategy(overrides),
+        strategy=str(routing.get("name", "")) or overridden,
         passes=_passes(routing),
         overrides=overrides,
         info=info,
@@ -210,33 +210,28 @@ def _results(files: ResultFiles, reader: Reader) -> Results | None:
     return results
 
 
-def _overridden_strategy(words: Sequence[str]) -> str:
-    """Of a job that ended before it wrote its config."""
-    return next((word.partition("=")[2] for word in words if word.startswith("routing=")), "")
-
-
 # --- how it ended -----------------------------------------------------------------------------------------------------
 
 
 def _status(reader: Reader, info: Mapping[str, Any]) -> tuple[str, str]:
-    """Status and cause. A failure that is older than ``run.json`` is of a session before."""
+    """Status and cause. A failure that is older than ``run.json`` belongs to an earlier session."""
     path, status = reader.folder, str(info.get("status", ""))
     if status in FINISHED:
         return status, ""
-    if _held(path):
+    if _is_locked(path):
         return "running", ""
     failure = reader.mapping(FAILURE)
     if failure and _changed(path / FAILURE) >= _changed(path / INFO):
         return "failed", _cause(failure)
     if status == "interrupted":
         return status, ""
-    if alive(path / ALIVE):  # on another host, whose lock may not show here
+    if alive(path / ALIVE):  # on another host, whose lock may not be visible here
         return "running", ""
-    return "failed", _last_words(path) or "it ended without a word: killed, or the host went down"
+    return "failed", _last_error(path) or "it ended without an error message: it was killed, or its host went down"
 
 
 def _changed(path: Path) -> float:
-    """When a file was last written; long ago where there is none."""
+    """Time of the last change of a file; 0 where it does not exist."""
     return path.stat().st_mtime if path.is_file() else 0.0
 
 
@@ -246,8 +241,8 @@ def _cause(failure: Mapping[str, Any]) -> str:
     return f"{where}{failure.get('what', 'unknown')}{remedy}"
 
 
-def _held(path: Path) -> bool:
-    """Whether a process of this host trains in the folder."""
+def _is_locked(path: Path) -> bool:
+    """Whether a process of this host has locked the folder, since it trains in it."""
     lock = path / ".lock"
     if not lock.is_file():
         return False
@@ -261,8 +256,8 @@ def _held(path: Path) -> bool:
     return False
 
 
-def _last_words(path: Path) -> str:
-    """The last line that looks like an error in the ranks' logs, or in those of a job that submitit ran."""
+def _last_error(path: Path) -> str:
+    """The last line with an error in the ranks' logs, or in those of a submitit job."""
     logs = [*sorted(path.glob("logs/*.log")), *sorted(path.parent.glob(f".submitit/*_{path.name}/*.err"))]
     for log in logs:
         try:

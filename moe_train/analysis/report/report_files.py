@@ -1,4 +1,4 @@
-"""The leaderboard on disk: as CSV, numbers unrounded, and as Markdown."""
+"""Writes the leaderboard as CSV, with unrounded numbers, and as Markdown."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from moe_train.safe_text import for_csv, for_markdown
 
 
 def to_csv(runs: Sequence[RunReport], comparisons: Comparisons) -> str:
-    """A row per run, numbers unrounded; empty where there is none."""
+    """A row per run with unrounded numbers; empty cells for missing ones."""
     groups = present_groups(runs)
     header = ["run", "path", "strategy", "overrides", "status", "cause", "updates", "parameters", "active_parameters"]
     header += ["flops_per_token", "training_flops_per_token", "words_per_second", "images_per_second"]
@@ -86,11 +86,11 @@ def directions_csv(runs: Sequence[RunReport], comparisons: Comparisons) -> str:
 
 
 def to_markdown(runs: Sequence[RunReport], comparisons: Comparisons) -> str:
-    """Both tables, failures and the explanation."""
-    told = settings(runs)
-    unused = [*unused_speeds(runs), *([] if any(told.values()) else ["settings"])]
+    """All tables, failures and the explanation."""
+    distinct = settings(runs)
+    unused = [*unused_speeds(runs), *([] if any(distinct.values()) else ["settings"])]
     columns = [name for name in COLUMNS if name not in unused]
-    table = [[run_cells(run, told[run.name])[name] for name in columns] for run in ranked(runs)]
+    table = [[run_cells(run, distinct[run.name])[name] for name in columns] for run in ranked(runs)]
     parts = ["# Leaderboard", "", *_markdown(columns, table)]
     rows = []
     for group in present_groups(runs):

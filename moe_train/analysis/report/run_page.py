@@ -1,4 +1,4 @@
-"""``report.html`` of a run: what it is, its curves, its experts' load, its scores. One file, no scripts, no network."""
+"""Writes ``report.html`` of a run: facts, curves, load of experts, scores. One file, without scripts or links."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ th:first-child, td:first-child, td.text { text-align: left; }
 svg { max-width: 100%; height: auto; }
 code { overflow-wrap: anywhere; }
 """
-#: Names of facts, and the columns of the leaderboard that have them.
+#: Name of a fact -> its column of the leaderboard.
 _FACTS = {
     "routing": "strategy",
     "status": "status",
@@ -114,7 +114,7 @@ def _scores(results: Results) -> str:
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]], text: bool = False) -> str:
-    """Cells are HTML; headings are text."""
+    """An HTML table; cells are HTML, headings are text."""
     head = f"<tr>{''.join(f'<th>{for_html(name)}</th>' for name in header)}</tr>\n" if header else ""
     cell = '<td class="text">' if text else "<td>"
     body = "\n".join(f"<tr>{''.join(f'{cell}{value}</td>' for value in row)}</tr>" for row in rows)

@@ -1,6 +1,6 @@
-"""The small files of a run folder as a report takes them: what is sound of them, and what is not, by the file's name.
+"""Reads the small files of a run folder for a report: valid content, and a list of problems by file name.
 
-A report is over many runs, of which one may lie on a bad disk or be written at this moment: nothing here is an error.
+A report covers many runs, of which one may be damaged or being written: problems are no errors here.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from moe_train.utils.json_files import finite, parse_object, read_object
 _MAPPINGS = ("parameters", "world")  # of run.json
 _NUMBERS = ("update", "flops_per_token")
 _LOGGED = ("update", "nll_loss", "words_per_second")  # of a line
-_LARGEST = 1e24  # of a count: more is damage
+_MAX_COUNT = 1e24  # above, a count is invalid
 
 
 @dataclass
@@ -24,14 +24,14 @@ class Reader:
     """Reads the files of one run folder.
 
     Attributes:
-        problems: what could not be used, each with its file's name.
+        problems: what could not be read, each with its file name.
     """
 
     folder: Path
     problems: list[str] = field(default_factory=list)
 
     def mapping(self, name: str) -> dict[str, Any]:
-        """A JSON object; empty where there is none."""
+        """A JSON object; empty where the file does not exist."""
         try:
             return read_object(self.folder / name) or {}
         except DataError as error:
@@ -39,7 +39,7 @@ class Reader:
             return {}
 
     def inner(self, name: str, content: Mapping[str, Any], *keys: str) -> dict[str, Any]:
-        """A mapping inside of a file's content, by the keys that lead to it; empty where there is none."""
+        """A mapping nested in a file's content at ``keys``; empty where there is none."""
         found: Any = content
         for key in keys:
             found = found.get(key, {})
@@ -49,7 +49,7 @@ class Reader:
         return dict(found)
 
     def info(self, name: str) -> dict[str, Any]:
-        """``run.json``, without what has not the type that it must have."""
+        """``run.json``, without values of a wrong type."""
         info = self.mapping(name)
         for key in _MAPPINGS:
             if key in info:
@@ -62,7 +62,7 @@ class Reader:
         return info
 
     def lines(self, name: str) -> list[dict[str, Any]]:
-        """JSON lines: their numbers, and ``load``. A last line that is being written, or was cut, is left out."""
+        """JSON lines: their numbers, and ``load``. An incomplete last line is left out."""
         try:
             text = (self.folder / name).read_bytes()
         except FileNotFoundError:
@@ -77,10 +77,10 @@ class Reader:
                 content = parse_object(line)
             except ValueError:
                 content = {}
-            sound = _sound(content)
-            found += [sound] if "update" in sound else []
-            odd = any(not isinstance(content.get(key), float | int | None) for key in _LOGGED)
-            if ("update" not in sound and number <= len(whole)) or odd:
+            valid = _valid_numbers(content)
+            found += [valid] if "update" in valid else []
+            wrong_type = any(not isinstance(content.get(key), float | int | None) for key in _LOGGED)
+            if ("update" not in valid and number <= len(whole)) or wrong_type:
                 bad.append(number)
         if bad:
             more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
@@ -88,8 +88,8 @@ class Reader:
         return found
 
 
-def _sound(line: Mapping[str, Any]) -> dict[str, Any]:
-    """The numbers of a line, and the loads of its experts by layer. A loss that is no number any more is left out."""
+def _valid_numbers(line: Mapping[str, Any]) -> dict[str, Any]:
+    """The finite numbers of a line, and the loads of experts by layer."""
     numbers: dict[str, Any] = {key: number for key, value in line.items() if (number := finite(value)) is not None}
     if not _is_count(numbers.get("update")):
         numbers.pop("update", None)
@@ -101,11 +101,11 @@ def _sound(line: Mapping[str, Any]) -> dict[str, Any]:
 
 def _is_count(value: Any) -> bool:
     number = finite(value)
-    return number is not None and 0 <= number < _LARGEST
+    return number is not None and 0 <= number < _MAX_COUNT
 
 
 def _numbers(values: Any) -> Sequence[float]:
-    """Numbers of a list; none where one of them is none."""
+    """The numbers of a list; empty where an entry is not a finite number."""
     if not isinstance(values, list):
         return []
     numbers = [number for value in values if (number := finite(value)) is not None]

@@ -1,4 +1,4 @@
-"""What each run's scores and validation losses are of, and a word where those of several runs are of unlike sets."""
+"""The sets of sentences of scores and validation losses, and notes where those of several runs differ."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 from moe_train.analysis.report.load_runs import RunReport
 from moe_train.evaluation.scoring.results import Results
 
-_CHECKSUMS = ("data folder", "vocabulary")  # of which the values say nothing to a reader
+_CHECKSUMS = ("data folder", "vocabulary")  # their values are not shown
 SETS = ("run", "scored on", "checkpoint", "directions", "lines", "tokenizers")
 
 
 def set_cells(run: RunReport) -> dict[str, str]:
-    """By name of the column: what the scores of a run are of; nothing where it has none."""
+    """Cells by name of the column for the set on which a run was scored; empty where it has no scores."""
     results = run.results
     if results is None:
         return {}
@@ -30,8 +30,8 @@ def set_cells(run: RunReport) -> dict[str, str]:
     }
 
 
-def unlike_sets(runs: Sequence[RunReport]) -> list[str]:
-    """Why scores, or validation losses, of the runs do not compare."""
+def differing_sets(runs: Sequence[RunReport]) -> list[str]:
+    """Reasons why scores or validation losses of the runs cannot be compared."""
     scored = {run.name: run.results for run in runs if run.results is not None}
     return [
         *_limited(runs),
@@ -40,18 +40,18 @@ def unlike_sets(runs: Sequence[RunReport]) -> list[str]:
         *_differing(scored, "BLEU tokenizers", lambda results, name: results.directions[name].tokenizer),
         *_differing(scored, "signatures of sacrebleu", _signature),
         *_other_texts(runs),
-        *_unlike_losses([run for run in runs if run.loss is not None]),
+        *_differing_losses([run for run in runs if run.loss is not None]),
     ]
 
 
 def _limit(results: Results) -> int:
-    """Of each direction so many lines were taken; 0: all."""
+    """Limit on lines of each direction; 0: none."""
     limit = results.settings.get("max_sentences")
     return limit if isinstance(limit, int) else 0
 
 
 def _limited(runs: Sequence[RunReport]) -> list[str]:
-    """Files of the whole split that hold less, as earlier versions wrote them; and what there is instead of them."""
+    """Notes on scores of the whole split that are of a part (earlier versions wrote such), and on missing ones."""
     notes = []
     for run in runs:
         limit = 0 if run.results is None else _limit(run.results)
@@ -68,22 +68,23 @@ def _uneven_directions(scored: Mapping[str, Results]) -> list[str]:
     if len(sizes) < 2:
         return []
     fewest, most = min(sizes.values()), max(sizes.values())
-    return [f"runs were scored in different directions ({fewest} to {most} of them): their averages do not compare"]
+    return [f"runs were scored in different directions ({fewest} to {most} of them): their averages cannot be compared"]
 
 
 def _differing(scored: Mapping[str, Results], what: str, value: Any) -> list[str]:
     """A note that names the first direction in which ``value(results, direction)`` differs between runs."""
-    unlike = []
+    differing = []
     for direction in sorted({name for results in scored.values() for name in results.directions}):
         found = {run: value(results, direction) for run, results in scored.items() if direction in results.directions}
         if len(set(found.values())) > 1:
-            unlike.append((direction, found))
-    if not unlike:
+            differing.append((direction, found))
+    if not differing:
         return []
-    direction, found = unlike[0]
-    more = f" (and in {len(unlike) - 1} more directions)" if len(unlike) > 1 else ""
+    direction, found = differing[0]
+    more = f" (and in {len(differing) - 1} more directions)" if len(differing) > 1 else ""
     return [
-        f"runs were scored with unlike {what}: in {direction} {_by_value(found)}{more}. Their scores do not compare"
+        f"runs were scored with different {what}: in {direction} {_by_value(found)}{more}. "
+        "Their scores cannot be compared"
     ]
 
 
@@ -93,7 +94,7 @@ def _signature(results: Results, direction: str) -> str:
 
 
 def _other_texts(runs: Sequence[RunReport]) -> list[str]:
-    """A note where sources or references are not the same in all runs."""
+    """A note where sources or references differ between runs."""
     texts: dict[str, dict[str, str]] = {}
     for run in runs:
         for direction in run.results.directions if run.results is not None else ():
@@ -105,18 +106,18 @@ def _other_texts(runs: Sequence[RunReport]) -> list[str]:
     if not unlike:
         return []
     more = f" and {len(unlike) - 1} more directions" if len(unlike) > 1 else ""
-    return [f"runs were scored on other texts in {unlike[0]}{more}: their scores do not compare there"]
+    return [f"runs were scored on other texts in {unlike[0]}{more}: their scores cannot be compared there"]
 
 
-def _unlike_losses(runs: Sequence[RunReport]) -> list[str]:
-    """Losses per token compare on the same sentences in the same pieces only; what is not known is passed over."""
+def _differing_losses(runs: Sequence[RunReport]) -> list[str]:
+    """Losses per token are comparable only on the same sentences and pieces; unknown values are skipped."""
     notes = []
     for key in runs[0].validated_on if runs else ():
         known = {run.name: run.validated_on[key] for run in runs if run.validated_on.get(key) is not None}
         found = {name: json.dumps(value, sort_keys=True, default=str) for name, value in known.items()}
         if len(set(found.values())) > 1:
             shown = _by_value(found, named=key not in _CHECKSUMS)
-            notes.append(f"valid nll is of sets with unlike {key}, {shown}: it does not compare")
+            notes.append(f"valid nll is of sets with different {key}, {shown}: it cannot be compared")
     return notes
 
 

@@ -1,4 +1,4 @@
-"""Of the words of the runs' command lines, those that tell the runs apart."""
+"""Selects the overrides that differ between runs."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from moe_train.analysis.report.load_runs import RunReport
 
-# How a run was started and kept, which changes neither what it computes nor how fast. Groups end with a dot.
-_SILENT = (
+# Keys that change neither the result nor the speed of a run. Groups end with a dot or slash.
+_IGNORED = (
     "resume",
     "evaluate",
     "data_verify",
@@ -25,11 +25,11 @@ _SILENT = (
 
 
 def settings(runs: Sequence[RunReport]) -> Mapping[str, tuple[str, ...]]:
-    """By name of the run: its words that not all runs have, without the strategy, which has a column of its own."""
+    """By name of the run: its overrides that not all runs have, without the strategy, which has its own column."""
     common = set.intersection(*(set(run.overrides) for run in runs)) if runs else set()
-    return {run.name: tuple(w for w in run.overrides if w not in common and _tells(w)) for run in runs}
+    return {run.name: tuple(w for w in run.overrides if w not in common and _is_shown(w)) for run in runs}
 
 
-def _tells(word: str) -> bool:
+def _is_shown(word: str) -> bool:
     key = word.lstrip("+~").partition("=")[0]
-    return key != "routing" and not any(key == name or (name[-1] in "./" and key.startswith(name)) for name in _SILENT)
+    return key != "routing" and not any(key == name or (name[-1] in "./" and key.startswith(name)) for name in _IGNORED)

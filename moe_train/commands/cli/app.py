@@ -1,7 +1,7 @@
-"""What all configured commands share: a Hydra app whose mistakes come back as one message with a remedy.
+"""Runs a configured command as a Hydra app, and reports user errors as one message with a remedy.
 
-Exit codes: 0; 1 a defect of ours or a failed process, with its traceback; 2 a mistake that the user can mend; 75 asked
-to stop by a signal, everything saved: the same command goes on; 130 interrupted by Ctrl-C with nothing to save.
+Exit codes: 0 success; 1 an internal error or a failed process, with its traceback; 2 a user error; 75 interrupted by a
+signal, checkpoint saved: the same command resumes; 130 interrupted by Ctrl-C with nothing to save.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from moe_train import __version__
 from moe_train.commands.cli.completion import candidates
 from moe_train.commands.cli.help_text import help_text
 from moe_train.commands.cli.hydra_job import composing, in_sweep, remove_empty_run_folder, run_directory
-from moe_train.commands.cli.messages import INTERRUPTED, say_error, say_interrupted
+from moe_train.commands.cli.messages import INTERRUPTED, print_error, print_interrupted
 from moe_train.commands.cli.overrides import check_launcher, check_overrides
 from moe_train.commands.cli.sweep_errors import KNOWN, SweepErrors, run_sweep
 from moe_train.config.paths import configs_directory
@@ -40,28 +40,31 @@ from moe_train.launch.slurm import set_torchrun_env
 from moe_train.plugins import USER_DIR, import_user_dir, set_user_dir, take_user_dir, user_dir
 from moe_train.safe_text import current_traceback, show_warnings_as_text
 
-_PATIENCE = 15.0  # seconds; rank 0 finds a mistake some seconds later than others, since it is a Hydra app too
+_ERROR_DELAY = 15.0  # seconds; rank 0 finds an error some seconds later than others, since it also starts Hydra
 
 Callback = Callable[[dict[str, Any]], Any]
 
 
 def run_app(config_name: str, callback: Callback) -> None:
-    """Runs a command (:func:`_run`); a rank that fails under a launcher leaves without waiting for the others.
+    """Runs a command (:func:`_run`); a rank that fails under a launcher ends without waiting for the others.
 
-    A training does not fail because its text cannot be written; other commands say so when their work is done.
+    Training continues if standard output cannot be written; other commands report it at their end.
     """
     show_warnings_as_text()
     with lossy_streams():
         try:
             _run(config_name, callback)
             if config_name != "train":
-                _require_output()
+                try:
+                    require_output()
+                except UserError as error:
+                    _exit_with(error)
         except SystemExit as end:
             if under_launcher() and end.code:
                 exit_now(end.code if isinstance(end.code, int) else 1)
             raise
         except KeyboardInterrupt:
-            say_interrupted()
+            print_interrupted()
             if under_launcher():
                 exit_now(INTERRUPTED)
             raise SystemExit(INTERRUPTED) from None
@@ -75,12 +78,12 @@ def run_app(config_name: str, callback: Callback) -> None:
 def _run(config_name: str, callback: Callback) -> None:
     """Runs ``callback`` on the composed config, as a Hydra 1.3 app (``-m``, ``--cfg job``, ``hydra.*`` and so on work).
 
-    Under torchrun or srun only rank 0 is a Hydra app, with a run folder; the others compose the config and no more.
+    Under torchrun or srun only rank 0 is a Hydra app, with a run folder; the others only compose the config.
 
     Args:
         config_name: a file of ``configs/``, without its suffix.
-        callback: gets the composed config as nested dicts and lists; what it returns is the job's result, which a
-            sweeper may minimise.
+        callback: called with the composed config as nested dicts and lists; its result is the job's, which a sweeper
+            may minimise.
     """
     forget_foreign_schemas()
     arguments = _parse(sys.argv[1:])
@@ -96,17 +99,17 @@ def _run(config_name: str, callback: Callback) -> None:
             return
         import_user_dir()
         arguments.overrides = check_overrides(config_name, words, arguments.config_dir, arguments.multirun)
-        forget_foreign_schemas()  # of the plugins that Hydra has found by now
+        forget_foreign_schemas()  # those of plugins that Hydra has loaded meanwhile
         check_launcher(arguments.overrides, arguments.multirun)
         set_torchrun_env()
         check_environment()
         if launched_rank():
-            _follow(arguments, config_name, callback)
+            _run_without_hydra(arguments, config_name, callback)
             return
     except KNOWN as error:
-        _leave(error)
+        _exit_with(error)
     folder = [] if arguments.multirun else folder_overrides(arguments.overrides)
-    # Hydra wants the overrides side by side.
+    # Hydra requires that overrides are consecutive.
     sys.argv = [typed[0], *arguments.overrides, *folder, *(word for word in typed[1:] if word not in given)]
     errors = SweepErrors()
     job = _job(callback, typed, arguments.overrides, errors)
@@ -119,15 +122,15 @@ def _run(config_name: str, callback: Callback) -> None:
 
 @contextmanager
 def print_error_once() -> Iterator[None]:
-    """What a launcher's ranks all find wrong alike is said by the first of each host.
+    """An error that all ranks of a launcher find is printed by the first rank of each host.
 
-    The first end makes an agent of torchrun end the other ranks: the rest wait for it, and speak where it never comes.
+    When that rank ends, torchrun's agent ends the others. They wait for it, and print the error if they are not ended.
     """
     try:
         yield
     except UserError:
         if under_launcher() and local_rank():
-            time.sleep(_PATIENCE)
+            time.sleep(_ERROR_DELAY)
         raise
 
 
@@ -135,7 +138,7 @@ def plain(config: DictConfig) -> dict[str, Any]:
     """The composed config as nested dicts and lists.
 
     Raises:
-        ConfigError: a mandatory key without a value, or an interpolation that leads nowhere.
+        ConfigError: a mandatory key without a value, or an interpolation that cannot be resolved.
     """
     try:
         content = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
@@ -147,30 +150,30 @@ def plain(config: DictConfig) -> dict[str, Any]:
     assert isinstance(content, dict)
     if (named := content.pop("user_dir", user_dir())) != user_dir():
         raise ConfigError(
-            f"a config file names the folder {named}, and no file may name code to import",
+            f"a config file sets it to {named}, but files may not import code",
             "user_dir",
-            f"write user_dir=… on the command line, or set the variable {USER_DIR}",
+            f"set user_dir=… on the command line, or the variable {USER_DIR}",
         )
     return {str(key): value for key, value in content.items()}
 
 
 def log_to_stderr() -> None:
-    """Moves the log lines that Hydra has sent to standard output: there stand results, such as translations."""
+    """Moves Hydra's log lines from standard output, which is for results such as translations, to standard error."""
     for handler in logging.getLogger().handlers:
         if isinstance(handler, logging.StreamHandler) and handler.stream in (sys.stdout, sys.__stdout__):
             handler.setStream(sys.stderr)
 
 
 def _job(callback: Callback, typed: list[str], words: list[str], errors: SweepErrors) -> Callable[[DictConfig], Any]:
-    outside = user_dir()  # travels with the job, which another host may run
+    folder = user_dir()  # pickled with the job, which may run on another host
 
     def moe_train_job(config: DictConfig) -> Any:
-        sys.argv = typed  # what the user typed, for whoever records it
+        sys.argv = typed  # what the user typed, for run.json
         log_to_stderr()
         try:
-            set_torchrun_env()  # where submitit has started this process: every rank is a Hydra job then
+            set_torchrun_env()  # for submitit, under which every rank is a Hydra job
             check_environment()
-            set_user_dir(outside)
+            set_user_dir(folder)
             import_user_dir()
             if not in_sweep():
                 note_folder(words, run_directory())
@@ -179,9 +182,9 @@ def _job(callback: Callback, typed: list[str], words: list[str], errors: SweepEr
             if in_sweep():
                 errors.note(int(HydraConfig.get().job.num), error)
             if in_sweep() or not isinstance(error, KNOWN):
-                raise  # Hydra lets a sweep's other jobs run
+                raise  # Hydra runs the other jobs of the sweep
             remove_empty_run_folder()
-            return _leave(error)
+            return _exit_with(error)
         except (SystemExit, KeyboardInterrupt):
             remove_empty_run_folder()
             raise
@@ -192,17 +195,15 @@ def _job(callback: Callback, typed: list[str], words: list[str], errors: SweepEr
 
 
 def _parse(words: Sequence[str]) -> argparse.Namespace:
-    """Hydra's flags, which may stand between the overrides; its ``--version`` tells ours."""
+    """Parses Hydra's flags, which may be between the overrides; ``--version`` prints ours."""
     parser = get_args_parser()
-    parser.usage = "%(prog)s [flags] key=value … (--help explains)"
+    parser.usage = "%(prog)s [flags] key=value … (see --help)"
     for action in parser._actions:
         if "--version" in action.option_strings:
             action.version = f"moe_train {__version__}"  # type: ignore[attr-defined]
     given = parser.parse_intermixed_args(words)
     if given.experimental_rerun is not None:
-        parser.error(
-            "--experimental-rerun reads a pickle, which can run any code: give the words of the command instead"
-        )
+        parser.error("--experimental-rerun reads a pickle, which can run any code: repeat the command line instead")
     if sum(map(bool, (given.run, given.multirun, given.cfg, given.info, given.shell_completion))) > 1:
         parser.error("only one of --run, --multirun, --cfg, --info and --shell-completion can be given")
     if given.resolve and not given.cfg:
@@ -211,33 +212,26 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
 
 
 def _complete(config_name: str, words: Sequence[str]) -> None:
-    """``-sc install=bash`` and so on are Hydra's; what it then asks for is answered here."""
+    """Answers ``-sc query=…`` of the completion script; Hydra handles ``-sc install=bash`` and so on."""
     if any(word.startswith("query=") for word in words):
         print("\n".join(candidates(config_name, os.environ.get("COMP_LINE", ""))))
     else:
         hydra.main(version_base="1.3", config_path=str(configs_directory()), config_name=config_name)(lambda _: None)()
 
 
-def _follow(arguments: Any, config_name: str, callback: Callback) -> None:
+def _run_without_hydra(arguments: Any, config_name: str, callback: Callback) -> None:
     if arguments.cfg or arguments.help or arguments.info is not None:
         return
     if arguments.multirun:
         raise ConfigError(
             "a sweep cannot run under torchrun or srun",
-            remedy="leave it out and set launch.processes=N or hydra/launcher=…",
+            remedy="omit torchrun or srun, and set launch.processes=N or hydra/launcher=…",
         )
     with composing(arguments.config_dir):
         config = compose(config_name, overrides=arguments.overrides)
     callback(plain(config))
 
 
-def _require_output() -> None:
-    try:
-        require_output()
-    except UserError as error:
-        _leave(error)
-
-
-def _leave(error: Exception) -> NoReturn:
-    say_error(error)
+def _exit_with(error: Exception) -> NoReturn:
+    print_error(error)
     raise SystemExit(2 if isinstance(error, UserError) else 1)

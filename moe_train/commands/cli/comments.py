@@ -1,4 +1,4 @@
-"""What the comments of a config file say: of the file, and of each key."""
+"""Reads the comments of a config file: on the file, and on each key."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class ConfigComments:
     """The comments of a file.
 
     Attributes:
-        paragraphs: of the file's head, lines joined; one that starts with spaces is a line of an example.
-        keys: dotted name → what is said of it, behind it, below that in the same column, or in lines above it. Entries
-            of the list ``defaults`` are keys, too: ``defaults.model``.
-        is_global: whether the names of the keys are full ones (Hydra's ``@package _global_``).
+        paragraphs: of the head of the file, lines joined; one that starts with spaces is a line of an example.
+        keys: dotted name → its comment: after the key, continued below in the same column, or in lines above it.
+            Entries of the list ``defaults`` are keys, too: ``defaults.model``.
+        is_global: whether names of keys are absolute (Hydra's ``@package _global_``).
     """
 
     paragraphs: tuple[str, ...]
@@ -28,7 +28,7 @@ class ConfigComments:
 
     @property
     def examples(self) -> list[str]:
-        """Commands, with what is said behind them."""
+        """Example commands, with the comments after them."""
         return [text.strip() for text in self.paragraphs if text.startswith(" ")]
 
     @property
@@ -38,7 +38,7 @@ class ConfigComments:
 
 
 def read_comments(path: Path) -> ConfigComments:
-    """Reads a file of ``configs/``: two spaces a level, a key a line."""
+    """Reads a file of ``configs/``: two spaces per level, one key per line."""
     lines = path.read_text(encoding="utf-8").splitlines()
     size = next((n for n, line in enumerate(lines) if not line.startswith("#")), len(lines))
     head = [line.removeprefix("#").removeprefix(" ") for line in lines[:size]]
@@ -59,8 +59,8 @@ def _paragraphs(lines: Sequence[str]) -> list[str]:
 
 def _key_comments(lines: Sequence[str]) -> dict[str, str]:
     found: dict[str, str] = {}
-    parents: list[tuple[int, str]] = []  # indents and names of the keys that the present line stands in
-    above, last, column = "", "", -1  # the comment lines before a key, the last key, and where its comment began
+    parents: list[tuple[int, str]] = []  # indents and names of the keys above the present line
+    above, last, column = "", "", -1  # comment lines before a key, the last key, and the column of its comment
     for line in lines:
         comment = _COMMENT.match(line)
         text = (comment["text"] or "") if comment else ""

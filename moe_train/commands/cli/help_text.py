@@ -1,4 +1,4 @@
-"""``--help``: what a command does and each of its keys, from the comments of the config files."""
+"""Prints ``--help`` of a command and of each key, from the comments of the config files."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from moe_train.commands.cli.overrides import RUN, check_overrides, groups_of, ma
 from moe_train.errors import ConfigError, did_you_mean
 
 _WIDTH = 80
-_COLUMN = 26  # where what is said of a key begins
+_COLUMN = 26  # where the description of a key begins
 _FLAGS = {
-    "-m": "a sweep: keys and groups may have several values, seed=1,2,3; a run each",
-    "--cfg job": "print the whole config of a command line instead of running it",
+    "-m": "a sweep: keys and groups may have several values, as in seed=1,2,3: one run for each",
+    "--cfg job": "print the composed config instead of running the command",
     "--help GROUP": "the keys of a group; --help GROUP=OPTION: of another option",
     "--version": "print the version",
     "--hydra-help": "other flags, all of Hydra",
@@ -34,15 +34,16 @@ _FLAGS = {
 
 
 def help_text(config_name: str, words: Sequence[str], config_dir: str | None = None) -> str:
-    """What ``--help`` prints, at most 80 columns wide.
+    """The text of ``--help``, at most 80 columns wide.
 
     Args:
         config_name: of the command.
-        words: overrides, which change the defaults that are shown, and names of groups, whose keys are shown instead.
+        words: overrides, which change the defaults that are shown, and names of groups, of which only the keys are
+            shown.
         config_dir: a folder of the user's own configs (``--config-dir``).
 
     Raises:
-        ConfigError: an override that cannot be, or a group that this command does not have.
+        ConfigError: an invalid override, or a group that this command does not have.
     """
     overrides = check_overrides(config_name, [word for word in words if "=" in word], config_dir)
     with composing(config_dir) as loader:
@@ -59,12 +60,12 @@ def help_text(config_name: str, words: Sequence[str], config_dir: str | None = N
 
 @dataclass(frozen=True)
 class _Page:
-    """What the help is made from.
+    """Content of the help.
 
     Attributes:
-        config: composed with Hydra's part.
-        choices, options: of each group of the command, what is chosen and what there is.
-        folders: where config files lie, in Hydra's order.
+        config: composed, with Hydra's part.
+        choices, options: chosen option and all options of each group of the command.
+        folders: of config files, in Hydra's order.
     """
 
     config_name: str
@@ -74,7 +75,7 @@ class _Page:
     folders: Sequence[Path]
 
     def command(self) -> str:
-        """What the command does, examples, its own keys, its groups and flags."""
+        """Description, examples, keys, groups and flags of the command."""
         comments = read_comments(self._file(self.config_name))
         lines = [*_prose(comments), "", *_examples(comments), "Keys, with their defaults (key=value changes one):", ""]
         if makes_run_folder(self.config):
@@ -85,35 +86,41 @@ class _Page:
         if self.choices:
             lines += ["", "Groups of keys, with their defaults (group=option chooses another):", ""]
             for group, option in sorted(self.choices.items()):
-                said = comments.keys.get(f"defaults.{group}", "")
+                description = comments.keys.get(f"defaults.{group}", "")
                 options = ", ".join(self.options[group])
-                lines += _hanging(f"{group}={_shown(option)}", f"{said}: {options}" if said else options)
+                lines += _hanging(f"{group}={_shown(option)}", f"{description}: {options}" if description else options)
         lines += ["", "Flags:", ""]
-        for flag, said in _FLAGS.items():
+        for flag, description in _FLAGS.items():
             if self.choices or "GROUP" not in flag:
-                lines += _hanging(flag, said.format(command=self.config.hydra.job.name))
+                lines += _hanging(flag, description.format(command=self.config.hydra.job.name))
         return "\n".join(lines)
 
     def group(self, group: str) -> str:
-        """The keys of the option that is chosen."""
+        """The keys of the chosen option."""
         if group not in self.choices:
-            raise ConfigError(f"there is no group '{group}' to explain", "--help", did_you_mean(group, self.choices))
+            raise ConfigError(f"there is no group '{group}'", "--help", did_you_mean(group, self.choices))
         option = self.choices[group]
         options = textwrap.wrap(f"Options of {group}: {', '.join(self.options[group])}", _WIDTH)
         if option is None:
             return "\n".join(options)
         comments = read_comments(self._file(f"{group}/{option}"))
-        content, said = self._content(f"{group}/{option}"), comments.keys
-        if comments.is_global:  # it sets keys of other groups and of the command, where is said what they are
-            said = {**read_comments(self._file(self.config_name)).keys, **self._comments_of_others(group), **said}
+        content, descriptions = self._content(f"{group}/{option}"), comments.keys
+        if comments.is_global:  # it sets keys of the command and of other groups, described in their own files
+            descriptions = {
+                **read_comments(self._file(self.config_name)).keys,
+                **self._comments_of_others(group),
+                **descriptions,
+            }
         else:
-            content, said = {group: content}, _below(group, said)
-        content.get(group, {}).pop("name", None)  # which the option is
+            content, descriptions = {group: content}, _below(group, descriptions)
+        content.get(group, {}).pop("name", None)  # that is the option itself
         head = [f"{group}={option}", "", *_prose(comments), "", *_examples(comments)]
-        return "\n".join([*head, "Keys, with their defaults:", "", *self._rows(content, said), "", *options, ""])
+        return "\n".join(
+            [*head, "Keys, with their defaults:", "", *self._rows(content, descriptions), "", *options, ""]
+        )
 
     def _comments_of_others(self, group: str) -> dict[str, str]:
-        """Of the keys of all chosen options but this group's."""
+        """Comments of the keys of all chosen options of other groups."""
         found: dict[str, str] = {}
         for other, option in self.choices.items():
             if option is not None and other != group:
@@ -121,16 +128,20 @@ class _Page:
                 found |= comments.keys if comments.is_global else _below(other, comments.keys)
         return found
 
-    def _rows(self, content: Mapping[str, Any], said: Mapping[str, str]) -> list[str]:
-        """The keys of a file, with their values in the config; what is said of several keys comes before them."""
+    def _rows(self, content: Mapping[str, Any], descriptions: Mapping[str, str]) -> list[str]:
+        """The keys of a file with their values in the config; a comment on several keys comes before them."""
         lines: list[str] = []
         for key, value in content.items():
-            if isinstance(value, dict) and (key not in said or any(name.startswith(f"{key}.") for name in said)):
-                if key in said:
-                    lines += textwrap.wrap(f"{key}: {said[key]}", _WIDTH, initial_indent="  ", subsequent_indent="    ")
-                lines += self._rows({f"{key}.{name}": below for name, below in value.items()}, said)
+            if isinstance(value, dict) and (
+                key not in descriptions or any(name.startswith(f"{key}.") for name in descriptions)
+            ):
+                if key in descriptions:
+                    lines += textwrap.wrap(
+                        f"{key}: {descriptions[key]}", _WIDTH, initial_indent="  ", subsequent_indent="    "
+                    )
+                lines += self._rows({f"{key}.{name}": below for name, below in value.items()}, descriptions)
                 continue
-            text = said.get(key, "")
+            text = descriptions.get(key, "")
             try:
                 shown = _shown(OmegaConf.select(self.config, key, throw_on_missing=True))
             except MissingMandatoryValue:
@@ -146,8 +157,8 @@ class _Page:
         return next(path for folder in self.folders if (path := folder / f"{name}.yaml").is_file())
 
 
-def _below(group: str, said: Mapping[str, str]) -> dict[str, str]:
-    return {f"{group}.{key}": text for key, text in said.items()}
+def _below(group: str, descriptions: Mapping[str, str]) -> dict[str, str]:
+    return {f"{group}.{key}": text for key, text in descriptions.items()}
 
 
 def _prose(comments: ConfigComments) -> list[str]:
@@ -155,12 +166,12 @@ def _prose(comments: ConfigComments) -> list[str]:
 
 
 def _examples(comments: ConfigComments) -> list[str]:
-    """Commands, broken as a shell allows; what is said behind one comes before it."""
+    """Example commands, with line breaks that a shell accepts; the comment after a command is shown before it."""
     lines: list[str] = []
     for example in comments.examples:
-        command, _, said = example.partition("  #")
-        if said:
-            lines += textwrap.wrap(said.strip(), _WIDTH, initial_indent="  # ", subsequent_indent="  # ")
+        command, _, description = example.partition("  #")
+        if description:
+            lines += textwrap.wrap(description.strip(), _WIDTH, initial_indent="  # ", subsequent_indent="  # ")
         broken = textwrap.wrap(
             command, _WIDTH - 2, initial_indent="  ", subsequent_indent="      ", break_long_words=False
         )
@@ -169,7 +180,7 @@ def _examples(comments: ConfigComments) -> list[str]:
 
 
 def _shown(value: Any) -> str:
-    """As it is typed; of a long list only that it is one."""
+    """A value as it is typed on the command line; ``[…]`` for a long list."""
     content = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
     text = yaml.safe_dump(content, default_flow_style=True, width=float("inf"), allow_unicode=True)
     text = text.removesuffix("...\n").strip()
@@ -178,10 +189,10 @@ def _shown(value: Any) -> str:
     return text
 
 
-def _hanging(name: str, said: str) -> list[str]:
-    """A name, and beside it, or below it where it is long, what is said of it."""
+def _hanging(name: str, description: str) -> list[str]:
+    """A name with its description on the same line, or below a long name."""
     indent = " " * _COLUMN
-    lines = textwrap.wrap(said, _WIDTH, initial_indent=indent, subsequent_indent=indent)
+    lines = textwrap.wrap(description, _WIDTH, initial_indent=indent, subsequent_indent=indent)
     if len(name) + 4 > _COLUMN or not lines:
         return [f"  {name}", *lines]
     return [f"  {name}".ljust(_COLUMN) + lines[0][_COLUMN:], *lines[1:]]

@@ -1,4 +1,4 @@
-"""Composing configs, and what Hydra knows of the job that it runs: its folder and its words."""
+"""Composes configs, and reads folder and overrides of the running Hydra job."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from moe_train.errors import ConfigError
 
 @contextmanager
 def composing(config_dir: str | None = None) -> Iterator[ConfigLoaderImpl]:
-    """While entered, ``hydra.compose`` finds our configs, and the user's where a Hydra app does.
+    """While entered, ``hydra.compose`` finds our configs, and the user's as in a Hydra app.
 
     Args:
         config_dir: a folder of the user's own configs (``--config-dir``).
@@ -46,30 +46,30 @@ def run_directory() -> Path:
 
 
 def overrides() -> list[str]:
-    """The words of the command line that made this run's config; of a sweep's job, its own."""
+    """The overrides of the command line, or of the present job of a sweep."""
     return [str(word) for word in HydraConfig.get().overrides.task]
 
 
 def group_choices() -> dict[str, str]:
-    """The option of each group that the config was made with, such as ``{"routing": "sam", "model": "base"}``."""
+    """The chosen option of each group, such as ``{"routing": "sam", "model": "base"}``."""
     return {str(group): str(option) for group, option in HydraConfig.get().runtime.choices.items()}
 
 
 def in_sweep() -> bool:
-    """Whether this is a sweep's job."""
+    """Whether this is a job of a sweep."""
     return bool(HydraConfig.get().mode == RunMode.MULTIRUN)
 
 
 def remove_empty_run_folder() -> None:
-    """Removes the folder with the time in its name, and the day's, where nothing came into them but a lock.
+    """Removes the run folder with the time in its name, and that of its day, if they contain nothing but a lock.
 
-    A folder that was named stays: it may have been there before.
+    A folder that the user has named is kept: it may have existed before.
     """
     folder = run_directory()
     named = in_sweep() or any(word.startswith("hydra.run.dir=") for word in HydraConfig.get().overrides.hydra)
     if not named and folder != Path.cwd():
         with suppress(OSError):  # not empty
-            if [entry.name for entry in folder.iterdir()] == [".lock"]:  # nobody else waits for: the name is new
+            if [entry.name for entry in folder.iterdir()] == [".lock"]:  # no other process uses it: the name is new
                 (folder / ".lock").unlink()
             folder.rmdir()
             folder.parent.rmdir()

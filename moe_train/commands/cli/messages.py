@@ -1,4 +1,4 @@
-"""What a command says when it ends badly."""
+"""Prints the error of a command that fails."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from moe_train.errors import UserError
 from moe_train.launch.job.env import launched_rank
 from moe_train.screen import Screen
 
-INTERRUPTED = 130  # the exit code after a Ctrl-C, as shells say it: 128 + SIGINT
+INTERRUPTED = 130  # exit code after Ctrl-C, as in shells: 128 + SIGINT
 
 
-def say_error(error: Exception, about: str = "") -> None:
-    """One message on stderr, without a traceback; ``Error`` is the user's to mend.
+def print_error(error: Exception, about: str = "") -> None:
+    """Prints one message to stderr, without a traceback: ``Error:`` for user errors, else ``Failed:``.
 
     Args:
-        about: what it concerns, such as a sweep's job.
+        about: what it concerns, such as a job of a sweep.
     """
     rank = launched_rank()
     prefix = f"[rank {rank}] " if rank else ""
@@ -25,6 +25,6 @@ def say_error(error: Exception, about: str = "") -> None:
     console.print(f"{about}: {error}" if about else str(error), highlight=False, markup=False)
 
 
-def say_interrupted() -> None:
-    """After a Ctrl-C, which a terminal shows as ``^C`` at the end of the line."""
+def print_interrupted() -> None:
+    """Prints a message after Ctrl-C, which a terminal shows as ``^C`` at the end of the line."""
     print("\nInterrupted." if sys.stderr.isatty() else "Interrupted.", file=sys.stderr)

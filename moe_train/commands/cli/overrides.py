@@ -1,4 +1,4 @@
-"""Overrides of the command line, checked before Hydra sees them: its own messages assume that one knows its insides."""
+"""Checks overrides of the command line before Hydra does, whose messages assume knowledge of its internals."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from moe_train.launch.slurm import check_slurm
 
 _NOTHING = "<nothing>"
 RUN, RUN_FOLDER, SWEEP_FOLDER = "run", "hydra.run.dir", "hydra.sweep.dir"
-# What other programs call the folder that they write into.
+# Names of the output folder in other programs.
 _FOLDERS = ("dir", "folder", "log_dir", "logdir", "out", "output", "output_dir", "run_dir", "rundir", "save_dir")
 
 
@@ -32,19 +32,19 @@ def check_overrides(
 ) -> list[str]:
     """Refuses keys, groups and options that do not exist.
 
-    A group that the config leaves empty (``routing: {}``) is open: whoever reads it knows which keys there are.
+    A group that is empty in the config (``routing: {}``) is open: its keys are checked where it is read.
 
     Args:
-        overrides: the words of the command line, such as ``routing=switch`` or ``training.max_updates=100``.
+        overrides: of the command line, such as ``routing=switch`` or ``training.max_updates=100``.
         config_dir: a folder of the user's own configs (``--config-dir``).
         multirun: whether it is a sweep.
 
     Returns:
-        The words as Hydra wants them: it takes new keys, of an open group or of a mapping such as ``{pt: pt_PT}``, only
-        where a word says that it adds them. ``run=`` is a short name for the folder of a command that makes one.
+        The overrides for Hydra: those that add keys (to an open group or a mapping such as ``{pt: pt_PT}``) get ``++``;
+        ``run=``, the short name of the run folder of a command that makes one, is replaced by the full key.
 
     Raises:
-        ConfigError: names the word, and near spellings.
+        ConfigError: names the override, and near spellings.
     """
     with composing(config_dir) as loader:
         plain = compose(config_name, return_hydra_config=True)
@@ -72,7 +72,7 @@ def check_overrides(
 
 
 def makes_run_folder(config: DictConfig) -> bool:
-    """Whether a command makes a folder for each run, and has no key ``run`` of its own: others read one.
+    """Whether a command makes a folder for each run; commands that have a key ``run`` read one.
 
     Args:
         config: composed with Hydra's part.
@@ -81,7 +81,7 @@ def makes_run_folder(config: DictConfig) -> bool:
 
 
 def groups_of(config: DictConfig) -> dict[str, str | None]:
-    """The groups of a command, with the option that is chosen.
+    """The groups of a command with the chosen options.
 
     Args:
         config: composed with Hydra's part.
@@ -92,13 +92,13 @@ def groups_of(config: DictConfig) -> dict[str, str | None]:
 
 
 def _full_name(word: str, key: str) -> str:
-    """``word``, with ``key`` for the short name of a run's folder."""
+    """``word`` with ``key`` in place of the short name of the run folder."""
     name, equals, value = word.partition("=")
     return f"{key}={value}" if equals and name == RUN else word
 
 
 def check_launcher(overrides: Sequence[str], multirun: bool) -> None:
-    """Refuses a launcher that would not be asked, and one that is not installed.
+    """Refuses a launcher that would not be used, and one that is not installed.
 
     Raises:
         ConfigError: ``hydra/launcher=…`` without ``-m``.
@@ -110,7 +110,7 @@ def check_launcher(overrides: Sequence[str], multirun: bool) -> None:
         return
     if not multirun and "hydra.mode=MULTIRUN" not in overrides:
         raise ConfigError(
-            "a launcher is only asked in a sweep", f"hydra/launcher={chosen[-1]}", "add -m, for one job too"
+            "a launcher is only used in a sweep", f"hydra/launcher={chosen[-1]}", "add -m, also for one job"
         )
     if chosen[-1].startswith("submitit") and find_spec("submitit") is None:
         raise MissingDependency(
@@ -123,7 +123,7 @@ def check_launcher(overrides: Sequence[str], multirun: bool) -> None:
 
 
 def _with_each(config_name: str, group: str, options: Sequence[str]) -> Iterator[tuple[str, DictConfig]]:
-    """The config with each option of a group; nothing where this command does not have the group."""
+    """Yields the config with each option of a group; nothing where this command does not have the group."""
     for option in options:
         with suppress(ConfigError):
             yield option, _composed(config_name, [f"{group}={option}"])
@@ -134,7 +134,7 @@ def _composed(config_name: str, words: list[str]) -> DictConfig:
         return compose(config_name, overrides=words)
     except HydraException as error:  # such as a group that only other commands have
         reason = str(error).splitlines()[0]
-        raise ConfigError(reason, "command line", f"see what there is in configs/{config_name}.yaml") from None
+        raise ConfigError(reason, "command line", f"see the groups and keys in configs/{config_name}.yaml") from None
 
 
 def _parse(overrides: Sequence[str]) -> list[Override]:
@@ -148,7 +148,7 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
             raise ConfigError(
                 f"cannot read '{word if len(word) < 200 else f'{word[:200]}…'}' ({reason})",
                 "command line",
-                "write key=value, and quote what has special characters",
+                "write key=value, and quote values with special characters",
             ) from None
     return [override for override in parsed if not _is_hydras(override.key_or_group)]
 
@@ -158,7 +158,7 @@ def _is_hydras(key: str) -> bool:
 
 
 def _groups(loader: ConfigLoader, parent: str = "") -> Iterator[tuple[str, list[str]]]:
-    """Group -> its options, for all of ours."""
+    """Group -> its options, for all groups except Hydra's."""
     for name in loader.list_groups(parent):
         path = f"{parent}/{name}" if parent else name
         if not _is_hydras(path):
@@ -167,7 +167,7 @@ def _groups(loader: ConfigLoader, parent: str = "") -> Iterator[tuple[str, list[
 
 
 def _check_group(override: Override, groups: Mapping[str, list[str]]) -> str | None:
-    """Refuses unknown options; gives the override that chooses the first one, to compose with."""
+    """Refuses unknown options; returns an override that chooses the first of them."""
     group, options = override.key_or_group, groups[override.key_or_group]
     if override.is_delete():
         return None
@@ -179,7 +179,7 @@ def _check_group(override: Override, groups: Mapping[str, list[str]]) -> str | N
 
 
 def _check_kind(override: Override, config: DictConfig) -> None:
-    """Refuses a list for a group of keys, and the other way round, which Hydra cannot merge."""
+    """Refuses a list in place of a group of keys and the reverse, which Hydra cannot merge."""
     key = override.key_or_group
     set_to = None if override.is_sweep_override() or override.is_delete() else override.value()
     now = OmegaConf.select(config, key, default=None, throw_on_missing=False)
@@ -194,7 +194,7 @@ def _check_kind(override: Override, config: DictConfig) -> None:
 
 
 def _is_map(override: Override) -> bool:
-    """Whether a key is set to a mapping, which adds to what is there; those who read it refuse keys that cannot be."""
+    """Whether a key is set to a mapping, which adds keys; those are checked where the config is read."""
     set_to = None if override.is_sweep_override() or override.is_delete() else override.value()
     return isinstance(set_to, dict) and not (override.is_add() or override.is_force_add())
 
@@ -216,7 +216,7 @@ def _is_known(override: Override, keys: Sequence[str], opened: tuple[str, ...]) 
 def _unknown(
     key: str, keys: Sequence[str], groups: Mapping[str, list[str]], options: Mapping[str, DictConfig]
 ) -> ConfigError:
-    """What to say of a key that is not there.
+    """The error for an unknown key.
 
     Args:
         options: the config with each option of the key's group.
@@ -230,7 +230,7 @@ def _unknown(
         what = "it" if full == key else f"'{full}'"
         return ConfigError(
             f"unknown key '{key}': {what} belongs to {', '.join(f'{group}={name}' for name in owners)}",
-            remedy=f"leave it out, or choose {'one of these' if len(owners) > 1 else f'{group}={owners[0]}'}",
+            remedy=f"omit it, or choose {'one of these' if len(owners) > 1 else f'{group}={owners[0]}'}",
         )
     values = [known for known in keys if not any(other.startswith(f"{known}.") for other in keys)]
     if parent := next((known for known in values if key.startswith(f"{known}.")), ""):
@@ -239,7 +239,7 @@ def _unknown(
 
 
 def _near(key: str, keys: Sequence[str], groups: Mapping[str, list[str]]) -> str:
-    """Keys with the same last part, near spellings of the whole key or of its last part, or what stands beside it."""
+    """Keys with the same last part, near spellings of the whole key or of its last part, or keys of the same group."""
     known = [name for name in dict.fromkeys([*keys, *groups]) if not key.startswith(f"{name}.")]
     last = {name: name.rpartition(".")[2] for name in known}
     word = key.rpartition(".")[2]
@@ -249,17 +249,17 @@ def _near(key: str, keys: Sequence[str], groups: Mapping[str, list[str]]) -> str
         words = difflib.get_close_matches(word, sorted(set(last.values())), n=3, cutoff=0.75)
         near = [name for name in known if last[name] in words][:3]
     if near:
-        # Of a group with options of its own, such as training.optimizer, the name is what is set to one word.
+        # Of a group with options, such as training.optimizer, the name is the key that takes one word.
         full = [f"{name}.name" if f"{name}.name" in keys and name not in groups else name for name in near]
         return f"did you mean {' or '.join(repr(name) for name in full)}?"
     parent = key.rpartition(".")[0]
-    beside = [name for name in keys if parent and name.rpartition(".")[0] == parent]
-    beside = beside or sorted({name.split(".", 1)[0] for name in keys})
-    return f"known{f' in {parent}' if parent and '.' in beside[0] else ''}: {', '.join(beside)}"
+    siblings = [name for name in keys if parent and name.rpartition(".")[0] == parent]
+    siblings = siblings or sorted({name.split(".", 1)[0] for name in keys})
+    return f"known{f' in {parent}' if parent and '.' in siblings[0] else ''}: {', '.join(siblings)}"
 
 
 def _nearest(key: str, names: Sequence[str]) -> list[str]:
-    """At most three, of those that share the most leading parts with ``key``."""
+    """At most three names, those that share the most leading parts with ``key``."""
 
     def shared(name: str) -> int:
         parts = zip(key.split("."), name.split("."), strict=False)

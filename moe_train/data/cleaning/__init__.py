@@ -1,4 +1,4 @@
-"""Cleaning of training text: menders change a sentence, filters drop a pair; each is counted by name."""
+"""Cleaning of training text: normalizers change a sentence, filters drop a pair; both are counted by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Applies menders and filters to pairs and to single lines, and counts what each did."""
+"""Applies normalizers and filters to pairs and single lines, and counts the changes of each."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from moe_train.config.corpus import CleaningConfig
 from moe_train.data.cleaning.filters import COMPARING, FILTERS, SWITCHES, Side
-from moe_train.data.cleaning.normalizers import MENDERS
+from moe_train.data.cleaning.normalizers import NORMALIZERS
 from moe_train.data.cleaning.scripts import codes_of_language
 from moe_train.data.text.dedup_keys import line_keys
 from moe_train.data.text.normalisation import normalise
@@ -19,12 +19,12 @@ from moe_train.data.text.pairs import Sides
 
 @dataclass(frozen=True)
 class CleanBlock:
-    """A block of cleaned pairs or lines as it travels between processes.
+    """A block of cleaned pairs or lines, returned by a worker process.
 
     Attributes:
-        sides: of each side its lines, each ended by a line feed.
+        sides: the lines of each side, each ended by a line feed.
         keys: uint64 [lines, sides + 1], see :func:`moe_train.data.text.dedup_keys.line_keys`.
-        counts: ``read``, ``dropped_<filter>`` and ``mended_<mender>``.
+        counts: ``read``, ``dropped_<filter>`` and ``mended_<normalizer>``.
     """
 
     sides: tuple[str, ...]
@@ -37,8 +37,8 @@ class Cleaner:
     """Cleans the pairs of one language pair, or the lines of one language.
 
     Args:
-        config: which rules act.
-        sides: the languages; they decide the expected scripts, and whether rules that compare two sides act.
+        config: the rules to apply.
+        sides: the languages; they determine the expected scripts, and whether rules that compare two sides apply.
     """
 
     config: CleaningConfig
@@ -46,7 +46,7 @@ class Cleaner:
     counts: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
-        self._menders = [(n, f) for n, f in MENDERS.items() if self.config.enabled and getattr(self.config, n)]
+        self._normalizers = [(n, f) for n, f in NORMALIZERS.items() if self.config.enabled and getattr(self.config, n)]
         self._expected = [codes_of_language(language) for language in self.sides]
         self._filters = {n: f for n, f in FILTERS.items() if self._is_on(n)}
 
@@ -58,24 +58,24 @@ class Cleaner:
         return name not in SWITCHES or bool(getattr(self.config, SWITCHES[name]))
 
     def __call__(self, *line: str) -> tuple[str, ...] | None:
-        """The mended sides of a line, or None if a filter drops it."""
+        """The normalized sides of a line, or None if a filter drops it."""
         self.counts["read"] += 1
-        mended = tuple(map(self._mend, line))
-        sides = [Side.of(text, expected) for text, expected in zip(mended, self._expected, strict=True)]
+        normalized = tuple(map(self._normalize, line))
+        sides = [Side.of(text, expected) for text, expected in zip(normalized, self._expected, strict=True)]
         for name, keep in self._filters.items():
             if not keep(sides, self.config):
                 self.counts[f"dropped_{name}"] += 1
                 return None
-        return mended
+        return normalized
 
-    def _mend(self, text: str) -> str:
-        # Normalising always acts: a line separator inside a sentence would break the line files that follow.
+    def _normalize(self, text: str) -> str:
+        # Always applied: a line separator inside a sentence would break the files of lines that are written.
         text = normalise(text)
-        for name, mend in self._menders:
-            mended = mend(text)
-            if mended != text:
+        for name, normalizer in self._normalizers:
+            changed = normalizer(text)
+            if changed != text:
                 self.counts[f"mended_{name}"] += 1
-                text = normalise(mended)
+                text = normalise(changed)
         return text
 
 

@@ -1,4 +1,4 @@
-"""Filters: does a pair, or a single line, stay? Each sees the mended sides and what has been counted in them."""
+"""Filters decide whether a pair or a single line is kept. Each gets the normalized sides with their letter counts."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class Side:
     """One side of a pair, or a single line.
 
     Attributes:
-        text: the whole of it.
-        words: the text without its placeholders.
-        codes: script codes of the words' letters.
-        expected: the codes that the language may have (empty: any).
+        text: the whole text.
+        words: the text without placeholders.
+        codes: script codes of the letters of ``words``.
+        expected: script codes of the language (empty: any).
     """
 
     text: str
@@ -37,7 +37,7 @@ class Side:
 
 
 def _unicode(sides: Sequence[Side], config: CleaningConfig) -> bool:
-    """No replacement characters, private use or unassigned code points: traces of broken encodings."""
+    """No replacement characters, private use or unassigned code points, which come from wrong encodings."""
     return not any(_is_broken(side.text) for side in sides)
 
 
@@ -56,7 +56,7 @@ def _length(sides: Sequence[Side], config: CleaningConfig) -> bool:
 
 
 def _ratio(sides: Sequence[Side], config: CleaningConfig) -> bool:
-    # The constant forgives short messages, where ratios mean little.
+    # The constant allows larger ratios for short messages.
     lengths = [scripts.weighted_length(side.text, side.codes) + 8 for side in sides]
     return max(lengths) <= config.max_ratio * min(lengths)
 
@@ -68,7 +68,7 @@ def _letters(sides: Sequence[Side], config: CleaningConfig) -> bool:
 
 
 def _untranslated(sides: Sequence[Side], config: CleaningConfig) -> bool:
-    # Folding is slow, and equal sentences have equally many letters.
+    # fold() is slow, and equal sentences have the same number of letters.
     source, target = sides
     return len(source.codes) != len(target.codes) or fold(source.text) != fold(target.text)
 
@@ -108,12 +108,12 @@ FILTERS: Mapping[str, Filter] = MappingProxyType(
         "script": _script,
     }
 )
-"""In the order in which they are asked; the first that says no is the one that is counted."""
+"""In the order of their application; the first that drops a line is counted."""
 
 SWITCHES: Mapping[str, str] = MappingProxyType(
     {"untranslated": "untranslated", "placeholders": "placeholders", "script": "script"}
 )
-"""Filters that CleaningConfig can turn off by a key."""
+"""Filter -> key of CleaningConfig that switches it."""
 
 COMPARING = frozenset(("ratio", "untranslated", "placeholders"))
-"""Filters that hold one side against the other: only pairs are asked."""
+"""Filters that compare two sides, for pairs only."""

@@ -1,4 +1,4 @@
-"""Menders: text -> text. They take away what a translation model should not learn to write."""
+"""Normalizers (text -> text) remove what a translation model should not learn to generate."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-# Formatting only: a text that mentions <meta> or <input> would lose its sense without them.
+# Only formatting: a text that mentions <meta> or <input> needs these words.
 _HTML_TAGS = frozenset(
     """a abbr acronym b bdi bdo big blockquote br center cite code dd del dfn div dl dt em font h1 h2 h3 h4 h5 h6 hr i
     ins kbd li mark ol p pre q s samp small span strike strong sub sup table tbody td tfoot th thead tr tt u ul
@@ -28,7 +28,7 @@ _LOOKS_TECHNICAL = re.compile(r"=|//|%\(|\{")
 
 
 def strip_markup(text: str) -> str:
-    """Takes away HTML tags, other tags that the text also closes, and resolves character entities."""
+    """Removes HTML tags and other tags that the text also closes, and resolves character entities."""
     if "<" in text:
         closed = {match[2] for match in _TAG.finditer(text) if match[1]}
 
@@ -43,9 +43,9 @@ def strip_markup(text: str) -> str:
 
 
 def strip_accelerators(text: str) -> str:
-    """Takes away the mark of a menu's keyboard accelerator: ``&File``, ``Save _As``, ``E&xit``, ``文件(&F)``.
+    """Removes the mark of a menu's keyboard accelerator: ``&File``, ``Save _As``, ``E&xit``, ``文件(&F)``.
 
-    A mark inside a word is only believed in a short, menu-like text: ``AT&T``, ``a=1&b=2``, ``max_updates`` stay.
+    A mark inside a word is removed only in a short, menu-like text: ``AT&T``, ``a=1&b=2``, ``max_updates`` are kept.
     """
     if "&" not in text and "_" not in text:
         return text
@@ -62,16 +62,13 @@ def _strip_mark(text: str, mark: str) -> str:
     menu = len(text.split()) <= _MENU_WORDS and text[0].isupper()
     if match is None and inside is not None and menu and text[inside.end()].islower():  # not R&D, Drag&Drop
         match = inside
-    if match is None or not _is_cased(text[match.end()]):  # uncased scripts append their keys
+    letter = text[match.end()] if match else ""
+    if match is None or letter.lower() == letter.upper():  # uncased scripts append their keys
         return text
     return text[: match.start()] + text[match.end() :]
 
 
-def _is_cased(letter: str) -> bool:
-    return letter.lower() != letter.upper()
-
-
-MENDERS: Mapping[str, Callable[[str], str]] = MappingProxyType(
+NORMALIZERS: Mapping[str, Callable[[str], str]] = MappingProxyType(
     {"markup": strip_markup, "accelerators": strip_accelerators}
 )
-"""In the order in which they act; each name is also the switch in CleaningConfig."""
+"""In the order of their application; each name is also the key of CleaningConfig that switches it."""

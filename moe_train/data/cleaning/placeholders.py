@@ -1,4 +1,4 @@
-"""Placeholders of messages: what a program fills in at run time."""
+"""Placeholders of messages, which a program fills in at run time."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def placeholders(text: str) -> Counter[str]:
 
 
 def without_placeholders(text: str) -> str:
-    """The text that a translator writes around them."""
+    """The text without placeholders."""
     return _PLACEHOLDER.sub(" ", text) if may_have_placeholders(text) else text
 
 
 def may_have_placeholders(text: str) -> bool:
-    """A cheap look at the text; True where it is worth to look closer."""
+    """A fast check; False where there is certainly no placeholder."""
     return "%" in text or "{" in text

@@ -1,4 +1,4 @@
-"""Which script a letter and a language are in. One code letter per script makes counting fast (``str.translate``)."""
+"""Scripts of letters and languages. One code letter per script makes counting fast (``str.translate``)."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ _SUFFIXES |= {"Cyrillic": "Cyrl", "Arabic": "Arab", "Devanagari": "Deva"}
 
 
 class _ScriptTable(dict[int, str]):
-    """Character -> script code for letters and their marks, nothing for everything else; fills itself."""
+    """Character -> script code for letters and their marks, nothing for everything else; filled on demand."""
 
     def __missing__(self, point: int) -> str:
         character = chr(point)
@@ -92,18 +92,16 @@ class _ScriptTable(dict[int, str]):
         return code
 
 
-@cache
-def _table() -> _ScriptTable:
-    return _ScriptTable()
+_script_table = cache(_ScriptTable)
 
 
 def script_codes(text: str) -> str:
-    """One code per letter of the text, in order; everything that is no letter is left out."""
-    return text.translate(_table())
+    """One code per letter of the text, in order; other characters are left out."""
+    return text.translate(_script_table())
 
 
 def codes_of_language(language: str) -> str:
-    """The script codes that a language is written in; empty where that is not known (then nothing is checked)."""
+    """The script codes of a language; empty where they are not known (then nothing is checked)."""
     base, *parts = language.replace("@", "_").split("_")
     for part in parts:
         scripts = _SUFFIXES.get(part.title(), part.title())
@@ -118,7 +116,7 @@ def _scripts_by_language() -> dict[str, str]:
 
 
 def weighted_length(text: str, codes: str) -> float:
-    """Characters, those of denser scripts counted higher, so that translations have about the same length."""
+    """Number of characters, with larger weights for denser scripts, so that translations have similar lengths."""
     return len(text) + sum(codes.count(code) * _DENSE[code] for code in _DENSE.keys() & set(codes))
 
 

@@ -1,4 +1,4 @@
-"""Readers of corpora, a file each; importing this package registers them all."""
+"""Readers of corpora, one per file; importing this package registers all of them."""
 
 from __future__ import annotations
 

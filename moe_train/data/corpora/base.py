@@ -1,4 +1,4 @@
-"""What a corpus is to the rest of the room: named texts of pairs or of single languages; the registry of readers."""
+"""Interface of corpora (named texts of pairs or single languages), and the registry of their readers."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class CorpusText:
 
     Attributes:
         sides: the languages in the order of the text.
-        split: ``train``, ``valid`` or ``test`` if the corpus says so; None: moe-prepare cuts the held-out sets that are
-            missing for this pair.
-        read: opens the text anew and yields a line of each side: (source, target), or (line,).
-        inputs: the files behind it; their checksums become part of the manifest.
+        split: ``train``, ``valid`` or ``test`` if defined by the corpus; None: moe-prepare takes the missing held-out
+            sets of this pair from it.
+        read: opens the text and yields a line of each side: (source, target), or (line,).
+        inputs: its files; their checksums become part of the manifest.
     """
 
     sides: Sides
@@ -45,7 +45,7 @@ class CorpusText:
 
 
 def files_text(pair: Pair, split: str | None, source: Path, target: Path, expansion: int = EXPANSION) -> CorpusText:
-    """A text that lies in two line-aligned files.
+    """A text in two line-aligned files.
 
     Args:
         expansion: ``corpus.max_expansion``.
@@ -54,25 +54,25 @@ def files_text(pair: Pair, split: str | None, source: Path, target: Path, expans
 
 
 def named_files(folder: Path) -> Iterator[tuple[str, Path]]:
-    """The files of a folder in order, under their names without the suffix of compression.
+    """Yields the files of a folder, sorted, with their names without the suffix of compression.
 
-    A plain file stands before its compressed copy: of two that are named alike, the first is meant.
+    A plain file comes before its compressed copy: of two with the same name, callers use the first.
     """
     for path in sorted(p for p in folder.iterdir() if p.is_file()):
         yield path.name.removesuffix(path.suffix) if path.suffix in SUFFIXES[1:] else path.name, path
 
 
-def say_unread(folder: Path, texts: Iterable[CorpusText], progress: Progress, found: Iterable[Path] = ()) -> None:
-    """Names what lies in a folder and was not read, apart from hidden files.
+def report_unread(folder: Path, texts: Iterable[CorpusText], progress: Progress, found: Iterable[Path] = ()) -> None:
+    """Prints the files of a folder that were not read, except hidden ones.
 
     Args:
-        found: the files that might have been meant (empty: all that the folder holds).
+        found: candidates to report (empty: all files of the folder).
     """
     read = {path for text in texts for path in text.inputs}
     unread = [path for path in found or folder.iterdir() if path not in read and not path.name.startswith(".")]
     if unread:
         names = listing(path.name + "/" * path.is_dir() for path in unread)
-        progress.say(f"note: not read in {folder}: {names}")
+        progress.print(f"note: not read in {folder}: {names}")
 
 
 Reader = Callable[[CorpusConfig, Progress], list[CorpusText]]
@@ -80,10 +80,10 @@ _READERS: dict[str, Reader] = {}
 
 
 def register(name: str) -> Callable[[Reader], Reader]:
-    """Decorator that makes a reader known as ``corpus.name``.
+    """Decorator that registers a reader for ``corpus.name``.
 
     Raises:
-        ValueError: the name is taken.
+        ValueError: the name is in use.
     """
 
     def add(reader: Reader) -> Reader:
@@ -99,11 +99,11 @@ def read_corpus(config: CorpusConfig, progress: Progress, names: Sequence[str] =
     """Finds the texts of the configured corpus, restricted to ``corpus.languages`` and ``corpus.pairs``.
 
     Args:
-        names: codes that languages are to have, where the corpus has others for the same languages.
+        names: codes to use where the corpus has other codes of the same languages.
 
     Raises:
         ConfigError: unknown corpus, or missing path.
-        DataError: missing folder, no text in it, or a language or pair that the corpus has not.
+        DataError: missing folder, no text in it, or a language or pair that the corpus does not have.
     """
     load_plugin("corpora", config.name, _READERS)
     if config.name not in _READERS:
@@ -112,25 +112,25 @@ def read_corpus(config: CorpusConfig, progress: Progress, names: Sequence[str] =
     texts = _one_name_each(_READERS[config.name](config, progress), names, progress)
     texts = sorted(_only_pairs(_only_languages(texts, config.languages), config.pairs), key=lambda text: text.name)
     if not texts:
-        raise DataError("no text is left", f"corpus={config.name}", "name more languages in corpus.languages")
+        raise DataError("no text is selected", f"corpus={config.name}", "add languages to corpus.languages")
     return texts
 
 
 def _one_name_each(texts: list[CorpusText], names: Sequence[str], progress: Progress) -> list[CorpusText]:
-    """Gives a language one code where the corpus has several (``en`` and ``eng_Latn``): that of the training text."""
+    """Uses one code for a language where the corpus has several (``en``, ``eng_Latn``): that of the training text."""
     trained = {code for text in texts if text.split in ("train", None) for code in text.sides}
     others = {code for text in texts for code in text.sides}
     code_of = one_code_each([*names, *sorted(trained), *sorted(others)])
     renamed = [f"{code} as {code_of[code]}" for code in sorted(others) if code != code_of[code]]
     if renamed:
-        progress.say(f"the same languages under one code: {', '.join(renamed)}")
+        progress.print(f"languages renamed to one code: {', '.join(renamed)}")
     return [replace(text, sides=_with_codes(text, code_of)) for text in texts]
 
 
 def _with_codes(text: CorpusText, code_of: Mapping[str, str]) -> Sides:
     codes = [code_of[code] for code in text.sides]
     if len(set(codes)) < len(codes):
-        raise DataError(f"'{text.sides.name}' names one language twice", text.place, "name two languages")
+        raise DataError(f"'{text.sides.name}' names one language twice", text.place, "use two languages")
     return type(text.sides)(*codes)
 
 
@@ -149,7 +149,7 @@ def _only_languages(texts: list[CorpusText], languages: tuple[str, ...]) -> list
     inside = [text for text in texts if set(text.sides) <= wanted]
     if inside:
         return inside
-    # A single language or only the far sides of an English-centric corpus: its centre is meant as well.
+    # Only languages other than English of an English-centric corpus: English is added.
     wanted |= {find_english(known) or ""}
     return [text for text in texts if set(text.sides) <= wanted]
 
@@ -174,7 +174,7 @@ def corpus_folder(config: CorpusConfig) -> Path:
     """``corpus.path`` as an existing folder.
 
     Raises:
-        ConfigError: not given.
+        ConfigError: it is not set.
         DataError: it does not exist.
     """
     if not config.path:
@@ -184,12 +184,12 @@ def corpus_folder(config: CorpusConfig) -> Path:
     folder = Path(config.path).expanduser()
     if not folder.is_dir():
         raise DataError(
-            "the corpus folder does not exist", str(folder), "correct corpus.path=…, or unpack the corpus there"
+            "the corpus folder does not exist", str(folder), "correct corpus.path=…, or unpack the corpus in it"
         )
     return folder
 
 
 def listing(names: Iterable[str], limit: int = 6) -> str:
-    """A few names for a message."""
+    """The first ``limit`` names, for a message."""
     names = sorted(names)
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

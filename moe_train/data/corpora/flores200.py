@@ -1,7 +1,7 @@
 """``corpus=flores200``: FLORES-200 (NLLB team 2022), the same sentences in 200 languages: ``dev`` and ``devtest``.
 
-They become valid and test. There is no training text in it: that comes from ``corpus.train_path`` (in the layout of
-``corpus=text``), or the folder is made for evaluation alone, with the vocabulary of another one (``vocabulary.reuse``).
+They become valid and test. It has no training text: that is read from ``corpus.train_path`` (in the layout of
+``corpus=text``), or the folder is made only for evaluation, with the vocabulary of another one (``vocabulary.reuse``).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moe_train.config.corpus import CorpusConfig
-from moe_train.data.corpora.base import CorpusText, corpus_folder, files_text, listing, register, say_unread
+from moe_train.data.corpora.base import CorpusText, corpus_folder, files_text, listing, register, report_unread
 from moe_train.data.corpora.text import texts_of_folder
 from moe_train.data.stage_progress import Progress
 from moe_train.data.text.languages import Language, find_same, is_same
@@ -23,11 +23,11 @@ _SPLITS = {"valid": "dev", "test": "devtest"}
 
 @register("flores200")
 def read_flores200(config: CorpusConfig, progress: Progress) -> list[CorpusText]:
-    """Held-out sets of the wanted pairs, and the training text if there is some.
+    """Held-out sets of the selected pairs, and the training text if there is any.
 
     Raises:
-        ConfigError: neither languages nor pairs nor training text say which of the 40,000 directions are wanted.
-        DataError: no file of the layout, or a language that FLORES-200 has not.
+        ConfigError: neither languages nor pairs nor training text select some of the 40,000 directions.
+        DataError: no file of the layout, or a language that FLORES-200 does not have.
     """
     folder = corpus_folder(config)
     if not (folder / "dev").is_dir() or not (folder / "devtest").is_dir():
@@ -49,7 +49,7 @@ def _training(config: CorpusConfig, progress: Progress) -> list[CorpusText]:
     if not folder.is_dir():
         raise DataError("the folder of the training text does not exist", str(folder), "correct corpus.train_path=…")
     texts = [text for text in texts_of_folder(folder, config.max_expansion) if text.split in ("train", None)]
-    say_unread(folder, texts, progress)
+    report_unread(folder, texts, progress)
     return texts
 
 
@@ -62,7 +62,7 @@ def _pairs(config: CorpusConfig, training: Sequence[CorpusText]) -> list[Pair]:
     if training:
         return sorted({text.sides for text in training if isinstance(text.sides, Pair)})
     raise ConfigError(
-        "corpus=flores200 must be told which languages or pairs",
+        "corpus=flores200 needs a selection of languages or pairs",
         "corpus.languages",
         "add 'corpus.languages=[en,de,fr]' (from and into English), or 'corpus.pairs=[de-fr]'",
     )

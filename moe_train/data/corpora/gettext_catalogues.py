@@ -1,4 +1,4 @@
-"""gettext catalogues (``.mo``) inside wheels. A wheel is an untrusted archive: what is read is checked and bounded."""
+"""Reads gettext catalogues (``.mo``) in wheels. A wheel is untrusted: its content is checked, its size is limited."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _ORDERS = {b"\xde\x12\x04\x95": "<", b"\x95\x04\x12\xde": ">"}
 
 
 def catalogues(wheel: Path) -> list[tuple[str, str]]:
-    """(locale, member) of a wheel's catalogues, by the member's name.
+    """(locale, member) of the catalogues of a wheel, sorted by member.
 
     Raises:
-        DataError: the wheel is no archive.
+        DataError: the wheel is not a valid archive.
     """
     try:
         with zipfile.ZipFile(wheel) as archive:
@@ -38,7 +38,7 @@ def messages(wheel: Path, locale: str, expansion: int) -> Iterator[tuple[str, st
     """Yields (message, translation) of each translated message in the catalogues' order, plurals as their last form.
 
     Args:
-        expansion: a catalogue may unpack to so many times its size, and to 16 MiB in any case (0: no limit).
+        expansion: largest ratio of unpacked to packed size, above 16 MiB (0: no limit).
 
     Raises:
         DataError: a catalogue cannot be read; the wheel and the member are named.
@@ -60,21 +60,21 @@ def _entries(wheel: Path, member: str, expansion: int) -> Any:
         return polib.mofile(content)
     except DataError:
         raise
-    except Exception as error:  # zipfile, its decompressors and polib raise all kinds where bytes are unexpected
+    except Exception as error:  # zipfile, its decompressors and polib raise many kinds of errors for unexpected bytes
         what = f"the catalogue {member} is damaged ({str(error) or type(error).__name__})"
-        remedy = "take another version of the wheel, or leave it out of corpus.wheels"
+        remedy = "use another version of the wheel, or remove it from corpus.wheels"
         raise DataError(what, str(wheel), remedy) from error
 
 
 def _check(content: bytes) -> None:
-    """What polib believes unseen: it would open a file whose name the content is, and cut strings short at the end.
+    """Checks what polib does not: it would open a file if the content is a file name, and truncate strings at the end.
 
     Raises:
-        ValueError: the content is no catalogue, or a string lies outside it, is not ended, or is told more than once.
+        ValueError: the content is not a catalogue, or a string is outside of it, not terminated, or listed twice.
     """
     order = _ORDERS.get(content[:4])
     if order is None:
-        raise ValueError("it does not begin as a catalogue does")
+        raise ValueError("it does not begin like a catalogue")
     count, *tables = struct.unpack_from(f"{order}3I", content, 8)
     for start in tables:
         table = np.frombuffer(content, f"{order}u4", 2 * count, start) if count else np.empty(0, np.uint32)

@@ -1,8 +1,8 @@
-"""``corpus=iwslt14``: TED talks of the IWSLT 2014 campaign, from the archives ``XX-en.tgz`` that the user has unpacked.
+"""``corpus=iwslt14``: TED talks of the IWSLT 2014 campaign, from unpacked archives ``XX-en.tgz``.
 
 As usual in the literature, all ``IWSLT14.TED*.xml`` sets of a pair (dev2010, tst2010 and so on) together are the test
-set, and a 23rd of the training text is the validation set. Here a hash chooses it, so that no validation sentence is
-trained on in another language: the languages share their English.
+set, and 1/23 of the training text is the validation set. Here a hash selects it, so that no validation sentence occurs
+in training in another language (the languages share their English side).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from moe_train.config.corpus import CorpusConfig
-from moe_train.data.corpora.base import CorpusText, corpus_folder, listing, register, say_unread
+from moe_train.data.corpora.base import CorpusText, corpus_folder, listing, register, report_unread
 from moe_train.data.stage_progress import Progress
 from moe_train.data.text.lines import read_lines, read_parallel
 from moe_train.data.text.pairs import Pair
@@ -30,25 +30,25 @@ def read_iwslt14(config: CorpusConfig, progress: Progress) -> list[CorpusText]:
     """Training text and test sets of every pair below ``corpus.path``.
 
     Raises:
-        DataError: no file of the layout, or one without its other side.
+        DataError: no file of the layout, or a file without the other side.
     """
     folder = corpus_folder(config)
-    names = {match["pair"]: path.parent for path in sorted(folder.rglob("train.tags.*")) if (match := _named(path))}
+    names = {
+        match["pair"]: path.parent
+        for path in sorted(folder.rglob("train.tags.*"))
+        if (match := _TRAIN.fullmatch(path.name))
+    }
     if not names:
-        there = listing(path.name for path in folder.iterdir())
-        raise DataError(f"no IWSLT 2014 text here (found: {there or 'nothing'})", str(folder), LAYOUT)
+        names_found = listing(path.name for path in folder.iterdir())
+        raise DataError(f"no IWSLT 2014 text here (found: {names_found or 'nothing'})", str(folder), LAYOUT)
     texts = []
     for name, place in sorted(names.items()):
         pair = Pair.parse(name)
         texts.append(_training(pair, place))
         if sets := sorted({path.with_suffix("").with_suffix("") for path in place.glob(f"IWSLT14.TED*.{name}.*.xml")}):
             texts.append(_test(pair, sets))
-    say_unread(folder, texts, progress, sorted({*folder.rglob("train.tags.*"), *folder.rglob("*.xml")}))
+    report_unread(folder, texts, progress, sorted({*folder.rglob("train.tags.*"), *folder.rglob("*.xml")}))
     return texts
-
-
-def _named(path: Path) -> re.Match[str] | None:
-    return _TRAIN.fullmatch(path.name)
 
 
 def _training(pair: Pair, folder: Path) -> CorpusText:

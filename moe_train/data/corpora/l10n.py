@@ -1,6 +1,6 @@
 """``corpus=l10n``: messages of programs and their translations, from gettext catalogues inside wheels on PyPI.
 
-The smallest real corpus that anybody can have: no account, no licence form, a few tens of megabytes, many languages.
+A small real corpus in many languages: no account, no licence form, a few tens of megabytes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def read_l10n(config: CorpusConfig, progress: Progress) -> list[CorpusText]:
 
     Raises:
         ConfigError: no wheels or no languages.
-        DataError: a wheel cannot be had, or no wheel has a language.
+        DataError: a wheel cannot be downloaded, or no wheel has a language.
     """
     source = find_same(ENGLISH, config.languages) or ENGLISH
     targets = [language for language in config.languages if not is_same(language, source)]

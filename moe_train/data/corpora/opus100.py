@@ -1,6 +1,6 @@
 """``corpus=opus100``: OPUS-100 (Zhang et al. 2020), English-centric text in 100 languages, from the unpacked release.
 
-Its development sets are ``valid``; the zero-shot test sets between other languages are read too.
+Its development sets are ``valid``; the zero-shot test sets between other languages are read, too.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 from moe_train.config.corpus import CorpusConfig
-from moe_train.data.corpora.base import CorpusText, corpus_folder, files_text, listing, register, say_unread
+from moe_train.data.corpora.base import CorpusText, corpus_folder, files_text, listing, register, report_unread
 from moe_train.data.stage_progress import Progress
 from moe_train.data.text.pairs import Pair
 from moe_train.errors import DataError
@@ -21,10 +21,10 @@ _SPLITS = {"train": "train", "dev": "valid", "test": "test"}
 
 @register("opus100")
 def read_opus100(config: CorpusConfig, progress: Progress) -> list[CorpusText]:
-    """Every text below ``corpus.path``, whichever folder of the release that is.
+    """All texts below ``corpus.path``, which may be any folder of the release.
 
     Raises:
-        DataError: no file of the layout, or one without its other side.
+        DataError: no file of the layout, or a file without the other side.
     """
     folder = corpus_folder(config)
     found: dict[tuple[str, str], dict[str, Path]] = {}
@@ -40,5 +40,5 @@ def read_opus100(config: CorpusConfig, progress: Progress) -> list[CorpusText]:
         if set(sides) != set(pair):
             raise DataError("the other side of a parallel text is missing", str(next(iter(sides.values()))), LAYOUT)
         texts.append(files_text(pair, _SPLITS[split], sides[pair.source], sides[pair.target], config.max_expansion))
-    say_unread(folder, texts, progress, sorted(folder.rglob("opus.*")))
+    report_unread(folder, texts, progress, sorted(folder.rglob("opus.*")))
     return texts

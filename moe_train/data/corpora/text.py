@@ -1,6 +1,6 @@
 """``corpus=text``: a folder of line-aligned files named ``{train,valid,test}.XX-YY.{XX,YY}``, plain or compressed.
 
-``dev`` and ``val`` are ``valid``. Files without a split, ``XX-YY.{XX,YY}``, are cut by moe-prepare.
+``dev`` and ``val`` are ``valid``. moe-prepare splits files without a split, ``XX-YY.{XX,YY}``.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from moe_train.data.corpora.base import (
     listing,
     named_files,
     register,
-    say_unread,
+    report_unread,
 )
 from moe_train.data.stage_progress import Progress
 from moe_train.data.text.compressed import EXPANSION
-from moe_train.data.text.pairs import SPLIT_WORDS, Pair, refuse_two_words
+from moe_train.data.text.pairs import SPLIT_WORDS, Pair, refuse_double_splits
 from moe_train.errors import DataError
 
 LAYOUT = (
@@ -36,7 +36,7 @@ def read_text(config: CorpusConfig, progress: Progress) -> list[CorpusText]:
     """Finds the texts of ``corpus.path``."""
     folder = corpus_folder(config)
     texts = list(texts_of_folder(folder, config.max_expansion))
-    say_unread(folder, texts, progress)
+    report_unread(folder, texts, progress)
     return texts
 
 
@@ -47,7 +47,7 @@ def texts_of_folder(folder: Path, expansion: int = EXPANSION) -> Iterator[Corpus
         expansion: ``corpus.max_expansion``.
 
     Raises:
-        DataError: no files of the layout, a file without its other side, two validation texts of a pair, or a malformed
+        DataError: no files of the layout, a file without the other side, two validation texts of a pair, or an invalid
             pair name.
     """
     found: dict[tuple[str | None, str], dict[str, Path]] = {}
@@ -58,7 +58,7 @@ def texts_of_folder(folder: Path, expansion: int = EXPANSION) -> Iterator[Corpus
     if not found:
         there = listing(p.name for p in folder.iterdir())
         raise DataError(f"no parallel files here (found: {there or 'nothing'})", str(folder), LAYOUT)
-    refuse_two_words(((word, name) for word, name in found if word), folder)
+    refuse_double_splits(((word, name) for word, name in found if word), folder)
     for (word, name), sides in found.items():
         pair = Pair.parse(name)
         for language in pair:
@@ -70,5 +70,5 @@ def texts_of_folder(folder: Path, expansion: int = EXPANSION) -> Iterator[Corpus
 
 
 def _is_side(language: str, pair: str) -> bool:
-    # Not by parsing: a name with two hyphens is refused later, with what to do about it.
+    # Not by parsing the pair: a name with two hyphens is refused later, with a remedy.
     return pair.startswith(f"{language}-") or pair.endswith(f"-{language}")

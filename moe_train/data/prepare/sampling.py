@@ -1,4 +1,4 @@
-"""Which sentences the vocabulary is learnt from: languages balanced by temperature, chosen by a seed."""
+"""Samples the sentences from which the vocabulary is trained: languages weighted by temperature, with a seed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def shares(sizes: Mapping[str, int], temperature: float) -> dict[str, float]:
 
 
 def sample_sentences(selections: Sequence[Selection], config: VocabularyConfig, seed: int) -> Iterator[str]:
-    """Yields training sentences for SentencePiece; a small language's sentences may come several times."""
+    """Yields training sentences for SentencePiece; those of a small language may be repeated."""
     sizes: dict[str, int] = defaultdict(int)
     for selection in selections:
         for language in selection.text.sides:
@@ -40,7 +40,7 @@ def sample_sentences(selections: Sequence[Selection], config: VocabularyConfig, 
 
 
 def _repetitions(size: int, wanted: int, generator: np.random.Generator) -> np.ndarray:
-    """How often each of ``size`` sentences is taken so that ``wanted`` are taken in all. int64 [size]."""
+    """How often each of ``size`` sentences is used so that ``wanted`` are used in all. int64 [size]."""
     times = np.full(size, wanted // size, dtype=np.int64)
     times[generator.choice(size, wanted % size, replace=False)] += 1
     return times

@@ -1,7 +1,7 @@
-"""Which cleaned pairs or lines are trained on and which are held out.
+"""Selects the cleaned pairs or lines for training and for held-out sets.
 
-Everything is decided on 64-bit keys and hashes of the sentences, never on their order or on chance, so that the outcome
-is the same whatever the number of workers, and a sentence has one fate in all languages.
+The selection depends only on 64-bit keys and hashes of the sentences, not on their order. So it is the same for any
+number of workers, and a sentence is in the same split in all languages.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ Keys = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Selection:
-    """The fate of one text's pairs or lines.
+    """The selected pairs or lines of one text.
 
     Attributes:
         train: bool [lines].
-        held_out: split -> bool [lines]; empty for text that came with a split.
+        held_out: split -> bool [lines]; empty for text with a split.
     """
 
     text: CleanedText
@@ -40,28 +40,29 @@ class Selection:
 def select(
     texts: Sequence[CleanedText], given: Keys, missing: Mapping[Sides, Sequence[str]], config: CorpusConfig, seed: int
 ) -> list[Selection]:
-    """Removes duplicates, cuts the missing held-out sets, and keeps their sentences out of training.
+    """Removes duplicates, makes the missing held-out sets, and removes their sentences from training.
 
     Args:
         texts: training text and text without a split.
-        given: keys of the held-out files that the user gave.
-        missing: pair of a text without a split -> held-out splits to cut from it.
+        given: keys of the user's held-out files.
+        missing: pair of a text without a split -> held-out splits to take from it.
 
     Raises:
-        DataError: a split comes out empty.
+        DataError: a split is empty.
     """
-    unique = [_first_of_equals(text, config.cleaning.deduplicate) for text in texts]
-    cuts = [
-        _cut(text, keep, missing.get(text.sides, ()), config, seed) for text, keep in zip(texts, unique, strict=True)
+    unique = [_without_duplicates(text, config.cleaning.deduplicate) for text in texts]
+    held_out = [
+        _hold_out(text, keep, missing.get(text.sides, ()), config, seed)
+        for text, keep in zip(texts, unique, strict=True)
     ]
     made = union(
         (language, text.keys[rows, column])
-        for text, held in zip(texts, cuts, strict=True)
+        for text, held in zip(texts, held_out, strict=True)
         for rows in held.values()
         for column, language in enumerate(text.sides)
     )
     selections = []
-    for text, keep, held in zip(texts, unique, cuts, strict=True):
+    for text, keep, held in zip(texts, unique, held_out, strict=True):
         train = keep & ~np.any(list(held.values()), axis=0) if held else keep.copy()
         train = _without(text, train, made, "dropped_held_out")
         if config.decontaminate:
@@ -69,7 +70,7 @@ def select(
         train = _at_most(text, train, config.max_pairs, seed)
         text.counts["kept"] = int(train.sum())
         selections.append(Selection(text, train, held))
-        _refuse_empty(selections[-1])
+        _check_not_empty(selections[-1])
     return selections
 
 
@@ -82,7 +83,7 @@ def union(parts: Iterable[tuple[str, np.ndarray]]) -> dict[str, np.ndarray]:
 
 
 def occurs(keys: np.ndarray, sides: Sides, held: Keys) -> np.ndarray:
-    """Which pairs have a side that is among the held-out sentences of its language. bool [lines]."""
+    """Whether a side of each pair is among the held-out sentences of its language. bool [lines]."""
     found = np.zeros(len(keys), dtype=bool)
     for column, language in enumerate(sides):
         if language in held:
@@ -90,7 +91,7 @@ def occurs(keys: np.ndarray, sides: Sides, held: Keys) -> np.ndarray:
     return found
 
 
-def _first_of_equals(text: CleanedText, deduplicate: bool) -> np.ndarray:
+def _without_duplicates(text: CleanedText, deduplicate: bool) -> np.ndarray:
     keep = np.ones(text.size, dtype=bool)
     if deduplicate:
         keep[:] = False
@@ -99,11 +100,11 @@ def _first_of_equals(text: CleanedText, deduplicate: bool) -> np.ndarray:
     return keep
 
 
-def _cut(
+def _hold_out(
     text: CleanedText, keep: np.ndarray, splits: Sequence[str], config: CorpusConfig, seed: int
 ) -> dict[str, np.ndarray]:
-    """Held-out rows of a text without a split. The English side decides, else the source, so that the same sentence is
-    held out in every language; of several translations of it the first is taken."""
+    """Held-out rows of a text without a split, chosen by the key of the English side, else of the source, so that the
+    same sentence is held out in every language; of several translations the first is used."""
     if not splits:
         return {}
     sides = tuple(text.sides)
@@ -113,13 +114,13 @@ def _cut(
     draws = uniform(keys[rows], seed, "split")
     test, both = config.split.test, config.split.test + config.split.valid
     inside = {"test": draws < test, "valid": (draws >= test) & (draws < both)}
-    cut = {}
+    chosen = {}
     for split in splits:
         candidates = rows[inside[split]][np.argsort(draws[inside[split]], kind="stable")]
-        cut[split] = np.zeros(text.size, dtype=bool)
-        cut[split][candidates[: config.split.max_sentences]] = True
-        text.counts[split] = int(cut[split].sum())
-    return cut
+        chosen[split] = np.zeros(text.size, dtype=bool)
+        chosen[split][candidates[: config.split.max_sentences]] = True
+        text.counts[split] = int(chosen[split].sum())
+    return chosen
 
 
 def _without(text: CleanedText, train: np.ndarray, held: Keys, rule: str) -> np.ndarray:
@@ -139,7 +140,7 @@ def _at_most(text: CleanedText, train: np.ndarray, limit: int, seed: int) -> np.
     return chosen
 
 
-def _refuse_empty(selection: Selection) -> None:
+def _check_not_empty(selection: Selection) -> None:
     text = selection.text
     sizes = {
         "train": int(selection.train.sum()),
@@ -148,16 +149,16 @@ def _refuse_empty(selection: Selection) -> None:
     for split, size in sizes.items():
         if size:
             continue
-        story = ", ".join(
+        dropped = ", ".join(
             f"{rule.removeprefix('dropped_')} {n}"
             for rule, n in text.counts.items()
             if rule.startswith("dropped_") and n
         )
         raise DataError(
             f"the split '{split}' is empty: of {text.counts['read']} {text.sides.unit} {text.size} are left after "
-            "cleaning" + (f" (dropped: {story})" if story else ""),
+            "cleaning" + (f" (dropped: {dropped})" if dropped else ""),
             text.text.name,
-            "give more text, relax corpus.cleaning.*, or set corpus.split.* otherwise"
+            "add text, relax corpus.cleaning.*, or change corpus.split.*"
             if split != "train"
-            else "give more text or relax corpus.cleaning.*",
+            else "add text or relax corpus.cleaning.*",
         )

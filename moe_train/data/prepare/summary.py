@@ -1,4 +1,4 @@
-"""A prepared data folder as a table on the screen."""
+"""Prints the summary of a prepared data folder."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from moe_train.data.folder import DataFolder
 from moe_train.data.text.languages import is_english
 from moe_train.data.text.pairs import SPLITS, parse_sides
 
-_LINES = 8
+_MAX_LINES = 8  # on overlap
 
 
-def show(folder: DataFolder, console: Console) -> None:
-    """Prints pairs, or single languages' lines, by split and tier, what cleaning dropped, and overlap with training."""
+def print_summary(folder: DataFolder, console: Console) -> None:
+    """Prints numbers of pairs or lines by split and tier, of those dropped by cleaning, and overlap with training."""
     console.print(_table(folder))
     manifest = folder.manifest
     console.print(
@@ -64,6 +64,6 @@ def _overlap(folder: DataFolder) -> list[str]:
                     f"overlap: of the {counts['sentences']} {parse_sides(pair).unit} of {split} {pair}, training text "
                     f"contains {' and '.join(shared)} sentences (corpus.decontaminate=true removes them from training)"
                 )
-    if len(lines) > _LINES:
-        lines[_LINES:] = [f"overlap: {len(lines) - _LINES} more sets, see manifest.json"]
+    if len(lines) > _MAX_LINES:
+        lines[_MAX_LINES:] = [f"overlap: {len(lines) - _MAX_LINES} more sets, see manifest.json"]
     return lines

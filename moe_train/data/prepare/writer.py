@@ -17,13 +17,13 @@ from moe_train.data.text.vocabulary import dictionary_size, write_dictionary
 
 
 class FolderWriter:
-    """Adds texts to a folder and remembers what it has added.
+    """Adds texts to a folder and counts them.
 
     Args:
-        folder: the data folder in the making.
+        folder: the new data folder.
         languages: those of the dictionary's tags, in order.
         threads: native threads that encode.
-        advance: told the number of sentences written since last time.
+        advance: called with the number of sentences written since the last call.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class FolderWriter:
             self.frequencies += self._binarise("train", sides, language, lines)
 
     def add_held_out(self, split: str, sides: Sides, *texts: list[str]) -> None:
-        """Binarises held-out text and keeps it as it is, line for line."""
+        """Binarises held-out text and also writes its raw lines."""
         for language, lines in zip(sides, texts, strict=True):
             write_lines(self.folder / "raw" / f"{split}.{sides.file(language)}", lines)
             self._binarise(split, sides, language, lines)
@@ -57,7 +57,7 @@ class FolderWriter:
         """Writes ``dict.txt`` and a copy per language.
 
         Args:
-            like: an existing ``dict.txt`` to take instead, where the vocabulary is reused.
+            like: an existing ``dict.txt`` to copy, where a vocabulary is reused.
         """
         path = self.folder / "dict.txt"
         if like is None:

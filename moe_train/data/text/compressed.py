@@ -1,10 +1,10 @@
-"""Opening files by their suffix: plain, ``.gz``, ``.xz``, ``.bz2``, ``.zst``.
+"""Opens files by their suffix: plain, ``.gz``, ``.xz``, ``.bz2``, ``.zst``.
 
-A compressed file may hold several streams, one behind the other. All of them are read, and everything else is an error:
-a stream that is cut short, and bytes that belong to no stream. (``bz2.open`` and ``lzma.open`` ignore what they do not
-understand behind the first stream, and with it all further streams; zstandard's reader ends quietly within a frame.)
+A compressed file may contain several consecutive streams. All are read; a truncated stream, or bytes that belong to no
+stream, are errors. (``bz2.open`` and ``lzma.open`` ignore bytes that they cannot read after the first stream, with all
+further streams; zstandard's reader ends without an error within a frame.)
 
-Memory is bounded: little is unpacked at a time, and a file that unpacks to far more than text does is refused.
+Memory is bounded: files are unpacked in small pieces, and a file that unpacks to far more than text does is refused.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ if TYPE_CHECKING:
 
 SUFFIXES = ("", ".gz", ".xz", ".bz2", ".zst")
 EXPANSION = 200
-"""A file may unpack to so many times its size; text has 3 to 5, and very repetitive text 50."""
+"""Largest ratio of unpacked to packed size; text has 3 to 5, very repetitive text 50."""
 
-_FREE = 16 << 20  # bytes that any file may unpack to
-_PIECE = 1 << 16  # bytes that are read, and about as many that are unpacked, at a time
-# zstandard cannot be told to unpack less than all it is given, and 4 bytes can stand for 128 KiB: 32 MiB at most.
+_FREE = 16 << 20  # bytes to which any file may unpack
+_PIECE = 1 << 16  # bytes that are read, and about the number that are unpacked, at a time
+# zstandard unpacks all of its input at once, and 4 bytes can expand to 128 KiB: at most 32 MiB.
 _ZSTANDARD_PIECE = 1 << 10
-_WIDEST_WINDOW = 1 << 31  # what `zstd --long=31` writes; the library's own limit is 2^27
+_MAX_WINDOW = 1 << 31  # of `zstd --long=31`; the library's own limit is 2^27
 
 
 class DamagedFile(Exception):
-    """A compressed file that is cut short or altered; raised while reading it."""
+    """A compressed file is truncated or altered; raised while it is read."""
 
 
 class _Decoder(Protocol):
@@ -76,14 +76,14 @@ class _Gzip:
 
 
 class _Zstandard:
-    """A frame of a Zstandard file; one that is to be skipped unpacks to nothing."""
+    """A frame of a Zstandard file; a skippable frame unpacks to nothing."""
 
     needs_input = True
 
     def __init__(self) -> None:
         import zstandard
 
-        self._frame = zstandard.ZstdDecompressor(max_window_size=_WIDEST_WINDOW).decompressobj()
+        self._frame = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW).decompressobj()
 
     @property
     def eof(self) -> bool:
@@ -99,13 +99,13 @@ class _Zstandard:
 
 @dataclass(frozen=True)
 class _Format:
-    """How files of a suffix are unpacked.
+    """Format of the files with a suffix.
 
     Attributes:
-        decoder: makes one for the next stream.
-        errors: what it raises where the stream is damaged.
+        decoder: makes a decoder for the next stream.
+        errors: that it raises where the stream is damaged.
         piece: bytes to read at a time.
-        padding: zero bytes may follow a stream, a multiple of so many (0: none may).
+        padding: a multiple of this many zero bytes may follow a stream (0: none).
     """
 
     decoder: Callable[[], _Decoder]
@@ -135,10 +135,10 @@ _FORMATS: dict[str, Callable[[Path], _Format]] = {
 def open_bytes(path: Path, expansion: int = EXPANSION) -> IO[bytes]:
     """Opens a file for reading, unpacking it by its suffix.
 
-    Reading raises :class:`DamagedFile`, and DataError at the limit.
+    Reading it raises :class:`DamagedFile`, or DataError at the limit.
 
     Args:
-        expansion: how many times its size a compressed file may unpack to, and to 16 MiB in any case (0: no limit).
+        expansion: largest ratio of unpacked to packed size, for files that unpack to more than 16 MiB (0: no limit).
 
     Raises:
         MissingDependency: a .zst file without the zstandard library.
@@ -150,16 +150,16 @@ def open_bytes(path: Path, expansion: int = EXPANSION) -> IO[bytes]:
 
 
 def limit_of(packed: int, expansion: int) -> int | None:
-    """The bytes that a file of ``packed`` bytes may unpack to; None: any number."""
+    """Largest unpacked size of a file of ``packed`` bytes; None: no limit."""
     return max(_FREE, expansion * packed) if expansion else None
 
 
 def too_large(limit: int, expansion: int, where: str) -> DataError:
-    """The error of a file that unpacks to more than that."""
+    """The error for a file that unpacks to more than ``limit`` bytes."""
     return DataError(
         f"the file unpacks to more than {limit >> 20:,} MiB, over {expansion} times its size",
         where,
-        "if it is meant to, unpack it by hand; corpora have a key for the limit, corpus.max_expansion (0: no limit)",
+        "if that is intended, unpack it by hand, or (corpora) raise the limit corpus.max_expansion (0: no limit)",
     )
 
 
@@ -197,7 +197,7 @@ def _unpack(file: IO[bytes], kind: _Format) -> Iterator[bytes]:
     """Every stream of the file, in pieces.
 
     Raises:
-        DamagedFile: the file is empty or ends within a stream, or something in it is no stream.
+        DamagedFile: the file is empty, ends within a stream, or contains bytes that belong to no stream.
     """
     rest = file.read(kind.piece)
     if not rest:
@@ -218,7 +218,7 @@ def _unpack(file: IO[bytes], kind: _Format) -> Iterator[bytes]:
 
 
 def _after_padding(rest: bytes, file: IO[bytes], kind: _Format) -> bytes:
-    """What follows a stream and the zero bytes behind it."""
+    """The bytes after a stream and its zero padding."""
     zeros = 0
     while kind.padding and rest:
         stripped = rest.lstrip(b"\0")

@@ -14,7 +14,7 @@ import numpy as np
 
 
 class _FoldTable(dict[int, str]):
-    """Character -> itself if it is a letter or a mark, else nothing; fills itself."""
+    """Character -> itself if it is a letter or a mark, else nothing; filled on demand."""
 
     def __missing__(self, point: int) -> str:
         character = chr(point)
@@ -22,21 +22,19 @@ class _FoldTable(dict[int, str]):
         return self[point]
 
 
-@cache
-def _table() -> _FoldTable:
-    return _FoldTable()
+_fold_table = cache(_FoldTable)
 
 
 def fold(text: str) -> str:
-    """What makes two sentences "the same": their letters, without case, spacing, punctuation and digits.
+    """The letters of a sentence, without case, spacing, punctuation and digits: equal for sentences taken as the same.
 
-    A text without letters stands for itself.
+    A text without letters is returned as it is.
     """
-    return text.casefold().translate(_table()) or text.strip()
+    return text.casefold().translate(_fold_table()) or text.strip()
 
 
 def hash64(text: str) -> int:
-    """A 64-bit hash that is the same everywhere and always."""
+    """A 64-bit hash that does not depend on machine, process or version."""
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
@@ -52,9 +50,9 @@ def line_keys(lines: Sequence[tuple[str, ...]], sides: int) -> np.ndarray:
 
 
 def uniform(keys: np.ndarray, seed: int, purpose: str) -> np.ndarray:
-    """Turns keys into numbers in [0, 1) that depend on nothing but key, seed and purpose. float64, same shape."""
+    """Maps keys to numbers in [0, 1) that depend only on key, seed and purpose. float64, same shape."""
     salt = np.uint64(hash64(f"{purpose} {seed}"))
-    with np.errstate(over="ignore"):  # splitmix64: wrapping is what it is made of
+    with np.errstate(over="ignore"):  # splitmix64 relies on wrapping
         x = keys.astype(np.uint64) + salt
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -1,8 +1,8 @@
-"""Codes of languages: which of them name the same language, which are English, and what script is usual.
+"""Language codes: which name the same language, which are English, and the usual script of a language.
 
 ``en``, ``eng`` and ``eng_Latn`` are one language: two and three letters of ISO 639, and the names of FLORES-200, which
-add the script. A script that is not the language's usual one makes another text (``sr_Latn``), and so does a region
-(``pt_BR``). Everything that asks about a code asks here.
+add the script. A script other than the usual one makes a different language (``sr_Latn``), and so does a region
+(``pt_BR``).
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from types import MappingProxyType
 
 from moe_train.errors import did_you_mean
 
-# Three letters and the usual script, as FLORES-200 has them where it has the language; then the other names: two
-# letters, ISO 639-2's, those of a macrolanguage whose usual member it is, and those that are no longer in use.
+# Three letters and the usual script, as in FLORES-200 where it has the language; then other names: two letters,
+# ISO 639-2 codes, those of a macrolanguage of which it is the usual member, and obsolete ones.
 _LANGUAGES = """
     aar_Latn=aa abk_Cyrl=ab ace_Latn acm_Arab acq_Arab adx_Tibt aeb_Arab afr_Latn=af ajp_Arab aka_Latn=ak
     als_Latn=sq/sqi/alb amh_Ethi=am apc_Arab arb_Arab=ar/ara arg_Latn=an ars_Arab ary_Arab arz_Arab asm_Beng=as
@@ -61,7 +61,7 @@ _SCRIPT_WORDS = {
 
 
 def _read_table() -> tuple[dict[str, str], dict[str, str]]:
-    """Any name of a language -> its three letters; three letters -> usual script."""
+    """Two tables: name of a language -> three letters; three letters -> usual script."""
     letters: dict[str, str] = {}
     scripts: dict[str, str] = {}
     for entry in _LANGUAGES.split():
@@ -80,11 +80,11 @@ _LETTERS, _SCRIPTS = map(MappingProxyType, _read_table())
 
 @dataclass(frozen=True)
 class Language:
-    """What a code says; equal for codes of the same language.
+    """A parsed language code; equal for codes of the same language.
 
     Attributes:
-        letters: ISO 639-3's three letters, or what the code has in their place.
-        script: as ISO 15924 writes it, such as ``Latn``: the one that the code names, else the usual one ("": unknown).
+        letters: three letters of ISO 639-3, or the code's own where it is not known.
+        script: of ISO 15924, such as ``Latn``: that of the code, else the usual one ("": unknown).
         variant: region and other parts, in lower case.
     """
 
@@ -106,7 +106,7 @@ class Language:
         return cls(letters, script or _SCRIPTS.get(letters, ""), tuple(variant))
 
     def __str__(self) -> str:
-        """As FLORES-200 writes it: ``deu_Latn``."""
+        """As in FLORES-200: ``deu_Latn``."""
         return "_".join(filter(None, (self.letters, self.script, *self.variant)))
 
 
@@ -121,7 +121,7 @@ def is_same(code: str, other: str) -> bool:
 
 
 def find_same(code: str, known: Iterable[str]) -> str | None:
-    """How ``known`` spells a language: the code itself if it is there, else the first that names the same language."""
+    """The code of a language in ``known``: the same code, else the first that names the same language."""
     known = list(known)
     return code if code in known else next((other for other in known if is_same(code, other)), None)
 
@@ -136,19 +136,19 @@ def one_code_each(codes: Iterable[str]) -> dict[str, str]:
 
 
 def find_english(codes: Sequence[str]) -> str | None:
-    """How these codes spell English; a regional one (``en_GB``) only where there is no other."""
+    """The code of English among these; a regional one (``en_GB``) only where there is no other."""
     return find_same("en", codes) or next(filter(is_english, codes), None)
 
 
 def offer_language(code: str, known: Iterable[str]) -> str:
-    """The part of a message that offers the same language under another name, else near spellings."""
+    """The part of a message that suggests the same language under another code, else near spellings."""
     known = list(known)
     same = find_same(code, known)
     return f"did you mean {same!r}?" if same else did_you_mean(code, known)
 
 
 def offer_direction(name: str, known: Iterable[str]) -> str:
-    """The part of a message that offers the same direction in other codes, else near spellings."""
+    """The part of a message that suggests the same direction in other codes, else near spellings."""
     known = list(known)
     wanted = [*map(Language.of, name.split("-"))]
     same = next((other for other in known if [*map(Language.of, other.split("-"))] == wanted), None)

@@ -1,6 +1,6 @@
-"""Reading text line by line, exactly and in one way for all text of users: a line ends at a line feed and nowhere else.
+"""Reads text line by line. A line ends only at a line feed.
 
-Python's ``splitlines`` also breaks at U+2028, form feeds and more, which silently shifts parallel text.
+Python's ``splitlines`` also breaks at U+2028, form feeds and more, which would silently misalign parallel text.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ _PACKED = {b"\x1f\x8b": ".gz", b"\xfd7zXZ": ".xz", b"BZh": ".bz2", b"\x28\xb5\x2
 
 
 def read_lines(path: Path, *, nul: bool = False, expansion: int = EXPANSION) -> Iterator[str]:
-    """Yields the lines of a UTF-8 file without their ends; a carriage return before the line feed goes too, and so does
-    a byte order mark at the start.
+    """Yields the lines of a UTF-8 file without their ends; a carriage return before the line feed and a byte order mark
+    at the start are removed, too.
 
     Args:
-        nul: lines may hold NUL characters. Text of users may not: it is UTF-16 then, or no text.
+        nul: accept NUL characters. In text of users they are refused: such files are UTF-16 or binary.
         expansion: as in :func:`moe_train.data.text.compressed.open_bytes`.
 
     Raises:
-        DataError: the file cannot be read; a line is not UTF-8, holds NUL or is endless (file and line are named); a
-            compressed file is damaged, or unpacks to too much.
+        DataError: the file cannot be read; a line is not UTF-8, contains NUL or is too long (file and line are named);
+            a compressed file is damaged, or its content is too large.
     """
     return (
         decode_line(line, number, str(path), nul=nul) for number, line in enumerate(_byte_lines(path, expansion), 1)
@@ -39,23 +39,23 @@ def read_lines(path: Path, *, nul: bool = False, expansion: int = EXPANSION) -> 
 
 
 def split_lines(stream: IO[bytes]) -> Iterator[bytes]:
-    """The lines of a stream with their ends; of one that is too long, pieces, so that memory is bounded."""
+    """The lines of a stream with their ends; a line that is too long in pieces, so that memory is bounded."""
     return iter(partial(stream.readline, _LONGEST), b"")
 
 
 def decode_line(line: bytes, number: int, where: str, *, nul: bool = False) -> str:
-    """A line of bytes, with its end, as :func:`read_lines` yields it.
+    """Decodes a line of bytes with its end, as in :func:`read_lines`.
 
     Args:
         number: of the line, from 1.
-        where: the file that it comes from, for messages.
+        where: its file, for messages.
 
     Raises:
-        DataError: it is not UTF-8, holds NUL, or is as long as :func:`split_lines` lets it be.
+        DataError: it is not UTF-8, contains NUL, or is longer than a line may be.
     """
     if len(line) >= _LONGEST and not line.endswith(b"\n"):
         what = f"line {number} is longer than {_LONGEST >> 20} MiB"
-        raise DataError(what, where, "give text whose lines end with line feeds")
+        raise DataError(what, where, "use text whose lines end with line feeds")
     if number == 1:
         line = line.removeprefix(_BOM)
     if line.endswith(b"\n"):
@@ -66,16 +66,16 @@ def decode_line(line: bytes, number: int, where: str, *, nul: bool = False) -> s
         what = f"line {number} is not UTF-8 (byte 0x{line[error.start]:02x} at position {error.start})"
         raise DataError(what, where, _remedy(line if number == 1 else b"")) from error
     if not nul and "\0" in text:
-        what = f"line {number} holds a NUL character, as UTF-16 and binary files do"
-        raise DataError(what, where, "convert the file, e.g. `iconv -f utf-16 -t utf-8`, or take the character out")
+        what = f"line {number} contains a NUL character, as UTF-16 and binary files do"
+        raise DataError(what, where, "convert the file, e.g. `iconv -f utf-16 -t utf-8`, or remove the character")
     return text
 
 
 def _remedy(start: bytes) -> str:
-    """What to do about a file that begins with these bytes and is not UTF-8."""
+    """The remedy for a file that begins with these bytes and is not UTF-8."""
     suffix = next((suffix for magic, suffix in _PACKED.items() if start.startswith(magic)), "")
     if suffix:
-        return f"it is a compressed file: let its name end in {suffix}"
+        return f"it is a compressed file: rename it to end in {suffix}"
     encoding = "utf-16" if start.startswith(_UTF16) else "latin1"
     return f"convert the file, e.g. `iconv -f {encoding} -t utf-8`"
 
@@ -90,17 +90,17 @@ def _byte_lines(path: Path, expansion: int = EXPANSION) -> Iterator[bytes]:
                 yield line
     except DamagedFile as error:
         what = f"the compressed file is damaged after line {number} ({error})"
-        raise DataError(what, str(path), "fetch it again") from error
+        raise DataError(what, str(path), "download it again") from error
     except OSError as error:
         what = f"the file cannot be read ({error.strerror or error})"
-        raise DataError(what, str(path), "look after its permissions and its disk") from error
+        raise DataError(what, str(path), "check its permissions and its disk") from error
 
 
 def count_lines(path: Path, expansion: int = EXPANSION) -> int:
-    """How many lines :func:`read_lines` yields; bytes need not be UTF-8 here.
+    """Number of lines that :func:`read_lines` yields; their content is not checked.
 
     Raises:
-        DataError: as :func:`read_lines`, apart from what is in a line.
+        DataError: as :func:`read_lines`, except for the content of a line.
     """
     return sum(1 for _ in _byte_lines(path, expansion))
 
@@ -127,12 +127,12 @@ def _unequal(source: Path, target: Path, expansion: int) -> DataError:
         f"parallel files differ in length: {source.name} has {count_lines(source, expansion)} lines, "
         f"{target.name} has {count_lines(target, expansion)}",
         str(source.parent),
-        "line n of one must translate line n of the other: repair or fetch the files again",
+        "line n of one must translate line n of the other: repair the files or download them again",
     )
 
 
 def read_single(path: Path, expansion: int = EXPANSION) -> Iterator[tuple[str]]:
-    """Yields the lines of a file as pairs are yielded, with one side each.
+    """Yields the lines of a file as tuples of one side.
 
     Raises:
         DataError: as :func:`read_lines`.
@@ -154,13 +154,13 @@ def sha256(path: Path) -> str:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """What the system says against reading a file or folder inside becomes a message about the user's data.
+    """Turns system errors raised inside into a DataError about the user's data.
 
     Raises:
-        DataError: it is gone, or may not be read, or its disk fails.
+        DataError: a file or folder does not exist, may not be read, or its disk fails.
     """
     try:
         yield
     except OSError as error:
         what = f"it cannot be read ({error.strerror or error})"
-        raise DataError(what, str(error.filename or path), "restore the data, or say where it is: data=…") from error
+        raise DataError(what, str(error.filename or path), "restore the data, or set its place: data=…") from error

@@ -1,8 +1,8 @@
 """Unicode normalisation, the same for training text, held-out text and what a user types.
 
-The rules are compiled into ``spm.model``, so that every tool that encodes with it normalises alike: canonical
-composition (NFC), any kind of space or line break becomes a space, invisible control characters vanish. Unlike
-SentencePiece's NFKC default this keeps full-width punctuation, which Chinese and Japanese references contain.
+The rules are compiled into ``spm.model``, so that every tool that encodes with it normalises in the same way: canonical
+composition (NFC), any kind of space or line break becomes a space, invisible control characters are removed. Unlike
+SentencePiece's default NFKC this keeps full-width punctuation, which Chinese and Japanese references contain.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import unicodedata
 from functools import cache
 
-# Joiners (U+200C, U+200D) stay: Persian and Indic scripts spell with them.
+# Joiners (U+200C, U+200D) are kept: Persian and Indic scripts use them.
 _INVISIBLE = "\u00ad\u200b\u200e\u200f\u2060\u2061\u2062\u2063\u2064\ufeff"
 _INVISIBLE += "".join(map(chr, (*range(0x202A, 0x202F), *range(0x2066, 0x206A))))
 # The planes in which characters are assigned: scripts and symbols, then tags.
@@ -20,7 +20,7 @@ _SPACES = "\t\n\x0b\x0c\r\x1c\x1d\x1e\x1f\x85"
 
 @cache
 def character_table() -> dict[int, str]:
-    """``str.translate`` table: odd spaces to a space, invisible characters to nothing."""
+    """``str.translate`` table: other spaces to a space, invisible characters to nothing."""
     table: dict[int, str] = {}
     for point in _ASSIGNED:
         category = unicodedata.category(chr(point))
@@ -34,7 +34,7 @@ def character_table() -> dict[int, str]:
 
 
 def normalise(text: str) -> str:
-    """NFC, plain single spaces, no control characters, nothing at either end."""
+    """NFC, single spaces, without control characters and without spaces at either end."""
     if text.isascii() and text.isprintable():
         return " ".join(text.split())
     return " ".join(unicodedata.normalize("NFC", text.translate(character_table())).split())
@@ -52,8 +52,10 @@ def rules() -> str:
 
 
 def _composition(character: str) -> dict[tuple[int, ...], tuple[int, ...]]:
-    """Rules that compose this character, or replace it where NFC has another form of it. Hangul syllables are left out:
-    text has them composed already, and they are eleven thousand."""
+    """Rules that compose this character, or replace it where NFC has another form of it.
+
+    Without Hangul syllables: text has them composed already, and there are eleven thousand of them.
+    """
     point = ord(character)
     if 0xAC00 <= point <= 0xD7A3 or unicodedata.category(character) == "Cs":
         return {}

@@ -1,4 +1,4 @@
-"""What languages a text is in, by name: ``en-de`` is a pair and serves both directions, ``de`` is a single language."""
+"""Names of the languages of a text: ``en-de`` is a pair, for both directions; ``de`` is a single language."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moe_train.errors import DataError
 
 SPLITS = ("train", "valid", "test")
 SPLIT_WORDS = MappingProxyType({"train": "train", "valid": "valid", "val": "valid", "dev": "valid", "test": "test"})
-"""What files of a split are called -> the split."""
+"""Name of a split in file names -> the split."""
 LANGUAGE = re.compile(r"[A-Za-z]{2,3}(?:[_@][A-Za-z0-9]+)*")
 
 
@@ -50,12 +50,12 @@ class Pair:
 
     @property
     def directions(self) -> tuple[str, ...]:
-        """What can be translated with it: both ways."""
+        """Both translation directions."""
         return (self.name, self.reversed.name)
 
     @property
     def unit(self) -> str:
-        """What a line of the text is."""
+        """Unit of the text, for messages."""
         return "pairs"
 
     def file(self, language: str) -> str:
@@ -68,7 +68,7 @@ class Pair:
 
 @dataclass(frozen=True, order=True)
 class Single:
-    """One language, of whose text no translation is given; named and iterated as a :class:`Pair` is."""
+    """One language, for text without translations; has the interface of :class:`Pair`."""
 
     language: str
 
@@ -103,7 +103,7 @@ class Single:
 
     @property
     def unit(self) -> str:
-        """What a line of the text is."""
+        """Unit of the text, for messages."""
         return "lines"
 
     def file(self, language: str) -> str:
@@ -126,8 +126,8 @@ def parse_sides(name: str) -> Sides:
     return Pair.parse(name) if "-" in name else Single.parse(name)
 
 
-def refuse_two_words(files: Iterable[tuple[str, str]], folder: Path) -> None:
-    """Refuses files that two words of :data:`SPLIT_WORDS` make the same set, such as ``dev.en-de`` and ``valid.en-de``.
+def refuse_double_splits(files: Iterable[tuple[str, str]], folder: Path) -> None:
+    """Refuses two files of one split under two words of :data:`SPLIT_WORDS`, as ``dev.en-de`` and ``valid.en-de``.
 
     Args:
         files: (word, the rest of the name).
@@ -142,7 +142,7 @@ def refuse_two_words(files: Iterable[tuple[str, str]], folder: Path) -> None:
             raise DataError(
                 f"both '{other}.{name}' and '{word}.{name}' would be validation text",
                 str(folder),
-                "keep one of them, or join them into one",
+                "keep one of them, or concatenate them",
             )
 
 

@@ -1,7 +1,7 @@
 """The joint SentencePiece model: text to dictionary ids and back.
 
-Ids are those of the data folder's fairseq dictionary: fairseq puts <s>, <pad>, </s>, <unk> first and SentencePiece
-(trained with <unk> as its only special symbol) puts <unk> first, so that id = piece + 3 for every piece.
+Ids are those of the data folder's fairseq dictionary. fairseq begins with <s>, <pad>, </s>, <unk>; SentencePiece
+(trained with <unk> as its only special symbol) begins with <unk>. So id = piece + 3 for every piece.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Tokenizer:
         path: the data folder's ``spm.model``.
 
     Raises:
-        DataError: the file is missing or no SentencePiece model.
+        DataError: the file is missing or not a SentencePiece model.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -38,7 +38,7 @@ class Tokenizer:
             ) from error
 
     def __len__(self) -> int:
-        """Pieces of the model; the dictionary has the special symbols, the tags and the mask on top."""
+        """Number of pieces; the dictionary also has special symbols, tags and the mask."""
         return int(self._processor.get_piece_size())
 
     def __reduce__(self) -> tuple[type[Tokenizer], tuple[Path]]:
@@ -50,7 +50,7 @@ class Tokenizer:
         return [self._processor.id_to_piece(i) for i in range(1, len(self))]
 
     def encode(self, text: str) -> list[int]:
-        """Dictionary ids of one sentence, without end or tag."""
+        """Dictionary ids of one sentence, without end symbol and tag."""
         return [piece + OFFSET for piece in self._processor.encode(text, out_type=int)]
 
     def encode_batch(self, lines: Sequence[str], threads: int = 1) -> list[list[int]]:
@@ -58,7 +58,7 @@ class Tokenizer:
         return self._processor.encode(list(lines), out_type=int, num_threads=threads)  # type: ignore[no-any-return]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Detokenised text of dictionary ids; ends, padding, tags and the mask vanish."""
+        """Detokenised text of dictionary ids, without end symbols, padding, tags and the mask."""
         limit = len(self) + OFFSET
         return self._processor.decode([int(i) - OFFSET for i in ids if OFFSET <= int(i) < limit])  # type: ignore[no-any-return]
 

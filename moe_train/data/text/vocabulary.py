@@ -1,11 +1,11 @@
-"""Learning the joint SentencePiece model, and the fairseq dictionary that goes with it."""
+"""Trains the joint SentencePiece model, and writes and reads the fairseq dictionary of it."""
 
 from __future__ import annotations
 
 import io
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,12 +22,13 @@ from moe_train.fairseq_compat import apply
 if TYPE_CHECKING:
     from fairseq.data import Dictionary
 
-# The number of threads decides the order of floating-point sums: fixed, so that every machine learns the same.
+# Floating-point sums depend on the number of threads: it is fixed, so that all machines train the same model.
 _THREADS = 4
+_LONGEST = 8192  # bytes; SentencePiece would drop longer sentences with a warning: they are cut at a character
 
 
 def train_sentencepiece(sentences: Iterable[str], config: VocabularyConfig, path: Path) -> None:
-    """Learns the pieces from sentences and writes the model.
+    """Trains the model on sentences and writes it.
 
     Raises:
         DataError: the vocabulary is larger than the text allows, or too small for its characters.
@@ -38,7 +39,7 @@ def train_sentencepiece(sentences: Iterable[str], config: VocabularyConfig, path
         rule_file.write_text(rules(), encoding="ascii")
         try:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=_not_too_long(sentences),
+                sentence_iterator=(sentence[: _LONGEST // 4] for sentence in sentences),
                 model_writer=model,
                 vocab_size=config.size,
                 model_type=config.model_type,
@@ -69,23 +70,15 @@ def _without_paths(model: bytes) -> bytes:
     return content.SerializeToString(deterministic=True)  # type: ignore[no-any-return]
 
 
-_LONGEST = 8192  # bytes; SentencePiece drops longer sentences with a warning, here they are cut at a character
-
-
-def _not_too_long(sentences: Iterable[str]) -> Iterator[str]:
-    for sentence in sentences:
-        yield sentence if len(sentence) <= _LONGEST // 4 else sentence[: _LONGEST // 4]
-
-
 def _explain(error: RuntimeError, config: VocabularyConfig) -> DataError:
-    """What SentencePiece says of the size; every size from the one that it needs to the one that it yields works."""
+    """The user error for an error of SentencePiece, with a size that works."""
     text = str(error)
     if found := re.search(r"value <= (\d+)", text):
         more = " (vocabulary.model_type=bpe finds more pieces in little text)" if config.model_type == "unigram" else ""
         return DataError(
-            f"a vocabulary of {config.size} pieces is larger than the text allows: it yields at most {found[1]}",
+            f"a vocabulary of {config.size} pieces is larger than the text allows: at most {found[1]}",
             "vocabulary.size",
-            f"set vocabulary.size={found[1]}{more}, or give more text",
+            f"set vocabulary.size={found[1]}{more}, or use more text",
         )
     if found := re.search(r"required_chars\D*\d+ vs (\d+)", text):
         return DataError(
@@ -95,12 +88,12 @@ def _explain(error: RuntimeError, config: VocabularyConfig) -> DataError:
         )
     if "sentences_.empty()" in text or "all_chars_count" in text:
         return DataError(
-            "there is no text to learn a vocabulary from", remedy="give training text with characters in it"
+            "there is no text to learn a vocabulary from", remedy="use training text that contains characters"
         )
     return DataError(
-        f"SentencePiece could not learn {config.size} pieces ({text.strip()})",
+        f"SentencePiece could not train {config.size} pieces ({text.strip()})",
         "vocabulary.size",
-        "set a smaller vocabulary.size, or give more text",
+        "set a smaller vocabulary.size, or use more text",
     )
 
 
@@ -126,7 +119,7 @@ def write_dictionary(path: Path, tokenizer: Tokenizer, languages: Sequence[str],
     symbols = [symbol for symbol, _ in entries] + ["<s>", "<pad>", "</s>", "<unk>"]
     if len(set(symbols)) != len(symbols):
         raise DataError(
-            "the vocabulary holds a symbol twice", str(path), "strip language tags and <mask> from the text"
+            "the vocabulary contains a symbol twice", str(path), "remove language tags and <mask> from the text"
         )
     with path.open("w", encoding="utf-8", newline="\n") as stream:
         stream.writelines(f"{symbol} {count}\n" for symbol, count in entries)
@@ -136,7 +129,7 @@ def load_dictionary(path: Path) -> Dictionary:
     """Reads a ``dict.txt`` with fairseq.
 
     Raises:
-        DataError: it cannot be read, or is no dictionary.
+        DataError: it cannot be read, or is not a dictionary.
         MissingDependency: fairseq is not installed.
     """
     apply()
@@ -147,5 +140,5 @@ def load_dictionary(path: Path) -> Dictionary:
         with reading(path), path.open(encoding="utf-8") as stream:
             dictionary.add_from_file(stream)
     except (ValueError, RuntimeError) as error:  # not UTF-8, a line without a count, a symbol twice
-        raise DataError(f"this is no dictionary ({error})", str(path), "run moe-prepare again") from error
+        raise DataError(f"this is not a dictionary ({error})", str(path), "run moe-prepare again") from error
     return dictionary

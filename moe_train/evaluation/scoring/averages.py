@@ -13,15 +13,11 @@ TIERS = ("high", "medium", "low")
 def tier_of(direction: str, tiers: Mapping[str, str]) -> str:
     """The resource tier of a direction: that of its language other than English, of two the lower; "" where unknown."""
     known = [tiers[code] for code in direction.split("-") if code in tiers and not is_english(code)]
-    return max(known, key=_rank, default="")
+    return max(known, key=lambda tier: TIERS.index(tier) if tier in TIERS else -1, default="")
 
 
-def _rank(tier: str) -> int:
-    return TIERS.index(tier) if tier in TIERS else -1
-
-
-def groups(directions: Sequence[str], tiers: Mapping[str, str]) -> dict[str, list[str]]:
-    """Named groups of directions; only those that have any. ``all`` is first."""
+def group_directions(directions: Sequence[str], tiers: Mapping[str, str]) -> dict[str, list[str]]:
+    """Named groups of directions, without empty ones. ``all`` is first."""
     found: dict[str, list[str]] = {"all": list(directions)}
     found["from English"] = [d for d in directions if is_english(d.split("-")[0])]
     found["into English"] = [d for d in directions if is_english(d.split("-")[1])]
@@ -32,10 +28,10 @@ def groups(directions: Sequence[str], tiers: Mapping[str, str]) -> dict[str, lis
 
 
 def mean(scores: Sequence[CorpusScores]) -> CorpusScores:
-    """The mean of each score over directions; every direction counts the same.
+    """The mean of each score over directions; every direction has the same weight.
 
     Raises:
-        ValueError: there are none.
+        ValueError: ``scores`` is empty.
     """
     if not scores:
         raise ValueError("no scores to average")

@@ -1,7 +1,7 @@
 """BLEU and chrF++ of detokenised text by sacrebleu, with the tokenizer that the target language needs.
 
-BLEU (Papineni et al., 2002) counts words, so where a script writes no spaces it needs a tokenizer of its own: with
-``13a`` a Chinese or Japanese sentence is one word. chrF++ (Popović, 2017; ``word_order=2``) is read on characters.
+BLEU (Papineni et al., 2002) counts words, so a script without spaces needs its own tokenizer: with ``13a`` a Chinese
+or Japanese sentence is one word. chrF++ (Popović, 2017; ``word_order=2``) mostly compares characters.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ _MECAB = {  # language -> (tokenizer, its scripts, modules that it needs, sacreb
 
 @dataclass(frozen=True)
 class Tokenization:
-    """A sacrebleu tokenizer for BLEU, and what the reader should know about the choice."""
+    """A sacrebleu tokenizer for BLEU, with a note for the reader where it is not the usual one."""
 
     name: str
     note: str = ""
 
 
 def tokenization(code: str) -> Tokenization:
-    """The tokenizer for a target language, given as ``de``, ``zh_Hans``, ``jpn_Jpan`` …: its script decides.
+    """The tokenizer for a target language (``de``, ``zh_Hans``, ``jpn_Jpan`` …), chosen by its script.
 
-    sacrebleu's ``zh`` takes Chinese characters one by one and everything else as ``13a`` does, so that it also serves
-    languages that some write in Latin letters (``nan``, ``hak``).
+    sacrebleu's ``zh`` splits Chinese characters and treats all else as ``13a`` does, so it also works for languages
+    that are also written in Latin letters (``nan``, ``hak``).
     """
     language = Language.of(code)
     if language.letters in _MECAB and language.script in _MECAB[language.letters][1]:
@@ -70,11 +70,11 @@ def _installed(modules: Sequence[str]) -> bool:
 
 
 def require_tokenizer(name: str) -> None:
-    """Refuses a tokenizer that sacrebleu does not have, or cannot use here without fetching a model.
+    """Checks that sacrebleu has a tokenizer and can use it without downloading a model.
 
     Raises:
         MissingDependency: its library is not installed.
-        DataError: it is unknown, or its SentencePiece model is damaged or not there (its place and source are named).
+        DataError: it is unknown, or its SentencePiece model is missing or damaged (path and URL are named).
     """
     if name not in (AUTO, *BLEU.TOKENIZERS):
         raise DataError(f"sacrebleu has no tokenizer '{name}'", remedy=did_you_mean(name, BLEU.TOKENIZERS))
@@ -89,14 +89,14 @@ def require_tokenizer(name: str) -> None:
         raise DataError(
             f"the SentencePiece model of sacrebleu's tokenizer '{name}' is not on this machine",
             str(path),
-            f"put it there: `curl --create-dirs -L -o '{path}' {url}` (the variable SACREBLEU names another folder), "
-            "or leave out tokenizer=…",
+            f"put it there: `curl --create-dirs -L -o '{path}' {url}` (the variable SACREBLEU sets another folder), "
+            "or omit tokenizer=…",
         )
     try:
         SentencePieceProcessor(model_file=str(path))
     except (OSError, RuntimeError) as error:
         what = f"the SentencePiece model of sacrebleu's tokenizer '{name}' cannot be read ({error})"
-        raise DataError(what, str(path), f"delete it and fetch it again: {url}") from error
+        raise DataError(what, str(path), f"delete it and download it again: {url}") from error
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Comparison:
     Attributes:
         scores: the system's.
         difference: system minus baseline.
-        bleu_p, chrf_p: how often a difference as large would come by chance.
+        bleu_p, chrf_p: p values: the probability of such a difference by chance.
     """
 
     scores: CorpusScores
@@ -150,12 +150,12 @@ class Scorer:
 
     @property
     def bleu_signature(self) -> str:
-        """sacrebleu's signature; known once something has been scored."""
+        """sacrebleu's signature; available after the first call of :meth:`score`."""
         return str(self._bleu.get_signature())
 
     @property
     def chrf_signature(self) -> str:
-        """sacrebleu's signature; known once something has been scored."""
+        """sacrebleu's signature; available after the first call of :meth:`score`."""
         return str(self._chrf.get_signature())
 
     def score(self, hypotheses: Sequence[str], references: Sequence[str]) -> CorpusScores:
@@ -189,7 +189,7 @@ class Scorer:
             ("baseline", list(baseline)),
             *((name, list(lines)) for name, lines in systems.items()),
         ]
-        logging.getLogger("sacrebleu").setLevel(logging.WARNING)  # it tells of every step
+        logging.getLogger("sacrebleu").setLevel(logging.WARNING)  # it logs every step
         test = PairedTest(named, {"BLEU": self._bleu, "chrF": self._chrf}, [list(references)], "bs", n_samples=samples)
         _, table = test()
         bleu, chrf = (table[name] for name in table if name != "System")
@@ -200,7 +200,7 @@ def _comparison(bleu: Sequence[Any], chrf: Sequence[Any], row: int) -> Compariso
     """From the columns of sacrebleu's table, whose row 0 is the baseline."""
     scores = CorpusScores(*(round(float(column[row].score), 4) for column in (bleu, chrf)))
     difference = CorpusScores(*(round(float(column[row].score - column[0].score), 4) for column in (bleu, chrf)))
-    # sacrebleu gives equal outputs the smallest p value, of which it says so itself; no difference is no finding.
+    # sacrebleu gives equal outputs the smallest p value, as it documents; without a difference the p value is 1.
     p_values = [float(column[row].p_value) if column[row].score != column[0].score else 1.0 for column in (bleu, chrf)]
     return Comparison(scores, difference, *p_values)
 

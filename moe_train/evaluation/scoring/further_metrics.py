@@ -1,4 +1,4 @@
-"""Further metrics by name: what ``moe-evaluate metrics=[…]`` computes besides BLEU and chrF++."""
+"""Registry of metrics that ``moe-evaluate metrics=[…]`` computes in addition to BLEU and chrF++."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from moe_train.plugins import load_plugin, offer_names
 Metric = Callable[[Sequence[str], Sequence[str], str], float]
 M = TypeVar("M", bound=Metric)
 BUILT_IN = ("bleu", "chrf")  # always computed (moe_train.evaluation.scoring.bleu_chrf)
-# What stands beside scores in test.json, under names that a metric cannot have.
+# Keys of test.json next to the scores, which cannot be names of metrics.
 TAKEN = (*BUILT_IN, "copy", "shuffled", "sentences", "words", "reference_words", "tokenizer", "zero_shot", "directions")
 
 _METRICS: dict[str, Metric] = {}
 
 
 def register_metric(name: str) -> Callable[[M], M]:
-    """Decorator that makes a function known as ``metrics=[name]``; its scores stand under ``name`` in ``test.json``.
+    """Decorator that registers a metric for ``metrics=[name]``; its scores have the key ``name`` in ``test.json``.
 
     Raises:
-        ValueError: the name is taken.
+        ValueError: the name is in use.
     """
 
     def add(metric: M) -> M:
         if name in _METRICS or name in TAKEN:
-            raise ValueError(f"the name of the metric {name!r} is taken")
+            raise ValueError(f"the name of the metric {name!r} is in use")
         _METRICS[name] = metric
         return metric
 
@@ -36,10 +36,10 @@ def register_metric(name: str) -> Callable[[M], M]:
 
 
 def find_metrics(names: Iterable[str]) -> dict[str, Metric]:
-    """The metrics of those names, in their order; those that are always computed are left out.
+    """The metrics with these names, in their order, without those that are always computed.
 
     Raises:
-        ConfigError: there is none of a name, or its plug-in is broken.
+        ConfigError: a name is unknown, or its plug-in is broken.
     """
     found = {}
     for name in names:
@@ -57,7 +57,7 @@ def measure_with(metric: Metric, hypotheses: Sequence[str], references: Sequence
     """The score of a corpus.
 
     Raises:
-        ValueError: it failed, or gave no finite number; hours of decoding must not be lost by that.
+        ValueError: the metric failed or its score is not finite. Callers catch it, so that no decoding is lost.
     """
     try:
         score = float(metric(hypotheses, references, language))

@@ -1,4 +1,4 @@
-"""``test.json``: what an evaluation found."""
+"""The content of ``test.json``: scores of an evaluation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from moe_train.config import SearchConfig
 from moe_train.errors import DataError
-from moe_train.evaluation.scoring.averages import groups, mean
+from moe_train.evaluation.scoring.averages import group_directions, mean
 from moe_train.evaluation.scoring.bleu_chrf import CorpusScores
 from moe_train.evaluation.scoring.further_metrics import TAKEN
 from moe_train.utils.json_files import finite, read_object
@@ -25,7 +25,7 @@ class DirectionResult:
 
     Attributes:
         baselines: ``copy`` (the source as the hypothesis) and ``shuffled`` (the model's own outputs, permuted between
-            sentences): what a model that translates must beat.
+            sentences): lower bounds that a trained model must exceed.
         words, reference_words: white-space separated words of hypotheses and references.
         tokenizer: sacrebleu's, for BLEU.
         metrics: scores of further metrics (:mod:`moe_train.evaluation.scoring.further_metrics`).
@@ -64,14 +64,14 @@ class DirectionResult:
 
 
 def _with_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings with every key of the search: earlier versions have written fewer, and searched by the defaults."""
+    """Settings with every key of the search; earlier versions wrote fewer and used today's defaults for the others."""
     return {**settings, "search": {**asdict(SearchConfig()), **settings.get("search", {})}}
 
 
 def _scores(content: Mapping[str, Any]) -> CorpusScores:
     bleu, chrf = (finite(content[name]) for name in ("bleu", "chrf"))
     if bleu is None or chrf is None:
-        raise ValueError("a score is no number")
+        raise ValueError("a score is not a number")
     return CorpusScores(bleu, chrf)
 
 
@@ -80,12 +80,12 @@ class Results:
     """The content of ``test.json``.
 
     Attributes:
-        settings: what decides the outputs (checkpoint, search, data …).
+        settings: those that determine the outputs (checkpoint, search, data …).
         tiers: language -> resource tier.
         signatures: ``{"bleu": {tokenizer: signature}, "chrf": signature}``.
-        decoding: sentences, tokens, words, seconds, words per second, processes, and what routers counted, of the last
+        decoding: sentences, tokens, words, seconds, words per second, processes, and routing statistics, of the last
             evaluation.
-        notes: what a reader should know about the scores.
+        notes: remarks on the scores for the reader.
     """
 
     settings: Mapping[str, Any]
@@ -117,20 +117,20 @@ class Results:
     def groups(self) -> dict[str, list[str]]:
         """Directions by group: all, from English, into English, tiers; zero-shot ones apart where there are both."""
         zero_shot = [name for name, result in self.directions.items() if result.zero_shot]
-        found = groups(list(self.directions), self.tiers)
+        found = group_directions(list(self.directions), self.tiers)
         if zero_shot and len(zero_shot) < len(self.directions):
             found["trained"] = [name for name in self.directions if name not in zero_shot]
             found["zero-shot"] = zero_shot
         return found
 
     def replaces(self, earlier: Results) -> bool:
-        """Whether these say all that the earlier ones say: the same settings, no fewer directions and metrics."""
+        """Whether these contain all of the earlier results: same settings, no direction or metric missing."""
         same = _with_defaults(earlier.settings) == _with_defaults(self.settings)
         more = earlier.directions.keys() <= self.directions.keys() and set(earlier.metrics) <= set(self.metrics)
         return same and more
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; other programs rely on ``directions``, ``average``, ``signatures`` and ``baselines``."""
+        """JSON values; other programs read ``directions``, ``average``, ``signatures`` and ``baselines``."""
         averages = {
             name: {**self.average_metrics(members), **asdict(self.average(members)), "directions": len(members)}
             for name, members in self.groups.items()
@@ -156,7 +156,7 @@ class Results:
         """The inverse of :meth:`to_json`.
 
         Raises:
-            ValueError, KeyError, TypeError, AttributeError, OverflowError: it is not what that gives.
+            ValueError, KeyError, TypeError, AttributeError, OverflowError: the content is not valid.
         """
         _check(content)
         directions = {name: DirectionResult.from_json(entry) for name, entry in content["directions"].items()}
@@ -168,7 +168,7 @@ class Results:
 
 
 def read_results(path: Path) -> Results | None:
-    """Reads ``test.json``; None where there is none, or where it is of a task that does not translate.
+    """Reads ``test.json``; None where it does not exist, or is of a task that does not translate.
 
     Raises:
         DataError: it cannot be read.
@@ -195,21 +195,21 @@ _KINDS: Mapping[str, type] = {
 
 
 def _check(content: Mapping[str, Any]) -> None:
-    """Whether all that is shown of results has the type that it must have.
+    """Checks the types of all values that are shown.
 
     Raises:
-        TypeError, ValueError, KeyError: it has not.
+        TypeError, ValueError, KeyError: one is missing or has another type.
     """
     for name, kind in _KINDS.items():
         if not isinstance(content[name], kind):
             raise TypeError(f"'{name}' is a {type(content[name]).__name__}")
     if not isinstance(content["settings"].get("search", {}), dict):
-        raise TypeError("'search' is no mapping")
+        raise TypeError("'search' is not a mapping")
     if not content["directions"]:
         raise ValueError("no directions")
     for direction in content["directions"]:
         if len(direction.split("-")) != 2:
-            raise ValueError(f"'{direction}' is no direction")
+            raise ValueError(f"'{direction}' is not a direction")
     texts = [*content["tiers"].values(), *content["notes"], *content["signatures"]["bleu"].values()]
     if not all(isinstance(text, str) for text in [*texts, content["signatures"]["chrf"]]):
-        raise TypeError("a tier, note or signature is no text")
+        raise TypeError("a tier, note or signature is not a string")

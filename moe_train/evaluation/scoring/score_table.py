@@ -1,4 +1,4 @@
-"""The table of scores that moe-evaluate prints."""
+"""Prints the table of scores of moe-evaluate."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from moe_train.evaluation.scoring.results import BASELINES, Results
 
 
 def limit(results: Results) -> str:
-    """What of each direction was left out, for a heading; "" where nothing was."""
+    """The limit on lines per direction, for a heading; "" where there was none."""
     sentences = results.settings.get("max_sentences")
     return f", the first {sentences:,} lines of each direction" if sentences else ""
 
 
 def score_table(results: Results) -> Table:
-    """A row per direction and per group of directions; the two baselines beside the model's scores."""
+    """A row per direction and per group of directions, with the scores of the model and of both baselines."""
     title = (
         f"{results.settings['split']}, {results.settings['checkpoint']}{limit(results)} "
         "(copy: the source as the output; shuffled: the model's outputs permuted between sentences)"
@@ -61,7 +61,7 @@ def _cells(scores: list[CorpusScores]) -> list[str]:
     return [f"{value:.1f}" for entry in scores for value in (entry.bleu, entry.chrf)]
 
 
-def summary(results: Results) -> Group:
+def score_summary(results: Results) -> Group:
     """The table, sacrebleu's signatures, notes and the speed of decoding."""
     signatures = [f"BLEU    {signature}" for signature in results.signatures["bleu"].values()]
     signatures.append(f"chrF++  {results.signatures['chrf']}")
@@ -75,6 +75,6 @@ def summary(results: Results) -> Group:
     return Group(score_table(results), Text("\n".join(lines)))
 
 
-def show(results: Results, console: Console) -> None:
-    """Prints :func:`summary`."""
-    console.print(summary(results), soft_wrap=True)
+def print_scores(results: Results, console: Console) -> None:
+    """Prints :func:`score_summary`."""
+    console.print(score_summary(results), soft_wrap=True)

@@ -1,7 +1,7 @@
 """Batched beam search with the semantics of fairseq's SequenceGenerator, on the model's own decoding path.
 
 At each step a sentence considers its 2k best continuations; those among the first k that end are finished hypotheses
-(score / length^penalty), the k best that do not end go on. A sentence is done with k finished hypotheses, or at its
+(score / length^penalty), the k best that do not end continue. A sentence is done with k finished hypotheses, or at its
 longest length, and leaves the batch. Differences from fairseq 0.12.2, so that no result depends on batch mates: the
 longest length follows from the sentence's own source length, not from the batch's, and is never below ``min_length``
 (fairseq ends with an assertion); forced prefix tokens are not scored.
@@ -24,14 +24,14 @@ from moe_train.routing.context import RankReduction
 
 
 class ReorderableState(Protocol):
-    """Cached keys and values of N = B·k rows, the beams of a sentence side by side."""
+    """Cached keys and values of N = B·k rows; the beams of a sentence are consecutive."""
 
     def reorder(self, rows: Tensor) -> None:
-        """Keeps ``rows`` [N'] int64 of the N, some of them several times; whole sentences may go."""
+        """Selects ``rows`` [N'] int64 of the N, some of them several times; whole sentences may be removed."""
 
 
 class DecodableModel(Protocol):
-    """What the search needs of a model; ``moe_train.models`` gives it."""
+    """Interface of a model for the search, implemented in ``moe_train.models``."""
 
     training: bool
 
@@ -43,7 +43,7 @@ class DecodableModel(Protocol):
 
     @property
     def encoder(self) -> Any:
-        """Called with ``net_input`` apart from ``prev_output_tokens``."""
+        """Called with ``net_input`` except ``prev_output_tokens``."""
 
     def start_decoding(self, encoder_out: Any, beam: int, max_length: int) -> ReorderableState:
         """A state of B·beam rows for at most ``max_length`` steps."""
@@ -72,10 +72,10 @@ class SpecialSymbols(Protocol):
 
 @dataclass
 class _Beams:
-    """The live part of a search: S sentences that are not done, k beams each.
+    """State of a search: S sentences that are not done, k beams each.
 
     ``sentence`` [S] rows of the batch, ``scores`` [S, k], ``tokens`` [S, k, room], ``limit`` [S] longest lengths;
-    ``stops`` are all values of the limits, known to the host so that most steps need not look.
+    ``stops`` are all values of ``limit``, on the host, so that most steps need no synchronisation.
     """
 
     sentence: Tensor
@@ -89,12 +89,12 @@ class BeamSearch:
     """Finds translations of a batch.
 
     Args:
-        model: see :class:`DecodableModel`; used in eval mode and given back as it was.
+        model: see :class:`DecodableModel`; set to eval mode during the search.
         dictionary: the target dictionary.
         config: beam, penalties, shortest and longest length.
-        company: the ranks that hold the model's experts among them. All then search at the same time, and one that is
-            done (or has no sentences) goes on with no rows until all are, since experts must be asked by all together.
-            None: the model is here as a whole.
+        group: the ranks over which the model's experts are divided. They search at the same time; a rank that is done
+            (or has no sentences) continues with zero rows until all are done, since all must take part in the exchange
+            of tokens. None: the whole model is on this rank.
 
     Raises:
         ConfigError: ``search.min_length`` is beyond the model's positions.
@@ -111,7 +111,7 @@ class BeamSearch:
         self.pad, self.eos, self.unk = dictionary.pad(), dictionary.eos(), dictionary.unk()
         if config.min_length >= (positions := model.max_decoder_positions()):
             raise ConfigError(
-                f"search.min_length={config.min_length} is more than the model's {positions} positions hold",
+                f"search.min_length={config.min_length} does not fit into the model's {positions} positions",
                 remedy=f"set search.min_length to {positions - 1} or less",
             )
         self.beam = min(config.beam, len(dictionary) - 1)
@@ -121,11 +121,11 @@ class BeamSearch:
         """Searches for a batch.
 
         Args:
-            net_input: ``src_tokens`` [B, S] and whatever else the encoder takes, and ``prev_output_tokens`` [B, P],
-                with which every hypothesis starts: the end symbol or a language tag, then forced tokens if P > 1.
+            net_input: ``src_tokens`` [B, S] and other inputs of the encoder, and ``prev_output_tokens`` [B, P], with
+                which every hypothesis starts: the end symbol or a language tag, then forced tokens if P > 1.
 
         Raises:
-            CheckpointError: the model gives numbers that are not finite.
+            CheckpointError: the model's output is not finite.
         """
         was_training = self.model.training
         self.model.eval()
@@ -146,14 +146,14 @@ class BeamSearch:
         inputs = self._force(prefix, state)
         beams = self._start(sentences, limit, longest, device)
         step = 0
-        while self._anyone(beams):
+        while self._any_unfinished(beams):
             logits = self.model.decode_step(inputs, state)
             if beams.sentence.numel():
                 inputs = self._step(logits, beams, finished, state, step)
             step += 1
         return finished.sorted()
 
-    def _anyone(self, beams: _Beams) -> bool:
+    def _any_unfinished(self, beams: _Beams) -> bool:
         """Whether any rank has sentences that are not done."""
         if self.group is None:
             return beams.sentence.numel() > 0
@@ -162,12 +162,13 @@ class BeamSearch:
     def _step(self, logits: Tensor, beams: _Beams, finished: Finished, state: ReorderableState, step: int) -> Tensor:
         """Extends, finishes and reorders the beams; returns the tokens [N'] to feed next."""
         candidates = self._candidates(log_probabilities(logits), beams, step)
-        going_on = self._finish(candidates, beams, finished, step)
-        if going_on is not None:
-            self._keep_sentences(beams, going_on)
-            candidates = candidates.select(going_on)
-        rows = self._advance(candidates, beams, step, going_on)
-        if (self.beam > 1 or going_on is not None) and (rows.numel() or self.group is not None):
+        kept = self._finish(candidates, beams, finished, step)
+        if kept is not None:
+            beams.sentence, beams.limit = beams.sentence[kept], beams.limit[kept]
+            beams.tokens = beams.tokens[kept]
+            candidates = candidates.select(kept)
+        rows = self._advance(candidates, beams, step, kept)
+        if (self.beam > 1 or kept is not None) and (rows.numel() or self.group is not None):
             state.reorder(rows)
         return beams.tokens[:, :, step].reshape(-1)
 
@@ -177,7 +178,7 @@ class BeamSearch:
         shortest = max(1, self.config.min_length)
         room = max(shortest, self.model.max_decoder_positions() - prefix)
         limit = lengths * self.config.max_length_ratio + self.config.max_length_offset
-        return limit.clamp(min=shortest, max=room).long()  # before it becomes a whole number: a huge one would overflow
+        return limit.clamp(min=shortest, max=room).long()  # before the conversion: a huge number would overflow
 
     def _force(self, prefix: Tensor, state: ReorderableState) -> Tensor:
         """Feeds all but the last forced token; returns the last, [N]."""
@@ -187,7 +188,7 @@ class BeamSearch:
         return columns[-1]
 
     def _start(self, sentences: int, limit: Tensor, longest: int, device: torch.device) -> _Beams:
-        # All beams start alike, so only the first one counts at the first step.
+        # All beams are equal at the start, so only the first one is used at the first step.
         scores = torch.full((sentences, self.beam), -torch.inf, device=device)
         scores[:, 0] = 0.0
         tokens = torch.full((sentences, self.beam, longest + 1), self.pad, dtype=torch.int64, device=device)
@@ -211,7 +212,7 @@ class BeamSearch:
         return candidates
 
     def _finish(self, candidates: Candidates, beams: _Beams, finished: Finished, step: int) -> Tensor | None:
-        """Collects hypotheses that end; returns the sentences [S'] that go on, or None if all do."""
+        """Collects hypotheses that end; returns the sentences [S'] that continue, or None if all do."""
         first = (slice(None), slice(self.beam))
         ended = (candidates.token[first] == self.eos) & (candidates.score[first] > -torch.inf)
         if bool(ended.any()):
@@ -222,17 +223,12 @@ class BeamSearch:
         done = (finished.count[beams.sentence] >= self.beam) | (beams.limit <= step)
         return (~done).nonzero().squeeze(1) if bool(done.any()) else None
 
-    @staticmethod
-    def _keep_sentences(beams: _Beams, kept: Tensor) -> None:
-        beams.sentence, beams.limit = beams.sentence[kept], beams.limit[kept]
-        beams.tokens = beams.tokens[kept]
-
     def _advance(self, candidates: Candidates, beams: _Beams, step: int, kept: Tensor | None) -> Tensor:
         """Makes the k best candidates that do not end the new beams; returns the old rows [N'] that they continue."""
         ends = candidates.token == self.eos
         order = ends.to(torch.int8).argsort(dim=1, stable=True)[:, : self.beam]
         beam = candidates.beam.gather(1, order)
-        # Where a tiny vocabulary leaves too few that go on, the rest of the beams die.
+        # With a tiny vocabulary too few candidates continue: the other beams get -inf.
         beams.scores = candidates.score.gather(1, order).masked_fill_(ends.gather(1, order), -torch.inf)
         beams.tokens[:, :, :step] = beams.tokens[:, :, :step].gather(1, beam.unsqueeze(-1).expand(-1, -1, step))
         beams.tokens[:, :, step] = candidates.token.gather(1, order)

@@ -1,4 +1,4 @@
-"""Finished hypotheses of a batch, collected in tensors so that the inner loop never walks over sentences."""
+"""Finished hypotheses of a batch, collected in tensors, without a Python loop over sentences."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Hypotheses:
-    """What a search returns: up to k hypotheses for each of B sentences, best first.
+    """Result of a search: up to k hypotheses for each of B sentences, best first.
 
     Attributes:
         tokens: [B, k, L] int64 without the end symbol, padded.
@@ -52,9 +52,9 @@ class Finished:
         """Adds the hypotheses that end at one step.
 
         Args:
-            sentence: [S] which sentences the rows below are.
-            ended: [S, k] bool, best first; more than a sentence has room for are left out.
-            beams: [S, k] the beam that each ends.
+            sentence: [S] index of the sentence of each row below.
+            ended: [S, k] bool, best first; those above ``beam`` hypotheses of a sentence are left out.
+            beams: [S, k] the beam that each hypothesis continues.
             scores: [S, k] final scores.
             tokens: [S, k, t] tokens of the beams, end symbol not included.
         """
@@ -68,7 +68,7 @@ class Finished:
         self.count[sentence] = (self.count[sentence] + ended.sum(1)).clamp(max=self.beam)
 
     def sorted(self) -> Hypotheses:
-        """Everything collected, best first; equal scores keep the order in which they ended."""
+        """All hypotheses, best first; equal scores keep the order in which they ended."""
         scores, order = self.scores.sort(dim=1, descending=True, stable=True)
         tokens = self.tokens.gather(1, order.unsqueeze(-1).expand_as(self.tokens))
         return Hypotheses(tokens, self.lengths.gather(1, order), scores)

@@ -1,4 +1,4 @@
-"""Which continuations a step of beam search considers. Shapes: B sentences, k beams, V symbols, N = B·k rows."""
+"""Selects the best continuations at a step of beam search. Shapes: B sentences, k beams, V symbols, N = B·k rows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 64  # symbols per block of the two-stage search for the largest
-_FEW = 8 * BLOCK
+_SMALL_VOCABULARY = 8 * BLOCK
 
 
 class Candidates(NamedTuple):
@@ -30,7 +30,7 @@ class Candidates(NamedTuple):
 
 
 def log_probabilities(logits: Tensor) -> Tensor:
-    """log softmax in fp32 over the last dimension of [N, V]; the memory of fp32 logits is used again."""
+    """log softmax in fp32 over the last dimension of [N, V]; fp32 logits are overwritten."""
     if logits.dtype == torch.float32 and logits.is_contiguous():
         return torch.log_softmax(logits, dim=-1, out=logits)
     return torch.log_softmax(logits, dim=-1, dtype=torch.float32)
@@ -39,17 +39,17 @@ def log_probabilities(logits: Tensor) -> Tensor:
 def best_candidates(log_probs: Tensor, scores: Tensor, count: int) -> Candidates:
     """The ``count`` best continuations per sentence over all its beams.
 
-    Taking the largest of k·V numbers directly costs more than the log softmax on a CPU. The largest of all stand in
-    the blocks with the largest maxima: block maxima (one vectorised pass) are ranked first, only those blocks searched.
+    On a CPU, topk over k·V numbers costs more than the log softmax. The largest numbers are in the blocks with the
+    largest maxima: block maxima (one vectorised pass) are ranked first, then only those blocks are searched.
 
     Args:
         log_probs: [N, V] fp32, contiguous.
-        scores: [B, k] summed log-probabilities so far; -inf for a beam that is not alive.
+        scores: [B, k] summed log-probabilities so far; -inf for an unused beam.
     """
     sentences, beams = scores.shape
     vocabulary = log_probs.shape[1]
     count = min(count, beams * vocabulary)
-    if vocabulary < _FEW:
+    if vocabulary < _SMALL_VOCABULARY:
         total = (log_probs.view(sentences, beams, vocabulary) + scores.unsqueeze(-1)).view(sentences, -1)
         score, flat = total.topk(count, dim=1)
     else:

@@ -1,1 +1,1 @@
-"""The hang watchdog: finds ranks that no longer make progress, says which one and why, and ends the job."""
+"""The hang watchdog: finds ranks that make no progress, reports which and why, and ends the job."""

@@ -23,8 +23,8 @@ def blocking_ranks(statuses: Mapping[int, RankStatus], silent: Iterable[int]) ->
 
     Empty where no rank is behind: then all compute, or a collective that all have entered does not end.
     """
-    if silent := sorted(silent):
-        return silent
+    if ranks := sorted(silent):
+        return ranks
     waited_for = {b for a in statuses for b in statuses if waits(statuses[a], statuses[b])}
     return sorted(b for b in waited_for if not any(waits(statuses[b], statuses[other]) for other in statuses))
 

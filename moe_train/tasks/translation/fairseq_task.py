@@ -30,8 +30,8 @@ from fairseq.data import FairseqDataset  # noqa: E402
 from fairseq.tasks import FairseqTask, register_task  # noqa: E402
 
 _log = logging.getLogger(__name__)
-# The budget sets how wide the bands of in_length_order are.
-_BAND_BUDGET = 4096
+# in_length_order only needs an order here: the budget sets the width of its buckets.
+_BUCKET_BUDGET = 4096
 
 
 @register_task("moe_translation", dataclass=MoETranslationFlags)
@@ -140,7 +140,7 @@ class PairDataset(FairseqDataset):  # type: ignore[misc]
     def ordered_indices(self) -> Indices:
         """Short to long; fairseq seeds NumPy's generator around this call."""
         order = np.random.permutation(len(self)) if self.shuffle else np.arange(len(self))  # noqa: NPY002
-        return order[in_length_order(self.src_sizes[order], self.tgt_sizes[order], _BAND_BUDGET)]
+        return order[in_length_order(self.src_sizes[order], self.tgt_sizes[order], _BUCKET_BUDGET)]
 
 
 class TypedDataset(FairseqDataset):  # type: ignore[misc]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from moe_train.config import RunConfig
 from moe_train.data.batching import BatchSettings, Indices, WorldBatches
 from moe_train.data.folder import DataFolder
-from moe_train.data.length_buckets import cut_by_length
+from moe_train.data.length_buckets import batch_by_length
 from moe_train.data.text.languages import offer_direction
 from moe_train.data.text.pairs import tag
 from moe_train.errors import DataError, note
@@ -199,7 +199,7 @@ class TranslationTask(TranslatingTask, FairseqTask):  # type: ignore[misc]
             if not kept.all():
                 _log.warning("%s %s: %d sentences of more than %d tokens left out", split, name, (~kept).sum(), limit)
             items = np.flatnonzero(kept)[: max_items or None]
-            sets[name] = cut_by_length(items, text.source_lengths[items], text.target_lengths[items], budget)
+            sets[name] = batch_by_length(items, text.source_lengths[items], text.target_lengths[items], budget)
         return sets
 
     def evaluation_sample(self, split: str, name: str, indices: Indices) -> Sample:

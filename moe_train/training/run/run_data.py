@@ -17,7 +17,7 @@ from typing import Any
 
 from moe_train.config.run import DataVerify
 from moe_train.data.folder import DataFolder
-from moe_train.data.verification import InputFiles, file_digests
+from moe_train.data.verification import InputFiles, sha256_of_files
 from moe_train.errors import DataError, UserError, note, plural
 from moe_train.tasks import TaskData, TrainingTask, build_task, open_data
 from moe_train.training.checkpoint.store import run_on_all_ranks
@@ -212,7 +212,7 @@ def note_changed_folder(folder: RunFolder, data: TaskData, main: bool) -> None:
 
 
 def _digests(inputs: InputFiles, how: DataVerify) -> dict[str, str]:
-    return dict(sorted(file_digests(inputs.root, inputs.names, how).items()))
+    return dict(sorted(sha256_of_files(inputs.root, inputs.names, how).items()))
 
 
 def _altered(inputs: InputFiles, name: str, what: str, folder: RunFolder) -> DataError:

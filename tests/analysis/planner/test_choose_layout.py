@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from moe_train.analysis.planner.choose_layout import Candidate, make_plan
+from moe_train.analysis.planner.choose_layout import Candidate, compare_layouts
 from moe_train.analysis.planner.cost_shape import decoder_only, model_shape
 from moe_train.analysis.planner.plan_tables import as_mapping
 from moe_train.config import ModelConfig, build
@@ -42,24 +42,26 @@ def layouts(candidates: tuple[Candidate, ...]) -> set[tuple[int, bool]]:
 
 def only(**changes: Any) -> Candidate:
     """One layout, the one that is named."""
-    plan = make_plan(config(**changes))
+    plan = compare_layouts(config(**changes))
     (same,) = [c for c in plan.candidates if c.same_model]
     return same
 
 
 def test_it_tries_every_layout_that_can_be() -> None:
-    plan = make_plan(config())
+    plan = compare_layouts(config())
     assert layouts(plan.candidates) == {(1, False), (2, False), (4, False), (8, False), (16, False), (16, True)}
     assert plan.chosen is plan.candidates[0]
-    assert make_plan(config(layout={"ranks_per_node": 2})).chosen.layout.ranks_per_node == 2
+    assert compare_layouts(config(layout={"ranks_per_node": 2})).chosen.layout.ranks_per_node == 2
 
 
 def test_sam_is_tried_with_groups_as_ranks_and_as_nodes() -> None:
-    plan = make_plan(config(name="sam", routing={"num_groups": 4, "top_k": 1}))
+    plan = compare_layouts(config(name="sam", routing={"num_groups": 4, "top_k": 1}))
     of_whole_world = {(c.groups, c.same_model) for c in plan.candidates if c.layout.expert_parallel == 16}
     assert of_whole_world == {(4, True), (16, False), (2, False)}
     assert plan.chosen.same_model
-    by_rank = make_plan(config(name="sam", routing={"num_groups": "rank", "top_k": 1}, layout={"expert_parallel": 8}))
+    by_rank = compare_layouts(
+        config(name="sam", routing={"num_groups": "rank", "top_k": 1}, layout={"expert_parallel": 8})
+    )
     assert by_rank.chosen.groups == 8 and by_rank.chosen.same_model
 
 
@@ -141,7 +143,7 @@ def test_micro_batches_multiply_traffic_and_not_activations() -> None:
 
 
 def test_a_slow_link_between_nodes_keeps_experts_inside_them() -> None:
-    fast, slow = (make_plan(config(on="dgx_a100")), make_plan(config(on="ethernet")))
+    fast, slow = (compare_layouts(config(on="dgx_a100")), compare_layouts(config(on="ethernet")))
     for plan in (fast, slow):
         across = [c.time.exchange_across for c in plan.candidates if c.layout.expert_parallel == 16]
         assert min(across) > 0
@@ -154,22 +156,24 @@ def test_a_plan_says_what_a_strategy_says_of_the_layout() -> None:
     torn = {"name": "sam", "routing": {"num_groups": 2, "top_k": 1}}
     for keys, words in ((torn, "the 2 groups of 8 experts are split"), ({"name": "thor"}, "routing.draw=batch")):
         for expert_parallel in (1, 16):
-            reasons = make_plan(config(layout={"expert_parallel": expert_parallel, "two_level": False}, **keys)).reasons
+            reasons = compare_layouts(
+                config(layout={"expert_parallel": expert_parallel, "two_level": False}, **keys)
+            ).reasons
             assert any(words in reason for reason in reasons) == (expert_parallel > 1)
     whole = {**torn, "routing": {"num_groups": 16, "top_k": 1}}
-    reasons = make_plan(config(layout={"expert_parallel": 16, "two_level": False}, **whole)).reasons
+    reasons = compare_layouts(config(layout={"expert_parallel": 16, "two_level": False}, **whole)).reasons
     assert not any("split" in reason for reason in reasons)
 
 
 def test_memory_forces_experts_apart() -> None:
     free = config(world=8, experts=64)
-    plan = make_plan(free)
+    plan = compare_layouts(free)
     smallest = min(plan.candidates, key=lambda c: c.memory.total)
     assert smallest.layout.expert_parallel == 8
     tight = replace(free, cluster=replace(free.cluster, memory_gb=smallest.memory.total * 1.01 / 1e9))
-    assert make_plan(tight).chosen.layout.expert_parallel == 8
-    none = make_plan(replace(free, cluster=replace(free.cluster, memory_gb=0.001)))
-    assert not none.chosen.fits and "nothing fits" in none.reasons[0]
+    assert compare_layouts(tight).chosen.layout.expert_parallel == 8
+    none = compare_layouts(replace(free, cluster=replace(free.cluster, memory_gb=0.001)))
+    assert not none.chosen.fits and "no layout fits" in none.reasons[0]
 
 
 def test_thor_that_draws_by_batch_waits_for_one_rank() -> None:
@@ -180,7 +184,7 @@ def test_thor_that_draws_by_batch_waits_for_one_rank() -> None:
 
 
 def test_4096_ranks_are_planned_without_any() -> None:
-    plan = make_plan(config(world=4096, experts=4096, name="switch"))
+    plan = compare_layouts(config(world=4096, experts=4096, name="switch"))
     assert {c.layout.expert_parallel for c in plan.candidates} == {2**n for n in range(13)}
     assert plan.candidates[-1].time.total > plan.chosen.time.total
     content = as_mapping(plan)
@@ -199,7 +203,7 @@ def test_4096_ranks_are_planned_without_any() -> None:
 )
 def test_what_cannot_be_is_refused(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        make_plan(config(**changes))
+        compare_layouts(config(**changes))
 
 
 def test_predictions_beside_published_figures_are_those_of_the_document() -> None:

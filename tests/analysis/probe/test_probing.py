@@ -10,7 +10,7 @@ import torch
 
 from moe_train.analysis.probe.collapse import representation_collapse
 from moe_train.analysis.probe.groups import specialisation
-from moe_train.analysis.probe.probing import LayerProbe, capacity_by_stack, describe, probe, probe_run
+from moe_train.analysis.probe.probing import LayerProbe, capacity_by_stack, describe_probe, probe, probe_run
 from moe_train.data.folder import DataFolder
 from moe_train.layers import StratifiedLayer
 from tests.commands.test_train import here
@@ -43,7 +43,7 @@ def test_what_a_block_saw_and_chose() -> None:
     with torch.no_grad():
         _, extra = model(**sample()["net_input"])
     assert torch.equal(layer.first[:8], extra["routing"][1].routing[0].choices[:, 0])
-    content = describe(layer)
+    content = describe_probe(layer)
     states, token = torch.cat(layer.states), torch.cat(layer.token_id)
     assert content["collapse_by_token"] == representation_collapse(states, token)
     assert sum(content["load"]) == 16 and content["dropped_fraction"] == 0.0
@@ -54,15 +54,15 @@ def test_what_a_block_saw_and_chose() -> None:
 def test_strata_tell_the_capacity_that_tokens_request() -> None:
     model = language_model({"name": "smoe", "num_experts": 4, "strata": [1, 3]})
     found = probe(model, [sample()])
-    content = describe(found[0])
+    content = describe_probe(found[0])
     assert 1.0 <= content["requested_capacity"] <= 2.0
-    capacities = [describe(layer)["requested_capacity"] for layer in found.values()]
+    capacities = [describe_probe(layer)["requested_capacity"] for layer in found.values()]
     assert capacity_by_stack(found) == {"encoder": pytest.approx(sum(capacities) / 2)}
     found[1].stack = "decoder"
     assert list(capacity_by_stack(found).values()) == pytest.approx(capacities)
     by_language = content["requested_capacity_by_language"]
     assert content["requested_capacity"] == pytest.approx((5 * by_language[0] + 3 * by_language[1]) / 8)
-    often = describe(probe(model, [sample()] * 6)[0])["requested_capacity_by_token"]
+    often = describe_probe(probe(model, [sample()] * 6)[0])["requested_capacity_by_token"]
     assert set(often) == {0, 2} and content["requested_capacity_by_token"] == {}  # twice a batch, the others once
 
 
@@ -76,7 +76,7 @@ def test_what_the_measures_say_of_known_choices() -> None:
         language=[torch.tensor([0, 0]), torch.tensor([1, 1])],
         token_id=[torch.tensor([5, 6]), torch.tensor([5, 6])],
     )
-    content = describe(layer)
+    content = describe_probe(layer)
     assert content["load"] == [2, 2, 1] and content["dead"] == 0.0
     assert content["load_by_language"] == [pytest.approx([2 / 3, 1 / 3, 0.0]), [0.0, 0.5, 0.5]]
     counts = torch.tensor([[2, 1, 0], [0, 1, 1]])
@@ -105,7 +105,7 @@ def test_load_is_of_all_choices_and_passes_that_are_carried_out(
         _, extra = model(**sample()["net_input"])
     for record in extra["routing"]:
         layer, statistics = found[record.layer], record.statistics
-        content = describe(layer)
+        content = describe_probe(layer)
         assert content["load"] == statistics.load.tolist()
         asked = pairs if pairs is not None else 2 * int(sum(p.sum() for p in layer.passes))
         assert int(statistics.requested.sum()) == asked
@@ -134,23 +134,23 @@ def test_strata_show_what_their_first_gate_sees(norm: str) -> None:
     assert sorted(seen) == sorted(found) == [0, 1]
     for number, layer in found.items():
         torch.testing.assert_close(layer.states[0], seen[number], rtol=0, atol=0)
-        assert describe(layer)["collapse_by_expert"] == representation_collapse(seen[number], layer.first)
+        assert describe_probe(layer)["collapse_by_expert"] == representation_collapse(seen[number], layer.first)
 
 
 def test_soft_blocks_tell_of_their_mixes() -> None:
     model = vision({"name": "soft_moe", "num_experts": 3})
     images = {"net_input": {"images": pictures(4), "sentence_uid": torch.arange(4)}}
-    content = describe(probe(model, [images])[0])
+    content = describe_probe(probe(model, [images])[0])
     assert 1.0 <= content["tokens_per_slot"] <= 6.0 and 1.0 <= content["slots_per_token"] <= 6.0
     assert content["tokens"] == 24 and "load" not in content and "requested_capacity" not in content
-    text = describe(probe(language_model({"name": "soft_moe", "num_experts": 2}), [sample()])[0])
+    text = describe_probe(probe(language_model({"name": "soft_moe", "num_experts": 2}), [sample()])[0])
     assert text["tokens"] == 8 and 1.0 <= text["tokens_per_slot"] <= 5.0  # sentences of 5 and of 3, padding left out
 
 
 def test_expert_choice_counts_tokens_that_nobody_takes() -> None:
     model = vision({"name": "expert_choice", "num_experts": 3, "capacity_factor": 0.5})
     images = {"net_input": {"images": pictures(4), "sentence_uid": torch.arange(4)}}
-    assert describe(probe(model, [images])[0])["dropped_fraction"] >= 0.5
+    assert describe_probe(probe(model, [images])[0])["dropped_fraction"] >= 0.5
 
 
 def test_a_run_along_its_checkpoints(tiny_data: DataFolder, tmp_path: Path) -> None:

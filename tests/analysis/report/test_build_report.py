@@ -68,7 +68,7 @@ def test_names_are_as_long_as_they_must_be(tmp_path: Path) -> None:
 def test_no_runs(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no run here"):
         read_runs([tmp_path])
-    with pytest.raises(ConfigError, match="no runs are given"):
+    with pytest.raises(ConfigError, match="no runs were given"):
         read_runs([])
 
 
@@ -96,7 +96,7 @@ def test_failures_and_their_causes(sweep: Path, tmp_path: Path) -> None:
     assert never_begun.strategy == "sam"
     silent = aged(trained(tmp_path / "silent"))
     (silent / "run.json").write_text('{"status": "running"}')
-    assert "without a word" in read_run(silent, "silent").cause
+    assert "without an error message" in read_run(silent, "silent").cause
     (silent / "logs").mkdir(exist_ok=True)
     (silent / "logs" / "rank_1.log").write_text("fine\nTraceback\n  File …\nValueError: bad shape\nmore\n")
     assert read_run(silent, "silent").cause == "ValueError: bad shape"
@@ -196,7 +196,7 @@ def test_averages_over_different_directions_are_flagged(tmp_path: Path) -> None:
     scored(trained(tmp_path / "a"), 0.6, 1)
     scored(trained(tmp_path / "b"), 0.6, 2, directions=DIRECTIONS[:2])
     runs = read_runs([tmp_path])
-    assert any("do not compare" in note for note in compare(runs, runs[0], 0, 0.05).notes)
+    assert any("cannot be compared" in note for note in compare(runs, runs[0], 0, 0.05).notes)
 
 
 def test_the_leaderboard(sweep: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from moe_train.analysis.report.build_report import make_report
 from moe_train.analysis.report.load_runs import read_runs
-from moe_train.analysis.report.sentence_sets import unlike_sets
+from moe_train.analysis.report.sentence_sets import differing_sets
 from moe_train.config.evaluation import ReportConfig
 from moe_train.errors import ConfigError
 from tests.analysis.report_folders import scored, trained
@@ -37,10 +37,10 @@ def test_scores_of_few_lines_stand_out(tmp_path: Path) -> None:
     assert "few test, first 5 step_3 2 10 13a" in flat and "whole test step_3 2 40 13a" in flat
     assert max(map(len, text.partition("against baseline (")[0].splitlines())) <= 80
     assert "few: scored on the first 5 lines of each direction, not on the whole split" in flat
-    assert "unlike numbers of lines: in de-en 5 (few), 20 (whole) (and in 1 more directions)" in flat
+    assert "different numbers of lines: in de-en 5 (few), 20 (whole) (and in 1 more directions)" in flat
     assert "other texts in de-en and 1 more" in flat and not re.search(r"\+\d", flat), "and nothing was tested"
     markdown = (tmp_path / "leaderboard.md").read_text()
-    assert "| few | test, first 5 | step_3 | 2 | 10 | 13a |" in markdown and "unlike numbers of lines" in markdown
+    assert "| few | test, first 5 | step_3 | 2 | 10 | 13a |" in markdown and "different numbers of lines" in markdown
     rows = {row["run"]: row for row in csv.DictReader(io.StringIO((tmp_path / "leaderboard.csv").read_text()))}
     assert (rows["few"]["scored_on"], rows["few"]["lines"]) == ("test, first 5", "10")
     assert rows["whole"]["scored_on"] == "test" and rows["few"]["all_better"] == ""
@@ -80,17 +80,17 @@ def test_what_else_is_unlike_is_said(tmp_path: Path) -> None:
         scored(trained(tmp_path / name, **more), 0.6, 1, ("en-de",), count=5)  # type: ignore[arg-type]
     other = tmp_path / "few" / "test.json"
     other.write_text(other.read_text().replace('"tokenizer": "13a"', '"tokenizer": "char"'))
-    notes = unlike_sets(read_runs([tmp_path]))
+    notes = differing_sets(read_runs([tmp_path]))
     assert notes == [
-        "runs were scored with unlike BLEU tokenizers: in en-de 13a (a and 4 more), char (few). "
-        "Their scores do not compare",
+        "runs were scored with different BLEU tokenizers: in en-de 13a (a and 4 more), char (few). "
+        "Their scores cannot be compared",
         *(note for note in notes if "signatures of sacrebleu: in en-de" in note),
-        "valid nll is of sets with unlike data folder, (a and 4 more), (data): it does not compare",
-        "valid nll is of sets with unlike vocabulary, (a and 3 more), (pieces): it does not compare",
-        "valid nll is of sets with unlike training.validation.max_sentences, 0 (a and 4 more), 20 (few): "
-        "it does not compare",
+        "valid nll is of sets with different data folder, (a and 4 more), (data): it cannot be compared",
+        "valid nll is of sets with different vocabulary, (a and 3 more), (pieces): it cannot be compared",
+        "valid nll is of sets with different training.validation.max_sentences, 0 (a and 4 more), 20 (few): "
+        "it cannot be compared",
     ]
-    assert unlike_sets(read_runs([tmp_path / "a", tmp_path / "b", tmp_path / "old"])) == []
+    assert differing_sets(read_runs([tmp_path / "a", tmp_path / "b", tmp_path / "old"])) == []
 
 
 def test_runs_that_cannot_be_written_are_reported_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,7 +113,7 @@ def test_runs_that_cannot_be_written_are_reported_elsewhere(tmp_path: Path, monk
         assert f"{run} cannot be written (Read-only file system): the leaderboard is in {tmp_path / 'report'}" in text
         assert (tmp_path / "report" / "leaderboard.csv").is_file()
         with pytest.raises(
-            ConfigError, match=r"cannot be written \(Read-only file system\)\. Name another folder: out="
+            ConfigError, match=r"cannot be written \(Read-only file system\)\. Set another folder: out="
         ):
             said(runs=(str(run),), out=str(run / "out"))
     assert snapshot(run) == before

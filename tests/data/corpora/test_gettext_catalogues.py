@@ -94,7 +94,7 @@ def test_a_damaged_archive(tmp_path: Path) -> None:
 def test_the_name_of_a_file_is_no_catalogue(tmp_path: Path) -> None:
     """polib opens the file that its content names."""
     (tmp_path / "other.mo").write_bytes(catalogue())
-    with pytest.raises(DataError, match="does not begin as a catalogue does"):
+    with pytest.raises(DataError, match="does not begin like a catalogue"):
         read(wheel(tmp_path, str(tmp_path / "other.mo").encode()))
 
 

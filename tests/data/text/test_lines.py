@@ -44,9 +44,9 @@ def test_line_that_is_not_utf8_is_named(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ("gut\nschön\n".encode("utf-16"), r"line 1 is not UTF-8 .*iconv -f utf-16"),
-        ("gut\nschön\n".encode("utf-16-le"), r"line 1 holds a NUL character.*iconv -f utf-16"),
-        (b"gut\nsch\0n\n", r"line 2 holds a NUL character"),
-        (gzip.compress(b"gut\n"), r"line 1 is not UTF-8 .*let its name end in \.gz"),
+        ("gut\nschön\n".encode("utf-16-le"), r"line 1 contains a NUL character.*iconv -f utf-16"),
+        (b"gut\nsch\0n\n", r"line 2 contains a NUL character"),
+        (gzip.compress(b"gut\n"), r"line 1 is not UTF-8 .*rename it to end in \.gz"),
         (b"gut\n\xed\xa0\x80\n", r"line 2 is not UTF-8 \(byte 0xed at position 0\)"),
     ],
     ids=["utf-16", "utf-16 without a mark", "nul", "gzip", "surrogate"],  # gzip's bytes hold the time

@@ -225,7 +225,7 @@ def test_min_length_goes_beyond_a_sentence_s_limit_and_not_beyond_the_model_s() 
     assert [len(t) for t in search(model, model.sample([3, 9]), max_length_ratio=0.5, min_length=9)] == [9, 9]
     assert [len(t) for t in search(model, model.sample([3]), min_length=63)] == [63], "64 positions"
     with pytest.raises(
-        ConfigError, match=r"search\.min_length=64 is more than the model's 64 positions.*to 63 or less"
+        ConfigError, match=r"search\.min_length=64 does not fit into the model's 64 positions.*to 63 or less"
     ):
         search(model, model.sample([3]), min_length=64)
     with pytest.raises(ConfigError, match=r"search\.max_length_offset=2 leave less than 3 tokens"):

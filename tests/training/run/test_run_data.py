@@ -11,7 +11,7 @@ import pytest
 from moe_train.config.tasks import ImageConfig
 from moe_train.data.folder import DataFolder
 from moe_train.data.images import open_images
-from moe_train.data.images.folders import MOST_RECORDED
+from moe_train.data.images.folders import MAX_RECORDED
 from moe_train.data.labelled import LabelledTexts
 from moe_train.errors import DataError
 from moe_train.tasks import TaskData
@@ -140,8 +140,8 @@ def test_digits_are_a_file_of_their_library() -> None:
 
 def test_too_many_images_are_known_by_name_and_size_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_class_folders(tmp_path, {"cat": 4, "dog": 4}, size=(6, 6))
-    assert MOST_RECORDED >= 50_000 and len(open_images(str(tmp_path), ImageConfig()).inputs.names) == 8
-    monkeypatch.setattr("moe_train.data.images.folders.MOST_RECORDED", 7)
+    assert MAX_RECORDED >= 50_000 and len(open_images(str(tmp_path), ImageConfig()).inputs.names) == 8
+    monkeypatch.setattr("moe_train.data.images.folders.MAX_RECORDED", 7)
     assert open_images(str(tmp_path), ImageConfig()).inputs.names == ()
 
 
