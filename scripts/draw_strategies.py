@@ -1,4 +1,4 @@
-"""Draws the schematics of docs/strategies.md: one picture a strategy, tokens on the left and experts on the right.
+"""Draws the schematics of docs/strategies.md: one per strategy, tokens on the left and experts on the right.
 
 python scripts/draw_strategies.py [FOLDER]        # default: docs/figures
 """
@@ -23,7 +23,7 @@ GREY = "#888888"
 
 @dataclass(frozen=True)
 class Edge:
-    """A token's (or slot's) way to an expert; the width of the line is the weight."""
+    """An edge from a token (or slot) to an expert; its line width is the weight."""
 
     token: int
     expert: int
@@ -37,7 +37,7 @@ class Figure:
 
     Attributes:
         edges: from tokens to experts.
-        boxes: experts that stand together, as (first, last, label).
+        boxes: groups of experts, as (first, last, label).
         left, right: names of the tokens and of the experts.
         note: one line below.
     """
@@ -54,7 +54,7 @@ def edges(*pairs: tuple[int, int] | tuple[int, int, float]) -> tuple[Edge, ...]:
     return tuple(Edge(pair[0], pair[1], *pair[2:]) for pair in pairs)
 
 
-def everyone(weights: Iterable[Iterable[float]]) -> tuple[Edge, ...]:
+def all_edges(weights: Iterable[Iterable[float]]) -> tuple[Edge, ...]:
     """An edge from every token to every expert, weights row by row."""
     return tuple(Edge(t, e, w) for t, row in enumerate(weights) for e, w in enumerate(row))
 
@@ -98,7 +98,7 @@ FIGURES = {
         boxes=((0, 1, "group 1"), (2, 3, "group 2")),
     ),
     "soft_moe": Figure(
-        everyone([[0.5, 0.1, 0.2, 0.1], [0.2, 0.7, 0.1, 0.3], [0.2, 0.1, 0.6, 0.2], [0.1, 0.1, 0.1, 0.4]]),
+        all_edges([[0.5, 0.1, 0.2, 0.1], [0.2, 0.7, 0.1, 0.3], [0.2, 0.1, 0.6, 0.2], [0.1, 0.1, 0.1, 0.4]]),
         "every slot is a weighted mean of the sentence's tokens",
         right=("slot 1 → E1", "slot 2 → E2", "slot 3 → E3", "slot 4 → E4"),
     ),
@@ -106,12 +106,12 @@ FIGURES = {
 
 
 def height(index: int, count: int) -> float:
-    """The y of one of ``count`` things that stand evenly from top to bottom."""
+    """The y coordinate of one of ``count`` evenly spaced items, from top to bottom."""
     return 3.0 - 3.0 * (index + 0.5) / count
 
 
 def draw(axes: Axes, figure: Figure) -> None:
-    """The one drawing helper: tokens, experts, what stands together, and the ways between."""
+    """Draws tokens, experts, groups of experts, and edges."""
     axes.set(xlim=(-1.0, 5.0), ylim=(-0.55, 3.15), aspect="equal")
     axes.axis("off")
     for first, last, label in figure.boxes:

@@ -1,21 +1,21 @@
 #!/usr/bin/env python
-"""What only a GPU can show, in one command: the exchange over NCCL, grouped products in bf16, host syncs, FLOP/s.
+"""Checks that need a GPU: the exchange over NCCL, grouped products in bf16, host syncs, FLOP/s.
 
     python scripts/gpu_checks.py --out results/gpu
 
-Needs torch and this package alone. In a world of one process, with the exchange forced (tokens go through NCCL's
-all-to-all to the process itself), it
+Needs only torch and this package. With one process and a forced exchange (tokens pass through NCCL's all-to-all to the
+process itself), it
 
-- holds layers that exchange, overlap or have fixed sizes to the layer without an exchange;
-- holds grouped products in bf16 to fp32's loop, outputs and gradients, with experts that have no token, and with
-  a width that a GPU's grouped product would refuse;
+- compares layers that exchange, overlap or have fixed sizes with the layer without an exchange;
+- compares outputs and gradients of grouped products in bf16 with a loop in fp32, with experts without tokens, and with
+  a width that a GPU's grouped product refuses;
 - counts the host syncs of a layer's step with ``torch.cuda.set_sync_debug_mode``;
-- compares attention over lengths that it has not seen with the same lengths again (kernels that plan for each shape on
-  the host would keep a GPU waiting);
-- times layers against a dense feed-forward over as many rows, and gives both in FLOP/s.
+- compares the time of attention over new lengths and over the same lengths again (kernels that plan each shape on the
+  host would keep the GPU waiting);
+- times layers and a dense feed-forward over the same number of rows, in FLOP/s.
 
-Writes checks.json and checks.md, and ends with 1 where something does not hold. ``--rehearse`` goes through all but
-the syncs and attention on a CPU, with gloo and small sizes.
+Writes checks.json and checks.md, and ends with exit code 1 where a check fails. ``--rehearse`` runs all checks except
+syncs and attention on a CPU, with gloo and small sizes.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of every layer here; ``sentences`` of ``length`` tokens; rounds of steps that nobody waits for in between."""
+    """Sizes of all layers and batches; ``in_a_row`` steps per round run without synchronisation."""
 
     dim: int = 1024
     hidden: int = 4096
@@ -74,7 +74,7 @@ class Sizes:
 
     @property
     def tokens(self) -> int:
-        """Of a batch."""
+        """Tokens of a batch."""
         return self.sentences * self.length
 
 
@@ -83,7 +83,7 @@ SMALL = Sizes(16, 32, 8, 2, 16, 2, 1)
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the outcome. ``bound``: what ``value`` must not exceed; None: it is only told."""
+    """One line of the result. ``bound``: the largest permitted ``value``; None: it is only reported."""
 
     subject: str
     what: str
@@ -92,12 +92,12 @@ class Check:
 
     @property
     def holds(self) -> bool:
-        """Whether it is within its bound."""
+        """Whether the value is within its bound."""
         return self.bound is None or self.value <= self.bound
 
 
-def ways(sizes: Sizes) -> dict[str, DispatchOptions]:
-    """How the exchange is carried out."""
+def dispatch_variants(sizes: Sizes) -> dict[str, DispatchOptions]:
+    """Variants of the exchange."""
     return {
         "exchange": DispatchOptions(),
         "overlap": DispatchOptions(overlap=True),
@@ -148,7 +148,7 @@ def exchange_checks(sizes: Sizes, device: str) -> Iterator[Check]:
     for name, routing in STRATEGIES.items():
         for dtype in (torch.float32, torch.bfloat16):
             want = step(make(routing, sizes, device, None), x, dtype)
-            for way, options in ways(sizes).items():
+            for way, options in dispatch_variants(sizes).items():
                 layer = make(routing, sizes, device, options)
                 found = distance(step(layer, x, dtype), want)
                 yield Check("exchange", f"{name}, {way}, {_name(dtype)}: error", found, BOUNDS[dtype])
@@ -181,7 +181,7 @@ def grouped_checks(sizes: Sizes, device: str) -> Iterator[Check]:
 
 
 def sync_checks(sizes: Sizes, device: str) -> Iterator[Check]:
-    """Host syncs of a step in bf16: at most one a layer without limits, none with fixed sizes, whatever is dropped."""
+    """Host syncs of a step in bf16: at most one per layer without limits, none with fixed sizes, also with drops."""
     x = batch(sizes, device)
     capped = {**STRATEGIES["top_k"], "capacity_factor": 1.0}
     cases = [(name, routing, None, 1) for name, routing in STRATEGIES.items()]
@@ -190,7 +190,7 @@ def sync_checks(sizes: Sizes, device: str) -> Iterator[Check]:
     cases += [(name, routing, "fixed size", 0) for name, routing in STRATEGIES.items()]
     cases += [("top_k with capacity", capped, "fixed size", 0)]
     for name, routing, way, most in cases:
-        layer = make(routing, sizes, device, None if way is None else ways(sizes)[way])
+        layer = make(routing, sizes, device, None if way is None else dispatch_variants(sizes)[way])
         step(layer, x, torch.bfloat16)
         syncs = count_syncs(lambda layer=layer: step(layer, x, torch.bfloat16))
         yield Check("host syncs", f"{name}, {way or 'no exchange'}: syncs of a step", syncs, most)
@@ -199,18 +199,18 @@ def sync_checks(sizes: Sizes, device: str) -> Iterator[Check]:
 def count_syncs(run: Callable[[], Any]) -> int:
     """How often the host waited for the device in ``run``, backward included."""
     torch.cuda.synchronize()
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
             run()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    return sum(SYNC in str(warning.message) for warning in said)
+    return sum(SYNC in str(warning.message) for warning in caught)
 
 
 def attention_checks(sizes: Sizes, device: str) -> Iterator[Check]:
-    """Host and device seconds of masked attention, both ways: over new lengths, and over the same ones again."""
+    """Host and device seconds of masked attention, over new lengths, and over the same ones again."""
     attention = SelfAttention(sizes.dim, 8, dropout=0.1).to(device)
     longest = torch.randn(sizes.sentences, 2 * sizes.length, sizes.dim, device=device)
 
@@ -239,8 +239,8 @@ def speed_checks(sizes: Sizes, device: str) -> Iterator[Check]:
     for k in (1, 2):
         routing = STRATEGIES["switch"] if k == 1 else STRATEGIES["top_k"]
         flops = 3 * 4.0 * k * sizes.tokens * sizes.dim * sizes.hidden
-        for way in (None, *ways(sizes)):
-            layer = make(routing, sizes, device, None if way is None else ways(sizes)[way])
+        for way in (None, *dispatch_variants(sizes)):
+            layer = make(routing, sizes, device, None if way is None else dispatch_variants(sizes)[way])
             label = f"k = {k}, {way or 'no exchange'}"
             turns[label] = (lambda layer=layer: step(layer, x, torch.bfloat16)), flops
         turns[f"k = {k}, dense"] = _dense(sizes, x, k), flops
@@ -307,34 +307,34 @@ def table(checks: Sequence[Check]) -> Iterator[str]:
 
 
 def run_checks(sizes: Sizes, device: str) -> list[Check]:
-    """All of them, in a world of one process; on a CPU without the count of syncs."""
+    """Runs all checks in a process group of one rank; on a CPU without syncs and attention."""
     with tempfile.TemporaryDirectory() as folder:
         os.environ.update(LOOPBACK)
         backend = "nccl" if device == "cuda" else "gloo"
-        dist.init_process_group(backend, init_method=f"file://{folder}/meet", rank=0, world_size=1)
+        dist.init_process_group(backend, init_method=f"file://{folder}/rendezvous", rank=0, world_size=1)
         try:
-            only_there = [sync_checks, attention_checks] if device == "cuda" else []
-            kinds = [exchange_checks, grouped_checks, *only_there, speed_checks]
-            return [check for kind in kinds for check in told(kind(sizes, device))]
+            gpu_only = [sync_checks, attention_checks] if device == "cuda" else []
+            kinds = [exchange_checks, grouped_checks, *gpu_only, speed_checks]
+            return [check for kind in kinds for check in printed(kind(sizes, device))]
         finally:
             dist.destroy_process_group()
 
 
-def told(checks: Iterator[Check]) -> Iterator[Check]:
-    """The same, each shown as soon as it is there: all take one to two minutes."""
+def printed(checks: Iterator[Check]) -> Iterator[Check]:
+    """Prints each check when it is done: all of them take one to two minutes."""
     for check in checks:
         print(f"{check.subject}: {check.what}: {check.value:.3g}", file=sys.stderr, flush=True)
         yield check
 
 
 def main() -> None:
-    """Runs the checks and writes what they gave."""
+    """Runs the checks and writes the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("results/gpu"))
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, small, without counting syncs")
     arguments = parser.parse_args()
     if not arguments.rehearse and not torch.cuda.is_available():
-        parser.error("torch finds no GPU here; run it on a machine with one, or with --rehearse on this CPU")
+        parser.error("torch finds no GPU here; run it on a machine with one, or use --rehearse on this CPU")
     device, sizes = ("cpu", SMALL) if arguments.rehearse else ("cuda", Sizes())
     if device == "cuda":
         torch.cuda.set_device(0)

@@ -1,11 +1,11 @@
-"""What a lost process or a lost host costs under torchrun: seconds until updates go on, and updates done twice.
+"""Measures the cost of a lost process or host under torchrun: seconds until updates resume, and repeated updates.
 
     python scripts/measure_restarts.py worker --data data-bin/l10n --out results/faults
     python scripts/measure_restarts.py host --data data-bin/l10n --out results/faults
 
-``worker`` kills (SIGKILL) a random one of two workers at three updates, drawn by seed; ``host`` kills one of two agents
-with its worker. Each run has the default run folder, and is set beside one that nothing happened to: the parameters at
-the end must be the same, to the bit where the number of processes stays the same.
+``worker`` kills (SIGKILL) a random one of two workers at three random updates; ``host`` kills one of two agents with
+its worker. Each run has the default run folder, and is compared with an undisturbed run: the final parameters must be
+equal, bit by bit where the number of processes stays the same.
 """
 
 from __future__ import annotations
@@ -32,27 +32,27 @@ from moe_train.training.checkpoint.store import CheckpointStore
 
 MODEL = ["model=tiny", "model.embed_dim=32", "model.ffn_dim=64", "model.num_heads=2", "routing.num_experts=4"]
 TRAINING = ["training.tokens_per_update=600", "training.log_every=1", "training.threads=1"]
-# Plain steps without dropout, whose draws differ with the ranks: rounding is what remains between worlds of two sizes.
+# SGD without dropout (whose draws depend on the ranks): runs of different world sizes then differ only by rounding.
 PLAIN = [
     *("model.dropout=0", "model.attention_dropout=0", "training.optimizer.name=sgd", "training.optimizer.lr=0.1"),
     *("training.schedule.name=constant", "training.schedule.warmup_updates=0"),
 ]
 SCRIPTS = Path(__file__).resolve().parent / "torchrun"
-PATIENCE = 240.0
+TIMEOUT = 240.0  # seconds
 
 
 class Job:
-    """A training job of one or more agents in a folder of its own.
+    """A training job of one or more torchrun agents in its own folder.
 
     Args:
         script: of ``scripts/torchrun``.
-        settings: what the script reads from the environment.
+        settings: environment variables of the script.
     """
 
     def __init__(self, folder: Path, words: Sequence[str], script: str, agents: int = 1, **settings: object) -> None:
         self.folder = folder
         folder.mkdir(parents=True)
-        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # where torchrun is
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # of torchrun
         environment = {**os.environ, "PATH": path, **{name: str(value) for name, value in settings.items()}}
         command = [str(SCRIPTS / script), *words]
         self.agents = []
@@ -62,8 +62,8 @@ class Job:
                     command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True
                 )
             self.agents.append(agent)
-            if number == 0 and "HEAD" in settings:  # on one host, whoever comes first would be where all meet
-                self._wait_for_meeting(str(settings["HEAD"]))
+            if number == 0 and "HEAD" in settings:  # on one host, the first agent to start would host the rendezvous
+                self._wait_for_rendezvous(str(settings["HEAD"]))
 
     def __enter__(self) -> Job:
         return self
@@ -72,19 +72,19 @@ class Job:
         for agent in self.agents:
             self.kill(agent)
 
-    def _wait_for_meeting(self, head: str) -> None:
-        """Until the first agent takes calls at its address."""
+    def _wait_for_rendezvous(self, head: str) -> None:
+        """Waits until the first agent accepts connections at its address."""
         host, _, port = head.rpartition(":")
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + TIMEOUT
         while time.monotonic() < deadline and self.agents[0].poll() is None:
             with suppress(OSError), socket.create_connection((host, int(port)), timeout=1):
                 return
             time.sleep(0.05)
-        self.kill(self.agents[0])  # nobody has entered the job yet, and so nobody would leave it
-        raise RuntimeError(f"the first agent does not take calls:\n{self.screens()}")
+        self.kill(self.agents[0])  # __exit__ is not called, since the context was not entered
+        raise RuntimeError(f"the first agent accepts no connections:\n{self.output()}")
 
     def kill(self, agent: subprocess.Popen[bytes]) -> None:
-        """An agent and its workers at once, as when a host goes down."""
+        """Kills an agent and its workers, as when a host fails."""
         for pid in [agent.pid, *children(agent.pid)] if agent.poll() is None else []:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -92,10 +92,10 @@ class Job:
 
     @property
     def run(self) -> Path:
-        """The one run folder.
+        """The run folder.
 
         Raises:
-            RuntimeError: there are several.
+            RuntimeError: there is not exactly one.
         """
         found = sorted(self.folder.glob("outputs/[0-9]*/*"))
         if len(found) != 1:
@@ -110,36 +110,36 @@ class Job:
         return int(json.loads(lines[-1])["update"]) if lines and lines[-1].endswith("}") else 0
 
     def sessions(self) -> list[dict[str, Any]]:
-        """The lives of the job so far."""
+        """The sessions of the run so far."""
         try:
             return list(json.loads((self.run / "run.json").read_text(encoding="utf-8"))["sessions"])
         except (OSError, ValueError, KeyError, RuntimeError):
             return []
 
     def wait_for(self, update: int, session: int = 1) -> None:
-        """Until a session (counted from 1) has done an update.
+        """Waits until a session (counted from 1) has done an update.
 
         Raises:
-            RuntimeError: an agent ended before, or it takes too long.
+            RuntimeError: an agent ended before, or the time limit was reached.
         """
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + TIMEOUT
         while len(self.sessions()) < session or self.done < update:
             if time.monotonic() > deadline or all(agent.poll() is not None for agent in self.agents):
-                raise RuntimeError(f"update {update} was not reached:\n{self.screens()}")
+                raise RuntimeError(f"update {update} was not reached:\n{self.output()}")
             time.sleep(0.02)
 
     def finish(self) -> None:
-        """Until an agent has ended well.
+        """Waits until the agents have ended.
 
         Raises:
-            RuntimeError: none did.
+            RuntimeError: one ended with an error.
         """
-        codes = [agent.wait(timeout=PATIENCE) for agent in self.agents if agent.returncode is None]
+        codes = [agent.wait(timeout=TIMEOUT) for agent in self.agents if agent.returncode is None]
         if any(codes):
-            raise RuntimeError(f"agents ended with {codes}:\n{self.screens()}")
+            raise RuntimeError(f"agents ended with {codes}:\n{self.output()}")
 
-    def screens(self) -> str:
-        """What the agents and their workers have printed, the last of it."""
+    def output(self) -> str:
+        """The end of the output of the agents and their workers."""
         return "\n".join(path.read_text(encoding="utf-8")[-3000:] for path in sorted(self.folder.glob("agent_*.log")))
 
 
@@ -154,7 +154,7 @@ def children(parent: int) -> Iterator[int]:
 
 
 def lose_workers(words: Sequence[str], folder: Path, updates: int, seed: int) -> dict[str, Any]:
-    """Three workers, one after the other."""
+    """Kills three workers, one after the other."""
     draw = random.Random(seed)
     losses = sorted(draw.sample(range(2, updates - 1), 3))
     figures = []
@@ -169,7 +169,7 @@ def lose_workers(words: Sequence[str], folder: Path, updates: int, seed: int) ->
 
 
 def resumed(job: Job, session: int) -> dict[str, Any]:
-    """What the loss of this moment costs, once the next session has begun and done an update."""
+    """The cost of a loss at this moment; waits until the next session has done an update."""
     at, update = time.monotonic(), job.done
     job.wait_for(0, session + 1)
     begun = time.monotonic() - at
@@ -185,13 +185,13 @@ def resumed(job: Job, session: int) -> dict[str, Any]:
 
 
 def lose_host(words: Sequence[str], folder: Path, updates: int, seed: int) -> dict[str, Any]:
-    """The second of two agents, with its worker. The first, where they meet, is not survivable."""
+    """Kills the second of two agents with its worker. The first one hosts the rendezvous, so its loss ends the job."""
     update = random.Random(seed).randrange(updates // 4, updates // 2)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    meeting = {"HEAD": f"127.0.0.1:{port}", "JOB": "hosts", "LOCAL": "127.0.0.1", "LOST_AFTER": 3}
-    with Job(folder / "broken", words, "elastic.sh", 2, NNODES="1:2", NPROC=1, **meeting) as job:
+    rendezvous = {"HEAD": f"127.0.0.1:{port}", "JOB": "hosts", "LOCAL": "127.0.0.1", "LOST_AFTER": 3}
+    with Job(folder / "broken", words, "elastic.sh", 2, NNODES="1:2", NPROC=1, **rendezvous) as job:
         job.wait_for(update)
         job.kill(job.agents[1])
         figures = resumed(job, 1)
@@ -201,7 +201,7 @@ def lose_host(words: Sequence[str], folder: Path, updates: int, seed: int) -> di
 
 
 def compared(job: Job, words: Sequence[str], folder: Path) -> dict[str, Any]:
-    """The parameters at the end, and the log, beside those of two processes that nothing happened to."""
+    """Compares final parameters with those of an undisturbed run of two processes."""
     with Job(folder / "whole", words, "single_node.sh", NPROC=2) as whole:
         whole.finish()
         one, other = parameters(job.run), parameters(whole.run)
@@ -212,7 +212,7 @@ def compared(job: Job, words: Sequence[str], folder: Path) -> dict[str, Any]:
 
 
 def parameters(run: Path) -> dict[str, torch.Tensor]:
-    """The model of a run's last checkpoint."""
+    """Parameters of a run's last checkpoint."""
     path = CheckpointStore(run / "checkpoints").resolve("last")
     tensors = {name: torch.empty(shape) for name, shape in shapes(path).items() if name.startswith("model.")}
     load_tensors(path, tensors)
@@ -223,13 +223,13 @@ CASES = {"worker": (lose_workers, []), "host": (lose_host, PLAIN)}
 
 
 def main() -> None:
-    """Runs a case and writes its figures."""
+    """Runs a case and writes its results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=sorted(CASES))
     parser.add_argument("--data", required=True, type=Path, help="a prepared data folder")
     parser.add_argument("--updates", type=int, default=40)
     parser.add_argument("--every", type=int, default=5, help="updates between checkpoints")
-    parser.add_argument("--seed", type=int, default=1, help="draws the updates and the victims")
+    parser.add_argument("--seed", type=int, default=1, help="of the random updates and processes")
     parser.add_argument("--out", type=Path, help="write WHAT.json here; else print it")
     arguments = parser.parse_args()
     lose, more = CASES[arguments.what]

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Rows, bytes and memory on real ranks beside what moe-plan says.
+"""Measures rows, bytes and memory on real ranks, and compares them with moe-plan.
 
     python scripts/measure_traffic.py --out results/traffic
 
-Starts gloo ranks on this machine, two to a "node" as far as layouts are concerned, and runs one training step of a
-sparse layer for each strategy and k: Switch, flat top-k, SAM with groups = ranks and with groups = nodes. Rows and
-bytes are our counters' sums over ranks. Then one step of small models, for the tensors that a rank holds. Writes
+Starts gloo ranks on this machine, two per "node" of the layout, and runs one training step of a sparse layer for each
+strategy and k: Switch, flat top-k, SAM with groups = ranks and with groups = nodes. Rows and bytes are sums of our
+counters over ranks. Then runs one step of small models, for the memory of a rank. Writes
 traffic.json, traffic.md, traffic.svg, memory.json and memory.md.
 """
 
@@ -41,7 +41,7 @@ WORLD, EXPERTS, MEGA = 4, 16, 1e6
 
 
 def cases() -> Iterator[tuple[str, int, TrafficCase]]:
-    """Name, k, and case of everything in the table; an expert's width shrinks as k grows, so that FLOPs stay."""
+    """Name, k, and case of each row of the table; experts are narrower for larger k, so that FLOPs are equal."""
     for k in (1, 2, 4):
         flat = {"name": "top_k", "top_k": k, "normalise": "none" if k == 1 else "after_drop"}
         sam = {"name": "sam", "top_k": k}
@@ -70,10 +70,10 @@ MODELS = {
 
 
 def work(rank: int, folder: str) -> None:
-    """What each rank does; rank 0 writes what was measured."""
+    """Runs on each rank; rank 0 writes the results."""
     torch.set_num_threads(1)
     os.environ.update(LOOPBACK)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=WORLD)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
     found = {
         "traffic": [dataclasses.asdict(measure_layer(case)) for _, _, case in cases()],
         "memory": [measure_memory(case) for case in MODELS.values()],
@@ -97,7 +97,7 @@ def traffic_rows(measured: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def sent(links: Mapping[str, Mapping[str, float]]) -> float:
-    """Bytes that left a process."""
+    """Bytes sent to other processes."""
     return sum(links[link][n] for link in ("node", "across") for n in ("payload_bytes", "metadata_bytes"))
 
 
@@ -107,7 +107,7 @@ def header(*names: str) -> tuple[str, str]:
 
 
 def traffic_table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Markdown."""
+    """The table in Markdown."""
     yield from header(
         *("strategy", "k", "rows in the process", "in the node", "across nodes", "payload MB", "metadata MB"),
         *("sent MB", "planned", "given the loads"),
@@ -122,7 +122,7 @@ def traffic_table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def memory_table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Markdown."""
+    """The table in Markdown."""
     states = ("parameters MB", "gradients", "Adam", "kept for backward")
     yield from header("model", *states, "sum", "planned sum", "error", "error of activations")
     for row in rows:
@@ -135,7 +135,7 @@ def memory_table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Bytes against k: points measured, lines planned with equal loads."""
+    """Plots bytes over k: measured as points, planned with equal loads as lines."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -161,14 +161,14 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def write(path: Path, text: str) -> None:
-    """Atomically."""
+    """Writes a file atomically."""
     partial = path.with_name(path.name + ".tmp")
     partial.write_text(text.rstrip() + "\n", encoding="utf-8")
     os.replace(partial, path)
 
 
 def main() -> None:
-    """Measures, and writes everything."""
+    """Measures, and writes all results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("results/traffic"))
     out: Path = parser.parse_args().out

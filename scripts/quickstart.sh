@@ -1,22 +1,22 @@
 #!/usr/bin/env bash
 # From a fresh clone to a trained multilingual sparse model and its table of scores: a quarter of an hour on two cores.
-# Arguments go to moe-train. Run it again to go on where it was stopped; what is finished is not done again, scores are
-# shown as they were kept.
+# Arguments are passed to moe-train. Run it again to resume: finished stages are not repeated, and existing scores are
+# shown.
 #
 #   scripts/quickstart.sh routing=top_k seed=2
 #   RUN=outputs/mine scripts/quickstart.sh routing=dense
 #
-# RUN     the run folder (outputs/quickstart), as run= or hydra.run.dir= among the arguments; name another one for other settings
-# DATA    where the data folder is made, or is from an earlier time (data-bin/l10n)
+# RUN     the run folder (outputs/quickstart), as run= or hydra.run.dir= among the arguments; use another one for other settings
+# DATA    the data folder, made unless it exists (data-bin/l10n)
 # PYTHON  the interpreter for .venv, see scripts/setup.sh
-# XDG_CACHE_HOME/moe_train/wheels (~/.cache) keeps the 90 MB of wheels that the text comes from
+# XDG_CACHE_HOME/moe_train/wheels (~/.cache) caches the 90 MB of wheels with the text
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 data=${DATA:-data-bin/l10n}
 run=${RUN:-outputs/quickstart}
 for word in "$@"; do
-    [[ $word == hydra.run.dir=* || $word == run=* ]] && run=${word#*=} # as the refusal of other settings advises
+    [[ $word == hydra.run.dir=* || $word == run=* ]] && run=${word#*=} # as the error for other settings suggests
 done
 summary=()
 
@@ -32,9 +32,9 @@ stage install scripts/setup.sh --minimal
 export PATH="$PWD/.venv/bin:$PATH"
 stage prepare moe-prepare corpus=l10n out="$data"
 resume=auto
-[[ -f $run/config.json ]] && resume=must # goes on, and has nothing to do where the run is finished
+[[ -f $run/config.json ]] && resume=must # resumes, and does nothing where the run is finished
 stage train moe-train data="$data" experiment=quickstart launch.processes=2 resume=$resume hydra.run.dir="$run" "$@"
-if [[ $run/test.json -nt $run/run.json ]]; then # which every session of training writes
+if [[ $run/test.json -nt $run/run.json ]]; then # written by every session of training
     stage scores moe-report "runs=[$run]" html=false
 else
     stage evaluate moe-evaluate run="$run" split=test launch.processes=2

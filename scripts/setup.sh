@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes .venv in the checkout and installs moe_train, fairseq and what they need. Quick when nothing has changed.
+# Makes .venv in the checkout and installs moe_train, fairseq and their dependencies. Fast when nothing has changed.
 #
 #   scripts/setup.sh                 everything, with the tools that tests need
 #   scripts/setup.sh --minimal       what training, evaluation and reports need
@@ -7,7 +7,7 @@
 #   scripts/setup.sh --system-torch  use the torch that $PYTHON already has, such as a cluster's own build (also where that
 #                                    Python is a virtual environment's)
 #
-# PYTHON names the interpreter (3.11 or 3.12); otherwise one on PATH is taken, 3.11 first.
+# PYTHON sets the interpreter (3.11 or 3.12); default: one on PATH, 3.11 first.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -44,7 +44,7 @@ parse_arguments() {
     done
 }
 
-# The caller's Python and pip settings must not reach the installation, apart from where packages come from.
+# The caller's Python and pip settings must not affect the installation, except for package indexes.
 forget_environment() {
     unset PYTHONPATH PYTHONHOME VIRTUAL_ENV PIP_CONSTRAINT PIP_BUILD_CONSTRAINT PIP_REQUIREMENT PIP_NO_BUILD_ISOLATION \
         PIP_USER PIP_TARGET PIP_PREFIX PIP_ROOT PIP_NO_DEPS PIP_NO_BINARY PIP_ONLY_BINARY PIP_PRE PIP_REQUIRE_VIRTUALENV \
@@ -79,12 +79,12 @@ find_python() {
         python=$PYTHON
     elif ! first_usable_python; then
         { may_use_apt && apt_install python3 && first_usable_python; } ||
-            fail "needs Python 3.11 or 3.12; name one: PYTHON=/path/to/python3.11 scripts/setup.sh."
+            fail "needs Python 3.11 or 3.12; set one: PYTHON=/path/to/python3.11 scripts/setup.sh."
     fi
 }
 
-# fairseq and antlr come without wheels: they are compiled against Python's headers. Debian packs these, and what makes
-# virtual environments, apart from Python.
+# fairseq and antlr have no wheels: they are compiled with Python's headers. Debian has packages of their own for these
+# and for venv.
 need_system_packages() {
     local version missing=()
     version=$("$python" -c 'import sys; print("python%d.%d" % sys.version_info[:2])')
@@ -100,7 +100,7 @@ sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.
         "On Debian or Ubuntu: 'sudo apt-get install ${missing[*]}'."
 }
 
-# What was installed from; the settings of ruff, mypy and pytest do not count.
+# Checksum of the inputs of the installation, without settings of ruff, mypy and pytest.
 fingerprint() {
     {
         printf '%s\n' "$TORCH" "$FAIRSEQ" "$1" "$system_torch" "$PWD"
@@ -112,7 +112,7 @@ print(sys.version, settings["build-system"], settings["project"], settings["tool
     } | sha256sum | cut -d' ' -f1
 }
 
-# Whether the environment has the interpreter's version that PYTHON asks for, and sees its packages if --system-torch does.
+# Whether the environment has the Python version of PYTHON, and with --system-torch uses its packages.
 is_as_asked() {
     local version='import sys; print(sys.version)'
     if [[ -n ${PYTHON:-} && "$("$PYTHON" -c "$version" 2>&1)" != "$("$VENV/bin/python" -c "$version")" ]]; then return 1; fi
@@ -123,14 +123,14 @@ is_as_asked() {
 
 sees_torch() { "$VENV/bin/python" -c 'from importlib.metadata import version; version("torch")' 2>/dev/null; }
 
-# Where the packages of a virtual environment lie, one folder a line, by its Python; nothing for another Python.
+# Package folders of a virtual environment, one per line, given its Python; nothing for another Python.
 packages_of_environment() {
     "$1" -c 'import sys, sysconfig
 if sys.prefix != sys.base_prefix:
     print(*dict.fromkeys(sysconfig.get_path(kind) for kind in ("purelib", "platlib")), sep="\n")'
 }
 
-# A full environment also serves a minimal call.
+# A full environment is also ready for a minimal call.
 is_ready() {
     local known
     [[ -f $STAMP && -x $VENV/bin/python ]] && is_as_asked || return 1
@@ -146,8 +146,8 @@ make_venv() {
     if $system_torch; then see_outer_packages; fi
 }
 
-# Where $python is that of a virtual environment itself, --system-site-packages shows what lies below that one, and not its own
-# packages: those are put behind ours.
+# If $python belongs to a virtual environment, --system-site-packages gives access to the packages of its base Python, not to
+# its own: those are added after ours.
 see_outer_packages() {
     local outer
     outer=$(packages_of_environment "$python")
@@ -156,8 +156,8 @@ see_outer_packages() {
     fi
 }
 
-# The pins. Under --system-torch, torch's is that of the one that is there, and what it requires has none: pip keeps what is
-# installed, while a build in isolation, which gets the same pins, may need another version.
+# Writes the pins. With --system-torch, torch is pinned to the installed version, and its dependencies are not pinned: pip
+# keeps the installed ones, while an isolated build, which gets the same pins, may need other versions.
 write_constraints() {
     cp constraints.txt "$VENV/constraints.txt"
     if ! $system_torch; then return; fi
@@ -190,7 +190,7 @@ PYTHON
 install() {
     local pip=("$VENV/bin/python" -m pip --disable-pip-version-check) options=()
     [[ -t 1 ]] || options+=(--quiet)
-    # pip hands PIP_CONSTRAINT to isolated builds too, where an open range of torch could bring several GB of another.
+    # pip passes PIP_CONSTRAINT to isolated builds, too, where an open range of torch could download several GB.
     export PIP_CONSTRAINT=$PWD/$VENV/constraints.txt PIP_BUILD_CONSTRAINT=$PWD/$VENV/constraints.txt
     if [[ -n $wheelhouse ]]; then
         unset PIP_INDEX_URL PIP_EXTRA_INDEX_URL PIP_FIND_LINKS
@@ -203,7 +203,7 @@ install() {
     fi
     say "installing moe_train[$extras]"
     "${pip[@]}" install "${options[@]}" --editable ".[$extras]"
-    # Last and without its pins, which ask for the Hydra of 2020 (`pip check` complains about that for ever).
+    # Last and without its dependencies, which pin Hydra to a version of 2020 (`pip check` reports that).
     say "installing $FAIRSEQ"
     "${pip[@]}" install "${options[@]}" --no-deps "$FAIRSEQ"
 }
@@ -218,7 +218,7 @@ main() {
     local started=$SECONDS
     find_python
     need_system_packages
-    # One that sees no torch was made by a Python that had none.
+    # An environment without torch was made by a Python that had none.
     if ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1 || ! is_as_asked || { $system_torch && ! sees_torch; }; then
         make_venv
     fi
@@ -226,7 +226,7 @@ main() {
     write_constraints
     install
     fingerprint "$extras" >"$STAMP.new" && mv "$STAMP.new" "$STAMP"
-    say "ready in $((SECONDS - started)) s; 'source $VENV/bin/activate' puts moe-train and its companions on PATH"
+    say "ready in $((SECONDS - started)) s; 'source $VENV/bin/activate' puts moe-train and the other commands on PATH"
 }
 
 if [[ ${BASH_SOURCE[0]} == "$0" ]]; then main "$@"; fi

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Collects every wheel that `scripts/setup.sh --offline DIR` needs on a machine without a network, those of fairseq and
-# antlr built here. The other machine needs the same Python version and kind of processor; no compiler.
+# Collects all wheels that `scripts/setup.sh --offline DIR` needs on a machine without a network; those of fairseq and
+# antlr are built here. The other machine needs the same Python version and kind of processor; no compiler.
 #
-#   scripts/wheelhouse.sh DIR                   for the Python that scripts/setup.sh would take
+#   scripts/wheelhouse.sh DIR                   for the Python that scripts/setup.sh would use
 #   scripts/wheelhouse.sh --python 3.12 DIR     for another one, which must be on this machine's PATH
 #   scripts/wheelhouse.sh --no-torch DIR        without torch, for a machine that has its own (setup.sh --system-torch)
 #   scripts/wheelhouse.sh --minimal DIR         without the tools that tests need (setup.sh --minimal)
@@ -28,7 +28,7 @@ while (($#)); do
     esac
     shift
 done
-[[ -n $target ]] || fail "name the folder to fill: scripts/wheelhouse.sh wheels."
+[[ -n $target ]] || fail "give the folder for the wheels: scripts/wheelhouse.sh wheels."
 mkdir -p "$target"
 target=$(cd "$target" && pwd)
 
@@ -65,4 +65,4 @@ collect --find-links "$work" ".[$extras]"
 $with_torch || rm -f "$target"/torch-*+empty-*.whl
 rm -f "$target"/moe_train-*.whl
 printf 'wheelhouse: %d wheels, %s, in %s\n' "$(find "$target" -name '*.whl' | wc -l)" "$(du -sh "$target" | cut -f1)" "$target"
-printf 'wheelhouse: there, run scripts/setup.sh --offline %s%s\n' "$(basename "$target")" "$($with_torch || printf ' --system-torch')"
+printf 'wheelhouse: on the other machine, run scripts/setup.sh --offline %s%s\n' "$(basename "$target")" "$($with_torch || printf ' --system-torch')"

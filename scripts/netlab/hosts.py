@@ -1,4 +1,4 @@
-"""Hosts on one machine: network namespaces on a bridge, each with an interface of its own. Needs root and iproute2.
+"""Hosts on one machine: network namespaces on a bridge, each with its own interface. Needs root and iproute2.
 
     with Hosts(2) as hosts:
         hosts.cap("200mbit")
@@ -30,7 +30,7 @@ class Hosts:
 
     @staticmethod
     def why_not() -> str | None:
-        """Why this machine cannot; None where it can."""
+        """Why this machine cannot make them; None where it can."""
         if os.geteuid():
             return "needs root"
         missing = [name for name in ("ip", "tc", "nsenter") if not shutil.which(name)]
@@ -78,7 +78,7 @@ class Hosts:
             subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
 
     def cap(self, rate: str | None) -> None:
-        """Limits what each host sends to others, such as ``200mbit``; None lifts the limit."""
+        """Limits the rate at which each host sends to others, such as ``200mbit``; None removes the limit."""
         for name in self.names:
             subprocess.run(["tc", "-n", name, "qdisc", "del", "dev", "eth0", "root"], capture_output=True, check=False)
             if rate:
@@ -92,7 +92,7 @@ class Hosts:
     def start(
         self, host: int, command: Sequence[str], environment: Mapping[str, str] | None = None, **options: Any
     ) -> subprocess.Popen[str]:
-        """A process on a host; gloo is told to use the host's interface."""
+        """Starts a process on a host; gloo uses the host's interface."""
         variables = {**os.environ, "GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1", **(environment or {})}
         inside = ["nsenter", f"--net=/run/netns/{self.names[host]}", "--", *command]
         return subprocess.Popen(inside, env=variables, text=True, **options)

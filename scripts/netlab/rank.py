@@ -1,6 +1,6 @@
-"""One rank of two_hosts.py: runs what the job file says, rank 0 of the world writes the answer.
+"""One rank of two_hosts.py: runs the job in the job file; rank 0 writes the result.
 
-The environment says who it is (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT); interfaces are read from its own namespace.
+RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are in the environment; interfaces are those of its network namespace.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ INTERFACES = {"across": "eth0", "node": "lo"}
 
 
 class Layers(nn.Module):
-    """Sparse layers in their residual frames, and nothing else."""
+    """A model of sparse layers with norms and residuals only."""
 
     def __init__(self, job: Mapping[str, Any], variant: Mapping[str, Any]) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class Layers(nn.Module):
 
 
 def interface_bytes() -> dict[str, int]:
-    """Bytes sent so far, by what our counters call the link."""
+    """Bytes sent so far, by name of the link in our counters."""
     lines = Path("/proc/self/net/dev").read_text(encoding="utf-8").splitlines()
     sent = {line.split(":")[0].strip(): int(line.split(":")[1].split()[8]) for line in lines if ":" in line}
     return {link: sent[name] for link, name in INTERFACES.items()}
@@ -72,7 +72,7 @@ def of_hosts(value: Mapping[str, int], per_node: int) -> dict[str, int]:
 
 
 def count_bytes(job: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """For each variant the kernel's bytes and ours, over some steps."""
+    """Bytes by the kernel's counters and by ours over some steps, for each variant."""
     answers = []
     for variant in job["variants"]:
         model, x = Layers(job, variant), batch(job)
@@ -90,13 +90,13 @@ def count_bytes(job: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def batch(job: Mapping[str, Any]) -> Tensor:
-    """This rank's noise."""
+    """This rank's batch of noise."""
     generator = torch.Generator().manual_seed(dist.get_rank())
     return torch.randn(job["sentences"], job["length"], job["dim"], generator=generator)
 
 
 def time_steps(job: Mapping[str, Any]) -> dict[str, Any]:
-    """Seconds of steps, of bare exchanges and of the products alone, in turns, so that all see the same machine."""
+    """Seconds of steps, of bare exchanges and of products, alternating, so that other load affects all."""
     models = {variant["name"]: Layers(job, variant) for variant in job["variants"]}
     x = batch(job)
     turns: dict[str, Callable[[], Any]] = {name: lambda model=model: model.step(x) for name, model in models.items()}
@@ -116,7 +116,7 @@ def time_steps(job: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def products(job: Mapping[str, Any], x: Tensor) -> Callable[[], None]:
-    """The layers with as many experts as a rank holds and nothing to exchange: the same rows, the same products."""
+    """The layers with the experts of one rank and without an exchange: the same rows and products."""
     routing = job["variants"][0]["routing"]
     held = int(routing["num_experts"]) // dist.get_world_size()
     alone = {"name": "top_k", "num_experts": held, "top_k": min(held, routing["top_k"])}
@@ -134,7 +134,7 @@ def products(job: Mapping[str, Any], x: Tensor) -> Callable[[], None]:
 
 
 def bare_exchanges(job: Mapping[str, Any]) -> dict[str, Callable[[], None]]:
-    """All-to-alls of plain bytes: only between hosts, only inside them, and nearly empty ones."""
+    """All-to-alls of bytes: only between hosts, only within hosts, and nearly empty ones."""
     world, rank, per_node = dist.get_world_size(), dist.get_rank(), job["ranks_per_node"]
 
     def exchange(size: Callable[[int], int]) -> Callable[[], None]:
@@ -151,7 +151,7 @@ TASKS: dict[str, Callable[[Mapping[str, Any]], Any]] = {"bytes": count_bytes, "s
 
 
 def main() -> None:
-    """Reads the job, joins the world, writes the answer."""
+    """Reads the job, joins the process group, writes the result."""
     path = Path(sys.argv[1])
     job = json.loads(path.read_text(encoding="utf-8"))
     torch.set_num_threads(1)

@@ -1,13 +1,13 @@
 #!/usr/bin/env python
-"""Two network hosts with two ranks each: are our byte counters the kernel's, and what does SAM save on a slow link?
+"""Two network hosts with two ranks each: compares our byte counters with the kernel's, and times SAM on a slow link.
 
     sudo python scripts/netlab/two_hosts.py bytes --out results/network
     sudo python scripts/netlab/two_hosts.py step --rate 200mbit --out results/network
 
-The hosts are network namespaces of this machine (hosts.py). ``bytes`` runs training steps of sparse layers and sets our
-counters beside those of the interfaces. ``step`` caps what each host sends, times a step of four sparse layers with
-SAM (k = 4, groups = nodes) against flat top-4, and sets the ratio beside moe-plan's, which is given the machine's own
-speeds: those of bare exchanges and of the products alone, taken in turns with the steps.
+The hosts are network namespaces of this machine (hosts.py). ``bytes`` runs training steps of sparse layers and compares
+our counters with those of the interfaces. ``step`` limits the sending rate of each host, times a step of four sparse
+layers with SAM (k = 4, groups = nodes) and with flat top-4, and compares the ratio with moe-plan's, which gets the
+speeds of this machine: those of bare exchanges and of products alone, measured alternately with the steps.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ MEGA = 1e6
 
 
 def job(task: str, tokens: int, hidden: int, **more: Any) -> dict[str, Any]:
-    """What the ranks are told."""
+    """The content of the job file."""
     sizes = {"dim": DIM, "hidden": hidden, "layers": LAYERS, "sentences": tokens // 32, "length": 32}
     return {"task": task, "ranks_per_node": RANKS, "variants": VARIANTS, **sizes, **more}
 
 
 def run(content: Mapping[str, Any], rate: str | None = None, timeout: float = 1800) -> Any:
-    """Runs a job on the hosts and gives back its answer.
+    """Runs a job on the hosts and returns its result.
 
     Raises:
         RuntimeError: a rank failed, or the time is over.
@@ -62,13 +62,13 @@ def run(content: Mapping[str, Any], rate: str | None = None, timeout: float = 18
             wait(ranks, time.monotonic() + timeout)
         finally:
             for rank in ranks:
-                rank.kill()  # those that still wait for one that has failed
+                rank.kill()  # ranks that still wait for one that has failed
                 rank.wait()
         return json.loads(path.with_name("answer.json").read_text(encoding="utf-8"))
 
 
 def wait(ranks: Sequence[subprocess.Popen[str]], deadline: float) -> None:
-    """Until all have ended.
+    """Waits until all have ended.
 
     Raises:
         RuntimeError: a rank failed, or the time is over.
@@ -84,7 +84,7 @@ def wait(ranks: Sequence[subprocess.Popen[str]], deadline: float) -> None:
 
 
 def bytes_report(tokens: int, hidden: int, steps: int) -> dict[str, Any]:
-    """Our counters beside the kernel's, for each variant and link; the reductions of gradients by the cost model."""
+    """Our counters and the kernel's for each variant and link; reductions of gradients by the cost model."""
     from moe_train.analysis.planner.cost_traffic import gradient_bytes
 
     content = job("bytes", tokens, hidden, steps=steps)
@@ -178,7 +178,7 @@ def layers_shape(variant: Mapping[str, Any], content: Mapping[str, Any]) -> Any:
 
 
 def layout(variant: Mapping[str, Any]) -> Any:
-    """All ranks one expert group."""
+    """A layout with all ranks in one expert-parallel group."""
     from moe_train.parallel.layout_plan import plan_layout
 
     return plan_layout(HOSTS * RANKS, RANKS, HOSTS * RANKS, EXPERTS, variant["two_level"])
@@ -211,14 +211,14 @@ def step_table(report: Mapping[str, Any]) -> Iterator[str]:
 
 
 def main() -> None:
-    """Runs one of the two and writes JSON and a table."""
+    """Runs one of the two tasks and writes JSON and a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("bytes", "step"))
     parser.add_argument("--tokens", type=int, default=512, help="of each rank")
     parser.add_argument("--hidden", type=int, default=128, help="width of an expert")
     parser.add_argument("--steps", type=int, default=3, help="of bytes")
     parser.add_argument("--rounds", type=int, default=7, help="of step")
-    parser.add_argument("--rate", default="200mbit", help="of step: what each host may send")
+    parser.add_argument("--rate", default="200mbit", help="of step: rate at which each host may send")
     parser.add_argument("--out", type=Path, help="write WHAT.json and WHAT.md here; else print the JSON")
     arguments = parser.parse_args()
     if reason := Hosts.why_not():

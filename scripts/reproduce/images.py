@@ -4,8 +4,8 @@
     python scripts/reproduce/images.py --budget small --threads 1
 
 Fashion-MNIST by default (apt-get install dataset-fashion-mnist). A small vision Transformer with experts in its second
-half, 16 patches an image: one expert of the dense width per token (token choice, expert choice with factor 1), and for
-Soft MoE as many slots as an image has patches, so that all cost what the dense model costs, but for routing.
+half, 16 patches per image: one expert of the dense width per token (token choice, expert choice with factor 1), and for
+Soft MoE as many slots as patches, so that all have the FLOPs of the dense model, except for routing.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ VARIANTS = (
     ),
     Variant("soft_moe_4x4", _FOUR),
     Variant("soft_moe_16x1", ("routing=soft_moe", "routing.num_experts=16", "routing.slots_per_expert=1")),
-    # Asks why: without normalisation nothing bounds the logits, and mixes can become sharp from the beginning.
+    # Without normalisation the logits are not bounded, and mixes can become sharp from the beginning.
     Variant("soft_moe_4x4_sharp", (*_FOUR, "routing.normalisation=none")),
 )
 _SPARSE = ("token_choice", "expert_choice")
@@ -74,7 +74,7 @@ COLUMNS = (
 
 
 def _beats(other: str) -> Any:
-    """Of the two Soft MoEs the one that is better on the validation images, so that no test score chooses it."""
+    """Compares the Soft MoE that is better on the validation images, so that it is not chosen by test scores."""
 
     def measured(means: Any) -> tuple[str, Verdict]:
         name = max(_SOFT, key=lambda soft: means[soft]["valid_accuracy"])
@@ -106,18 +106,18 @@ def main() -> None:
     """Trains, evaluates, writes ``images.json`` and ``images.md``."""
     options = parsed(parser(__doc__ or "", "/usr/share/datasets/fashion-mnist", 3, BUDGETS), BUDGETS)
     study = Study("images", "Images: Soft MoE against sparse and dense, at equal FLOPs", COLUMNS, CLAIMS, options)
-    study.notes.append("dropped: tokens of 256 validation images that no expert works on, mean over sparse layers")
+    study.notes.append("dropped: tokens of 256 validation images that no expert processes, mean over sparse layers")
     study.notes.append(
         "of the 16 slots 15 make 90 % of a token's output where mixes are uniform, 1 where they are hard choices"
     )
     for seed in range(1, options.seeds + 1):
         for variant in wanted(VARIANTS, options.only):
             folder = study.train(f"{variant.name}-s{seed}", [*common(options, seed), *variant.overrides])
-            study.note(variant.name, seed, folder, *measure(study, folder))
+            study.note(variant.name, seed, folder, *measure_run(study, folder))
 
 
 def common(options: Any, seed: int) -> list[str]:
-    """What all runs have."""
+    """Overrides of all runs."""
     return [
         *("task=image_classification", "model=vit_tiny", f"data={options.data}", f"seed={seed}", "task.flip=true"),
         *(f"model.patch_size={_PATCH}", f"training.max_updates={options.updates}", *options.size.words),
@@ -130,8 +130,8 @@ def common(options: Any, seed: int) -> list[str]:
     ]
 
 
-def measure(study: Study, folder: Path) -> tuple[dict[str, float | None], Any]:
-    """Measures and details of a run."""
+def measure_run(study: Study, folder: Path) -> tuple[dict[str, float | None], Any]:
+    """Returns measures and details of a run."""
     test = study.evaluate(folder)
     probed = study.probe(folder, max_sentences=256)["checkpoints"]
     last = probed[max(probed, key=int)]

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Soft MoE, token choice, expert choice and dense on images, at equal FLOPs.
-# Stop it and start it again as you like: finished runs are not repeated. Arguments: scripts/reproduce/images.sh --help
+# It can be interrupted and started again: finished runs are not repeated. Arguments: scripts/reproduce/images.sh --help
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 exec .venv/bin/python scripts/reproduce/images.py "$@"

@@ -3,12 +3,12 @@
     python scripts/reproduce/masked_lm.py --data data-bin/parallel15 --texts DIR --seeds 3
     python scripts/reproduce/masked_lm.py --data data-bin/parallel15 --texts DIR --budget small --threads 1
 
-Dense, Switch and X-MoE at equal active compute: an encoder of four layers whose odd ones have eight experts, one a
-token (the paper's own placement is experiment=xmoe_xtreme_small). Every checkpoint along training is looked at: the
-collapse of the states that routers see, and how many tokens change their expert from one checkpoint to the next. Then
-each model is fine-tuned on English texts (DIR holds train.en.tsv, test.XX.tsv …) and measured in every language. For
-the consistency between runs, the first seed's sparse models are fine-tuned with every seed (as in the paper, which
-takes the loads of 100 mini-batches of fine-tuning; here it is those of the English test set).
+Dense, Switch and X-MoE at equal active compute: an encoder of four layers whose odd ones have eight experts, one per
+token (the paper's own placement is experiment=xmoe_xtreme_small). Measured at every checkpoint: the collapse of the
+inputs of routers, and the share of tokens that change their expert from one checkpoint to the next. Then each model is
+fine-tuned on English texts (DIR contains train.en.tsv, test.XX.tsv …) and evaluated in every language. For consistency
+between runs, the first seed's sparse models are fine-tuned with every seed (as in the paper, which uses the loads of
+100 mini-batches of fine-tuning; here those of the English test set).
 """
 
 from __future__ import annotations
@@ -114,9 +114,9 @@ def main() -> None:
     study = Study("masked_lm", title, COLUMNS, CLAIMS, given, more=along_training)
     study.notes.append("a token's class, for the collapse, is the expert it is routed to; means over sparse layers")
     study.notes.append(
-        f"beside the perplexities: each language's own unigrams have {unigrams(given):.0f}, a mean as theirs"
+        f"to compare with perplexities: each language's own unigrams have {unigrams(given):.0f}, a mean as theirs"
     )
-    study.notes.append(f"beside the zero-shot scores: guessing every class alike has {guessing(given):.3f}")
+    study.notes.append(f"to compare with zero-shot scores: uniform guessing has {guessing(given):.3f}")
     chosen = wanted(VARIANTS, given.only)
     for seed in range(1, given.seeds + 1):
         for variant in chosen:
@@ -136,7 +136,7 @@ def main() -> None:
 
 
 def unigrams(options: Any) -> float:
-    """Mean over languages of the test text's perplexity under the training text's frequencies, one added to each."""
+    """Mean over languages of the unigram perplexity of the test text, from training frequencies plus one."""
     folder = DataFolder.open(options.data)
     entries = folder.dictionary()
     keys = LanguageModelConfig(sides="target")
@@ -149,7 +149,7 @@ def unigrams(options: Any) -> float:
 
 
 def guessing(options: Any) -> float:
-    """Mean over the zero-shot languages of the macro-F1 of guesses that have nothing to do with the text.
+    """Mean over the zero-shot languages of the macro-F1 of guesses that ignore the text.
 
     A class of share p among K has precision p and recall 1 / K.
     """
@@ -163,7 +163,7 @@ def guessing(options: Any) -> float:
 
 
 def _counts(text: MonolingualText, name: str, size: int, first: int) -> Any:
-    """[V] how often each piece stands in a language's sentences."""
+    """[V] counts of each piece in a language's sentences."""
     counts = np.zeros(size)
     for items in np.array_split(text.items(name), max(1, len(text.items(name)) // 10_000)):
         counts += np.bincount(text.tokens(items)[0].ravel(), minlength=size)
@@ -172,7 +172,7 @@ def _counts(text: MonolingualText, name: str, size: int, first: int) -> Any:
 
 
 def pre_training(options: Any, seed: int) -> list[str]:
-    """What all masked language models have."""
+    """Overrides of all masked language models."""
     updates, every = options.updates, -(-options.updates // _CHECKPOINTS)
     return [
         *("task=cross_lingual_lm", "model=encoder_tiny", f"data={options.data}", f"seed={seed}", "task.sides=target"),
@@ -183,7 +183,7 @@ def pre_training(options: Any, seed: int) -> list[str]:
 
 
 def tuning(options: Any, seed: int, start: Path, variant: Variant, suffix: str) -> list[str]:
-    """The command line of a fine-tuning; all have these, whatever the budget, but the model's size."""
+    """Overrides of a fine-tuning, the same for every budget except for the model's size."""
     updates = options.fine_tune_updates
     return [
         *("task=cross_lingual_classification", "model=encoder_tiny", f"data={options.texts}", f"seed={seed}"),
@@ -197,7 +197,7 @@ def tuning(options: Any, seed: int, start: Path, variant: Variant, suffix: str) 
 
 
 def pre_trained(study: Study, folder: Path) -> tuple[dict[str, float | None], dict[str, Any]]:
-    """Perplexity on the test split, and X-MoE's measures along training."""
+    """Perplexity on the test split, and X-MoE's measures over training."""
     test = study.evaluate(folder, checkpoint="last", max_sentences=study.options.size.items)
     probed = study.probe(folder, max_sentences=60)
     series = [_mean(layers, "collapse_by_expert") for layers in probed["checkpoints"].values()]
@@ -213,7 +213,7 @@ def pre_trained(study: Study, folder: Path) -> tuple[dict[str, float | None], di
 
 
 def along_training(runs: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Tables by checkpoint: collapse with either class, and tokens that changed their expert since the one before."""
+    """Tables by checkpoint: collapse by each kind of class, and share of tokens with a changed expert."""
     lines: list[str] = []
     for heading, series in (
         ("Tr(Σ_W Σ_B⁺), a token's class is its expert", _collapse_along("collapse_by_expert")),
@@ -244,7 +244,7 @@ def _collapse_along(measure: str) -> Callable[[Mapping[str, Any]], dict[str, flo
 
 def _fluctuation_along(probed: Mapping[str, Any]) -> dict[str, float]:
     layers = list(probed["fluctuation"].values())
-    later = sorted(probed["checkpoints"], key=int)[1:] if layers else []  # JSON may have sorted them as words
+    later = sorted(probed["checkpoints"], key=int)[1:] if layers else []  # JSON may have sorted them as strings
     return {update: statistics.fmean([ratios[n] for ratios in layers]) for n, update in enumerate(later)}
 
 
@@ -261,7 +261,7 @@ def transferred(study: Study, folder: Path, suffix: str) -> tuple[dict[str, floa
 
 
 def consistency(study: Study, variant: Variant, options: Any) -> None:
-    """Fine-tunes the first seed's model with every seed; notes how alike the loads of its experts are in English."""
+    """Fine-tunes the first seed's model with every seed; notes the similarity of expert loads in English."""
     start = study.folder(f"{variant.name}-s1")
     tuned = [study.folder(f"{variant.name}-tuned-s1")]
     for seed in range(2, options.seeds + 1):

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # X-MoE in small: masked language models of many languages, then zero-shot classification, routing frozen or not.
-# Stop it and start it again as you like: finished runs are not repeated. Arguments: scripts/reproduce/masked_lm.sh --help
+# It can be interrupted and started again: finished runs are not repeated. Arguments: scripts/reproduce/masked_lm.sh --help
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 exec .venv/bin/python scripts/reproduce/masked_lm.py "$@"

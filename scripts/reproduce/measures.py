@@ -1,4 +1,4 @@
-"""Numbers of comparisons: means that know their spread, what is said of two of them, and how many digits are kept."""
+"""Numbers of comparisons: means with standard deviations, comparison of two of them, rounding."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Mean(float):
-    """A mean over seeds that knows its sample standard deviation."""
+    """A mean over seeds with its sample standard deviation."""
 
     deviation: float
 
@@ -23,14 +23,14 @@ class Mean(float):
         return f"{self:{form}} ± {self.deviation:{form}}"
 
 
-Verdict = bool | None  # whether a claim is seen to hold; None: what was measured does not decide it
+Verdict = bool | None  # whether a claim holds; None: undecided
 
 
 def above(one: str, first: Mean, other: str, second: Mean, form: str) -> tuple[str, Verdict]:
-    """The sentence of a comparison, and whether the first is larger; undecided where both lie within the spread."""
+    """Text of a comparison, and whether the first is larger; None where the difference is within the spread."""
     within = abs(first - second) <= (first.deviation**2 + second.deviation**2) ** 0.5
-    said = f"{one} {first.text(form)}, {other} {second.text(form)}"
-    return (f"{said}; within the spread", None) if within else (said, first > second)
+    text = f"{one} {first.text(form)}, {other} {second.text(form)}"
+    return (f"{text}; within the spread", None) if within else (text, first > second)
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
 
 
 def rounded(value: Any) -> Any:
-    """Plain values with numbers of five digits: files of results stay readable."""
+    """JSON values with numbers rounded to five digits, for readable result files."""
     if isinstance(value, Mapping):
         return {key: rounded(entry) for key, entry in value.items()}
     if isinstance(value, list):

@@ -1,10 +1,10 @@
-"""How Soft MoE's time grows with its experts at a fixed number of slots, against the bare products of as many experts.
+"""Measures how Soft MoE's time grows with its experts at a fixed number of slots, relative to bare products.
 
     python scripts/reproduce/soft_moe_experts.py
 
-From 4 to 64 experts the slots, and with them the FLOPs, stay the same: what grows is what batched products of smaller
-matrices lose. Layers and products take turns within a round, so that what else the machine does hits all alike; the
-figure is the median over rounds of the ratio of their growths.
+From 4 to 64 experts the number of slots, and so FLOPs, stays the same; time grows since batched products of smaller
+matrices are less efficient. Layers and products alternate within a round, so that other load of the machine affects
+all; the result is the median over rounds of the ratio of their growths.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def contenders(
 
 @torch.no_grad()
 def timed(calls: dict[tuple[str, int], Callable[[], Tensor]], rounds: int) -> dict[tuple[str, int], list[float]]:
-    """Seconds of each call in each round, after one that does not count."""
+    """Seconds of each call in each round, after a warm-up."""
     seconds: dict[tuple[str, int], list[float]] = {key: [] for key in calls}
     for number in range(rounds + 1):
         for key, call in calls.items():

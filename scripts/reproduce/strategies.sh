@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Every strategy under the same budget: six languages both ways, the tiny model, the same updates and batches; one sweep.
+# Trains every strategy with the same budget in one sweep: six languages in both directions, the tiny model, the same updates and batches.
 #
-#   scripts/reproduce/strategies.sh TEXT_FOLDER [OUT] [OVERRIDE ...]      overrides go to moe-train
+#   scripts/reproduce/strategies.sh TEXT_FOLDER [OUT] [OVERRIDE ...]      overrides are passed to moe-train
 #
-# TEXT_FOLDER holds {train,valid,test}.en-XX.{en,XX} of the six languages. Run it again to go on where it was stopped: what
-# is finished is not repeated. OUT (outputs/strategies) gets a run folder a strategy and the leaderboard of all. Two minutes
-# of one core a run, THOR's four.
+# TEXT_FOLDER contains {train,valid,test}.en-XX.{en,XX} of the six languages. Run it again to resume: finished runs are not
+# repeated. OUT (outputs/strategies) gets one run folder per strategy and the leaderboard. A run takes two minutes of one
+# core, THOR four.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
@@ -24,7 +24,7 @@ budget=(
 
 export PATH="$PWD/.venv/bin:$PATH"
 moe-prepare corpus=text corpus.path="$text" 'corpus.languages=[ar,de,fr,ru,tr,zh]' vocabulary.size=8000 out="$data"
-# The subfolder is Hydra's to fill in.
+# Hydra resolves the subfolder.
 # shellcheck disable=SC2016
 moe-train -m data="$data" routing=$strategies "${budget[@]}" \
     hydra.sweep.dir="$out/runs" 'hydra.sweep.subdir=${hydra:runtime.choices.routing}' "$@"

@@ -4,11 +4,11 @@
     python scripts/reproduce/translation.py --data data-bin/parallel15 --budget small --threads 1
     python scripts/reproduce/translation.py --data data-bin/parallel15 --budget gpu --languages all --name on_gpu
 
-Experts are narrower where a token passes several, so that all models cost what the dense one costs: top-2 halves them,
-SMoE's two strata of top-2 make 1.5 passes of two, SAM with k experts takes a k-th of the width and k times as many.
-THOR's second pass costs training time, not inference; its ablation has one expert (R-Drop). The small budget translates
-into English only. Models trained for so short a time hardly translate: the loss on held-out text, which has far less
-noise than BLEU, stands beside every claim.
+Experts are narrower where a token uses several, so that all models have the FLOPs of the dense one: half the width for
+top-2, 1.5 passes of two for SMoE's two strata of top-2, and 1/k of the width with k times as many experts for SAM.
+THOR's second pass adds training time only; its ablation has one expert (R-Drop). The small budget translates only into
+English. Models trained for so short a time hardly translate, so every claim is also tested with the loss on held-out
+text, which has far less noise than BLEU.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ BUDGETS = {
 
 
 def variants(width: int) -> tuple[Variant, ...]:
-    """All sides, at the active compute of a dense feed-forward of ``width``."""
+    """All variants, with the active compute of a dense feed-forward of ``width``."""
 
     def experts(strategy: str, count: int, share: int, *more: str) -> tuple[str, ...]:
         dim = f"routing.expert_ffn_dim={width // share}"
@@ -98,8 +98,8 @@ def _above(one: str, other: str, paper: str, says: str) -> Claim:
     """The claim that one variant has a higher BLEU than another."""
 
     def measured(means: Any) -> tuple[str, Verdict]:
-        said, agrees = above(one, means[one]["bleu"], other, means[other]["bleu"], ".2f")
-        return f"{said} (valid nll {means[one]['loss'].text('.3f')} and {means[other]['loss'].text('.3f')})", agrees
+        text, agrees = above(one, means[one]["bleu"], other, means[other]["bleu"], ".2f")
+        return f"{text} (valid nll {means[one]['loss'].text('.3f')} and {means[other]['loss'].text('.3f')})", agrees
 
     return Claim(paper, says, (one, other), measured)
 
@@ -146,13 +146,13 @@ def main() -> None:
 
 
 def width(options: Any) -> int:
-    """Of the dense feed-forward: the budget's, or its model's own."""
+    """Width of the dense feed-forward: the budget's, or the model's own."""
     given = {key: value for key, _, value in (word.partition("=") for word in options.size.words)}
     return int(given.get("model.ffn_dim") or OmegaConf.load(MODELS / f"{given['model']}.yaml").ffn_dim)
 
 
 def common(options: Any, seed: int) -> list[str]:
-    """What all runs have."""
+    """Overrides of all runs."""
     names = options.languages.split(",")
     both = [f"{code}-en" for code in names] + [f"en-{code}" for code in names if options.budget != "small"]
     directions = "" if options.languages == "all" else ",".join(both)

@@ -1,43 +1,43 @@
-# What train.sbatch and sweep.sbatch share; sourced by them. The batch shell is told before the job must go, passes it on
-# to the ranks, which end their update and save, and puts the job back into the queue. It goes on in the same run folder.
+# Common part of train.sbatch and sweep.sbatch, which source it. The batch shell gets a signal before the job's limit, and
+# forwards it to the ranks, which end their update and save; then it requeues the job, which resumes in the same run folder.
 #
-#   LAUNCHER=srun      a task of Slurm's is a rank (default)
-#   LAUNCHER=torchrun  a task per node, which starts SLURM_GPUS_ON_NODE or PROCESSES ranks
-#   MAX_REQUEUES=100   times that the job goes back into the queue
+#   LAUNCHER=srun      one Slurm task per rank (default)
+#   LAUNCHER=torchrun  one task per node, which starts SLURM_GPUS_ON_NODE or PROCESSES ranks
+#   MAX_REQUEUES=100   number of times that the job is requeued
 set -uo pipefail
 
-if [[ -f .venv/bin/activate ]]; then source .venv/bin/activate; fi # else what was on PATH when the job was submitted
+if [[ -f .venv/bin/activate ]]; then source .venv/bin/activate; fi # else PATH as it was when the job was submitted
 
-# Node names need not resolve: addresses come from Slurm. All ranks meet at the first node.
+# Node names need not resolve: addresses come from Slurm. The rendezvous is on the first node.
 address_of() { scontrol --oneliner show node "$1" | grep -o 'NodeAddr=[^ ]*' | cut -d= -f2; }
 MASTER_ADDR=$(address_of "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n1)")
-MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000)) # below the ports that kernels hand out
+MASTER_PORT=$((20000 + SLURM_JOB_ID % 12000)) # below the kernel's ephemeral ports
 export MASTER_ADDR MASTER_PORT
-# The ranks find gloo's interface themselves: the one that reaches MASTER_ADDR. NCCL looks for the fastest one; where it
-# finds the wrong one, name it: export NCCL_SOCKET_IFNAME=ib0 (and GLOO_SOCKET_IFNAME) before sbatch.
-# What ranks write into the store where they meet is signed with this; other users of the hosts may reach the store.
+# The ranks choose gloo's interface: the one that reaches MASTER_ADDR. NCCL chooses the fastest one; to set another one:
+# export NCCL_SOCKET_IFNAME=ib0 (and GLOO_SOCKET_IFNAME) before sbatch.
+# Signs what ranks write to the rendezvous store, which other users of the hosts may reach.
 export MOE_TRAIN_SECRET=${MOE_TRAIN_SECRET:-$(od -An -tx1 -N32 /dev/urandom | tr -d ' \n')}
-export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun has not taken it from the job since Slurm 22.05
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # since Slurm 22.05 srun does not read it from the job
 
-# An array's number alone means all of its elements, and one of them has that number for its own.
+# The number of an array alone means all of its elements, and is also the own number of one of them.
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}
 job=${job:-$SLURM_JOB_ID}
 
 asked=
 stop() {
     asked=yes
-    echo "asked to stop at $(date +%T): the ranks save"
+    echo "stop signal at $(date +%T): the ranks save"
     local try
     for try in 1 2 3; do
-        timeout 15 scancel --signal=TERM "$job" && return # to every task; a TERM to srun itself would have it kill them
-        echo "Slurm has not told the ranks (try $try of 3)"
+        timeout 15 scancel --signal=TERM "$job" && return # to every task; after a TERM to itself srun would kill them
+        echo "Slurm did not signal the ranks (try $try of 3)"
         sleep 1
     done
 }
 trap stop USR1 TERM
 
-# moe-train on all ranks; wait comes back early when a signal arrives. All ranks end together, rank 0 scores a run before
-# the others go: who is there 20 seconds after the first end hangs, alone on its host.
+# Runs moe-train on all ranks; wait returns early when a signal arrives. All ranks end together, after rank 0 has scored the
+# run: a rank that remains 20 seconds after the first end hangs, alone on its host.
 on_all_ranks() {
     local step code
     if [[ ${LAUNCHER:-srun} == torchrun ]]; then
@@ -59,31 +59,31 @@ on_all_ranks() {
     return "$code"
 }
 
-# A job that Slurm ends itself (cancelled, or preempted without time to spare) is left to it. A controller that is busy is
-# asked again; where it does not answer, the job still runs, or this line would not.
+# A job that Slurm itself ends (cancelled, or preempted without a grace time) is not requeued. A busy controller is called
+# again; if it does not answer, the job is assumed to run, since this shell does.
 requeue() {
     local try state
     if ((${SLURM_RESTART_COUNT:-0} >= ${MAX_REQUEUES:-100})); then
-        echo "was requeued ${SLURM_RESTART_COUNT} times: not again (MAX_REQUEUES)"
+        echo "not requeued: was requeued ${SLURM_RESTART_COUNT} times (MAX_REQUEUES)"
         return
     fi
-    trap '' USR1 TERM # the ranks have gone
+    trap '' USR1 TERM # the ranks have ended
     for try in {1..6}; do
         state=$(timeout 10 scontrol --oneliner show job "$job" | grep -o 'JobState=[A-Z_]*' | cut -d= -f2)
         if [[ ${state:-RUNNING} != RUNNING ]]; then
-            echo "is $state: not put back into the queue"
+            echo "not requeued: the job is $state"
             return
         fi
         [[ -n $state ]] || echo "Slurm does not say whether the job still runs: assumed to be running"
-        echo "back into the queue"
+        echo "requeueing the job"
         timeout 10 scontrol requeue "$job" && return
         echo "Slurm did not requeue it (try $try of 6)"
         sleep 2
     done
-    echo "saved, but not put back into the queue: submit it again with the same run folder"
+    echo "saved, but not requeued: submit it again with the same run folder"
 }
 
-# Trains in a folder and ends the script. 75: asked to stop, saved.
+# Trains in a folder and ends the script. Exit code 75: interrupted, checkpoint saved.
 train_in() {
     local folder=$1 code
     shift

@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# Trains on several hosts under torchrun: run the same line on each of them, from the same folder of a shared file system.
+# Trains on several hosts under torchrun: run the same command on each of them, from the same folder of a shared file system.
 #
 #   NNODES=4 HEAD=node1:29400 JOB=wmt-sam scripts/torchrun/multi_node.sh data=data-bin/mine model=base routing=sam
 #
-# HEAD   host:port of one of the hosts, which the others can reach; the processes meet there
-# JOB    a name of this job, the same on all hosts and of no other job
+# HEAD   host:port of one of the hosts, which the others can reach, for the rendezvous
+# JOB    unique name of this job, the same on all hosts
 # NPROC  processes on each host (all GPUs)
-# LOCAL  this host's address, where its name does not resolve
-# MOE_TRAIN_SECRET  at least 16 characters, the same on all hosts: what ranks write into torchrun's store is signed with
-#        it (docs/faults.md); unset: rank 0 draws one when the ranks have met
-# NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME  the interface to use, where a host has several (docs/faults.md)
+# LOCAL  address of this host, if its name does not resolve
+# MOE_TRAIN_SECRET  at least 16 characters, the same on all hosts: signs what ranks write to torchrun's store
+#        (docs/faults.md); unset: rank 0 draws one after the rendezvous
+# NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME  the interface, if a host has several (docs/faults.md)
 set -euo pipefail
 
-: "${NNODES:?how many hosts}" "${HEAD:?host:port where they meet}" "${JOB:?a name of this job}"
+: "${NNODES:?number of hosts}" "${HEAD:?host:port of the rendezvous}" "${JOB:?unique name of this job}"
 gpus() { command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus | wc -l || echo 1; }
 options=()
 [[ -z ${LOCAL:-} ]] || options+=(--local-addr="$LOCAL")

@@ -69,7 +69,7 @@ def test_sbatch_on_two_nodes_preempted(cluster: Cluster, tiny_data: DataFolder, 
     assert json.loads((folder / "run.json").read_text())["status"] == "interrupted"
     assert cluster.wait_for(job, "COMPLETED", "FAILED")["Restarts"] == "1"
     said = (tmp_path / f"{job}.out").read_text()
-    assert "back into the queue" in said
+    assert "requeueing the job" in said
     check(folder, unbroken, said)
     show_cost(folder, told)
     assert {path.name for path in (folder / "logs").iterdir()} == {"rank_0.log", "rank_1.log"}
