@@ -248,7 +248,7 @@ def test_a_vocabulary_of_another_size_than_the_manifest_s(copy: Path) -> None:
         folder.dictionary()
     for content in (b"\xff\xfe\n", b"one\n", b"a 1\na 1\n"):
         (copy / "dict.txt").write_bytes(content)
-        with pytest.raises(DataError, match=r"dict\.txt: this is no dictionary"):
+        with pytest.raises(DataError, match=r"dict\.txt: this is not a dictionary"):
             folder.dictionary()
 
 

@@ -52,7 +52,7 @@ class InferenceRow:
 
     Attributes:
         task: ``forward`` (encoder and decoder over whole sentences) or ``search`` (a beam search).
-        inference: ``sentence`` or ``token``, which share an expert.
+        inference: ``sentence``: all its tokens share an expert; ``token``: each draws its own.
         milliseconds: median times of ``dense`` and ``thor``.
         ratio: THOR's time over the dense model's: the median over rounds of the ratio within a round.
     """

@@ -1,4 +1,4 @@
-"""Writes ``report.html`` of a run: facts, curves, load of experts, scores. One file, without scripts or links."""
+"""Writes ``report.html``: facts, curves, load of experts, scores. One file, without scripts or network access."""
 
 from __future__ import annotations
 
