@@ -44,7 +44,22 @@ WRONG = {
 }
 # Words that are wrong in the documents. A word goes to WRONG when the code is free of it, too.
 WRONG_IN_DOCUMENTS = {
+    "[Bb]eside": "with, compared with, next to",
+    "[Ww]hoever": "the rank that, anyone who",
+    "(?:goes|go|going|went) on": "resumes, continues",
+    "comes? back|came back": "is returned, is sent back",
+    "travels?|travelled": "is sent",
     "said once": "printed once",
+    "[Nn]obody": "no rank, none",
+    "for ever|anew": "always, again",
+    "mends?|mended": "correct, fix",
+    "(?:is|are|was|were) (?:told|said)": "is printed, is named",
+    "foresees?|foretells?": "predicts",
+    "lends?|lent": "gives",
+    "verdicts?|culprits?": "diagnosis, blocking ranks",
+    "asked to stop": "interrupted",
+    "so many": "N",
+    "fullest": "largest load",
 }
 
 
