@@ -57,7 +57,7 @@ def test_bytes_that_are_not_utf8_are_named_by_line() -> None:
 
 def test_input_is_opened_as_every_text_is() -> None:
     assert list(buffers(io.BytesIO(b"\xef\xbb\xbfone\r\ntwo"), 4)) == [["one", "two"]]
-    with pytest.raises(DataError, match="standard input: line 2 holds a NUL character"):
+    with pytest.raises(DataError, match="standard input: line 2 contains a NUL character"):
         list(buffers(io.BytesIO(b"one\nt\0wo\n"), 4))
 
 
