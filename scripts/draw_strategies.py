@@ -82,7 +82,7 @@ FIGURES = {
     ),
     "smoe": Figure(
         (*edges((0, 2), (1, 0), (2, 1), (3, 3)), Edge(1, 3, dashed=True), Edge(2, 2, dashed=True)),
-        "first choices; from stratum 1 tokens go on to stratum 2 (dashed)",
+        "first choices; from stratum 1 tokens continue at stratum 2 (dashed)",
         boxes=((0, 1, "stratum 1"), (2, 3, "stratum 2")),
     ),
     "xmoe": Figure(

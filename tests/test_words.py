@@ -13,18 +13,21 @@ import pytest
 
 # Files of moe_train, by their stems.
 OLD_FILES = """
-    about after_training background board catalogues cutting drawing draws expected guard in_step initial interfaces
-    joining journal keeper leaving measured meeting menders overlap perturb pulse records reuse standing storage
-    submitted tensor_files ungated verdict
+    about after_training background board candidates catalogues cutting drawing draws expected extension guard hooks
+    in_step initial integrity interfaces joining journal keeper leaving measured meeting menders overlap peers
+    perturb pulse records reuse selection sharding standing steps storage submitted tensor_files ungated verdict
 """.split()  # noqa: SIM905
 # Classes and functions of moe_train, methods included.
 OLD_DEFINITIONS = """
-    Alone AskedToStop Background Beat Board Cargo Display Flight Held Inner Keeper Loop Outcome Parts Peers
+    Alone AskedToStop Background Beat Board Cargo Display Encoded Flight Held Inner Keeper Loop Outcome Parts Peers
     ProcessRanks Pulse Ranks Records Routed SampleLoader Seal SearchableModel Spread Stepper Sums TokenRows Trip
-    Words _beat_of _beats _put_down affine affine_into agree batched_affine blas_is_at_home carry come_back culprits
-    depart die_with displaced everywhere forget_folder fullest_part fullest_share give_slots is_awaited joining
-    judge lend mix_rows most_choices outer_into over_parts said_once serves settle take_place told travel ungated
-    way_out world_aside
+    Words _agent_was_told _asked _beat_of _beats _culprit _fallen_silent _give_up_old _give_way _go_on _judge
+    _judged _last_words _leave _mend _passing_on_signals _put_down _say_once _telling _told _unheard _verdict
+    _welcome affine affine_into agents_file agree batched_affine blas_is_at_home born carry clip_gradients come_back
+    culprits decode_in_step depart die_with displaced everywhere forget_folder fullest_part fullest_share give_slots
+    is_awaited joining judge lend mix_rows most_choices outer_into over_parts retold said_by said_once
+    same_on_replicas say_error say_interrupted say_unread serves settle take_place tell_agent told told_number
+    travel ungated unlike_sets way_out world_aside world_tokens
 """.split()  # noqa: SIM905
 # Functions and classes of one module, whose names are right elsewhere: (file, name).
 OLD_PLACES = [
@@ -41,23 +44,24 @@ WRONG = {
     "come_back|go_on": "combine, resume",
     "such a one": "one",
     "by hand of|whosoever|whence|thereof|therein": "plain English",
-}
-# Words that are wrong in the documents. A word goes to WRONG when the code is free of it, too.
-WRONG_IN_DOCUMENTS = {
-    "[Bb]eside": "with, compared with, next to",
+    "[Bb]eside(?!:)": "with, compared with, next to",  # an attribute has the name
     "[Ww]hoever": "the rank that, anyone who",
-    "(?:goes|go|going|went) on": "resumes, continues",
-    "comes? back|came back": "is returned, is sent back",
-    "travels?|travelled": "is sent",
     "said once": "printed once",
+    "(?:goes|go|going|went) on": "resumes, continues",
     "[Nn]obody": "no rank, none",
-    "for ever|anew": "always, again",
     "mends?|mended": "correct, fix",
     "(?:is|are|was|were) (?:told|said)": "is printed, is named",
     "foresees?|foretells?": "predicts",
     "lends?|lent": "gives",
-    "verdicts?|culprits?": "diagnosis, blocking ranks",
+    "culprits?": "blocking ranks",
     "asked to stop": "interrupted",
+}
+# Words that are wrong in the documents. A word goes to WRONG when the code is free of it, too.
+WRONG_IN_DOCUMENTS = {
+    "comes? back|came back": "is returned, is sent back",
+    "travels?|travelled": "is sent",
+    "for ever|anew": "always, again",
+    "verdicts?": "diagnosis",
     "so many": "N",
     "fullest": "largest load",
 }
