@@ -72,7 +72,7 @@ def train(
         CheckpointError: a checkpoint that cannot be written, or a damaged one where the run should resume.
     """
     world = world or World.current()
-    world.pulse.run = folder.path
+    world.progress.run = folder.path
     with heartbeat(folder.path / ALIVE) if world.main else nullcontext():
         trainer = build_trainer(config, task, folder, world, validate_bleu, account, console, data)
         try:

@@ -102,10 +102,10 @@ class Trainer:
     def update(self) -> UpdateReport:
         """Computes the next update, and writes a log line if one is due."""
         training, done = self.config.training, self.state.update
-        self.world.pulse.mark("reading samples", done + 1)
+        self.world.progress.mark("reading samples", done + 1)
         plan, samples = self.data_loader.get(done, last=done + 1 >= training.max_updates)
         lr = learning_rate(training.schedule, training.optimizer.lr, training.max_updates, done + 1, self.ends)
-        self.world.pulse.mark("computing the update")
+        self.world.progress.mark("computing the update")
         report = self.train_step.run(done, samples, lr, self.signals)
         self.state.update, self.state.epoch = done + 1, plan.epoch
         applied = report.outcome.applied
@@ -161,7 +161,7 @@ class Trainer:
 
     def _validate(self) -> bool:
         """Validates, writes the line of valid.jsonl, and returns whether it is the best so far."""
-        self.world.pulse.mark("validating")
+        self.world.progress.mark("validating")
         with self.counters.paused():
             line: dict[str, Any] = {
                 "update": self.state.update,
@@ -187,7 +187,7 @@ class Trainer:
             raise StopRequested
 
     def _save(self) -> None:
-        self.world.pulse.mark("saving a checkpoint")
+        self.world.progress.mark("saving a checkpoint")
         self.state.interval = self.interval.to_json()
         self.checkpoints.save(self.state)
         if self.world.main and self.traffic.counted:

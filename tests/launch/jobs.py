@@ -82,7 +82,7 @@ def hang(rank: int | Collection[int], how: str, minutes: float = 0.1, note: str 
     """After two collectives ``rank``, one or several, never come to the third, for which the others wait."""
     config = dataclasses.replace(CONFIG, timeout_minutes=minutes, silent_minutes=silent)
     with joined_world(config) as world:
-        world.pulse.mark("warming up", 7)
+        world.progress.mark("warming up", 7)
         world.barrier()
         world.barrier()
         if world.rank in ({rank} if isinstance(rank, int) else rank):

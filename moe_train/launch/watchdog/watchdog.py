@@ -137,12 +137,12 @@ class _Watchdog(threading.Thread):
 
     def write_status(self) -> float:
         """Writes this rank's status to the job's store; returns the seconds since its last progress."""
-        progress = self.world.pulse.beats, collective_counts()
+        progress = self.world.progress.beats, collective_counts()
         if progress != self.progress:
             self.last_progress, self.progress = time.monotonic(), progress
         idle_seconds = time.monotonic() - self.last_progress  # after the reset: all of a status is of one moment
         with_pending = idle_seconds > _PENDING_AFTER * self.interval
-        own = rank_status(self.world.rank, self.sequence, idle_seconds, self.world.pulse, progress[1], with_pending)
+        own = rank_status(self.world.rank, self.sequence, idle_seconds, self.world.progress, progress[1], with_pending)
         self.sequence += 1
         self.channel.put(f"status/{own.rank}", json.dumps(asdict(own)))
         return idle_seconds
@@ -194,7 +194,7 @@ class _Watchdog(threading.Thread):
             exit_now(1)
 
     def _report(self, verdict: Failure, reports: bool) -> None:
-        folder = self.world.pulse.run
+        folder = self.world.progress.run
         record = folder / FAILURE if reports and folder is not None else None
         failure = verdict if reports or has_our_parent() else verdict.without_trace()
         store_failure(failure, self.world.rank, record)

@@ -56,7 +56,7 @@ def world_for_checkpoints(world: World) -> World:
 
     Every rank calls it.
     """
-    world = replace(world, device=torch.device("cpu"), pulse=ProgressMarker())
+    world = replace(world, device=torch.device("cpu"), progress=ProgressMarker())
     if world.size == 1:
         return world
     return replace(world, group=dist.new_group(backend="gloo"))

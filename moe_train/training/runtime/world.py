@@ -50,7 +50,7 @@ class World:
         rank: 0 .. size - 1; rank 0 writes files and prints.
         local_rank: number of this process on its host, which picks the GPU.
         local_size: processes on this host.
-        pulse: this process's progress marker.
+        progress: this process's progress marker.
     """
 
     rank: int = 0
@@ -59,7 +59,7 @@ class World:
     local_size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     group: dist.ProcessGroup | None = None
-    pulse: ProgressMarker = field(default_factory=ProgressMarker, compare=False, repr=False)
+    progress: ProgressMarker = field(default_factory=ProgressMarker, compare=False, repr=False)
 
     @classmethod
     def current(cls, device: torch.device | str = "cpu") -> World:

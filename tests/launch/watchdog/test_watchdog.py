@@ -52,11 +52,11 @@ def test_a_beat_tells_of_one_moment(tmp_path: Path) -> None:
         watch.write_status()
         return RankStatus(**json.loads(channel.get_all(["status/0"])[0] or ""))
 
-    world.pulse.mark("reading samples", 3)
+    world.progress.mark("reading samples", 3)
     told()
     time.sleep(0.1)
     stood = told()
-    world.pulse.mark("computing the update", 4)
+    world.progress.mark("computing the update", 4)
     moved = told()
     assert (stood.update, moved.update, moved.sequence) == (3, 4, 2)
     assert stood.seconds_without_progress >= 0.1 > moved.seconds_without_progress
