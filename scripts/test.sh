@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Installs if need be, then runs the tests. Arguments go to pytest.
+# Installs if need be, then checks the checkout.
 #
-#   scripts/test.sh                       the fast suite, with the coverage of moe_train (at least 85 % of its lines)
-#   scripts/test.sh tests/routing -x      a part of it, without coverage
+#   scripts/test.sh                       ruff, mypy and the tests that start no process: at most 5 minutes on two cores
+#   scripts/test.sh --all                 everything but the slow tests, with coverage: at most 15 minutes on two cores
+#   scripts/test.sh tests/routing -x      other arguments go to pytest
 #   scripts/test.sh -m slow               the long runs
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -15,8 +16,15 @@ export PATH="$PWD/.venv/bin:$PATH"
 # Tests start several processes each: one thread apiece is fastest on few cores, and gives the same sums everywhere.
 export OMP_NUM_THREADS=1
 
+# Two workers, a file at a time, in the order of tests/conftest.py: more would only crowd each other's processes.
+workers=(--numprocesses=2 --dist=loadfile --no-loadscope-reorder)
 if (($# == 0)); then
-    # Two workers, a file at a time, in the order of tests/conftest.py: more would only crowd each other's processes.
-    set -- --numprocesses=2 --dist=loadfile --no-loadscope-reorder --cov=moe_train --cov-report=term
+    ruff check .
+    ruff format --check .
+    mypy
+    set -- "${workers[@]}" -m "not slow and not processes"
+elif [[ $1 == --all ]]; then
+    shift
+    set -- "${workers[@]}" --cov=moe_train --cov-report=term "$@"
 fi
 exec .venv/bin/python -m pytest -m "not slow" "$@"

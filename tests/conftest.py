@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import hypothesis
@@ -13,6 +13,7 @@ import pytest
 
 from moe_train.data.folder import DataFolder
 from tests.distributed.world import Worlds
+from tests.process_guard import ProcessGuard
 from tests.required import is_required, skip_or_fail
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,11 +22,26 @@ hypothesis.settings.register_profile("moe_train", deadline=None, max_examples=50
 hypothesis.settings.register_profile("search", deadline=None, max_examples=1000, print_blob=True)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "moe_train"))
 
+GUARD = ProcessGuard()
+
 
 def pytest_configure() -> None:
     """Ctrl-C is tested: a shell's background job ignores it, and processes that tests start would inherit that."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    GUARD.install()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Generator[None, object, object]:
+    result = yield
+    GUARD.check()
+    return result
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_teardown() -> None:
+    GUARD.end()  # what ends with this test may belong to others
 
 
 # Files of a minute or more, longest first: begun last, one of them would keep one worker busy while the others idle.
@@ -73,8 +89,12 @@ def _absent(marker: str) -> str | None:
     return None
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=_turn)
+    for item in items:
+        if "worlds" in getattr(item, "fixturenames", ()) or any(map(item.get_closest_marker, ("slurm", "network"))):
+            item.add_marker("processes")
     for marker in MARKERS:
         marked = [item for item in items if item.get_closest_marker(marker)]
         if marked and not is_required(marker) and (reason := _absent(marker)):
@@ -82,7 +102,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    GUARD.begin(item)
     for marker in MARKERS:
         if item.get_closest_marker(marker) and is_required(marker) and (reason := _absent(marker)):
             skip_or_fail(marker, reason)

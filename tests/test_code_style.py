@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.mark.parametrize("arguments", [("check",), ("format", "--check")], ids=["lint", "format"])
 def test_ruff(root: Path, arguments: tuple[str, ...]) -> None:

@@ -149,6 +149,7 @@ def test_what_a_command_is_run_for_ends_it(tmp_path: Path) -> None:
             err.unlink()
 
 
+@pytest.mark.processes
 def test_closed_streams_are_not_given_to_files_that_are_opened_next(tmp_path: Path) -> None:
     """As after ``>&-``: descriptor 1 is free, and prints would go into the next file."""
     script = tmp_path / "script.py"

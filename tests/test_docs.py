@@ -284,6 +284,7 @@ def put_before(path: Path, mark: str, text: str) -> None:
     path.write_text(before + text + found + after, encoding="utf-8")
 
 
+@pytest.mark.processes
 def test_the_worked_example_passes_every_test_of_strategies(tmp_path: Path) -> None:
     for name in ("moe_train", "configs", "tests", "docs", "scripts", "hydra_plugins"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "old_runs"))

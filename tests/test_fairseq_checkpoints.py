@@ -292,6 +292,7 @@ def test_code_of_a_criterion(capsys: pytest.CaptureFixture[str]) -> None:
     assert NO_VALUE in refusal(capsys, words("validate", path), path)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("command", ["generate", "validate", "restore"])
 def test_what_is_not_hostile_is_loaded(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Paths that nobody opens are no fault: every checkpoint names the folder that it was saved in."""

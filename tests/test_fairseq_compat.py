@@ -46,6 +46,7 @@ def without() -> dict[str, str]:
     return reports
 
 
+@pytest.mark.processes
 def test_every_check_passes_with_every_patch() -> None:
     done = run_checks()
     assert done.returncode == 0, done.stderr
@@ -53,6 +54,7 @@ def test_every_check_passes_with_every_patch() -> None:
     assert "UserWarning" not in done.stderr, "importing fairseq or composing its config warns"
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("name", [patch.name for patch in fairseq_compat.PATCHES])
 def test_each_patch_is_needed(name: str, without: dict[str, str]) -> None:
     assert without[name], f"{name} is no longer needed: take it out"
@@ -143,6 +145,7 @@ def fairseq_commands(*commands: list[str]) -> str:
     return done.stdout + done.stderr
 
 
+@pytest.mark.processes
 def test_stock_fairseq_works_from_text_to_translation(tmp_path: Path) -> None:
     """preprocess, train, resume, generate: a stock Transformer of fairseq learns to copy three sentences."""
     text = ["one two three", "two three one four", "four one"]

@@ -48,6 +48,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
+@pytest.mark.processes
 def test_wheel_holds_the_whole_package_and_every_config(wheel: Path, root: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
@@ -62,6 +63,7 @@ def test_wheel_holds_the_whole_package_and_every_config(wheel: Path, root: Path)
     assert not [name for name in names if name.startswith(("tests/", "scripts/", "configs/"))]
 
 
+@pytest.mark.processes
 def test_wheel_names_its_scripts_and_never_fairseq_as_dependency(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         info = next(name for name in archive.namelist() if name.endswith("/METADATA")).removesuffix("METADATA")
@@ -80,6 +82,7 @@ print(json.dumps([moe_train.__file__, str(configs_directory())]))
 """
 
 
+@pytest.mark.processes
 def test_wheel_works_outside_the_checkout(wheel: Path, tmp_path: Path) -> None:
     """Installed by pip into an environment that shares this one's libraries: its own configs are found and compose."""
     venv = tmp_path / "venv"
@@ -127,6 +130,7 @@ y.sum().backward()
 """
 
 
+@pytest.mark.processes
 def test_layers_need_torch_alone(tmp_path: Path, root: Path) -> None:
     done = run(sys.executable, "-c", TORCH_ALONE, cwd=tmp_path, env={"PYTHONPATH": str(root)})
     assert done.returncode == 0, done.stderr
@@ -159,12 +163,14 @@ SCRIPTS = [
 ]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_scripts_parse_and_can_be_run(script: str, root: Path) -> None:
     assert os.access(root / script, os.X_OK)
     assert run("bash", "-n", root / script, cwd=root).returncode == 0
 
 
+@pytest.mark.processes
 def test_setup_is_quick_when_nothing_changed(root: Path) -> None:
     """Says so without calling pip: none can be found here."""
     if not (root / ".venv/.ready").is_file():
@@ -174,6 +180,7 @@ def test_setup_is_quick_when_nothing_changed(root: Path) -> None:
     assert done.stdout == "setup: .venv is up to date\n"
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("arguments", "environment", "message"),
     [

@@ -25,6 +25,7 @@ def evaluate(*words: str, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*COMMAND, *words], capture_output=True, text=True, timeout=280, check=False, cwd=folder)
 
 
+@pytest.mark.processes
 def test_the_table_and_the_files(run_folder: Path, tmp_path: Path) -> None:
     done = evaluate(f"run={run_folder}", "directions=[en-de,ja-en]", "max_sentences=10", folder=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -58,6 +58,7 @@ def lines(output: str, kind: str) -> dict[int, list[str]]:
     return {int(fields[0][2:]): fields[1:] for fields in found}
 
 
+@pytest.mark.processes
 def test_altered_data_is_refused(tiny_data: DataFolder, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(tiny_data.path, tmp_path / "data"))
     victim = copy / "train.en-de.de.bin"
@@ -74,6 +75,7 @@ def trained(tiny_data: DataFolder, tmp_path_factory: pytest.TempPathFactory) -> 
     return folder / "checkpoint_last.pt", log
 
 
+@pytest.mark.processes
 def test_train_lowers_the_loss_of_a_sparse_model(trained: tuple[Path, str]) -> None:
     checkpoint, log = trained
     assert checkpoint.is_file()
@@ -83,6 +85,7 @@ def test_train_lowers_the_loss_of_a_sparse_model(trained: tuple[Path, str]) -> N
     assert f"num. expert model params: {2 * 4 * (2 * 32 * 64 + 64 + 32)}" in log
 
 
+@pytest.mark.processes
 def test_generate_prints_every_line_that_scripts_read(trained: tuple[Path, str], tiny_data: DataFolder) -> None:
     direction = ("--source-lang", "en", "--target-lang", "de")
     output = moe_fairseq(

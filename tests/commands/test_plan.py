@@ -17,6 +17,8 @@ from moe_train.config import RunConfig, build
 from moe_train.errors import ConfigError
 from moe_train.launch.hydra_store import forget_foreign_schemas
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

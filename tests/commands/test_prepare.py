@@ -11,6 +11,8 @@ import pytest
 from moe_train.data.folder import DataFolder
 from tests.data import tiny_corpus
 
+pytestmark = pytest.mark.processes
+
 
 def moe_prepare(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "moe_train.commands.prepare", *words]

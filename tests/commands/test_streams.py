@@ -49,6 +49,7 @@ def pipe_to_head() -> Iterator[int]:
         head.stdin.close()
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("processes", "out", "err", "reasons"),
     [

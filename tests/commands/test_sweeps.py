@@ -20,6 +20,8 @@ from moe_train.training import RunFolder
 from tests.commands.test_train import here
 from tests.slurm.runs import keys, until
 
+pytestmark = pytest.mark.processes
+
 SHORT = ("training.max_updates=2", "training.validation.every_updates=2")
 
 

@@ -72,6 +72,7 @@ def two(tmp_path_factory: pytest.TempPathFactory, tiny_data: DataFolder) -> Path
     return path / "run"
 
 
+@pytest.mark.processes
 def test_the_run_folder(two: Path, tiny_data: DataFolder) -> None:
     trained, validated = lines(two), lines(two, "valid.jsonl")
     assert [line["update"] for line in trained] == [5, 10, 15, 20]
@@ -90,6 +91,7 @@ def test_the_run_folder(two: Path, tiny_data: DataFolder) -> None:
     assert CheckpointStore(two / "checkpoints").resolve("best").name == "step_20"
 
 
+@pytest.mark.processes
 def test_killed_and_resumed_ends_in_the_same_bits(two: Path, tiny_data: DataFolder, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     command = words(tiny_data, folder, "launch.processes=2")
@@ -112,6 +114,7 @@ def wait_for(log: Path, running: subprocess.Popen[bytes]) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.processes
 def test_sigterm_saves_and_says_how_to_go_on(tiny_data: DataFolder, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     command = words(tiny_data, folder, "launch.processes=2", "training.max_updates=5000")
@@ -166,6 +169,7 @@ def test_torchrun_asked_to_stop(number: signal.Signals, tiny_data: DataFolder, t
     assert CheckpointStore(folder / "checkpoints").resolve("last").name == f"step_{info['update']}"
 
 
+@pytest.mark.processes
 def test_a_sweep_in_one_process(tiny_data: DataFolder, tmp_path: Path) -> None:
     sweep = [f"hydra.sweep.dir={tmp_path}/sweep", "routing=dense,switch", "training.max_updates=2"]
     keys = [word for word in words(tiny_data, tmp_path)[3:] if not word.startswith(("hydra.run", "routing."))]
@@ -176,6 +180,7 @@ def test_a_sweep_in_one_process(tiny_data: DataFolder, tmp_path: Path) -> None:
         assert info["status"] == "finished" and config["routing"]["name"] == name
 
 
+@pytest.mark.processes
 def test_the_mistakes_in_a_sweep_are_told_once_each(tiny_data: DataFolder, tmp_path: Path) -> None:
     """With the jobs that they are about, and without a traceback; the report has them too."""
     sweep = [f"hydra.sweep.dir={tmp_path}/sweep", "model.num_heads=2,3", "training.clip_norm=-1,1"]
@@ -197,6 +202,7 @@ def one(tmp_path_factory: pytest.TempPathFactory, tiny_data: DataFolder) -> Path
     return path / "run"
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("changes", "messages"),
     [
@@ -220,6 +226,7 @@ def contents(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.processes
 def test_a_start_that_failed_leaves_nothing_that_a_report_lists(tiny_data: DataFolder, tmp_path: Path) -> None:
     """Neither one that is refused at once nor one that comes as far as its processes; the user's files stay."""
     named = tmp_path / "named"
@@ -242,6 +249,7 @@ def test_a_start_that_failed_leaves_nothing_that_a_report_lists(tiny_data: DataF
     assert (named / "notes").read_text() == "mine"
 
 
+@pytest.mark.processes
 def test_a_run_that_fails_after_it_began_is_reported(tiny_data: DataFolder, tmp_path: Path) -> None:
     """And so is a start in a folder with a run: its record stays."""
     keys = [*words(tiny_data, tmp_path / "run")[3:], "training.max_updates=9"]
@@ -269,6 +277,7 @@ def test_a_damaged_checkpoint_is_skipped_where_the_key_says_so(
     assert_same_bits(final_tensors(folder, "step_20"), final_tensors(two))
 
 
+@pytest.mark.processes
 def test_a_damaged_checkpoint_is_named(one: Path, tiny_data: DataFolder, tmp_path: Path) -> None:
     shard = next((one / "checkpoints" / "step_8").glob("*.safetensors"))
     whole = shard.read_bytes()
@@ -330,6 +339,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         yield disk
 
 
+@pytest.mark.processes
 def test_a_disk_that_fills_while_a_checkpoint_is_written(
     small_disk: Path, tiny_data: DataFolder, tmp_path: Path
 ) -> None:

@@ -30,6 +30,7 @@ def trained(folder: Path) -> list[dict[str, Any]]:
     return [{key: line[key] for key in ("update", "loss", "grad_norm", "balance_loss")} for line in lines(folder)]
 
 
+@pytest.mark.processes
 def test_losses_are_those_of_ddp(ours: Path, tiny_data: DataFolder, tmp_path: Path) -> None:
     code, said = here(words(tiny_data, tmp_path / "run", *PLAIN)[3:], tmp_path)
     assert code == 0, said
@@ -37,6 +38,7 @@ def test_losses_are_those_of_ddp(ours: Path, tiny_data: DataFolder, tmp_path: Pa
         assert line == pytest.approx(want, rel=1e-4)
 
 
+@pytest.mark.processes
 def test_it_goes_on_under_ddp(ours: Path, tiny_data: DataFolder, tmp_path: Path) -> None:
     code, said = here(words(tiny_data, ours, *PLAIN, "training.max_updates=15")[3:], tmp_path)
     assert code == 0, said

@@ -29,6 +29,7 @@ def translate(*words: str, typed: bytes = b"", folder: Path | None = None) -> su
     return subprocess.run(command, input=typed, capture_output=True, timeout=280, cwd=folder, check=False)
 
 
+@pytest.mark.processes
 def test_a_pipe_gives_a_line_for_a_line(run_folder: Path, tmp_path: Path) -> None:
     typed = b"Der Arzt mag frisches Brot heute.\n\nDas Kind kauft das neue Buch am Abend.\n \nDer Arzt"
     typed += b" mag frisches Brot heute." * 20
@@ -73,6 +74,7 @@ def test_mistakes_are_one_message(
     assert "no language 'ru'. Known: de, en, fr, ja" in written.err and not written.out
 
 
+@pytest.mark.processes
 def test_a_prompt_at_a_terminal(run_folder: Path) -> None:
     """A direction that was not trained, too: said, and translated all the same. Bytes that are no text are refused."""
     words = [f"run={run_folder}", "source=de", "target=fr"]

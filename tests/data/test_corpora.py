@@ -133,6 +133,7 @@ def test_unknown_locale_is_offered_near_ones(tmp_path: Path, wheel: WheelConfig)
         texts(name="l10n", cache=str(tmp_path / "cache"), languages=["pt_PT"], wheels=[dataclasses.asdict(wheel)])
 
 
+@pytest.mark.processes
 def test_wheel_with_another_checksum_is_not_used(
     tmp_path: Path, wheel: WheelConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -147,6 +148,7 @@ def test_wheel_with_another_checksum_is_not_used(
     assert fetch_wheels((other,), cache, Progress()) == [cache / "words-1.0-py3-none-any.whl"]
 
 
+@pytest.mark.processes
 def test_wheel_that_cannot_be_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     missing = WheelConfig("words", "9.9", "0" * 64)
@@ -154,6 +156,7 @@ def test_wheel_that_cannot_be_fetched(tmp_path: Path, monkeypatch: pytest.Monkey
         fetch_wheels((missing,), tmp_path, Progress())
 
 
+@pytest.mark.processes
 def test_a_wheel_with_other_content_in_the_cache_is_not_used_and_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

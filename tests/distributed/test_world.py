@@ -8,6 +8,8 @@ import pytest
 
 from tests.distributed.world import Worlds
 
+pytestmark = pytest.mark.processes
+
 
 def test_a_call_that_was_given_up_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     worlds = Worlds()

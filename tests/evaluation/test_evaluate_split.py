@@ -86,6 +86,7 @@ def test_scores_are_those_of_the_files(evaluated: Path, tiny_data: DataFolder) -
         )
 
 
+@pytest.mark.processes
 def test_another_number_of_processes_gives_the_same(evaluated: Path) -> None:
     names = ["test.en-de.de", "test.ja-en.en.scores"]
     before = [(evaluated / "hypotheses" / name).read_bytes() for name in names]
@@ -116,6 +117,7 @@ def test_ranks_of_a_group_evaluate_together(
         assert found == pytest.approx(want, abs=0.1)
 
 
+@pytest.mark.processes
 def test_own_processes_divide_the_experts(few: tuple[Path, dict[str, float]]) -> None:
     run, want = few
     launched = LaunchConfig(processes=2, device="cpu")
@@ -191,6 +193,7 @@ def test_sources_that_were_cut_are_named(tmp_path: Path, tiny_data: DataFolder) 
     assert "en-de, sources, lines 1 and 2: cut to the model's 10 tokens, tag and end included" in notes
 
 
+@pytest.mark.processes
 def test_results_go_where_out_says_and_elsewhere_from_a_run_that_cannot_be_written(
     tmp_path: Path, tiny_data: DataFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -227,6 +230,7 @@ def test_under_a_launcher(tmp_path: Path, tiny_data: DataFolder, monkeypatch: py
         evaluate(config(run, max_sentences=2))
 
 
+@pytest.mark.processes
 def test_what_a_process_finds_wrong_is_reported_as_it_is(tmp_path: Path, tiny_data: DataFolder) -> None:
     run = open_run(make_run(tmp_path, tiny_data))  # verified here, and spoilt before the processes read it
     batches = encode(run.task, ["Das Kind."] * 40, "de", "en", 30).batches
@@ -236,6 +240,7 @@ def test_what_a_process_finds_wrong_is_reported_as_it_is(tmp_path: Path, tiny_da
         decode_batches(run, batches, SEARCH, LaunchConfig(processes=2, device="cpu"))
 
 
+@pytest.mark.processes
 def test_killed_processes_are_noticed(tmp_path: Path, tiny_data: DataFolder) -> None:
     run = open_run(make_run(tmp_path, tiny_data))
     batches = encode(run.task, ["Das Kind kauft das Buch."] * 400, "de", "en", 30).batches
@@ -248,6 +253,7 @@ def test_killed_processes_are_noticed(tmp_path: Path, tiny_data: DataFolder) -> 
         decode_batches(run, batches, SEARCH, LaunchConfig(processes=2, device="cpu"), kill)
 
 
+@pytest.mark.processes
 def test_processes_end_with_a_parent_that_is_killed(tmp_path: Path, tiny_data: DataFolder) -> None:
     """It is killed when the first batch is done, with hours of work left."""
     program = """

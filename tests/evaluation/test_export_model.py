@@ -118,6 +118,7 @@ def test_a_write_that_fails_leaves_nothing(made: Path, tmp_path: Path, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.processes
 def test_what_a_killed_export_leaves_goes_and_neighbours_stay(made: Path, tmp_path: Path) -> None:
     def half() -> None:
         with replacing_folder(tmp_path / "out") as replacement:

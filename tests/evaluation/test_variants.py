@@ -43,6 +43,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, tiny_data: DataFolder) -> Path
     return folder
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(("inference", "launch"), [("token", ONE), ("ensemble", TWO)])
 def test_a_mode_chosen_later_is_the_mode_of_a_run_that_had_it(
     run: Path, inference: str, launch: LaunchConfig, tiny_data: DataFolder, tmp_path: Path
@@ -81,6 +82,7 @@ def test_a_seed_is_refused_where_all_experts_are_averaged(run: Path) -> None:
     assert not (run / "variants" / "inference=ensemble,draw_seed=2").exists()
 
 
+@pytest.mark.processes
 def test_ranks_that_divide_the_experts_are_told(run: Path) -> None:
     changes = {"routing": {"inference": "token"}, "draw_seed": 9}
     alone = evaluate(config(run, **changes))
@@ -135,6 +137,7 @@ def test_a_strategy_without_such_keys_says_so(tmp_path: Path, tiny_data: DataFol
     assert open_run(run, inference=Inference(draw_seed=1)).results == run, "the run's own is no change"
 
 
+@pytest.mark.processes
 def test_the_command_line(run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Both commands take the keys, and a sweep of seeds leaves every seed's results."""
     words = [f"run={run}", "search.beam=1", "search.max_length_ratio=0.5", "routing.inference=token"]

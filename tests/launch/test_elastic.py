@@ -54,6 +54,7 @@ def test_no_note_where_none_is_needed(agent: pytest.MonkeyPatch, tmp_path: Path)
     assert not NOTES.exists() and folder_overrides(WORDS) == []
 
 
+@pytest.mark.processes
 def test_without_an_id_the_agent_tells_jobs_apart(agent: pytest.MonkeyPatch, tmp_path: Path) -> None:
     agent.setenv("TORCHELASTIC_RUN_ID", "none")
     note_folder(WORDS, tmp_path)

@@ -10,6 +10,8 @@ import pytest
 from moe_train.config import LaunchConfig
 from moe_train.launch.local import launch
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.mark.root
 def test_another_user_of_this_host_gets_into_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,8 @@ from moe_train.launch.job.failures import Failure, WorkerError, first_failure
 from moe_train.launch.local import launch
 from tests.launch.jobs import in_time
 
+pytestmark = pytest.mark.processes
+
 JOBS = "tests.launch.jobs"
 
 

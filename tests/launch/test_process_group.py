@@ -45,6 +45,7 @@ def test_whose_number_of_threads_counts(
         assert torch.get_num_threads() == (threads or 8)
 
 
+@pytest.mark.processes
 def test_a_thread_that_torchrun_has_set_is_not_the_users(tmp_path: Path) -> None:
     """It does so where nothing is set; what it was started with tells."""
     code = "import os; from moe_train.launch.job.env import requested_threads as threads"
@@ -84,6 +85,7 @@ def test_nobody_answers(monkeypatch: pytest.MonkeyPatch) -> None:
         pass
 
 
+@pytest.mark.processes
 def test_a_store_at_loopback_listens_there_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """As of submitit's local executor, where rank 0 holds the store."""
     port = free_port()

@@ -53,6 +53,7 @@ echo "JobId=9 ArrayJobId=7 ArrayTaskId=2 JobState={state}"
 """
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(("times", "state", "handed"), [(0, "RUNNING", 1), (1, "RUNNING", 1), (0, "CANCELLED", 0)])
 def test_a_controller_that_is_busy_is_no_reason_to_stay_out_of_the_queue(
     times: int,
@@ -76,6 +77,7 @@ def test_a_controller_that_is_busy_is_no_reason_to_stay_out_of_the_queue(
     assert ("assumed to be running" in capsys.readouterr().err) == (times > 0)
 
 
+@pytest.mark.processes
 def test_submitit_is_asked_again_where_slurm_does_not_take_the_job(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -47,6 +47,7 @@ def told(monkeypatch: pytest.MonkeyPatch, **variables: str) -> None:
         monkeypatch.delenv(name)
 
 
+@pytest.mark.processes
 def test_a_task_of_srun(slurm_around: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_ADDR", "")
     monkeypatch.delenv("MASTER_ADDR")
@@ -102,10 +103,12 @@ def test_slurms_short_form_of_tasks() -> None:
     assert tasks_per_node("2(x3),1") == [2, 2, 2, 1] and tasks_per_node("4") == [4] and tasks_per_node("1,2") == [1, 2]
 
 
+@pytest.mark.processes
 def test_what_slurm_says(slurm_around: None) -> None:
     assert node_address("n8") == "127.0.0.1" and job_state("9") == "RUNNING"
 
 
+@pytest.mark.processes
 def test_no_slurm_to_ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(LaunchError, match=r"scontrol show job 9: Slurm's scontrol does not answer.*MASTER_ADDR"):

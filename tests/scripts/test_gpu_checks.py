@@ -20,6 +20,7 @@ def script(root: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module("gpu_checks")
 
 
+@pytest.mark.processes
 def test_rehearsal_holds_all_that_a_cpu_can_show(root: Path, tmp_path: Path) -> None:
     """In a process that cannot import fairseq: torch and this package are all it needs."""
     hidden = "import sys, runpy; sys.modules['fairseq'] = None; runpy.run_path(sys.argv.pop(1), run_name='__main__')"
@@ -42,6 +43,7 @@ def test_rehearsal_holds_all_that_a_cpu_can_show(root: Path, tmp_path: Path) -> 
     assert "| top_k, shared expert, overlap, fp32: error |" in (tmp_path / "checks.md").read_text()
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_without_a_gpu_it_says_so(root: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(root / "scripts" / "gpu_checks.py"), "--out", str(tmp_path / "out")]

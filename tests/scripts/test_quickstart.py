@@ -25,6 +25,7 @@ def stages(printed: str) -> list[str]:
     return re.findall(r"^== (\w+): ", printed, flags=re.MULTILINE)
 
 
+@pytest.mark.processes
 def test_the_folder_may_be_named_in_either_way(root: Path, tmp_path: Path) -> None:
     """It alone tells whether a run is to go on; the commands only say here what they were called with."""
     (tmp_path / "scripts").mkdir()

@@ -58,6 +58,7 @@ def submit(cluster: Cluster, data: DataFolder, folder: Path, *options: str, more
     )
 
 
+@pytest.mark.processes
 def test_sbatch_on_two_nodes_preempted(cluster: Cluster, tiny_data: DataFolder, unbroken: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     job = submit(cluster, tiny_data, folder)
@@ -100,6 +101,7 @@ def job_of(sweep: Path) -> str:
     return folder.name
 
 
+@pytest.mark.processes
 def test_a_cancelled_job_saves_and_stays_out_of_the_queue(
     cluster: Cluster, tiny_data: DataFolder, tmp_path: Path
 ) -> None:

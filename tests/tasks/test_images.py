@@ -159,6 +159,7 @@ def command(data: Path, folder: Path, updates: int, *more: str) -> list[str]:
     ]
 
 
+@pytest.mark.processes
 def test_moe_train_learns_images_and_resumes_bit_for_bit(squares: Path, tmp_path: Path) -> None:
     soft = ("routing=soft_moe", "routing.num_experts=4")
     assert here(command(squares, tmp_path / "whole", 40, *soft), tmp_path)[0] == 0
@@ -173,6 +174,7 @@ def test_moe_train_learns_images_and_resumes_bit_for_bit(squares: Path, tmp_path
     assert_same_bits(final_tensors(tmp_path / "whole"), final_tensors(tmp_path / "parts"))
 
 
+@pytest.mark.processes
 def test_an_image_altered_after_training_is_refused(tmp_path: Path) -> None:
     """No manifest has its checksum: the run keeps it."""
     for split, count in (("train", 12), ("val", 3), ("test", 3)):

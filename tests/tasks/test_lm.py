@@ -180,6 +180,7 @@ def evaluated(run: Path, split: str, monkeypatch: pytest.MonkeyPatch) -> dict[st
     return content
 
 
+@pytest.mark.processes
 def test_moe_train_learns_to_fill_masks_and_resumes_bit_for_bit(
     pretrained: Path, tiny_data: DataFolder, tmp_path: Path
 ) -> None:
@@ -193,6 +194,7 @@ def test_moe_train_learns_to_fill_masks_and_resumes_bit_for_bit(
     assert_same_bits(final_tensors(pretrained), final_tensors(tmp_path))
 
 
+@pytest.mark.processes
 def test_perplexity_by_language_and_load_by_language(pretrained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = evaluated(pretrained, "valid", monkeypatch)
     assert set(content["sets"]) == {"de", "en", "fr", "ja"} and content["task"] == "cross_lingual_lm"
@@ -203,6 +205,7 @@ def test_perplexity_by_language_and_load_by_language(pretrained: Path, monkeypat
     assert content["average"]["ppl"] > 1 and content["items"] >= last["sentences"]
 
 
+@pytest.mark.processes
 def test_a_quick_look_at_measures_leaves_the_whole_ones_alone(pretrained: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(pretrained, tmp_path / "run", symlinks=True))
     whole = evaluate_task(EvaluateConfig(str(run), "valid"))
@@ -268,6 +271,7 @@ def fine_tune(data: Path, start: Path, run: Path, *more: str) -> tuple[int, str]
     return here(words, run.parent)
 
 
+@pytest.mark.processes
 def test_fine_tuning_with_frozen_routing_and_zero_shot_scores(
     pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -292,6 +296,7 @@ def test_fine_tuning_with_frozen_routing_and_zero_shot_scores(
     assert summary["zero_shot"]["accuracy"] == pytest.approx(mean)
 
 
+@pytest.mark.processes
 def test_fine_tuning_starts_from_an_export_and_its_vocabulary(pretrained: Path, tmp_path: Path) -> None:
     """Which lies in the export; no data folder has to be there any more."""
     exported = export_run(ExportConfig(str(pretrained), str(tmp_path / "exported")))
@@ -302,6 +307,7 @@ def test_fine_tuning_starts_from_an_export_and_its_vocabulary(pretrained: Path, 
     assert code == 2 and "exported/config.json: the run's config cannot be read" in " ".join(said.split())
 
 
+@pytest.mark.processes
 def test_fine_tuning_s_mistakes_are_said(pretrained: Path, tmp_path: Path) -> None:
     write_texts(tmp_path / "texts")
     code, said = fine_tune(tmp_path / "texts", tmp_path / "nothing", tmp_path / "run")

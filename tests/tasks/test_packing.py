@@ -112,6 +112,7 @@ def test_pairs_of_the_translation_lm_are_not_packed(tiny_data: DataFolder) -> No
         assert blocks == sentences if "-" in name else blocks < sentences
 
 
+@pytest.mark.processes
 def test_moe_train_on_blocks_of_single_languages_resumes_bit_for_bit(mono: DataFolder, tmp_path: Path) -> None:
     words = [*LM, f"data={mono.path}", "task.pack=true", "training.max_sentence_tokens=64"]
     for run, counts in (("whole", (20,)), ("halves", (10, 20))):

@@ -123,6 +123,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.processes
 def test_two_processes_end_in_the_same_files(plain: Path, tmp_path: Path) -> None:
     """One of them is asked to stop on the way; what it had begun to write is whole, and the run resumes from it."""
     path = tmp_path / "run"
@@ -144,6 +145,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         yield disk
 
 
+@pytest.mark.processes
 def test_a_disk_that_fills(small_disk: Path) -> None:
     kept = checkpoints(small_disk / "checkpoints", keep=100)
     with pytest.raises(CheckpointError, match=r"No space left on device.*is whole: the run resumes from it"):

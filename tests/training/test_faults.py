@@ -15,6 +15,7 @@ from tests.training.toy_run import assert_same_bits, final_tensors, lines, start
 CONFIG = toy_config(max_updates=8, log_every=1, nonfinite_limit=3, checkpoint={"every_updates": 2})
 
 
+@pytest.mark.processes
 def test_a_gradient_that_is_not_finite_in_one_rank(tmp_path: Path) -> None:
     """Skipped by all and counted; after the limit the run ends, names the rank, and its last checkpoint is good."""
     with pytest.raises(UserError, match=r"3 updates in a row.*update 6, rank 3.*training\.optimizer\.lr"):

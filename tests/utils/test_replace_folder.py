@@ -49,6 +49,7 @@ def leave_over(place: Path) -> Path:
 USERS = ("out.old", "out.partial", "out.partial.mine", ".out.partial", "out.replaced.mine")
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("older", [None, "old"])
 def test_killed_at_any_step_it_is_whole_after_the_next_start(tmp_path: Path, keep: bool, older: str | None) -> None:
@@ -75,6 +76,7 @@ def test_killed_at_any_step_it_is_whole_after_the_next_start(tmp_path: Path, kee
     assert step > 15 and not others
 
 
+@pytest.mark.processes
 def test_a_swap_cut_off_between_its_renames_is_completed(tmp_path: Path) -> None:
     place = tmp_path / "out"
     write(place, "old")
@@ -85,6 +87,7 @@ def test_a_swap_cut_off_between_its_renames_is_completed(tmp_path: Path) -> None
     assert os.listdir(tmp_path) == ["out"]
 
 
+@pytest.mark.processes
 def test_a_former_folder_is_not_removed_where_another_has_come_to_its_place(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -98,6 +101,7 @@ def test_a_former_folder_is_not_removed_where_another_has_come_to_its_place(
     assert "out.partial is left alone" in caplog.text
 
 
+@pytest.mark.processes
 def test_a_former_folder_comes_back_where_the_new_one_was_taken_away(tmp_path: Path) -> None:
     place = tmp_path / "out"
     write(place, "old")
@@ -132,6 +136,7 @@ def test_a_work_folder_in_use_is_kept_without_its_lock(tmp_path: Path) -> None:
     assert read(tmp_path / "out") == "second" and os.listdir(tmp_path) == ["out"]
 
 
+@pytest.mark.processes
 def test_copies_and_renamed_work_folders_are_the_users(tmp_path: Path) -> None:
     work = leave_over(tmp_path / "out")
     shutil.copytree(work, tmp_path / "out.partial-copy")
@@ -143,6 +148,7 @@ def test_copies_and_renamed_work_folders_are_the_users(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["out", "out.partial-copy"]
 
 
+@pytest.mark.processes
 def test_what_the_user_has_put_into_a_work_folder_stays(tmp_path: Path) -> None:
     work = leave_over(tmp_path / "out")
     (work / "notes").write_text("mine")
@@ -150,6 +156,7 @@ def test_what_the_user_has_put_into_a_work_folder_stays(tmp_path: Path) -> None:
     assert os.listdir(work) == ["notes"]
 
 
+@pytest.mark.processes
 def test_a_work_folder_of_another_machine_stays(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     work = leave_over(tmp_path / "out")
     mark = json.loads((work / MARKER).read_text())
@@ -159,6 +166,7 @@ def test_a_work_folder_of_another_machine_stays(tmp_path: Path, caplog: pytest.L
     assert read(work / "new") == "half" and "was made on elsewhere" in caplog.text
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("mark", ["", "[]", "{}", "null", "[" * 100_000])
 def test_an_empty_marker_is_no_marker(tmp_path: Path, mark: str) -> None:
     work = leave_over(tmp_path / "out")

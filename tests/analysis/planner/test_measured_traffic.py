@@ -19,6 +19,8 @@ from moe_train.analysis.planner.measured_traffic import (
 from moe_train.parallel.traffic import LINKS
 from tests.distributed.world import Worlds
 
+pytestmark = pytest.mark.processes
+
 SMALL = {"dim": 256, "hidden": 8, "sentences": 16, "length": 64}
 
 

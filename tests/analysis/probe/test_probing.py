@@ -153,6 +153,7 @@ def test_expert_choice_counts_tokens_that_nobody_takes() -> None:
     assert describe_probe(probe(model, [images])[0])["dropped_fraction"] >= 0.5
 
 
+@pytest.mark.processes
 def test_a_run_along_its_checkpoints(tiny_data: DataFolder, tmp_path: Path) -> None:
     words = [
         *(

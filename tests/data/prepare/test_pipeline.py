@@ -84,6 +84,7 @@ def test_the_same_bytes_twice_and_with_any_number_of_workers(unsplit: Path, tmp_
     assert other.raw("test", "en-de") != first.raw("test", "en-de")
 
 
+@pytest.mark.processes
 def test_many_blocks_through_many_processes_keep_their_order(corpus: Path, tmp_path: Path) -> None:
     from moe_train.config.corpus import CleaningConfig
     from moe_train.data.corpora.text import texts_of_folder
@@ -102,6 +103,7 @@ def test_many_blocks_through_many_processes_keep_their_order(corpus: Path, tmp_p
     assert list(cleaned.lines("de")) == [target for _, target in numbered] * 100
 
 
+@pytest.mark.processes
 def test_a_ctrl_c_reaches_no_worker() -> None:
     """A terminal sends it to all processes, and each would print a traceback: the parent ends them."""
     from moe_train.utils.process_map import Workers
@@ -439,6 +441,7 @@ def test_neighbours_of_the_place_are_never_touched(corpus: Path, tmp_path: Path)
     assert sorted(os.listdir(tmp_path)) == ["corpus", "out", "out.old", "out.partial"]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(("step", "size"), [(0, 375), (1, 380)])
 def test_killed_while_it_replaces_a_folder(corpus: Path, tmp_path: Path, step: int, size: int) -> None:
     """At its first and its second rename; even a next start that fails leaves the older folder, or the new one."""
@@ -453,6 +456,7 @@ def test_killed_while_it_replaces_a_folder(corpus: Path, tmp_path: Path, step: i
     assert sorted(os.listdir(tmp_path)) == ["corpus", "out"]
 
 
+@pytest.mark.processes
 def test_two_processes_never_make_one_folder(corpus: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "moe_train.commands.prepare", "corpus=text", f"corpus.path={corpus}"]
     command += [f"out={tmp_path / 'out'}", "vocabulary.size=380", "workers=1"]
@@ -502,6 +506,7 @@ def _dies(block: Any) -> None:
     os._exit(9)
 
 
+@pytest.mark.processes
 def test_a_killed_worker_is_said(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moe_train.data.prepare.cleaned.clean_block", _dies)
     monkeypatch.setattr("moe_train.data.prepare.cleaned._BLOCK", 10)

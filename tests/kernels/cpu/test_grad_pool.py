@@ -132,6 +132,7 @@ def test_freed_by_any_thread(memory: grad_pool._Memory) -> None:
     assert waiting(memory) == {8 << 20: 4}
 
 
+@pytest.mark.processes
 def test_a_process_ends_with_gradients_in_use() -> None:
     code = (
         "import torch\nfrom moe_train.kernels.cpu.grad_pool import gradient_like\n"

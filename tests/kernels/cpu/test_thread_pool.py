@@ -94,6 +94,7 @@ print(awake, min(spent_asleep() for _ in range(3)))
 """
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores, for two threads to wait awake")
 def test_openmp_threads_do_not_block_the_pool() -> None:
     """After a loop its threads wait awake, unless there are more of them than cores: measured as time on cores."""
@@ -149,6 +150,7 @@ def test_an_error_in_a_part_is_raised(two_threads: None, monkeypatch: pytest.Mon
         thread_pool.parallel_for(fail, [5, 5], 1.0)
 
 
+@pytest.mark.processes
 def test_a_forked_process_starts_threads_of_its_own(two_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(thread_pool, "_MIN_PARALLEL_FLOPS", 0.0)
     seen: list[int] = []

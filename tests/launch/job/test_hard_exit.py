@@ -12,6 +12,8 @@ import pytest
 
 from moe_train.launch.job.env import JOB
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).resolve().parents[3]
 LEAVES = "from moe_train.launch.job.hard_exit import exit_now; print('x', end=''); exit_now(3)"
 # A verdict is carried out: the store that brought it has gone meanwhile, and the screen takes nothing.

@@ -113,6 +113,7 @@ def test_a_rank_whose_words_are_taken_does_not_count_as_silent(
     assert watches[0]._diagnose() is None
 
 
+@pytest.mark.processes
 def test_a_forged_verdict_under_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     """The ranks go on, and say what they have ignored."""
     monkeypatch.setenv(SECRET, "of this job alone")

@@ -134,6 +134,7 @@ def test_a_folder_is_taken_whatever_its_name(tmp_path: Path, name: str) -> None:
         initialise_from(translation("switch"), str(tmp_path / name))
 
 
+@pytest.mark.processes
 def test_moe_train_upcycles_a_dense_run_and_its_export(tiny_data: DataFolder, tmp_path: Path) -> None:
     dense = make_run(tmp_path / "dense", tiny_data, "dense", model={"share_embeddings": True})
     exported = export_run(ExportConfig(str(dense), str(tmp_path / "best")))

@@ -331,6 +331,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         yield disk
 
 
+@pytest.mark.processes
 def test_a_disk_that_fills(small_disk: Path) -> None:
     tensors = {"model.weight": torch.randn(500_000)}  # 2 MB: the second one does not fit
     store = CheckpointStore(small_disk / "checkpoints")
@@ -343,6 +344,7 @@ def test_a_disk_that_fills(small_disk: Path) -> None:
     assert torch.equal(read["model.weight"], tensors["model.weight"])
 
 
+@pytest.mark.processes
 def test_a_quota_on_file_size(tmp_path: Path) -> None:
     """The same without the right to mount: the kernel refuses files beyond a limit."""
     program = """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import pytest
 from rich.console import Console
 
 from moe_train.data.stage_progress import Progress
@@ -36,6 +37,7 @@ def train() -> None:
             display.say(f"validation at update {update}")
 
 
+@pytest.mark.processes
 def test_a_terminal_of_80_columns_keeps_the_lines_and_shows_update_bar_and_time_left() -> None:
     terminal = Terminal(train)
     assert terminal.wait() == 0
@@ -58,6 +60,7 @@ def prepare() -> None:
             advance(4_999_999)
 
 
+@pytest.mark.processes
 def test_a_preparation_fits_a_terminal_of_80_columns() -> None:
     terminal = Terminal(prepare)
     assert terminal.wait() == 0

@@ -47,6 +47,7 @@ def test_it_grows_old(tmp_path: Path) -> None:
     assert not alive(path) and other_host(path) == ""
 
 
+@pytest.mark.processes
 def test_a_run_that_validates_is_alive(tmp_path: Path) -> None:
     """Whatever the age of its log lines; one that has ended is not."""
     config = toy_config(max_updates=2, validation={"every_updates": 2, "bleu": True, "metric": "bleu"})
