@@ -15,6 +15,7 @@ from moe_train.data.folder import DataFolder
 from tests.distributed.world import Worlds
 from tests.process_guard import ProcessGuard
 from tests.required import is_required, skip_or_fail
+from tests.warm_process import WarmStart
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -23,6 +24,7 @@ hypothesis.settings.register_profile("search", deadline=None, max_examples=1000,
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "moe_train"))
 
 GUARD = ProcessGuard()
+WARM = WarmStart()
 
 
 def pytest_configure() -> None:
@@ -30,6 +32,11 @@ def pytest_configure() -> None:
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     GUARD.install()
+
+
+@pytest.hookimpl(trylast=True)  # coverage has set its variables by then
+def pytest_sessionstart() -> None:
+    WARM.install()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -63,6 +70,13 @@ LONGEST = (
     "training/test_asynchronous.py",
     "test_code_style.py",
 )
+
+
+def _may_fork(item: pytest.Item) -> bool:
+    """Whether the test's processes are forked (tests/warm_process.py), which must have no threads of OpenBLAS."""
+    marker = item.get_closest_marker("warm_start")
+    wanted = os.environ.get("MOE_TRAIN_TESTS_WARM", str(int(marker is not None and marker.args != (False,))))
+    return wanted == "1" and os.environ.get("OMP_NUM_THREADS") == "1"
 
 
 def _turn(item: pytest.Item) -> int:
@@ -105,6 +119,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     GUARD.begin(item)
+    WARM.enabled = _may_fork(item)
     for marker in MARKERS:
         if item.get_closest_marker(marker) and is_required(marker) and (reason := _absent(marker)):
             skip_or_fail(marker, reason)

@@ -25,6 +25,8 @@ from moe_train.training.run.run_folder import recorded_overrides
 from tests.small_disks import mounted_disk
 from tests.training.toy_run import assert_same_bits, final_tensors, lines
 
+pytestmark = pytest.mark.warm_start
+
 COMMAND = [sys.executable, "-m", "moe_train.commands.train"]
 SMALL = [
     *("model.embed_dim=32", "model.ffn_dim=64", "model.num_heads=2", "routing.num_experts=4"),
@@ -115,6 +117,7 @@ def wait_for(log: Path, running: subprocess.Popen[bytes]) -> None:
 
 
 @pytest.mark.processes
+@pytest.mark.warm_start(False)
 def test_sigterm_saves_and_says_how_to_go_on(tiny_data: DataFolder, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     command = words(tiny_data, folder, "launch.processes=2", "training.max_updates=5000")

@@ -28,9 +28,9 @@ class World:
     def __init__(self, size: int) -> None:
         self.size = size
         self.alive = True
-        # A server that has imported torch once makes each rank cheap to start; a bare fork would inherit its threads.
+        # A server that has imported what ranks need makes each cheap to start; a bare fork would inherit our threads.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch.distributed", "torch.distributed.device_mesh"])
+        context.set_forkserver_preload(["torch.distributed.device_mesh", "moe_train.commands._training"])
         port = free_port()
         self._pipes: list[Connection] = []
         self._processes = []

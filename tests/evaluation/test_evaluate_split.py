@@ -36,6 +36,8 @@ from tests.evaluation import jobs
 from tests.evaluation.runs import make_run
 from tests.read_only import read_only, snapshot
 
+pytestmark = pytest.mark.warm_start
+
 SEARCH = SearchConfig(beam=2, max_length_ratio=0.5, max_length_offset=5, batch_tokens=160)
 DIRECTIONS = ["de-en", "en-de", "en-fr", "en-ja", "fr-en", "ja-en"]
 

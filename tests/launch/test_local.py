@@ -21,7 +21,7 @@ from moe_train.launch.job.failures import Failure, WorkerError, first_failure
 from moe_train.launch.local import launch
 from tests.launch.jobs import in_time
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.warm_start]
 
 JOBS = "tests.launch.jobs"
 

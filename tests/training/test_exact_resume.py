@@ -10,7 +10,7 @@ from moe_train.launch.job.failures import WorkerError
 from tests.training.toy import toy_config
 from tests.training.toy_run import assert_same_bits, final_tensors, lines, start
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.warm_start]
 
 CONFIG = toy_config(max_updates=17, checkpoint={"every_updates": 5}, validation={"every_updates": 6}, log_every=4)
 
