@@ -51,23 +51,25 @@ def pytest_runtest_teardown() -> None:
     GUARD.end()  # what ends with this test may belong to others
 
 
-# Files of a minute or more, longest first: begun last, one of them would keep one worker busy while the others idle.
+# Files of half a minute or more, longest first: one begun last would keep a worker busy while the other idles.
 LONGEST = (
-    "commands/test_train.py",
-    "slurm/test_sweeps.py",
-    "slurm/test_train.py",
-    "test_fairseq_compat.py",
-    "training/test_exact_resume.py",
-    "training/test_deepspeed.py",
+    "test_mutated_inputs.py",
     "launch/watchdog/test_watchdog.py",
-    "network/test_link_drop.py",
-    "commands/test_fairseq.py",
+    "training/test_parity.py",
+    "slurm/test_train.py",
+    "commands/test_train.py",
+    "test_fairseq_checkpoints.py",
+    "tasks/test_lm.py",
+    "training/test_deepspeed.py",
+    "evaluation/test_variants.py",
+    "test_plugins.py",
+    "kernels/cpu/test_grad_pool.py",
+    "test_fairseq_compat.py",
     "evaluation/test_evaluate_split.py",
-    "analysis/report/test_build_report.py",
-    "commands/test_overrides.py",
+    "training/test_exact_resume.py",
+    "training/test_resume_layouts.py",
+    "test_docs.py",
     "commands/test_sweeps.py",
-    "commands/test_train_deepspeed.py",
-    "training/test_asynchronous.py",
     "test_code_style.py",
 )
 
