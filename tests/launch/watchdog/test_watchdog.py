@@ -26,7 +26,7 @@ from tests.distributed.world import free_port
 from tests.launch import torchrun
 from tests.launch.jobs import CONFIG, in_time
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.warm_start]
 
 JOBS = "tests.launch.jobs"
 SLOW = pytest.mark.slow  # half a minute each: the same road for the other kind of hang
