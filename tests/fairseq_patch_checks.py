@@ -61,7 +61,7 @@ def plain_values() -> None:
             eval_str_list(f"__import__('os').mkdir({str(ran)!r})")
         except Exception as error:
             assert not ran.exists(), "an option ran as code"
-            assert "no plain value" in str(error)
+            assert "not a plain value" in str(error)
     assert eval_str_list("[1] * 2 + [3]", int) == [1, 1, 3]
 
 

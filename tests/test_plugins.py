@@ -324,7 +324,7 @@ def test_a_config_file_names_no_code(
         ("mine.py", "raise SystemExit(0)\n", r"mine\.py:1: .*SystemExit"),
         ("json.py", "", r"json\.py: .*name is taken by"),
         ("my-strategy.py", "", r"my-strategy\.py: .*not a module name"),
-        ("README.md", "", "holds no Python module"),
+        ("README.md", "", "contains no Python module"),
     ],
 )
 def test_what_cannot_be_imported_is_named(

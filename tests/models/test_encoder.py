@@ -65,7 +65,7 @@ def test_a_classifier_looks_at_real_tokens_only(pooling: Any) -> None:
 
 
 def test_another_architecture_is_refused() -> None:
-    with pytest.raises(ConfigError, match="no encoder of text"):
+    with pytest.raises(ConfigError, match="not a text encoder"):
         language_model(keys("dense"), name="transformer", decoder_layers=1)
 
 

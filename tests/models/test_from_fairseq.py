@@ -104,5 +104,5 @@ def test_learned_positions_and_other_files_are_refused() -> None:
     state = dict(stock_model(True, True).state_dict())
     with pytest.raises(CheckpointError, match="learned positions"):
         convert_state_dict({**state, "encoder.embed_positions.weight": torch.zeros(1)})
-    with pytest.raises(CheckpointError, match="no fairseq Transformer"):
+    with pytest.raises(CheckpointError, match="not a fairseq Transformer"):
         convert_state_dict({"fc.weight": torch.zeros(1)})

@@ -77,7 +77,7 @@ def test_models_of_another_shape_are_refused() -> None:
         upcycle(dense, small_model({"name": "switch", "num_experts": 4, "expert_ffn_dim": 48}))
     with pytest.raises(CheckpointError, match=r"has no decoder\.stack\.layers\.2"):
         upcycle(dense, small_model("switch", decoder_layers=3))
-    with pytest.raises(CheckpointError, match=r"no place for decoder\.stack\.layers\.1"):
+    with pytest.raises(CheckpointError, match=r"no tensor decoder\.stack\.layers\.1"):
         upcycle(dense, small_model("switch", decoder_layers=1))
     with pytest.raises(CheckpointError, match="sub-layers"):
         upcycle(dense, small_model({"name": "xmoe", "num_experts": 4, "expert_sublayers": 3}))

@@ -115,7 +115,7 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
     with replacing_folder(tmp_path / "out") as first:
         write(first.begin(), "first")
         with (
-            pytest.raises(ConfigError, match=rf"another process is making .*\(process {os.getpid()} on"),
+            pytest.raises(ConfigError, match=rf"another process is writing .*\(process {os.getpid()} on"),
             replacing_folder(tmp_path / "out"),
         ):
             pass
