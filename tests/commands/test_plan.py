@@ -61,8 +61,8 @@ def test_it_prints_tables_and_writes_json(tmp_path: Path) -> None:
 
 def trained_with(words: list[str]) -> RunConfig:
     """What moe-train makes of words."""
-    check_overrides("train", words)
     forget_foreign_schemas()  # of fairseq, which another test may have imported
+    check_overrides("train", words)
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         config = OmegaConf.to_container(compose("train", overrides=["data=DIR", *words]), resolve=True)
     assert isinstance(config, dict)
