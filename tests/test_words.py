@@ -40,6 +40,11 @@ OLD_PLACES = [
 
 # Words that are wrong in any prose: pattern (whole words, capitals as written) -> what to say.
 WRONG = {
+    "comes? back|came back": "is returned, is sent back",
+    "travels?|travelled": "is sent",
+    "for ever|anew": "always, again",
+    "so many": "N",
+    "fullest": "largest load",
     "Trip|Cargo|Flight|Keeper": "dispatch, inputs, AllToAll, CheckpointManager",
     "come_back|go_on": "combine, resume",
     "such a one": "one",
@@ -58,12 +63,7 @@ WRONG = {
 }
 # Words that are wrong in the documents. A word goes to WRONG when the code is free of it, too.
 WRONG_IN_DOCUMENTS = {
-    "comes? back|came back": "is returned, is sent back",
-    "travels?|travelled": "is sent",
-    "for ever|anew": "always, again",
     "verdicts?": "diagnosis",
-    "so many": "N",
-    "fullest": "largest load",
 }
 
 

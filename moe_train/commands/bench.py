@@ -68,7 +68,7 @@ def run_layer(given: argparse.Namespace) -> None:
     rows = [bench_layer(shape, dtype, given.rounds, given.peers) for shape, dtype in _tracked(plan)]
     title = "One sparse layer, forward + backward"
     notes = [
-        "median ms; skew: load of the fullest expert / mean; ratio: ours / bmm; in parentheses: ours / peer; "
+        "median ms; skew: load of the most loaded expert / mean; ratio: ours / bmm; in parentheses: ours / peer; "
         "ratios are medians over rounds of the ratio within a round, not ratios of the medians shown"
     ]
     absent = {name: reason for row in rows for name, reason in row.absent.items()}

@@ -83,7 +83,7 @@ class DataFolder:
 
         Args:
             training: the training sentences too, which only training reads, and which are most of the folder.
-            share: (n, of): every n-th file of so many, where several processes of a host divide the work.
+            share: (n, of): the files whose number modulo ``of`` is n; processes of a host divide the work.
 
         Raises:
             DataError: a file that is altered or cannot be read; it is named.

@@ -96,7 +96,7 @@ class TrainingTask(ABC):
         """A rank's rows of a micro-batch; without rows, tensors of shape [0, 1].
 
         Args:
-            update: finished updates, for what is drawn anew in each (masks, augmentation).
+            update: finished updates, for what each update draws (masks, augmentation).
         """
 
     # --- validation and evaluation ----------------------------------------------------------------------------------
@@ -106,7 +106,7 @@ class TrainingTask(ABC):
         """Batches of a held-out split, always the same, by the name of their set (a direction, a language).
 
         Args:
-            max_items: the first so many of each set (0: all).
+            max_items: at most this many items of each set, the first ones (0: all).
 
         Raises:
             DataError: there is no such split.

@@ -137,7 +137,7 @@ class LanguageModelTask(TrainingTask):
         )
 
     def train_sample(self, indices: Indices, update: int = 0) -> Sample:
-        """A rank's rows of a training micro-batch, masked anew in every update."""
+        """A rank's rows of a training micro-batch, with new masks in every update."""
         return self._sample(self.split("train"), indices, self.config.seed, update)
 
     # --- evaluation -------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from moe_train.tasks.indexed_dataset import Indices, SentenceFile
 # A sentence longer than a block is cut into parts of 1/8 of a block, so that less than a part stays unfilled.
 _PARTS = 8
 
-# Offset of the numbers of blocks that begin inside a sentence; no split has so many sentences.
+# Offset of the numbers of blocks that begin inside a sentence; no split has that number of sentences.
 _INSIDE = 1 << 40
 
 

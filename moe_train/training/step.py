@@ -45,7 +45,7 @@ class UpdateReport:
 
 @dataclass(frozen=True)
 class TrainStep:
-    """Computes updates. torch's generators are seeded anew for every micro-batch.
+    """Computes updates. torch's generators are seeded for every micro-batch.
 
     ``counters``: of this rank's all-to-alls; read and cleared at the end of each update.
     """

@@ -190,7 +190,7 @@ def test_data_prepared_anew_in_its_place_is_said(
     del manifest["counts"]["test"]["en-ja"]
     (copy / "manifest.json").write_text(json.dumps(manifest))
     open_run(own)
-    assert f"{copy} was prepared anew or altered after {own} was trained on it" in capsys.readouterr().err
+    assert f"{copy} was prepared again or altered after {own} was trained on it" in capsys.readouterr().err
 
 
 # --- directions without training text --------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 import torch.distributed as dist
 
 NOBODY = 65534
-KEYS = ("devices/0", "status/0", "status_0", "verdict", "failure", "shown", "default_pg/0//cpu//0/rank_0")
+KEYS = ("devices/0", "status/0", "status_0", "diagnosis", "failure", "shown", "default_pg/0//cpu//0/rank_0")
 PATIENCE = timedelta(seconds=1)
 
 
@@ -50,7 +50,7 @@ def attempts(facts: dict[str, Any]) -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "list the folder", lambda: os.listdir(folder)
     yield "open the folder to others", lambda: folder.chmod(0o777)
     yield "move the folder", lambda: folder.rename(folder.with_name("moved"))
-    for name in (*facts["files"], "verdict", "forged"):
+    for name in (*facts["files"], "diagnosis", "forged"):
         yield f"read {name}", (folder / name).read_bytes
         yield f"write {name}", lambda name=name: (folder / name).write_text("{}")
         yield f"remove {name}", (folder / name).unlink
@@ -80,7 +80,7 @@ def _ask_store(port: int) -> NoReturn:
     def ask() -> None:
         store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False, timeout=PATIENCE)
         store.list_keys()
-        store.set("verdict", "{}")
+        store.set("diagnosis", "{}")
 
     os._exit(0 if _succeeds(ask) else 1)
 

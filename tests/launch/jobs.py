@@ -160,12 +160,12 @@ def besieged() -> dict[str, Any]:
         value = torch.tensor([float(world.rank + 1)])
         dist.all_reduce(value, group=group)
         dist.all_reduce(value, group=dist.new_group())
-        verdict = JobChannel.of(world).verdict()
-        return {"sums": [before, float(value)], "listening": listening, "did": did, "verdict": verdict}
+        diagnosis = JobChannel.of(world).diagnosis()
+        return {"sums": [before, float(value)], "listening": listening, "did": did, "diagnosis": diagnosis}
 
 
 def forged() -> None:
-    """Somebody who has seen the names in the store sets the verdict, and the words of rank 1, while the ranks work."""
+    """Sets the diagnosis and the status of rank 1 as another user of the store could, while the ranks work."""
     with joined_world(dataclasses.replace(CONFIG, timeout_minutes=0.05)) as world:
         if world.main:
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -174,7 +174,7 @@ def forged() -> None:
             while not names:
                 names = [name for name in store.list_keys() if name.endswith("status/1")]
             content = json.dumps(dataclasses.asdict(Failure(1, time.time(), "all is lost")))
-            store.set(names[0].replace("status/1", "verdict"), content)
+            store.set(names[0].replace("status/1", "diagnosis"), content)
             store.set(names[0], content)
             time.sleep(1)
         print(f"the sum is {world.sum(torch.tensor([world.rank + 1])).item()}", flush=True)

@@ -22,4 +22,4 @@ def test_another_user_of_this_host_gets_into_nothing(tmp_path: Path, monkeypatch
         assert len(addresses) >= 4, "each rank listens for the other one, in each of two groups"
         assert all(a.is_loopback or (a.version == 6 and a.ipv4_mapped and a.ipv4_mapped.is_loopback) for a in addresses)
     assert results[0]["did"] == []
-    assert [(found["sums"], found["verdict"]) for found in results] == [([3.0, 6.0], None)] * 2
+    assert [(found["sums"], found["diagnosis"]) for found in results] == [([3.0, 6.0], None)] * 2

@@ -2,7 +2,7 @@
 
 The reference is ``torch.bmm`` of the same experts at equal loads: two products forward, four backward. The layer is
 timed with all its parts (router, balance loss, sort, gather, products, activation, combine) at loads of a real router,
-whose fullest expert has at least 1.2 times the mean. Contenders alternate within a round, so that other load of the
+whose most loaded expert has at least 1.2 times the mean. Contenders alternate within a round, so that other load of the
 machine affects all of them.
 """
 
@@ -29,7 +29,7 @@ class BenchRow:
     """Times of one shape in one data type.
 
     Attributes:
-        skew: rows of the fullest expert over the mean, averaged over the batches used.
+        skew: rows of the most loaded expert over the mean, averaged over the batches used.
         milliseconds: median time of each contender, ``bmm`` and ``ours`` among them.
         ratio: our time over ``bmm``'s: the median over rounds of the ratio within a round.
         best_ratio: ratio of the fastest rounds.
@@ -98,7 +98,7 @@ def draw_tokens(shape: BenchShape, gate: Tensor, batches: int) -> tuple[list[Ten
 
 
 def load_skew(logits: Tensor, shape: BenchShape) -> float:
-    """Rows of the fullest expert over the mean, of logits [T, E]."""
+    """Rows of the most loaded expert over the mean, of logits [T, E]."""
     load = torch.bincount(logits.topk(shape.top_k).indices.reshape(-1), minlength=shape.num_experts)
     return float(load.max() / load.float().mean())
 

@@ -45,13 +45,13 @@ class Flow:
         rows: rows by link.
         pairs: (row, expert) pairs by link.
         peers: members of the group by link.
-        fullest: rows of the fullest destination over the mean of all.
+        max_over_mean: rows of the most loaded destination over the mean of all.
     """
 
     rows: dict[LinkType, float]
     pairs: dict[LinkType, float]
     peers: dict[LinkType, int]
-    fullest: float
+    max_over_mean: float
 
 
 def expected_flows(

@@ -1,7 +1,7 @@
 """The time of a training step, estimated from FLOPs, bytes and messages. Every term is one line of arithmetic.
 
 - products: FLOPs / (peak · efficiency), backward twice forward, forward once more where it is recomputed; experts at
-  the fullest rank's load;
+  the load of the most loaded rank;
 - an all-to-all: latency + messages · members + the slower of what a rank sends inside its node over the rank's
   bandwidth and what a node sends to others over the node's; payloads move four times (out, back, and their gradients);
 - gradients: rings, the slower of the rank's and the node's share; with ``overlap`` hidden behind backward's products;
@@ -36,11 +36,11 @@ _BACKWARD = 2
 
 @dataclass(frozen=True)
 class TimePlan:
-    """Seconds of a step's parts on the fullest rank.
+    """Seconds of a step's parts on the most loaded rank.
 
     Attributes:
         dense: attention, dense feed-forwards, output.
-        experts: products of experts, at the fullest rank.
+        experts: products of experts, at the most loaded rank.
         routers: scores of all experts for every token.
         exchange_node, exchange_across: payload and metadata of all exchanges, by the slower link.
         exchange_latency: time of exchanges independent of their size.
@@ -112,18 +112,20 @@ def dense_flops(shape: ModelShape, work: Workload) -> float:
 
 
 def sparse_flops(shape: ModelShape, plan: LayoutPlan, work: Workload) -> tuple[float, float]:
-    """Of one micro-batch, forward and backward: experts' on the fullest rank, and routers'."""
+    """Of one micro-batch, forward and backward: experts' on the most loaded rank, and routers'."""
     experts = routers = 0.0
     for stack in shape.stacks:
         tokens = work.tokens_of(stack, shape) * (work.forwards + _BACKWARD)
         for block in stack.sparse:
-            experts += tokens * block.pairs * block.spec.flops_per_row * fullest(block, plan.expert_parallel, work)
+            experts += (
+                tokens * block.pairs * block.spec.flops_per_row * max_over_mean(block, plan.expert_parallel, work)
+            )
             routers += tokens * block.router.router_flops_per_token(block.routing, block.spec.dim)
     return experts, routers
 
 
-def fullest(block: SparseShape, parts: int, work: Workload) -> float:
-    """Rows of the fullest rank (or node) over the mean: by the strategy, by the given loads, and the given skew."""
+def max_over_mean(block: SparseShape, parts: int, work: Workload) -> float:
+    """Rows of the most loaded rank (or node) over the mean: by the strategy, by the given loads, and the given skew."""
     if parts == 1:
         return 1.0
     factor = work.skew * parts * block.router.max_load_share(block.routing, parts)
@@ -140,7 +142,7 @@ def _block_exchange(
     """Seconds over the node's links, between nodes, and of latency: forward, recomputation and backward."""
     row = block.spec.dim * BYTES[work.precision]
     payloads = 2 * (work.forwards + 1)
-    of_rank, of_node = (fullest(block, parts, work) for parts in (plan.expert_parallel, plan.nodes_per_group))
+    of_rank, of_node = (max_over_mean(block, parts, work) for parts in (plan.expert_parallel, plan.nodes_per_group))
     calls = len({choice.stage for choice in block.router.expected_choices(block.routing)})
     node = across = latency = 0.0
     for flow, counts in zip(flows, count_bytes(flows, block.num_experts), strict=True):

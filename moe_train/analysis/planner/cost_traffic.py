@@ -36,7 +36,7 @@ class Workload:
         precision: of payload and products.
         recompute: each layer's forward runs twice.
         load: relative loads of the experts; None: equal.
-        skew: fullest rank over the mean, beyond strategy and load.
+        skew: most loaded rank over the mean, beyond strategy and load.
         device: ``cuda`` or ``cpu``.
     """
 

@@ -1,6 +1,6 @@
 """Pool that reuses the memory of freed weight gradients from step to step, on the CPU.
 
-Otherwise the operating system allocates a gradient of many megabytes anew in every step and clears each page, which
+Otherwise the operating system allocates a gradient of many megabytes in every step and clears each page, which
 takes a quarter of a step with many small experts (docs/decisions/0009). Here the memory of a freed gradient is used for
 the next gradient of the same size, in training that of the same parameter one step later. So between steps a process
 keeps the memory of its gradients, as if they were set to zero instead of being freed.

@@ -21,11 +21,11 @@ from moe_train.parallel.isolation import SECRET
 from moe_train.training.runtime.world import World
 
 _STORE_TIMEOUT = timedelta(seconds=10)
-_VERDICT, _FAILURE, _SHOWN = "verdict", "failure", "shown"
+_DIAGNOSIS, _FAILURE, _SHOWN = "diagnosis", "failure", "shown"
 
 
 class JobChannel:
-    """Exchanges status, failures and the verdict of a job.
+    """Exchanges status, failures and the diagnosis of a job.
 
     Every method raises OSError, RuntimeError or torch's DistError where the store is gone.
     """
@@ -68,20 +68,20 @@ class JobChannel:
         text = self._store.get([name])[0]
         return Failure(**json.loads(text)) if text else None
 
-    def verdict(self) -> Failure | None:
+    def diagnosis(self) -> Failure | None:
         """The failure for which all ranks must end; None: there is none."""
-        return self._read(_VERDICT)
+        return self._read(_DIAGNOSIS)
 
-    def first_verdict(self, failure: Failure) -> Failure:
-        """Writes the verdict unless there is one; returns the one in the store."""
-        return self._put_first(_VERDICT, failure)
+    def first_diagnosis(self, failure: Failure) -> Failure:
+        """Writes the diagnosis unless there is one; returns the one in the store."""
+        return self._put_first(_DIAGNOSIS, failure)
 
     def mark_shown(self) -> None:
-        """Records that the verdict has been shown to the user."""
+        """Records that the diagnosis has been shown to the user."""
         self._store.put(_SHOWN, "1")
 
     def wait_until_shown(self, timeout: float) -> None:
-        """Returns once the verdict has been shown to the user, after ``timeout`` seconds at most."""
+        """Returns once the diagnosis has been shown to the user, after ``timeout`` seconds at most."""
         deadline = time.monotonic() + timeout
         while not self._store.get([_SHOWN])[0] and time.monotonic() < deadline:
             time.sleep(0.05)

@@ -90,25 +90,25 @@ class _Watchdog(threading.Thread):
             # No other error may end this thread, since ending the job depends on it.
             try:
                 set_time_limit(self.limited_groups, timedelta(seconds=self.limit + MARGIN))
-                verdict = self._check()
+                diagnosis = self._check()
             except (dist.DistError, RuntimeError, OSError):
                 self.last_reading = None
                 continue
             except Exception:
                 _LOG.exception("an error in the hang watchdog; it continues")
                 continue
-            if verdict is not None and not self.done.is_set():
-                self._end_process(verdict)
+            if diagnosis is not None and not self.done.is_set():
+                self._end_process(diagnosis)
 
     def _check(self) -> Failure | None:
-        """The verdict of the job, of this rank or of another; None while no rank hangs."""
+        """The diagnosis of the job, of this rank or of another; None while no rank hangs."""
         idle_seconds = self.write_status()
-        if verdict := self.channel.verdict():
-            return verdict
+        if diagnosis := self.channel.diagnosis():
+            return diagnosis
         if idle_seconds > self.limit and (found := self._diagnose()):
-            return self.channel.first_verdict(found)
+            return self.channel.first_diagnosis(found)
         if self.silence and (found := self._find_silent(idle_seconds)):
-            return self.channel.first_verdict(found)
+            return self.channel.first_diagnosis(found)
         return None
 
     def _find_silent(self, idle_seconds: float) -> Failure | None:
@@ -174,12 +174,12 @@ class _Watchdog(threading.Thread):
             return "no status received: it is stuck, or its host or the network between the hosts is down"
         return state
 
-    def _end_process(self, verdict: Failure) -> NoReturn:
+    def _end_process(self, diagnosis: Failure) -> NoReturn:
         """Ends this process, whatever fails on the way; the main thread is inside a collective and cannot do it."""
         try:
-            hanging = verdict.rank, *verdict.beside  # they may be unable to report anything
+            hanging = diagnosis.rank, *diagnosis.beside  # they may be unable to report anything
             reports = self.world.rank == next(rank for rank in range(self.world.size) if rank not in hanging)
-            self._report(verdict, reports)
+            self._report(diagnosis, reports)
             # When the first process ends, torchrun's agent ends the rest, the one that reports too.
             if reports:
                 run_with_timeout(_STEP_TIMEOUT, self.channel.mark_shown)
@@ -189,18 +189,18 @@ class _Watchdog(threading.Thread):
                 statuses = run_with_timeout(_STEP_TIMEOUT, self._statuses) or {}
                 for rank in hanging:
                     if rank in statuses:
-                        kill_process(statuses[rank], verdict)
+                        kill_process(statuses[rank], diagnosis)
         finally:
             exit_now(1)
 
-    def _report(self, verdict: Failure, reports: bool) -> None:
+    def _report(self, diagnosis: Failure, reports: bool) -> None:
         folder = self.world.progress.run
         record = folder / FAILURE if reports and folder is not None else None
-        failure = verdict if reports or has_our_parent() else verdict.without_trace()
+        failure = diagnosis if reports or has_our_parent() else diagnosis.without_trace()
         store_failure(failure, self.world.rank, record)
         if reports and not has_our_parent():
             run_with_timeout(
-                _STEP_TIMEOUT, lambda: print(for_terminal(f"Failed: {verdict.text()}"), file=sys.stderr, flush=True)
+                _STEP_TIMEOUT, lambda: print(for_terminal(f"Failed: {diagnosis.text()}"), file=sys.stderr, flush=True)
             )
 
 
@@ -215,14 +215,14 @@ def _age(last: RankStatus) -> float:
     return max(0.0, time.time() - last.written_at)
 
 
-def kill_process(hanging: RankStatus, verdict: Failure) -> None:
-    """Ends a process of this host that hangs: launchers would wait half a minute for it, or for ever.
+def kill_process(hanging: RankStatus, diagnosis: Failure) -> None:
+    """Ends a process of this host that hangs: launchers would wait half a minute for it, or without end.
 
     Its error file is written first: its agent may notice its end before that of the ranks that waited for it.
     """
     if hanging.host == socket.gethostname() and process_start_time(hanging.pid) == hanging.started_at:
         if hanging.error_file:
             with suppress(OSError):  # such as a full disk
-                write_agent_error(verdict.without_trace(), Path(hanging.error_file))
+                write_agent_error(diagnosis.without_trace(), Path(hanging.error_file))
         with suppress(ProcessLookupError, PermissionError):
             os.kill(hanging.pid, signal.SIGKILL)

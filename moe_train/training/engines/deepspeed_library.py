@@ -126,7 +126,7 @@ def build_cpu_adam() -> None:
     if shutil.which(os.environ.get("CXX", "c++")) is None and not (folder / "cpu_adam.so").exists():
         raise FileNotFoundError("there is no C++ compiler")
     lock = folder / "lock"
-    if lock.exists() and time.time() - lock.stat().st_mtime > _STALE_SECONDS:  # torch would wait for ever
+    if lock.exists() and time.time() - lock.stat().st_mtime > _STALE_SECONDS:  # torch would wait without end
         raise FileExistsError(f"a build that was interrupted has left {lock}: remove that")
     import_deepspeed(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     importlib.import_module("deepspeed.ops.op_builder").CPUAdamBuilder().load(verbose=False)

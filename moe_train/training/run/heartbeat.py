@@ -18,7 +18,7 @@ FRESH = 4 * BEAT  # network file systems may show a file's time a minute late
 
 @contextmanager
 def heartbeat(path: Path, every: float = BEAT) -> Iterator[None]:
-    """While entered, a thread touches ``path`` every so many seconds; it holds host and process id. Removed afterwards.
+    """While entered, a thread touches ``path`` every few seconds; it holds host and process id. Removed afterwards.
 
     A killed process leaves the file to grow old. Errors of the file system are ignored.
     """

@@ -208,7 +208,7 @@ def check_input_files(folder: RunFolder, data: TaskData, how: DataVerify, keep: 
 def note_changed_folder(folder: RunFolder, data: TaskData, main: bool) -> None:
     """Prints a note if a data folder is, by its manifest, not what the run was trained on; ``main``: this is rank 0."""
     if main and isinstance(data, DataFolder) and folder.content["data_fingerprint"] not in ("", data.fingerprint):
-        note(f"{data.path} was prepared anew or altered after {folder.path} was trained on it")
+        note(f"{data.path} was prepared again or altered after {folder.path} was trained on it")
 
 
 def _digests(inputs: InputFiles, how: DataVerify) -> dict[str, str]:

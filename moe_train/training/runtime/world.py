@@ -99,7 +99,7 @@ class World:
         """Rank 0's value, on every rank.
 
         Args:
-            value: what JSON holds (a tuple would come back as a list); ignored on ranks other than 0. It travels as
+            value: what JSON holds (a tuple is returned as a list); ignored on ranks other than 0. It is sent as
                 JSON: nothing that another process sends can run code here.
         """
         if self.size == 1:
@@ -127,7 +127,7 @@ class World:
 
     @property
     def _where(self) -> torch.device:
-        """The device of the tensors that values travel in: NCCL alone takes none of the CPU's."""
+        """The device of the tensors that values are sent in: the CPU, unless NCCL is the only backend."""
         return self.device if dist.get_backend(self.group) == "nccl" else torch.device("cpu")
 
 

@@ -129,10 +129,10 @@ def test_a_router_without_preferences_sends_as_many(name: str) -> None:
 def test_a_batch_that_draws_one_expert_fills_one_rank() -> None:
     thor = registered_strategies()["thor"].router
 
-    def fullest(**keys: Any) -> float:
+    def max_over_mean(**keys: Any) -> float:
         return thor.max_load_share(routing_config({"name": "thor", "num_experts": 8, **keys}), 4)
 
-    assert fullest(draw="sentence") == fullest(draw="token") == 0.25
-    assert fullest() == pytest.approx(1 / 7 + 6 / 7 / 2)  # the partner is one of 7, of whom 1 stands on the same rank
-    assert fullest(pair="independent") == pytest.approx(1 / 4 + 3 / 4 / 2)
-    assert fullest(passes=1, consistency_weight=0.0) == 1.0
+    assert max_over_mean(draw="sentence") == max_over_mean(draw="token") == 0.25
+    assert max_over_mean() == pytest.approx(1 / 7 + 6 / 7 / 2)  # the partner is one of 7, one of them on the same rank
+    assert max_over_mean(pair="independent") == pytest.approx(1 / 4 + 3 / 4 / 2)
+    assert max_over_mean(passes=1, consistency_weight=0.0) == 1.0

@@ -31,8 +31,8 @@ def two_threads() -> object:
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=40), st.integers(1, 6))
 def test_largest_load_is_within_one_expert_of_even(rows: list[int], parts: int) -> None:
     busy = sorted((e for e, count in enumerate(rows) if count), key=lambda e: -rows[e])
-    fullest = thread_pool.largest_load(busy, rows, parts)
-    assert sum(rows) / parts <= fullest <= sum(rows) / parts + max(rows)
+    largest = thread_pool.largest_load(busy, rows, parts)
+    assert sum(rows) / parts <= largest <= sum(rows) / parts + max(rows)
 
 
 @pytest.mark.parametrize(("rows", "threaded"), [([9, 0, 5, 7, 8], True), ([90, 0, 5], False), ([4], False), ([], 0)])

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.processes
 
 ROOT = Path(__file__).resolve().parents[3]
 LEAVES = "from moe_train.launch.job.hard_exit import exit_now; print('x', end=''); exit_now(3)"
-# A verdict is carried out: the store that brought it has gone meanwhile, and the screen takes nothing.
+# A diagnosis is carried out: the store that brought it has gone meanwhile, and the screen takes nothing.
 ENDS = """
     import os, sys
     sys.excepthook = lambda *error: os._exit(9)
@@ -33,14 +33,14 @@ ENDS = """
     store = dist.TCPStore("127.0.0.1", master.port, is_master=False, wait_for_workers=False, timeout=patience)
     channel = JobChannel(SignedStore(store, MessageSigner(b"of this job alone"), "job"))
     watch = _Watchdog(World(rank=0, size=2), channel, 1.0)
-    verdict = channel.verdict
+    diagnosis = channel.diagnosis
     def last_word():
         global master
-        found = verdict()
+        found = diagnosis()
         del master
         return found
-    channel.first_verdict(Failure(1, 0.0, "it hangs"))
-    channel.verdict = last_word
+    channel.first_diagnosis(Failure(1, 0.0, "it hangs"))
+    channel.diagnosis = last_word
     print("x", end="")
     watch.start()
     watch.join(60)
@@ -78,6 +78,6 @@ def test_it_leaves_whatever_its_screen_does(screen: str) -> None:
     os.close(writer)
 
 
-def test_a_verdict_is_carried_out_though_store_and_screen_are_gone() -> None:
+def test_a_diagnosis_is_carried_out_though_store_and_screen_are_gone() -> None:
     with open("/dev/full", "w") as full:
         assert run(ENDS, full.fileno()) == 1

@@ -62,29 +62,30 @@ def test_texts_by_name(kind: str, server: dist.TCPStore, tmp_path: Path) -> None
 
 
 def test_a_signature_holds_for_one_entry_of_one_job() -> None:
-    signed = SIGNER.sign("verdict", "it hangs").encode()
-    assert SIGNER.verify("verdict", signed) == "it hangs"
+    signed = SIGNER.sign("diagnosis", "it hangs").encode()
+    assert SIGNER.verify("diagnosis", signed) == "it hangs"
     assert (
-        SIGNER.verify("failure", signed) is None and MessageSigner(b"of another job").verify("verdict", signed) is None
+        SIGNER.verify("failure", signed) is None
+        and MessageSigner(b"of another job").verify("diagnosis", signed) is None
     )
     for content in (b"", b" ", b"it hangs", b"\xff\xfe", signed[:-1], signed.replace(b"hangs", b"hungs"), signed[1:]):
-        assert SIGNER.verify("verdict", content) is None
+        assert SIGNER.verify("diagnosis", content) is None
 
 
-def test_a_forged_verdict_ends_nothing(
+def test_a_forged_diagnosis_ends_nothing(
     intruder: dist.Store, channel: JobChannel, caplog: pytest.LogCaptureFixture
 ) -> None:
     forged = json.dumps(asdict(Failure(0, 1.0, "\x1b]0;owned\x07 all is lost")))
     with caplog.at_level(logging.WARNING, "moe_train"):
-        for content in (forged, SIGNER.sign("moe_train/earlier-job/verdict", forged), "\x1b[2J"):
-            intruder.set("verdict", content)
+        for content in (forged, SIGNER.sign("moe_train/earlier-job/diagnosis", forged), "\x1b[2J"):
+            intruder.set("diagnosis", content)
             intruder.set("failure", content)
-            assert channel.verdict() is None and channel.first_failure(0.0) is None
+            assert channel.diagnosis() is None and channel.first_failure(0.0) is None
     assert [record.getMessage() for record in caplog.records] == [
         f"the entry '{name}' of the job's store is not from a rank of this job: it is ignored"
-        for name in ("verdict", "failure")
+        for name in ("diagnosis", "failure")
     ]
-    assert channel.first_verdict(HUNG) == HUNG == channel.verdict()  # in place of the forged one
+    assert channel.first_diagnosis(HUNG) == HUNG == channel.diagnosis()  # in place of the forged one
     channel.report_failure(HUNG)
     assert channel.first_failure(0.0) == HUNG
     intruder.set("shown", "1")
@@ -114,13 +115,13 @@ def test_a_rank_whose_words_are_taken_does_not_count_as_silent(
 
 
 @pytest.mark.processes
-def test_a_forged_verdict_under_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_forged_diagnosis_under_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     """The ranks go on, and say what they have ignored."""
     monkeypatch.setenv(SECRET, "of this job alone")
     done = torchrun.job(2, "forged")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("the sum is 3") == 2
-    assert "the entry 'verdict' of the job's store is not from a rank of this job: it is ignored" in done.stderr
+    assert "the entry 'diagnosis' of the job's store is not from a rank of this job: it is ignored" in done.stderr
 
 
 def test_ranks_with_different_secrets(worlds: Worlds) -> None:
