@@ -36,7 +36,7 @@ from moe_train.launch.hydra_store import forget_foreign_schemas
 from moe_train.plugins import USER_DIR
 from moe_train.routing import RoutingConfig, registered_strategies, registry
 from moe_train.routing.token_choice import TokenChoiceConfig
-from moe_train.tasks import logged_metrics
+from moe_train.tasks import metric_registry
 from moe_train.tasks import registry as tasks
 from moe_train.tasks.base import TrainingTask
 from tests.test_rooms import ROOMS, SUBFOLDERS
@@ -382,7 +382,7 @@ def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tasks, "_TASKS"),
         (run_config, "_TASKS"),
         (further_metrics, "_METRICS"),
-        (logged_metrics, "_METRICS"),
+        (metric_registry, "_METRICS"),
     ]
     for module, name in registries:
         monkeypatch.setattr(module, name, dict(getattr(module, name)))

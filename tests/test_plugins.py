@@ -23,7 +23,7 @@ from moe_train.evaluation.scoring import further_metrics
 from moe_train.evaluation.scoring.results import read_results
 from moe_train.routing import registry as strategies
 from moe_train.tasks import registry as tasks
-from moe_train.training.metrics import loggers
+from moe_train.training.metrics import logger_registry
 
 DATA = Path(__file__).parent / "old_runs" / "data"
 SMALL = [
@@ -93,7 +93,7 @@ FILES = {
         """,
     "outside/logger.py": """
         import json
-        from moe_train.training.metrics.loggers import register_logger
+        from moe_train.training.metrics.logger_registry import register_logger
 
         @register_logger("outside")
         class Logger:
@@ -148,7 +148,7 @@ FILES = {
 def as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Registries, modules and the environment are as they were when a test ends."""
     registries = [(strategies, "_STRATEGIES"), (tasks, "_TASKS"), (corpora, "_READERS"), (run, "_TASKS")]
-    for module, name in (*registries, (further_metrics, "_METRICS"), (loggers, "_LOGGERS")):
+    for module, name in (*registries, (further_metrics, "_METRICS"), (logger_registry, "_LOGGERS")):
         monkeypatch.setattr(module, name, dict(getattr(module, name)))
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setenv(plugins.USER_DIR, "")  # which commands set

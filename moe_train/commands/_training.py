@@ -192,7 +192,7 @@ def _train(config: RunConfig, data: Any, folder: RunFolder, world: World) -> Run
     validate_bleu = None
     with logging_to(folder.logs, world.rank):
         if config.training.validation.bleu:
-            from moe_train.evaluation.validator import make_bleu_validator
+            from moe_train.evaluation.bleu_validation import make_bleu_validator
 
             sentences = config.training.validation.max_sentences
             validate_bleu = make_bleu_validator(task, data, config.search, max_sentences=sentences)

@@ -19,10 +19,10 @@ from moe_train.data.text.lines import sha256
 from moe_train.evaluation.loading import LoadedRun, choose_device, load_run
 from moe_train.evaluation.result_files import ResultFiles, part_name, writable_folder, writing
 from moe_train.evaluation.routed_tokens import describe_routed
-from moe_train.tasks.logged_metrics import shown_metrics
+from moe_train.tasks.metric_registry import shown_metrics
 from moe_train.training.checkpoint.checksums import MANIFEST, replace_text
 from moe_train.training.data_loader import move
-from moe_train.training.metrics.sums import MetricSums, total
+from moe_train.training.metrics.log_lines import MetricSums, total
 from moe_train.training.run.run_info import versions
 
 _SETTINGS = ("checkpoint_digest", "data_fingerprint", "max_sentences", "routing", "draw_seed")

@@ -11,7 +11,7 @@ from torch import nn
 
 from moe_train.layers import Block, RoutingRecord
 from moe_train.routing.types import RoutingStatistics
-from moe_train.training.metrics.sums import ROUTING, MetricSums, describe_routing, total
+from moe_train.training.metrics.log_lines import ROUTING, MetricSums, describe_routing, total
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from moe_train.data.folder import DataFolder
 from moe_train.errors import DataError
 from moe_train.models.trainable import TrainableModel
 from moe_train.routing import RoutingConfig, routing_config
-from moe_train.tasks.logged_metrics import per_token
+from moe_train.tasks.metric_registry import per_token
 
 # A batch in fairseq's form: "id" [B], "nsentences", "ntokens", "target" [B, T] and "net_input", which holds
 # "src_tokens" [B, S], "src_lengths" [B], "prev_output_tokens" [B, T], "sentence_uid", "src_lang" and "tgt_lang" [B].
@@ -83,7 +83,7 @@ class TrainingTask(ABC):
         """``criterion(model, sample) -> (loss, sample_size, logging)``, sums over the rank's target tokens.
 
         ``logging`` has ``loss``, ``nll_loss``, ``ntokens`` and ``nsentences``, further metrics
-        (:mod:`moe_train.tasks.logged_metrics`), and ``routing`` (layer → statistics) where the sample has
+        (:mod:`moe_train.tasks.metric_registry`), and ``routing`` (layer → statistics) where the sample has
         ``world_ntokens``.
         """
 

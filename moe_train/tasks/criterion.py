@@ -34,7 +34,7 @@ from moe_train.layers import RoutingRecord
 from moe_train.routing.types import AuxiliaryLoss
 from moe_train.tasks.base import Sample
 from moe_train.tasks.flags import MoECriterionFlags
-from moe_train.tasks.logged_metrics import COUNTS, reduction
+from moe_train.tasks.metric_registry import COUNTS, reduction
 
 apply()
 from fairseq import metrics  # noqa: E402

@@ -1,4 +1,8 @@
-"""The registry of tasks, by ``task.name``."""
+"""The registry of tasks, by ``task.name``.
+
+A new task derives from ``TrainingTask`` (``tasks/base.py``) and is decorated with :func:`register_task`. Tasks of
+the package are imported in ``tasks/__init__.py``, others by an entry point or ``user_dir`` (docs/add-a-task.md).
+"""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ from moe_train.training.checkpoint.store import CheckpointStore, reading_state
 from moe_train.training.data_loader import DataLoader
 from moe_train.training.engines import EngineInputs, build_engine
 from moe_train.training.metrics.console_logger import ConsoleLogger
-from moe_train.training.metrics.sums import MetricInterval
+from moe_train.training.metrics.log_lines import MetricInterval
 from moe_train.training.metrics.writers import MetricWriter
 from moe_train.training.optim.schedule_extension import run_ends
 from moe_train.training.run.heartbeat import heartbeat

@@ -11,7 +11,7 @@ from moe_train.parallel.layout_plan import LayoutPlan
 from moe_train.routing import decoder_config, routing_config
 from moe_train.tasks import TaskData, build_task
 from moe_train.training.engines.deepspeed_library import check_deepspeed
-from moe_train.training.metrics.loggers import find_loggers
+from moe_train.training.metrics.logger_registry import find_loggers
 
 
 def check_run(config: RunConfig, data: TaskData, plan: LayoutPlan) -> None:

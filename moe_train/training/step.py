@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from moe_train.parallel.traffic import TrafficCounters
 from moe_train.training.data_loader import move
 from moe_train.training.engines import Engine, StepOutcome
-from moe_train.training.metrics.sums import MetricSums, total
+from moe_train.training.metrics.log_lines import MetricSums, total
 from moe_train.training.runtime.signals import StopSignals
 from moe_train.training.runtime.world import World
 

@@ -18,7 +18,7 @@ from moe_train.training.checkpoint.run_state import RunState
 from moe_train.training.data_loader import DataLoader
 from moe_train.training.early_stopping import patience_spent, update_best
 from moe_train.training.metrics.console_logger import ConsoleLogger
-from moe_train.training.metrics.sums import MetricInterval
+from moe_train.training.metrics.log_lines import MetricInterval
 from moe_train.training.metrics.writers import MetricWriter
 from moe_train.training.optim.lr_schedule import RunEnd, learning_rate
 from moe_train.training.run.run_folder import RunFolder

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from moe_train.routing.context import LocalReduction, RankReduction
-from moe_train.tasks.logged_metrics import reduced
+from moe_train.tasks.metric_registry import reduced
 from moe_train.training.data_loader import move
 from moe_train.training.engines import Engine
 from moe_train.training.runtime.world import World

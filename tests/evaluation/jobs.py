@@ -9,8 +9,8 @@ import torch
 from moe_train.config import LaunchConfig, RunConfig, SearchConfig
 from moe_train.config.evaluation import EvaluateConfig
 from moe_train.data.folder import DataFolder
+from moe_train.evaluation.bleu_validation import make_bleu_validator
 from moe_train.evaluation.evaluate_split import evaluate
-from moe_train.evaluation.validator import make_bleu_validator
 from moe_train.launch.process_group import joined_world
 from moe_train.routing.context import LocalReduction
 from moe_train.tasks import build_task

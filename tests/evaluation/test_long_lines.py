@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from moe_train.config import SearchConfig
 from moe_train.data.folder import DataFolder
+from moe_train.evaluation.bleu_validation import make_bleu_validator
 from moe_train.evaluation.loading import LoadedRun, load_run
 from moe_train.evaluation.long_lines import cut_note, join_parts, name_lines, sentence_parts
 from moe_train.evaluation.translate_stream import LineTranslator
 from moe_train.evaluation.translator import Translator
-from moe_train.evaluation.validator import make_bleu_validator
 from tests.evaluation.runs import make_run
 
 SEARCH = SearchConfig(beam=2, max_length_ratio=0.5, max_length_offset=5)

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from moe_train.tasks.logged_metrics import shown_text
+from moe_train.tasks.metric_registry import shown_text
 
 LOG = logging.getLogger("moe_train")
 _NAMED = 3  # layers whose experts without tokens are counted by name

@@ -1,4 +1,7 @@
-"""Writes train.jsonl and valid.jsonl on rank 0, and passes their lines to TensorBoard and the run's loggers."""
+"""Writes train.jsonl and valid.jsonl on rank 0, and passes their lines to TensorBoard and the run's loggers.
+
+``Trainer`` makes the lines, from :mod:`moe_train.training.metrics.log_lines`.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_train.config import RunConfig
-from moe_train.training.metrics.loggers import RunLogger, find_loggers
+from moe_train.training.metrics.logger_registry import RunLogger, find_loggers
 from moe_train.training.run.run_folder import RunFolder
 
 LOG = logging.getLogger("moe_train")

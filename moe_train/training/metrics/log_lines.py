@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moe_train.parallel.traffic import TrafficCounters
 from moe_train.routing.types import RoutingStatistics
-from moe_train.tasks.logged_metrics import per_token, reduction
+from moe_train.tasks.metric_registry import per_token, reduction
 
 ROUTING = "routing"
 _FIELDS = ("load", "requested", "tokens", "entropy")
@@ -28,7 +28,7 @@ Layout = tuple[tuple[str, tuple[int, ...]], ...]
 class MetricSums:
     """A criterion's logging output as named numbers that are added; routing statistics are ``routing/<layer>/<field>``.
 
-    Metrics registered as maxima (:mod:`moe_train.tasks.logged_metrics`) are not added: the larger value is kept.
+    Metrics registered as maxima (:mod:`moe_train.tasks.metric_registry`) are not added: the larger value is kept.
 
     Attributes:
         layout: name and shape of each, in the order of ``values``.

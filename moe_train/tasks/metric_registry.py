@@ -1,4 +1,7 @@
-"""Metrics that criterions report: how each is reduced and shown. Logs, validation and console look them up here."""
+"""Metrics that criterions report: how each is reduced and shown. Logs, validation and console look them up here.
+
+Lines of train.jsonl are made in ``training/metrics/log_lines.py``.
+"""
 
 from __future__ import annotations
 

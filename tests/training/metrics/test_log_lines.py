@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from moe_train.routing.types import RoutingStatistics, count_statistics
-from moe_train.tasks import logged_metrics
-from moe_train.tasks.logged_metrics import per_token
-from moe_train.training.metrics.sums import MetricInterval, MetricSums, describe_routing, total
+from moe_train.tasks import metric_registry
+from moe_train.tasks.metric_registry import per_token
+from moe_train.training.metrics.log_lines import MetricInterval, MetricSums, describe_routing, total
 
 CPU = torch.device("cpu")
 
@@ -47,11 +47,11 @@ def test_other_names_are_refused() -> None:
 
 
 def test_metrics_are_reduced_as_they_are_registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logged_metrics, "_METRICS", dict(logged_metrics._METRICS))
-    logged_metrics.register_logged_metric("longest", "max", "longest {:.0f}")
-    logged_metrics.register_logged_metric("unknown", "sum")
+    monkeypatch.setattr(metric_registry, "_METRICS", dict(metric_registry._METRICS))
+    metric_registry.register_logged_metric("longest", "max", "longest {:.0f}")
+    metric_registry.register_logged_metric("unknown", "sum")
     with pytest.raises(ValueError, match="'longest' is registered twice"):
-        logged_metrics.register_logged_metric("longest")
+        metric_registry.register_logged_metric("longest")
     parts = [
         MetricSums.of({"loss": 2.0, "longest": longest, "unknown": 3, "ntokens": 4, "nsentences": 1}, CPU)
         for longest in (7, 9, 8)
@@ -60,8 +60,10 @@ def test_metrics_are_reduced_as_they_are_registered(monkeypatch: pytest.MonkeyPa
     assert both.has_maxima and not sums(1.0, 1, 0).has_maxima
     line = per_token(both.scalars())
     assert line == {"loss": 0.5, "longest": 9.0, "unknown": 9.0, "tokens": 12, "sentences": 3}
-    assert logged_metrics.shown_text(line) == ", longest 9"
-    assert logged_metrics.reduced("longest", [7.0, 9.0]) == 9.0 and logged_metrics.reduced("unknown", [3.0, 3.0]) == 6.0
+    assert metric_registry.shown_text(line) == ", longest 9"
+    assert (
+        metric_registry.reduced("longest", [7.0, 9.0]) == 9.0 and metric_registry.reduced("unknown", [3.0, 3.0]) == 6.0
+    )
     again = both.with_values(both.values, both.values + 1)  # sums and maxima over ranks
     assert again.scalars() == {**both.scalars(), "longest": 10.0}
 
