@@ -162,7 +162,7 @@ def test_a_damaged_checkpoint_stops_the_resume(tmp_path: Path) -> None:
     go(toy_config(max_updates=10, checkpoint={"every_updates": 5}), tmp_path)
     shard = next((tmp_path / "checkpoints" / "step_10").glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(CheckpointError, match="The one before it, step_6, is whole"):
+    with pytest.raises(CheckpointError, match="Another checkpoint, step_6, is whole"):
         go(toy_config(max_updates=12), tmp_path)
 
 

@@ -3,10 +3,10 @@
     checkpoints/
       step_40/          *.safetensors, state.json, manifest.json (sha256 of the others)
       step_60/
-      averaged/         the mean of the last ones, model only
+      averaged/         the mean of the last checkpoints' weights, model only
       last -> step_60   best -> step_40
 
-A checkpoint is written as ``step_N.partial`` and renamed when all of it is on the disk.
+A checkpoint is written as ``step_N.partial`` and renamed when all its files are on the disk.
 """
 
 from __future__ import annotations
@@ -38,8 +38,11 @@ T = TypeVar("T")
 
 
 class CheckpointStore:
-    """The folder ``checkpoints`` of a run. In a world every rank calls :meth:`save`, :meth:`verify`,
-    :meth:`resolve` and :meth:`prune`."""
+    """The folder ``checkpoints`` of a run.
+
+    In a world every rank calls :meth:`save`, :meth:`verify`, :meth:`resolve`, :meth:`recovery_hint`,
+    :meth:`broadcast_from_rank0` and :meth:`set_aside`. :meth:`point` and :meth:`prune` act on rank 0 only.
+    """
 
     def __init__(self, folder: Path | str, world: World | None = None) -> None:
         self.folder = Path(folder)
@@ -49,8 +52,8 @@ class CheckpointStore:
 
     def updates(self) -> list[int]:
         """Updates of which a finished checkpoint exists, increasing."""
-        names = (path.name for path in self.folder.glob("step_*") if path.is_dir() and not path.is_symlink())
-        return sorted(int(name[5:]) for name in names if name[5:].isdecimal())
+        folders = (path for path in self.folder.glob("step_*") if path.is_dir() and not path.is_symlink())
+        return sorted(update for path in folders if (update := _update_of(path)) is not None)
 
     def path(self, update: int) -> Path:
         """Where the checkpoint of an update is or would be."""
@@ -64,14 +67,14 @@ class CheckpointStore:
     def best(self) -> Path | None:
         """What ``best`` points to.
 
-        A copy of a run may have no links: ``cp -rL`` makes folders of them, other programs leave them out. Then it is
-        the checkpoint that the folder is a copy of, or the one that the newest checkpoint's state names.
+        A copy of a run may have no links. ``cp -rL`` replaces a link by a folder: then it is the checkpoint that the
+        folder is a copy of. Other programs leave links out: then the newest checkpoint's state names it.
         """
         link = self.folder / "best"
         if link.is_symlink():
             return link.resolve() if link.exists() else None
         if link.is_dir():
-            return next((path for path in map(self.path, self.updates()) if _alike(path, link)), link)
+            return next((path for path in map(self.path, self.updates()) if _same_checkpoint(path, link)), link)
         return self._noted_best()
 
     def _noted_best(self) -> Path | None:
@@ -86,14 +89,14 @@ class CheckpointStore:
         """The verified folder of ``best``, ``last``, ``averaged``, ``step_40`` or ``40``.
 
         Raises:
-            CheckpointError: there is none, or it is damaged (an undamaged one before it is offered).
+            CheckpointError: there is none, or it is damaged (the remedy names a whole one, if any).
         """
-        name = self.broadcast_from_rank0(lambda: self._find(str(which)))
-        if name is None:
+        found = self.broadcast_from_rank0(lambda: self._find(str(which)))
+        if found is None:
             known = [p.name for p in (*map(self.path, self.updates()), self.folder / "averaged") if p.is_dir()]
             remedy = f"there are: {', '.join(known)}" if known else "the run has written none yet"
             raise CheckpointError(f"there is no checkpoint '{which}'", str(self.folder), remedy)
-        path = Path(name)
+        path = Path(found)
         try:
             self.verify(path)
         except CheckpointError as error:
@@ -105,10 +108,10 @@ class CheckpointStore:
             path = self.latest()
         elif which == "best":
             link = self.folder / "best"
-            if link.is_symlink() and not link.exists():  # no other one is taken silently
+            if link.is_symlink() and not link.exists():  # the run has a best one: do not replace it by the newest
                 what = f"the best checkpoint is {os.readlink(link)}, and that is not there"
                 raise CheckpointError(what, str(link), "name another one: last, or an update's number")
-            path = self.best() or self.latest()
+            path = self.best() or self.latest()  # the newest if the run has no best one yet
         else:
             path = self.folder / (f"step_{which}" if which.isdecimal() else which)
         return str(path) if path is not None and path.is_dir() else None
@@ -116,39 +119,40 @@ class CheckpointStore:
     # -- reading ---------------------------------------------------------------------------------------------------
 
     def verify(self, path: Path) -> None:
-        """Compares every file with its checksum, ranks sharing the work. Rank 0 reads the manifest for all.
+        """Compares every file with its checksum; each rank checks a part of the files. Rank 0 reads the manifest.
 
         Raises:
-            CheckpointError: on every rank, whichever of them found it; names the file.
+            CheckpointError: on every rank, if any rank found a damaged file; names the file.
         """
         files = self.broadcast_from_rank0(lambda: checksums.read_manifest(path))
         mine = dict(sorted(files.items())[self.world.rank :: self.world.size])
         run_on_all_ranks(self.world, lambda: checksums.check_files(path, mine))
 
     def recovery_hint(self, damaged: Path) -> str:
-        """What to do about a damaged checkpoint: the newest one before it that is whole. Every rank calls it."""
+        """Remedy for a damaged checkpoint: the newest whole one (for ``step_N``: before N). Every rank calls it."""
+        damaged_update = _update_of(damaged)
         for update in reversed(self.broadcast_from_rank0(self.updates)):
-            earlier = self.path(update)
-            if damaged.name == earlier.name or (damaged.name[5:].isdigit() and update > int(damaged.name[5:])):
+            if damaged_update is not None and update >= damaged_update:
                 continue
+            other = self.path(update)
             try:
-                self.verify(earlier)
+                self.verify(other)
             except CheckpointError:
                 continue
             return (
-                f"the one before it, {earlier.name}, is whole: remove {damaged}, or set "
+                f"another checkpoint, {other.name}, is whole: remove {damaged}, or set "
                 "training.checkpoint.damaged=skip, to resume from it"
             )
         return "no other checkpoint of this run is whole: train again in another run folder"
 
-    def broadcast_from_rank0(self, look: Callable[[], T]) -> T:
-        """What rank 0 sees, on every rank; hosts may see a shared folder differently for a while.
+    def broadcast_from_rank0(self, read: Callable[[], T]) -> T:
+        """Rank 0's result of ``read``, on every rank: hosts may see different states of a shared folder for a while.
 
         Args:
-            look: returns what JSON can hold.
+            read: called on rank 0; returns a value that JSON can hold.
         """
-        seen = run_on_all_ranks(self.world, look if self.world.main else lambda: None)
-        return self.world.broadcast(seen)  # type: ignore[return-value]
+        value = run_on_all_ranks(self.world, read if self.world.main else lambda: None)
+        return self.world.broadcast(value)  # type: ignore[return-value]
 
     # -- writing ---------------------------------------------------------------------------------------------------
 
@@ -161,28 +165,28 @@ class CheckpointStore:
             name: ``step_N`` or ``averaged``.
 
         Raises:
-            CheckpointError: on every rank, where it could not be written; what was there before is untouched.
+            CheckpointError: on every rank, if writing failed on any; an earlier checkpoint of this name is unchanged.
         """
         final, partial = self.folder / name, self.folder / f"{name}.partial"
         try:
-            self._on_main(lambda: _fresh(partial))
+            self._on_rank0(lambda: _empty_folder(partial))
             run_on_all_ranks(self.world, lambda: save_tensors(partial, tensors, self.world.group), collective=True)
-            self._on_main(lambda: checksums.write_synced(partial / STATE, json.dumps(dict(state), indent=1) + "\n"))
-            self._seal(partial)
-            self._on_main(lambda: _rename(partial, final))
+            self._on_rank0(lambda: checksums.write_synced(partial / STATE, json.dumps(dict(state), indent=1) + "\n"))
+            self._write_checksums(partial)
+            self._on_rank0(lambda: _rename(partial, final))
         except OSError as error:
-            self._on_main(lambda: shutil.rmtree(partial, ignore_errors=True))
+            self._on_rank0(lambda: shutil.rmtree(partial, ignore_errors=True))
             raise self._failed(final, error) from error
         return final
 
-    def _seal(self, partial: Path) -> None:
+    def _write_checksums(self, partial: Path) -> None:
         names = self.world.broadcast(sorted(p.name for p in partial.iterdir()) if self.world.main else [])
         mine = names[self.world.rank :: self.world.size]
         digests = run_on_all_ranks(self.world, lambda: {name: checksums.digest(partial / name) for name in mine})
         merged = {name: entry for part in self.world.gather(digests) for name, entry in part.items()}
-        self._on_main(lambda: checksums.write_manifest(partial, merged))
+        self._on_rank0(lambda: checksums.write_manifest(partial, merged))
 
-    def _on_main(self, action: Callable[[], None]) -> None:
+    def _on_rank0(self, action: Callable[[], None]) -> None:
         run_on_all_ranks(self.world, action if self.world.main else lambda: None)
 
     def _failed(self, final: Path, error: OSError) -> CheckpointError:
@@ -197,18 +201,20 @@ class CheckpointStore:
     def point(self, name: str, update: int) -> None:
         """Makes ``best`` or ``last`` point to an update's checkpoint, in one step. Rank 0 does it."""
         if self.world.main:
-            _make_way(self.folder / name)
+            _move_folder_aside(self.folder / name)
             partial = self.folder / f".{name}.partial"
             partial.unlink(missing_ok=True)
             partial.symlink_to(self.path(update).name)
             os.replace(partial, self.folder / name)
 
     def set_aside(self, path: Path) -> Path:
-        """Renames a damaged checkpoint to ``step_N.damaged`` or the next such name that is free, and returns its new
-        place: the run no longer sees it. Every rank calls it."""
+        """Renames a damaged checkpoint, so that the run no longer finds it, and returns its new path.
+
+        The name is ``step_N.damaged``, or the first unused one of ``step_N.damaged1``, … Every rank calls it.
+        """
 
         def rename() -> str:
-            aside = _free(path.with_name(f"{path.name}.damaged{suffix}") for suffix in _numbers())
+            aside = _first_unused(path.with_name(f"{path.name}.damaged{suffix}") for suffix in _suffixes())
             os.rename(path, aside)
             return aside.name
 
@@ -217,18 +223,18 @@ class CheckpointStore:
     def prune(self, keep: int) -> None:
         """Removes all but the ``keep`` newest checkpoints and the best one. Rank 0 does it.
 
-        What cannot be removed, such as a file on NFS that is being read, is a warning, and tried again next time.
+        If one cannot be removed (a file on NFS that is being read), this logs a warning; the next call tries again.
         """
         if not self.world.main:
             return
         best = self.best()
         for update in self.updates()[:-keep]:
             if best is None or self.path(update).name != best.name:
-                with _tolerated(self.path(update)):
-                    _hide(self.path(update))
+                with _warn_on_error(self.path(update)):
+                    _rename_for_removal(self.path(update))
         for rest in self.folder.glob("*.partial"):
-            if _UNFINISHED.fullmatch(rest.name):  # others are the user's
-                with _tolerated(rest):
+            if _UNFINISHED.fullmatch(rest.name):  # other .partial folders are the user's
+                with _warn_on_error(rest):
                     shutil.rmtree(rest)
 
 
@@ -272,10 +278,10 @@ def check_model(path: Path, model: nn.Module) -> None:
     """Compares a whole model, which may be on the meta device, with the tensors of a checkpoint.
 
     Raises:
-        CheckpointError: the model has other parameters, or others of a shape.
+        CheckpointError: the model has other parameters, or parameters of another shape.
     """
     known = shapes(path)
-    if count_tensors(model) > len(known):  # before names are made: a config may ask for any number of experts
+    if count_tensors(model) > len(known):  # before the names are made, since a config may ask for any number of experts
         what = f"the model has {count_tensors(model):,} tensors, and the checkpoint {len(known):,}"
         raise CheckpointError(what, str(path), "it is of another model")
     tensors = model_tensors(model)
@@ -307,18 +313,21 @@ def run_on_all_ranks(world: World, action: Callable[[], T], collective: bool = F
     failures = world.gather(error_to_json(failure) if failure is not None else None)
     first = next((rank for rank, content in enumerate(failures) if content is not None), None)
     if first is not None:
-        raise failure if failure is not None and first == world.rank else error_from_json(failures[first] or {})
+        if failure is not None and first == world.rank:
+            raise failure
+        raise error_from_json(failures[first] or {})
     return result  # type: ignore[return-value]
 
 
-def _fresh(folder: Path) -> None:
+def _empty_folder(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
 
 
 def _rename(partial: Path, final: Path) -> None:
     checksums.sync_folder(partial)
-    former = _hide(final) if final.exists() else None  # a run that was extended writes its mean again
+    # ``averaged`` exists if max_updates was raised: the run writes it again.
+    former = _rename_for_removal(final) if final.exists() else None
     try:
         os.rename(partial, final)
     except OSError:
@@ -330,23 +339,30 @@ def _rename(partial: Path, final: Path) -> None:
         shutil.rmtree(former, ignore_errors=True)
 
 
-def _hide(folder: Path) -> Path:
+def _rename_for_removal(folder: Path) -> Path:
     """Renames a folder before it is removed: a half-removed folder must not look like a checkpoint."""
-    # One may be left that could not be removed.
-    doomed = _free(folder.with_name(f"{folder.name}.removed{suffix}.partial") for suffix in _numbers())
+    # A folder of an earlier removal that failed may have the first name.
+    doomed = _first_unused(folder.with_name(f"{folder.name}.removed{suffix}.partial") for suffix in _suffixes())
     os.rename(folder, doomed)
     return doomed
 
 
-def _numbers() -> Iterator[str]:
+def _update_of(path: Path) -> int | None:
+    """N if the folder's name is ``step_N``."""
+    number = path.name.removeprefix("step_")
+    return int(number) if number != path.name and number.isdecimal() else None
+
+
+def _suffixes() -> Iterator[str]:
+    """``""``, ``"1"``, ``"2"``, …"""
     return (str(number or "") for number in count())
 
 
-def _free(names: Iterator[Path]) -> Path:
+def _first_unused(names: Iterator[Path]) -> Path:
     return next(name for name in names if not os.path.lexists(name))
 
 
-def _alike(one: Path, other: Path) -> bool:
+def _same_checkpoint(one: Path, other: Path) -> bool:
     """Whether two folders are the same checkpoint, by their manifests."""
     try:
         return checksums.read_manifest(one) == checksums.read_manifest(other)
@@ -354,16 +370,16 @@ def _alike(one: Path, other: Path) -> bool:
         return False
 
 
-def _make_way(link: Path) -> None:
-    """Renames a folder that is in the place of a link, as in a copy made by ``cp -rL``."""
+def _move_folder_aside(link: Path) -> None:
+    """If a folder is where the link must be, as in a copy made by ``cp -rL``, renames the folder."""
     if link.is_dir() and not link.is_symlink():
-        aside = _free(link.with_name(f"{link.name}.copied{number}") for number in _numbers())
+        aside = _first_unused(link.with_name(f"{link.name}.copied{number}") for number in _suffixes())
         os.replace(link, aside)
         LOG.warning("%s was a folder and not a link: it is now %s, and can be removed", link, aside.name)
 
 
 @contextmanager
-def _tolerated(folder: Path) -> Iterator[None]:
+def _warn_on_error(folder: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:  # removed by another process
