@@ -1,12 +1,14 @@
-"""Micro-batches of the world: determined by (seed, update), independent of the number of ranks.
+"""Micro-batches of all ranks together: determined by (seed, update), independent of the number of ranks.
 
 An *item* is a sentence in a direction. Items are numbered direction after direction. An epoch takes its share of every
 direction, sorts by length so that micro-batches contain little padding, splits by a budget of tokens, and shuffles the
 micro-batches. Properties that callers may rely on:
 
-- At temperature 1 every item occurs exactly once per epoch. At another temperature direction d contributes
+- Items that are too long are left out; N items are kept, n_d of them in direction d.
+- At temperature T = 1 every kept item occurs exactly once per epoch. At another T direction d contributes about
   ``N · n_d^(1/T) / Σ n^(1/T)`` items (Arivazhagan et al. 2019), taken from an endless sequence of permutations of the
-  direction, so that no item repeats before all others have occurred.
+  direction, so that no item repeats before all others have occurred. The number is exact unless micro-batches are left
+  out so that the epoch has as many as the first one.
 - An update never mixes epochs. The micro-batches of an epoch are distributed evenly over its updates, so some updates
   have fewer than ``accumulation``; the counts are the same for every rank.
 - Every epoch has the same number of updates, so any update is found by planning one epoch, without replay.
@@ -15,6 +17,7 @@ micro-batches. Properties that callers may rely on:
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -66,12 +69,10 @@ class Update:
     Attributes:
         epoch: counted from 1.
         micro_batches: items of each micro-batch, sorted so that neighbours have similar lengths.
-        target_tokens: all target tokens, without padding; the divisor of the update's loss.
     """
 
     epoch: int
     micro_batches: tuple[Indices, ...]
-    target_tokens: int
 
 
 @dataclass(frozen=True)
@@ -121,31 +122,21 @@ class WorldBatches:
                 f"no training sentence is left: of {len(kept)}, all are longer than {settings.longest} tokens",
                 remedy="raise training.max_sentence_tokens or training.tokens_per_update, or prepare more data",
             )
-        self._shares = _shares([len(pool) for pool in self._pools], settings.temperature)
+        self._items_per_epoch = _items_per_epoch([len(pool) for pool in self._pools], settings.temperature)
         self._cache: dict[int, _Epoch] = {}
-        self._micro_batches = 0
-        self._micro_batches = len(self._plan(0).order)
-        self.updates_per_epoch = -(-self._micro_batches // settings.accumulation)
+        self._micro_batches = 0  # the first epoch is not yet planned, and its number is not adjusted
+        self._micro_batches = len(self._cached_epoch(0).order)
+        self.updates_per_epoch = math.ceil(self._micro_batches / settings.accumulation)
 
     def update(self, u: int) -> Update:
         """The update after ``u`` finished ones (0: the first)."""
         epoch, within = divmod(u, self.updates_per_epoch)
-        plan = self._plan(epoch)
+        plan = self._cached_epoch(epoch)
         first, last = (self._micro_batches * n // self.updates_per_epoch for n in (within, within + 1))
         batches = tuple(plan.items[plan.starts[m] : plan.ends[m]] for m in plan.order[first:last])
-        return Update(epoch + 1, batches, int(sum(self._target[b].sum() for b in batches)))
+        return Update(epoch + 1, batches)
 
-    def padding(self) -> tuple[float, float]:
-        """Share of padding among the source and the target positions of the first epoch."""
-        plan = self._plan(0)
-        rows = plan.ends - plan.starts
-        shares = []
-        for lengths in (self._source[plan.items], self._target[plan.items]):
-            area = (np.maximum.reduceat(lengths, plan.starts) * rows).sum()
-            shares.append(1.0 - float(lengths.sum() / area))
-        return shares[0], shares[1]
-
-    def _plan(self, epoch: int) -> _Epoch:
+    def _cached_epoch(self, epoch: int) -> _Epoch:
         if epoch not in self._cache:
             planned = self._plan_epoch(epoch)
             # Two epochs are enough for a loader that prefetches over the end of an epoch.
@@ -157,28 +148,28 @@ class WorldBatches:
     def _plan_epoch(self, epoch: int) -> _Epoch:
         budget = self.settings.budget
         items = np.concatenate([self._take(d, epoch) for d in range(len(self._pools))])
-        items = items[self._draws(_TIES, epoch).permutation(len(items))]
+        items = items[self._generator(_TIES, epoch).permutation(len(items))]
         items = items[in_length_order(self._source[items], self._target[items], budget)]
         edges = split_by_budget(self._source[items], self._target[items], budget)
         starts, ends = edges[:-1], edges[1:]
         if self._micro_batches:
-            starts, ends = self._fit(starts, ends, epoch)
-        return _Epoch(items, starts, ends, self._draws(_ORDER, epoch).permutation(len(starts)))
+            starts, ends = self._match_first_epoch(starts, ends, epoch)
+        return _Epoch(items, starts, ends, self._generator(_ORDER, epoch).permutation(len(starts)))
 
     def _take(self, direction: int, epoch: int) -> Indices:
         """This epoch's part of the direction's endless sequence of permutations."""
-        pool, share = self._pools[direction], self._shares[direction]
+        pool, share = self._pools[direction], self._items_per_epoch[direction]
         taken: list[Indices] = []
         position, end = epoch * share, (epoch + 1) * share
         while position < end:
             turn, offset = divmod(position, len(pool))
             stop = min(len(pool), offset + end - position)
-            shuffled = pool[self._draws(_PERMUTATION, direction, turn).permutation(len(pool))]
+            shuffled = pool[self._generator(_PERMUTATION, direction, turn).permutation(len(pool))]
             taken.append(shuffled[offset:stop])
             position += stop - offset
         return np.concatenate(taken) if taken else np.empty(0, np.int64)
 
-    def _fit(self, starts: Indices, ends: Indices, epoch: int) -> tuple[Indices, Indices]:
+    def _match_first_epoch(self, starts: Indices, ends: Indices, epoch: int) -> tuple[Indices, Indices]:
         """Gives the epoch the same number of micro-batches as the first one.
 
         At temperature 1 the sorted lengths, and so the number of micro-batches, are the same in every epoch. Otherwise
@@ -186,7 +177,7 @@ class WorldBatches:
         """
         wanted = self._micro_batches
         if len(starts) > wanted:
-            keep = np.sort(self._draws(_SURPLUS, epoch).permutation(len(starts))[:wanted])
+            keep = np.sort(self._generator(_SURPLUS, epoch).permutation(len(starts))[:wanted])
             return starts[keep], ends[keep]
         while len(starts) < wanted:
             rows = ends - starts
@@ -199,17 +190,17 @@ class WorldBatches:
             starts, ends = np.sort(np.concatenate([starts, middle])), np.sort(np.concatenate([ends, middle]))
         return starts, ends
 
-    def _draws(self, *key: int) -> np.random.Generator:
+    def _generator(self, *key: int) -> np.random.Generator:
         return np.random.Generator(np.random.Philox(np.random.SeedSequence([self.settings.seed, *key])))
 
 
 def split_micro_batch(indices: Indices, rank: int, world: int) -> Indices:
-    """The rows of a micro-batch that ``rank`` of ``world`` computes: every world-th, so lengths spread evenly."""
+    """``rank``'s rows of a micro-batch: every ``world``-th row, so each rank gets similar lengths."""
     return indices[rank::world]
 
 
-def _shares(sizes: Sequence[int], temperature: float) -> list[int]:
-    """Items of each direction per epoch; they sum to the number of items (largest remainders)."""
+def _items_per_epoch(sizes: Sequence[int], temperature: float) -> list[int]:
+    """Items of each direction per epoch; rounded by the largest-remainder method, they sum to the number of items."""
     total = sum(sizes)
     if temperature == 1.0:
         return list(sizes)
