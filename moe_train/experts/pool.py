@@ -1,8 +1,9 @@
-"""The expert pool: computes an Assignment, y_t = Σ over pairs (t, e, w) of w · f_e(x_t), on one rank or many.
+"""The expert pool: computes the expert outputs for an Assignment, y_t = Σ over pairs (t, e, w) of w · f_e(x_t).
 
 :meth:`ExpertPool.start` sends tokens to the ranks that hold their experts (:mod:`moe_train.parallel.dispatch`).
 :meth:`ExpertPool.finish` sorts the received rows by expert (permute), runs the local experts
-(:mod:`moe_train.experts.mlp`), sums each row's weighted outputs (unpermute), and returns them (combine).
+(:mod:`moe_train.experts.mlp`), sums each row's weighted outputs (unpermute), and sends the
+sums back to the tokens' ranks (combine).
 """
 
 from __future__ import annotations
@@ -27,22 +28,23 @@ from moe_train.routing.types import Assignment
 
 @dataclass(frozen=True)
 class PendingExperts:
-    """A call of the pool whose tokens were sent and not yet computed.
+    """A call of the pool whose tokens were sent and whose experts have not run yet.
 
     Attributes:
         dtype: type of the tokens and of the layer's output.
-        mix_dtype: type of each row's sum over experts; None: at least fp32.
+        sum_dtype: type of each row's weighted sum; None: at least fp32, since sums of several ranks are still added.
     """
 
     dispatch: Dispatch
     dtype: torch.dtype
-    mix_dtype: torch.dtype | None
+    sum_dtype: torch.dtype | None
 
 
 class ExpertPool(nn.Module):
     """E experts over all ranks; this rank's local experts are stacked.
 
-    Each parameter has the attributes ``expert = True`` and ``expert_ids``, the global ids of its rows.
+    Each parameter has the attributes ``expert = True`` (set in :mod:`moe_train.experts.parameters`) and ``expert_ids``,
+    the global ids of its rows.
 
     Args:
         spec: shape of one expert.
@@ -51,7 +53,7 @@ class ExpertPool(nn.Module):
         max_experts_per_token: upper bound, needed by fixed-size dispatch only; None: E.
 
     Raises:
-        ConfigError: E is not divisible over the layout.
+        ConfigError: E cannot be divided evenly over the layout's ranks.
     """
 
     def __init__(
@@ -78,7 +80,7 @@ class ExpertPool(nn.Module):
 
     @cached_property
     def levels(self) -> tuple[DispatchLevel, ...]:
-        """The dispatch levels; empty if all experts are local."""
+        """The dispatch levels, one for each all-to-all stage; empty if all experts are local."""
         return self.layout.dispatch_levels(self.num_experts)
 
     @property
@@ -107,39 +109,42 @@ class ExpertPool(nn.Module):
         """
         return self.finish(self.start(x, assignment))
 
-    def start(self, x: Tensor, a: Assignment) -> PendingExperts:
-        """Starts sending x [T, d] to its experts; waits for the split sizes only, and computes nothing."""
+    def start(self, x: Tensor, assignment: Assignment) -> PendingExperts:
+        """Starts sending x [T, d] to its experts; waits for the split sizes only, and runs no expert yet."""
         autocast = torch.is_autocast_enabled(x.device.type)
         inputs = x.to(torch.get_autocast_dtype(x.device.type)) if autocast else x
+        token, expert, weight = assignment.token, assignment.expert, assignment.weight
         if not self.levels:
-            return PendingExperts(LocalDispatch(Received(inputs, a.token, a.expert, a.weight)), x.dtype, x.dtype)
+            return PendingExperts(LocalDispatch(Received(inputs, token, expert, weight)), x.dtype, x.dtype)
         dispatch: Dispatch
         if self.fixed_size:
-            rows, (level,) = self.layout.options.fixed_rows, self.levels
-            dispatch = start_fixed_dispatch(inputs, a.token, a.expert, a.weight, level, rows, self.pairs_per_row)
+            (level,) = self.levels
+            rows_per_member = self.layout.options.fixed_rows
+            dispatch = start_fixed_dispatch(inputs, token, expert, weight, level, rows_per_member, self.pairs_per_row)
         else:
-            dispatch = start_dispatch(inputs, a.token, a.expert, a.weight, self.levels)
-        return PendingExperts(dispatch, x.dtype, None)
+            dispatch = start_dispatch(inputs, token, expert, weight, self.levels)
+        # Sums of ranks are still added together: they stay in at least fp32 until then.
+        return PendingExperts(dispatch, x.dtype, sum_dtype=None)
 
     def finish(self, pending: PendingExperts) -> Tensor:
         """Runs the local experts on the received rows and returns the outputs to their tokens: y [T, d]."""
-        mixed = self._mix(pending.dispatch.wait(), pending.mix_dtype)
-        return pending.dispatch.combine(mixed).to(pending.dtype)
+        weighted_sums = self._weighted_sums(pending.dispatch.wait(), pending.sum_dtype)
+        return pending.dispatch.combine(weighted_sums).to(pending.dtype)
 
-    def _mix(self, received: Received, dtype: torch.dtype | None) -> Tensor:
+    def _weighted_sums(self, received: Received, dtype: torch.dtype | None) -> Tensor:
         """[R, d]: Σ over each row's pairs of weight · f_expert(row), in ``dtype`` (None: at least fp32)."""
-        rows, row, expert, weight = received.rows, received.row, received.expert, received.weight
-        held, counts = len(self.expert_ids), received.counts
-        backend = choose_backend(rows, self.spec.activation, row.shape[0] / held, received.padded)
+        rows, row_of_pair, expert, weight = received.rows, received.row, received.expert, received.weight
+        num_local, counts = len(self.expert_ids), received.counts
+        backend = choose_backend(rows, self.spec.activation, row_of_pair.shape[0] / num_local, received.padded)
         if backend.name == "grouped":
-            counts = None
+            counts = None  # a grouped product takes the counts from the device
         else:
-            if received.padded:
-                real = (expert < held).nonzero().squeeze(1)
-                row, expert, weight = row[real], expert[real], weight[real]
+            if received.padded:  # expert == num_local marks padding
+                real = (expert < num_local).nonzero().squeeze(1)
+                row_of_pair, expert, weight = row_of_pair[real], expert[real], weight[real]
             if counts is None:
-                counts = self.layout.counters.read(count_ids(expert, held))
-        plan = plan_rows(row, expert, rows.shape[0], held, backend.align, counts, backend.max_padding)
+                counts = self.layout.counters.read(count_ids(expert, num_local))
+        plan = plan_rows(row_of_pair, expert, rows.shape[0], num_local, backend.align, counts, backend.max_padding)
         out = run_experts(permute_rows(rows, plan.index), plan, self._stacks, self.training, backend)
         return unpermute_rows(out, weight, plan.index, dtype)
 
