@@ -1,4 +1,4 @@
-"""Joins the process group, sets device and threads, opens the log file of a rank. The same for every launcher."""
+"""Joins the process group, sets the device and threads, and opens this rank's log file."""
 
 from __future__ import annotations
 
@@ -64,11 +64,13 @@ def ranks_per_node(config: LaunchConfig) -> int:
 
 @contextmanager
 def joined_world(config: LaunchConfig, threads: int = 0) -> Iterator[World]:
-    """Joins the process group that the environment describes (none: a world of one process), and destroys it at exit.
+    """Joins the process group that the environment describes, or yields a world of one process if there is no launcher.
+
+    The group is destroyed at exit, except after an error.
 
     Args:
-        threads: CPU threads of this process; 0: OMP_NUM_THREADS where the user has set it, else this host's cores
-            divided by its processes.
+        threads: CPU threads of this process. 0 means OMP_NUM_THREADS if the user has set it. Otherwise this host's
+            cores are divided by its processes.
 
     Raises:
         LaunchError: the rendezvous failed.
@@ -84,11 +86,12 @@ def joined_world(config: LaunchConfig, threads: int = 0) -> Iterator[World]:
         _join(config, device)
         world = World.current(device)
         channel = JobChannel.of(world)
-        limits = config.timeout_minutes * 60, config.silent_minutes * 60
-        watchdog = hang_watchdog(world, channel, *limits) if world.size > 1 else nullcontext()
+        limit, silence = config.timeout_minutes * 60, config.silent_minutes * 60
+        watchdog = hang_watchdog(world, channel, limit=limit, silence=silence) if world.size > 1 else nullcontext()
         with watchdog, _reporting_failure(world, channel):
             yield world
-        # Not after an error: it would break the others' connections, and their errors might be shown first.
+        # Skipped after an error: destroying the group breaks other ranks' connections, and their errors could be
+        # shown first.
         dist.destroy_process_group()
     finally:
         torch.set_num_threads(before)
@@ -96,7 +99,10 @@ def joined_world(config: LaunchConfig, threads: int = 0) -> Iterator[World]:
 
 @contextmanager
 def _reporting_failure(world: World, channel: JobChannel) -> Iterator[None]:
-    """Reports an error raised inside to the other ranks; replaces a secondary error by the failure that caused it."""
+    """Reports an error raised inside to the other ranks.
+
+    A secondary error (one caused by another rank's failure) is replaced by that failure.
+    """
     try:
         yield
     except Exception as error:
@@ -115,7 +121,7 @@ def _reporting_failure(world: World, channel: JobChannel) -> Iterator[None]:
 def _join(config: LaunchConfig, device: torch.device) -> None:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     limit = config.timeout_minutes * 60
-    os.environ.setdefault(FLIGHT_RECORDER, "256")  # collectives recorded, so that one that does not end can be named
+    os.environ.setdefault(FLIGHT_RECORDER, "256")  # recorded collectives, so that a hung collective can be named
     try:
         timeout = timedelta(seconds=max(limit, _MIN_RENDEZVOUS))
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -126,22 +132,22 @@ def _join(config: LaunchConfig, device: torch.device) -> None:
         dist.init_process_group(backend, timeout=timeout, device_id=gpu, store=store, rank=rank, world_size=size)
         check_peers()
     except (dist.DistNetworkError, dist.DistStoreError, OSError) as error:
-        raise _not_found(error) from error
+        raise _peers_not_found(error) from error
     except RuntimeError as error:  # from gloo and NCCL
         if out_of_memory(error):
             raise
         if str(error).startswith("Timeout waiting for key"):  # of a FileStore
-            raise _not_found(error) from error
+            raise _peers_not_found(error) from error
         raise LaunchError(
             f"the processes found each other but cannot connect ({str(error).splitlines()[0]})",
             f"GLOO_SOCKET_IFNAME={os.environ.get('GLOO_SOCKET_IFNAME', '')}",
             "name the interface that reaches the other hosts: GLOO_SOCKET_IFNAME, with GPUs NCCL_SOCKET_IFNAME too",
         ) from error
-    set_time_limit(set(), timedelta(seconds=limit + MARGIN))
+    set_time_limit(known=set(), limit=timedelta(seconds=limit + MARGIN))
 
 
-def _not_found(error: Exception) -> LaunchError:
-    reason = f"the other processes cannot be found ({str(error).splitlines()[0]})"
+def _peers_not_found(error: Exception) -> LaunchError:
+    reason = f"the other processes cannot be reached ({str(error).splitlines()[0]})"
     if has_our_parent():
         return LaunchError(reason, str(job_folder()), "look into logs/rank_N.log of the run folder")
     address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
@@ -185,7 +191,7 @@ def logging_to(folder: Path, rank: int) -> Iterator[Path]:
     logger.setLevel(logging.INFO)
     logger.propagate = False
     logger.addHandler(handler)
-    check_streams()
+    check_streams()  # now that there is a log that a broken stream can be noted in
     try:
         yield path
     finally:
