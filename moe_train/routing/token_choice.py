@@ -19,22 +19,24 @@ from moe_train.routing.types import AuxiliaryLoss, Routing, assignment_from_choi
 
 Normalise = Literal["none", "before_drop", "after_drop"]
 
-_MAX_K_BY_ARGMAX = 2  # up to this k, repeated maxima take 0.3 to 0.9 of topk's time (measured on the CPU)
+# For k up to this, k calls of max are faster than topk (0.3 to 0.9 of its time on the CPU).
+_MAX_K_BY_ARGMAX = 2
 
 
 @dataclass(frozen=True)
 class TokenChoiceConfig(RoutingConfig):
-    """Keys of token-choice strategies.
+    """Keys of token-choice strategies. Below, T is the tokens of the capacity group, and E the experts.
 
     Attributes:
-        balance_weight: α of the balance loss.
-        z_weight: coefficient of the squared log-partition of the scores (ST-MoE).
+        balance_weight: coefficient of the balance loss, α in Switch.
+        z_weight: coefficient of the z-loss, the mean of logsumexp(logits)² (ST-MoE).
         jitter: ε; in training the router's input is multiplied by U(1-ε, 1+ε).
         capacity_factor: an expert takes at most ceil(factor · k · T / E) tokens in training; None: all (dropless).
-        evaluation_capacity_factor: the same at evaluation, where a limit makes outputs depend on the rest of the batch.
+        evaluation_capacity_factor: the same at evaluation; a limit then makes an output depend on the other sentences
+            in the batch.
         capacity_group: tokens that share a capacity: those of a ``rank`` or of the ``global`` micro-batch.
-        batch_prioritised: tokens with a higher weight of their first choice have priority, instead of earlier tokens.
-        expert_output_masking: p of NLLB's expert-output masking.
+        batch_prioritised: tokens are served in order of the weight of their first choice, not in batch order.
+        expert_output_masking: probability of dropping an expert's output (NLLB).
     """
 
     evaluation_keys: ClassVar[tuple[str, ...]] = ("evaluation_capacity_factor",)
@@ -77,9 +79,11 @@ def normalised(weights: Tensor, present: Tensor | None) -> Tensor:
 
 @dataclass(frozen=True)
 class RouterScores:
-    """Attributes:
-    logits: [T, E].
-    probabilities: [T, E], used by the balance loss.
+    """Logits of a router and the probabilities made from them.
+
+    Attributes:
+        logits: [T, E].
+        probabilities: [T, E], used by the balance loss.
     """
 
     logits: Tensor
@@ -114,7 +118,7 @@ class TokenChoiceRouter(Router):
                 :func:`~moe_train.routing.strategies.top_k.skip_second` or dropped by capacity; ``after_drop`` divides
                 by the sum over the choices that are kept.
         """
-        kept = self.kept(choices, weights, context)
+        kept = self.kept_choices(choices, weights, context)
         if normalise == "before_drop":
             weights = normalised(weights, None)
         elif normalise == "after_drop":
@@ -129,8 +133,8 @@ class TokenChoiceRouter(Router):
             statistics=count_statistics(choices, kept, self.num_experts, scores.probabilities),
         )
 
-    def kept(self, choices: Tensor, weights: Tensor, context: RoutingContext) -> Tensor | None:
-        """[T, k] bool, or None if every choice is kept."""
+    def kept_choices(self, choices: Tensor, weights: Tensor, context: RoutingContext) -> Tensor | None:
+        """Which choices are kept, [T, k]; None if all are."""
         config = self.config
         factor = config.capacity_factor if context.training else config.evaluation_capacity_factor
         if factor is None:
@@ -142,7 +146,7 @@ class TokenChoiceRouter(Router):
         )
 
     def capacity(self, factor: float, choices: Tensor, context: RoutingContext) -> Tensor:
-        """0-dim: maximum number of pairs per expert, rounded according to ``capacity_rounding``."""
+        """0-dim: maximum number of (token, expert) pairs per expert, rounded according to ``capacity_rounding``."""
         tokens = group_tokens(choices, context, self.config.capacity_group)
         if self.capacity_rounding == "share":
             return capacity_of_shares(factor, tokens, choices.shape[1], self.num_experts)
@@ -157,6 +161,7 @@ class TokenChoiceRouter(Router):
         config, losses = self.config, dict[str, AuxiliaryLoss]()
         if not context.training or not (config.balance_weight or config.z_weight):
             return losses
+        # Only first choices count in the balance loss.
         load = world_load(choices[:, 0], self.num_experts, context.ranks)
         if config.balance_weight:
             losses["balance_loss"] = AuxiliaryLoss(balance_loss(scores.probabilities, load), config.balance_weight)

@@ -151,18 +151,18 @@ class SamRouter(TokenChoiceRouter):
         inside = torch.softmax(self.by_group(mixture), dim=-1)
         return Levels((group.unsqueeze(2) * inside).flatten(1), group, (switch, mixture))
 
-    def kept(self, choices: Tensor, weights: Tensor, context: RoutingContext) -> Tensor | None:
+    def kept_choices(self, choices: Tensor, weights: Tensor, context: RoutingContext) -> Tensor | None:
         """Applies the groups' capacity, which drops all choices of a token, and then the experts' capacity."""
         factor = self.config.group_capacity_factor
         if factor is None or not context.training:
-            return super().kept(choices, weights, context)
+            return super().kept_choices(choices, weights, context)
         share = self.config.capacity_group
         capacity = expert_capacity(factor, group_tokens(choices, context, share), self.groups)
         priority = weights.sum(-1).detach() if self.config.batch_prioritised else None
         group = choices[:, :1] // self.group_size
         entered = capacity_mask(group, capacity, self.groups, context, group=share, priority=priority)
         left = torch.where(entered, choices, -1)
-        kept = super().kept(left, weights, context)
+        kept = super().kept_choices(left, weights, context)
         return entered.expand_as(choices) if kept is None else kept
 
     def losses(self, scores: RouterScores, choices: Tensor, context: RoutingContext) -> dict[str, AuxiliaryLoss]:
