@@ -1,18 +1,19 @@
 """Label-smoothed cross-entropy with the routing losses, and with the consistency of two passes (THOR).
 
-Everything is a sum over this rank's target tokens; the training step divides by the target tokens of the update.
+The cross-entropy is a sum over this rank's target tokens; the training step divides by the target tokens of the update.
 
-    loss = Σ_tokens CE + Σ_names weight · (mean over layers of the router's share) · world_ntokens
+    loss = Σ_tokens CE + Σ_names (mean over layers of value · weight) · world_ntokens
 
-The sum of the routers' shares over ranks is the loss of the world's micro-batch. Over an update the routing loss is
-the mean over micro-batches, weighted by their target tokens: the same for any number of ranks, each micro-batch counted
-once.
+``value`` is the router's share: this rank's part of a routing loss, so the sum over ranks is the loss of the
+micro-batch of all ranks. Over an update the routing loss is the mean over micro-batches, weighted by their target
+tokens. It is the same for any number of ranks, and each micro-batch is counted once.
 
-With two passes (THOR, Zuo et al. 2022; R-Drop with one expert) the batch goes through the model twice in one forward:
+With two passes (THOR, Zuo et al. 2022; with one expert this is R-Drop) the batch goes through the model twice in one
+forward:
 
     Σ_tokens CE_1 + CE_2 + α · CR,    CR = ½ Σ_v (p_1 - p_2)(log p_1 - log p_2)
 
-with gradients through both sides. As in THOR's code both cross-entropies are divided by the tokens of *one* pass, so
+with gradients through both passes. As in THOR's code both cross-entropies are divided by the tokens of *one* pass, so
 the loss is about twice that of one pass; ``nll_loss`` is the mean of the passes and stays comparable. Evaluation takes
 one pass, without routing losses in the loss, so that strategies can be compared by it.
 """
@@ -69,6 +70,7 @@ class MoELabelSmoothedCrossEntropy(FairseqCriterion):  # type: ignore[misc]
 
         Args:
             model: takes ``net_input`` and ``features_only``; possibly wrapped (DDP).
+            reduce: ignored; fairseq's signature.
             sample: as :mod:`moe_train.tasks.base` says; ``world_ntokens`` where several ranks share the micro-batch.
 
         Returns:
@@ -77,9 +79,9 @@ class MoELabelSmoothedCrossEntropy(FairseqCriterion):  # type: ignore[misc]
             the statistics of each sparse layer.
         """
         passes = self.passes if model.training else 1
-        features, extra = model(**repeated(sample["net_input"], passes), features_only=True)
-        features, target = real_rows(features, sample["target"].repeat(passes, 1), self.padding_idx)
-        parts = self._cross_entropy(unwrapped(model), features, target, passes)
+        features, extra = model(**repeat_batch(sample["net_input"], passes), features_only=True)
+        features, target = non_padding_rows(features, sample["target"].repeat(passes, 1), self.padding_idx)
+        parts = self._cross_entropy(unwrap(model), features, target, passes)
         return with_routing_losses(parts.pop("loss"), parts, extra["routing"], sample, model.training)
 
     def _cross_entropy(self, model: nn.Module, features: Tensor, target: Tensor, passes: int) -> dict[str, Tensor]:
@@ -118,38 +120,38 @@ class MoELabelSmoothedCrossEntropy(FairseqCriterion):  # type: ignore[misc]
 
 
 def with_routing_losses(
-    loss: Tensor, metrics: Mapping[str, Any], routing: Sequence[RoutingRecord], sample: Sample, training: bool
+    loss: Tensor, further_sums: Mapping[str, Any], routing: Sequence[RoutingRecord], sample: Sample, training: bool
 ) -> tuple[Tensor, int, dict[str, Any]]:
     """A criterion's result: the loss, with the routing losses in training; the target tokens; the logging output.
 
     Args:
         loss: of the task, summed over this rank's target tokens.
-        metrics: further sums for the log.
+        further_sums: for the log.
         routing: of each sparse layer.
     """
     losses = mean_over_layers(routing)
-    tokens = sample["world_ntokens" if "world_ntokens" in sample else "ntokens"]
+    tokens: Any = sample.get("world_ntokens", sample["ntokens"])
     if training:
-        loss = loss + sum(mean.objective for mean in losses.values()) * tokens
-    logging: dict[str, Any] = {
+        loss = loss + sum(average.weighted_mean for average in losses.values()) * tokens
+    logged: dict[str, Any] = {
         "loss": loss.detach(),
         "ntokens": sample["ntokens"],
         "nsentences": sample["nsentences"],
         "sample_size": sample["ntokens"],
-        **metrics,
-        **{name: mean.value.detach() * tokens for name, mean in losses.items()},
+        **further_sums,
+        **{name: average.mean.detach() * tokens for name, average in losses.items()},
     }
     if "world_ntokens" in sample:
-        logging["routing"] = {record.layer: record.statistics for record in routing}
-    return loss, sample["ntokens"], logging
+        logged["routing"] = {record.layer: record.statistics for record in routing}
+    return loss, sample["ntokens"], logged
 
 
 @dataclass(frozen=True)
 class LayerMean:
     """A routing loss averaged over the layers that have it: plain, and times its weight."""
 
-    value: Tensor
-    objective: Tensor
+    mean: Tensor
+    weighted_mean: Tensor
 
 
 def mean_over_layers(records: Iterable[RoutingRecord]) -> dict[str, LayerMean]:
@@ -169,12 +171,12 @@ def _mean(losses: Sequence[AuxiliaryLoss]) -> LayerMean:
 
 def symmetric_divergence(logits_1: Tensor, logits_2: Tensor) -> Tensor:
     """½ [KL(p1‖p2) + KL(p2‖p1)] summed over rows, of logits [N, V] each; in fp32 or wider, differentiable by both."""
-    kind = torch.promote_types(logits_1.dtype, torch.float32)
-    log_1, log_2 = (torch.log_softmax(logits, dim=-1, dtype=kind) for logits in (logits_1, logits_2))
+    dtype = torch.promote_types(logits_1.dtype, torch.float32)
+    log_1, log_2 = (torch.log_softmax(logits, dim=-1, dtype=dtype) for logits in (logits_1, logits_2))
     return 0.5 * ((log_1.exp() - log_2.exp()) * (log_1 - log_2)).sum()
 
 
-def repeated(net_input: Mapping[str, Tensor], passes: int) -> dict[str, Tensor]:
+def repeat_batch(net_input: Mapping[str, Tensor], passes: int) -> dict[str, Tensor]:
     """The batch repeated ``passes`` times; ``pass_index`` [passes · B] numbers the copies."""
     if passes == 1:
         return dict(net_input)
@@ -184,7 +186,7 @@ def repeated(net_input: Mapping[str, Tensor], passes: int) -> dict[str, Tensor]:
     return {**copies, "pass_index": index.repeat_interleave(first.shape[0])}
 
 
-def real_rows(features: Tensor, target: Tensor, pad: int) -> tuple[Tensor, Tensor]:
+def non_padding_rows(features: Tensor, target: Tensor, pad: int) -> tuple[Tensor, Tensor]:
     """features [B, T, d] and target [B, T] → the rows of real tokens, [N, d] and [N]."""
     flat, target = features.reshape(-1, features.shape[-1]), target.reshape(-1)
     rows = target.ne(pad).nonzero().squeeze(1)
@@ -193,7 +195,7 @@ def real_rows(features: Tensor, target: Tensor, pad: int) -> tuple[Tensor, Tenso
     return flat.index_select(0, rows), target.index_select(0, rows)
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def unwrap(model: nn.Module) -> nn.Module:
     """The model inside DDP and its like."""
     while isinstance(getattr(model, "module", None), nn.Module):
         model = model.module  # type: ignore[assignment]

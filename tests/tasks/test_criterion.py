@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from moe_train.config import RunConfig
 from moe_train.data.batching import split_micro_batch
 from moe_train.data.folder import DataFolder
-from moe_train.tasks.criterion import mean_over_layers, repeated, symmetric_divergence, unwrapped
+from moe_train.tasks.criterion import mean_over_layers, repeat_batch, symmetric_divergence, unwrap
 from moe_train.tasks.translation.task import TranslationTask
 from tests.routing.helpers import ThreadRanks, on_ranks
 from tests.tasks.helpers import in_double, make_task
@@ -73,7 +73,7 @@ def test_routing_losses_are_weighted_means_over_layers_times_target_tokens(tiny_
     evaluated = task.build_criterion()(model, sample)[0]
     assert cross_entropy.item() == pytest.approx(evaluated.item(), rel=1e-6)  # routers' losses are fp32
     for name in ("balance_loss", "z_loss"):
-        mean = mean_over_layers(records)[name].value.item()
+        mean = mean_over_layers(records)[name].mean.item()
         assert float(logging[name]) == pytest.approx(tokens * mean, rel=1e-6)
     assert loss.item() > evaluated.item() + 0.2 * tokens
 
@@ -242,7 +242,7 @@ def test_fairseqs_log_shows_base_two_per_token(tiny_data: DataFolder) -> None:
 
 
 def test_the_batch_is_doubled_with_a_pass_each() -> None:
-    doubled = repeated({"src_tokens": torch.tensor([[1, 2], [3, 4]]), "src_lengths": torch.tensor([2, 2])}, 2)
+    doubled = repeat_batch({"src_tokens": torch.tensor([[1, 2], [3, 4]]), "src_lengths": torch.tensor([2, 2])}, 2)
     assert doubled["src_tokens"].tolist() == [[1, 2], [3, 4], [1, 2], [3, 4]]
     assert doubled["pass_index"].tolist() == [0, 0, 1, 1]
 
@@ -254,7 +254,7 @@ def test_a_wrapped_model_is_found() -> None:
             self.module = module
 
     inner = nn.Linear(1, 1)
-    assert unwrapped(Wrapper(Wrapper(inner))) is inner
+    assert unwrap(Wrapper(Wrapper(inner))) is inner
 
 
 def test_the_task_passes_the_routing_on(tiny_data: DataFolder) -> None:
