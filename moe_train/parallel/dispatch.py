@@ -92,7 +92,7 @@ class RankDispatch:
         """Waits for the first level; if there is a second, sends the received rows over it and waits again."""
         rows, row, expert, weight = self.sent[0].wait()
         for level, sizes in zip(self.levels[1:], self.sizes[1:], strict=True):
-            pairs = sort_pairs(row, expert // level.experts_each, rows.shape[0], level.group.size)
+            pairs = sort_pairs(row, expert // level.experts_per_member, rows.shape[0], level.group.size)
             self.sent.append(send_pairs(rows, row, expert, weight, pairs, level, sizes))
             rows, row, expert, weight = self.sent[-1].wait()
         return Received(rows, row, expert, weight, self.counts)
@@ -117,7 +117,7 @@ def start_dispatch(
         levels: one (ranks), or two (nodes, then the ranks of a node).
     """
     x = ensure_requires_grad(x)
-    pairs = sort_pairs(token, expert // levels[0].experts_each, x.shape[0], levels[0].group.size)
+    pairs = sort_pairs(token, expert // levels[0].experts_per_member, x.shape[0], levels[0].group.size)
     sizes, counts = exchange_split_sizes(pairs, token, expert, x.shape[0], levels)
     return RankDispatch(levels, sizes, counts, [send_pairs(x, token, expert, weight, pairs, levels[0], sizes[0])])
 
@@ -132,7 +132,7 @@ def send_pairs(
 ) -> SentRows:
     """Starts one level: one row per (token, member), with the ids and weights of the token's pairs on that member."""
     row_token = token.new_empty(sum(s.send_rows)).scatter_(0, pairs.row, token[pairs.order])
-    ids = torch.stack([pairs.row_in_member, expert[pairs.order] % level.experts_each], 1).to(torch.int32)
+    ids = torch.stack([pairs.row_in_member, expert[pairs.order] % level.experts_per_member], 1).to(torch.int32)
     return SentRows.start(x, RowIndex.of_tokens(row_token, x.shape[0]), weight[pairs.order], ids, level, s)
 
 

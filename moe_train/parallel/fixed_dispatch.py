@@ -31,7 +31,7 @@ class FixedDispatch:
     def wait(self) -> Received:
         """Waits for the received rows, and appends the row that padding pairs belong to."""
         rows, row, expert, weight = self.sent.wait()
-        row = torch.where(expert < self.sent.level.experts_each, row, rows.shape[0])
+        row = torch.where(expert < self.sent.level.experts_per_member, row, rows.shape[0])
         rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
         return Received(rows, row, expert, weight, padded=True)
 
@@ -58,8 +58,8 @@ def start_fixed_dispatch(
     weight = torch.cat([weight, weight.new_zeros(1)])[slots.pair]
     index = RowIndex.of_tokens(slots.token, tokens + 1)
     members, pairs = level.group.size, rows * pairs_per_row
-    arriving = torch.stack([torch.full((members,), n, device=x.device) for n in (rows, pairs)])
-    sizes = SplitSizes([rows] * members, [pairs] * members, [rows] * members, [pairs] * members, arriving)
+    received_counts = torch.stack([torch.full((members,), n, device=x.device) for n in (rows, pairs)])
+    sizes = SplitSizes([rows] * members, [pairs] * members, [rows] * members, [pairs] * members, received_counts)
     return FixedDispatch(SentRows.start(padded, index, weight, slots.ids, level, sizes), tokens)
 
 
@@ -85,7 +85,7 @@ def assign_slots(
     token: Tensor, expert: Tensor, num_tokens: int, level: DispatchLevel, rows: int, pairs_per_row: int
 ) -> Slots:
     """Assigns slots to the pairs whose expert [P] is not negative, ordered by member and token [P]."""
-    members, each, pairs_per_member = level.group.size, level.experts_each, rows * pairs_per_row
+    members, each, pairs_per_member = level.group.size, level.experts_per_member, rows * pairs_per_row
     valid = expert >= 0
     member = torch.where(valid, expert // each, members)
     sorted_pairs = sort_pairs(torch.where(valid, token, 0), member, max(num_tokens, 1), members + 1)
