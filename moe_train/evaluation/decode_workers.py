@@ -1,4 +1,4 @@
-"""Decodes batches in several processes. The batches do not depend on the number of processes, nor do the outputs.
+"""Decodes batches in several processes. Batches and outputs are the same for any number of processes.
 
 With ``expert_parallel=1`` every process holds the whole model and takes the next free batch from a queue, without
 communication. Above that, and under torchrun, the processes are ranks (:mod:`moe_train.evaluation.decode_ep`).
@@ -37,11 +37,18 @@ Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
+class _Failure:
+    """What a worker puts into the results when it fails: a user's error, or the traceback of another one."""
+
+    error: UserError | str
+
+
+@dataclass(frozen=True)
 class _WorkerArguments:
     """What a process needs to build its translator.
 
     Attributes:
-        parent: pid of the process that has started it, with which it ends.
+        parent: pid of the process that started it; when that ends, this one ends too.
         plan: layout of the experts over the processes; None: every process has all of them.
         secret: authenticates the connections between the processes.
     """
@@ -57,8 +64,8 @@ class _WorkerArguments:
     plan: LayoutPlan | None = None
     secret: str = ""
 
-    def open(self) -> OpenedRun:
-        """The run, whose checkpoint has been verified."""
+    def open_run(self) -> OpenedRun:
+        """Opens the run (the parent has verified the checkpoint, so it is not read again)."""
         import_user_dir()
         return open_run(self.run, self.checkpoint, self.data, self.inference)
 
@@ -75,7 +82,7 @@ def decode_batches(
     new processes.
 
     Args:
-        progress: called with the number of sentences of each batch done.
+        progress: called after each batch, with its number of sentences.
         expert_parallel: processes over which the experts of a layer are divided.
 
     Returns:
@@ -106,18 +113,21 @@ def _decode_as_rank(
     progress: Progress | None,
     expert_parallel: int,
 ) -> list[BatchResult]:
-    """Every rank gets all results. ``progress`` counts a round as done when this rank has done its batch of it."""
+    """Every rank gets all results.
+
+    A round is one batch per rank; its sentences are reported when this rank's batch is finished.
+    """
     world = World.current(choose_device(launch.device, World.current().local_rank))
     plan = plan_evaluation(run.config, expert_parallel, world.size, world.local_size)
     done = {}
-    for number, outcome in decode_on_rank(run, batches, search, plan, world.device):
-        done[number] = outcome
+    for index, result in decode_on_rank(run, batches, search, plan, world.device):
+        done[index] = result
         if progress:
-            first = number - world.rank
+            first = index - world.rank
             progress(sum(len(batch.sentences) for batch in batches[first : first + world.size]))
-    shares: list[list[Any]] = world.gather([[number, asdict(outcome)] for number, outcome in done.items()])
-    everyone = {number: BatchResult.from_json(outcome) for share in shares for number, outcome in share}
-    return [everyone[number] for number in range(len(batches))]
+    shares: list[list[Any]] = world.gather([[index, asdict(result)] for index, result in done.items()])
+    everyone = {index: BatchResult.from_json(result) for share in shares for index, result in share}
+    return [everyone[index] for index in range(len(batches))]
 
 
 def _decode_in_this_process(
@@ -125,12 +135,12 @@ def _decode_in_this_process(
 ) -> list[BatchResult]:
     chosen = choose_device(device)
     translator = Translator(run.task, run.load(chosen).model, search, chosen)
-    outcomes = []
+    results = []
     for batch in batches:
-        outcomes.append(translator.run(batch))
+        results.append(translator.run(batch))
         if progress:
             progress(len(batch.sentences))
-    return outcomes
+    return results
 
 
 def _decode_in_processes(
@@ -141,55 +151,56 @@ def _decode_in_processes(
     progress: Progress | None,
     plan: LayoutPlan,
 ) -> list[BatchResult]:
-    divided = plan.expert_parallel > 1
-    count = plan.world if divided else min(launch.processes, len(batches))
+    experts_divided = plan.expert_parallel > 1
+    count = plan.world if experts_divided else min(launch.processes, len(batches))
     arguments = _WorkerArguments(
-        os.getpid(),
-        run.folder.path.resolve(),
-        run.checkpoint.resolve(),
-        run.config.data,
-        run.inference,
-        search,
-        launch.device,
-        _threads(count),
-        plan if divided else None,
-        secrets.token_hex(32),
+        parent=os.getpid(),
+        run=run.folder.path.resolve(),
+        checkpoint=run.checkpoint.resolve(),
+        data=run.config.data,
+        inference=run.inference,
+        search=search,
+        device=launch.device,
+        threads=_threads(count),
+        plan=plan if experts_divided else None,
+        secret=secrets.token_hex(32),
     )
     context = multiprocessing.get_context("spawn")
-    inbox, outbox = context.Queue(), context.Queue()
-    with tempfile.TemporaryDirectory(prefix="moe_evaluate-") as rendezvous:
-        if divided:
+    tasks, results = context.Queue(), context.Queue()
+    with tempfile.TemporaryDirectory(prefix="moe_evaluate-") as store_folder:
+        if experts_divided:
             workers: Sequence[Any] = [
-                context.Process(target=_run_rank, args=(arguments, n, batches, rendezvous, outbox), daemon=True)
-                for n in range(count)
+                context.Process(target=_run_rank, args=(arguments, rank, batches, store_folder, results), daemon=True)
+                for rank in range(count)
             ]
         else:
-            for item in (*enumerate(batches), *[None] * count):
-                inbox.put(item)
+            for task in (*enumerate(batches), *[None] * count):  # None ends a worker
+                tasks.put(task)
             workers = [
-                context.Process(target=_run_worker, args=(arguments, n, inbox, outbox), daemon=True)
-                for n in range(count)
+                context.Process(target=_run_worker, args=(arguments, number, tasks, results), daemon=True)
+                for number in range(count)
             ]
         try:
             with children_uninterrupted():
-                for process in workers:
-                    process.start()
-            return _collect(batches, outbox, workers, progress)
+                for worker in workers:
+                    worker.start()
+            return _collect(batches, results, workers, progress)
         finally:
-            inbox.cancel_join_thread()
-            for process in workers:
-                process.terminate()
-                process.join()
+            tasks.cancel_join_thread()  # after a failure nobody takes the rest, and the exit must not wait for it
+            for worker in workers:
+                worker.terminate()
+                worker.join()
 
 
 def _collect(
-    batches: Sequence[Batch], outbox: Any, processes: Sequence[BaseProcess], progress: Progress | None
+    batches: Sequence[Batch], results: Any, workers: Sequence[BaseProcess], progress: Progress | None
 ) -> list[BatchResult]:
-    outcomes: dict[int, BatchResult] = {}
-    while len(outcomes) < len(batches):
-        dead = [p for p in processes if p.exitcode not in (None, 0)]
+    finished: dict[int, BatchResult] = {}
+    while len(finished) < len(batches):
+        # Before the queue is read: what a worker put there before it died is taken first.
+        dead = [worker for worker in workers if worker.exitcode not in (None, 0)]
         try:
-            index, result = outbox.get(timeout=1.0)
+            message = results.get(timeout=1.0)
         except queue.Empty:
             if dead:
                 raise LaunchError(
@@ -197,14 +208,15 @@ def _collect(
                     remedy="if it ran out of memory, lower search.batch_tokens or launch.processes",
                 ) from None
             continue
-        if isinstance(result, UserError):
-            raise result
-        if isinstance(result, str):
-            raise RuntimeError(f"a decoding process failed:\n{result}")
-        outcomes[index] = result
+        if isinstance(message, _Failure):
+            if isinstance(message.error, UserError):
+                raise message.error
+            raise RuntimeError(f"a decoding process failed:\n{message.error}")
+        index, result = message
+        finished[index] = result
         if progress:
             progress(len(batches[index].sentences))
-    return [outcomes[i] for i in range(len(batches))]
+    return [finished[index] for index in range(len(batches))]
 
 
 def _threads(processes: int) -> int:
@@ -214,8 +226,10 @@ def _threads(processes: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // processes)
 
 
-def _run_rank(arguments: _WorkerArguments, rank: int, batches: Sequence[Batch], rendezvous: str, outbox: Any) -> None:
-    """Runs in a process that holds a part of the experts: decodes its batches at the same time as the others."""
+def _run_rank(
+    arguments: _WorkerArguments, rank: int, batches: Sequence[Batch], store_folder: str, results: Any
+) -> None:
+    """Runs in a process that holds a part of the experts: decodes its batches in step with the other ranks."""
     die_with_parent(arguments.parent)
     try:
         assert arguments.plan is not None
@@ -223,29 +237,29 @@ def _run_rank(arguments: _WorkerArguments, rank: int, batches: Sequence[Batch], 
         device = choose_device(arguments.device, rank)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         os.environ.update(LOOPBACK | {SECRET: arguments.secret})
-        store = f"file://{rendezvous}/store"
+        store = f"file://{store_folder}/store"
         dist.init_process_group(backend, init_method=store, rank=rank, world_size=arguments.plan.world)
-        run = arguments.open()
-        for done in decode_on_rank(run, batches, arguments.search, arguments.plan, device):
-            outbox.put(done)
+        run = arguments.open_run()
+        for index, result in decode_on_rank(run, batches, arguments.search, arguments.plan, device):
+            results.put((index, result))
         dist.destroy_process_group()
     except UserError as error:
-        outbox.put((-1, error))
+        results.put(_Failure(error))
     except Exception:
-        outbox.put((-1, traceback.format_exc()))
+        results.put(_Failure(traceback.format_exc()))
 
 
-def _run_worker(arguments: _WorkerArguments, number: int, inbox: Any, outbox: Any) -> None:
-    """Runs in a process: takes (index, batch) until None, returns (index, result), or (-1, error) where it fails."""
+def _run_worker(arguments: _WorkerArguments, number: int, tasks: Any, results: Any) -> None:
+    """Runs in a process: takes (index, batch) until None, puts (index, result), or a _Failure."""
     die_with_parent(arguments.parent)
     try:
         torch.set_num_threads(arguments.threads)
         device = choose_device(arguments.device, number)
-        run = arguments.open()
+        run = arguments.open_run()
         translator = Translator(run.task, run.load(device).model, arguments.search, device)
-        for index, batch in iter(inbox.get, None):
-            outbox.put((index, translator.run(batch)))
+        for index, batch in iter(tasks.get, None):
+            results.put((index, translator.run(batch)))
     except UserError as error:
-        outbox.put((-1, error))
+        results.put(_Failure(error))
     except Exception:
-        outbox.put((-1, traceback.format_exc()))
+        results.put(_Failure(traceback.format_exc()))
