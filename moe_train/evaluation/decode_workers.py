@@ -186,7 +186,7 @@ def _decode_in_processes(
                     worker.start()
             return _collect(batches, results, workers, progress)
         finally:
-            tasks.cancel_join_thread()  # after a failure nobody takes the rest, and the exit must not wait for it
+            tasks.cancel_join_thread()  # after a failure no process takes the rest, and the exit must not wait for it
             for worker in workers:
                 worker.terminate()
                 worker.join()
