@@ -12,6 +12,7 @@ import hypothesis
 import pytest
 
 from moe_train.data.folder import DataFolder
+from tests.coverage_files import remove_damaged
 from tests.distributed.world import Worlds
 from tests.process_guard import ProcessGuard
 from tests.required import is_required, skip_or_fail
@@ -49,6 +50,15 @@ def pytest_runtest_call() -> Generator[None, object, object]:
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_teardown() -> None:
     GUARD.end()  # what ends with this test may belong to others
+
+
+@pytest.hookimpl(wrapper=True, trylast=True)  # ends before pytest-cov's, which then combines the files
+def pytest_runtestloop(session: pytest.Session) -> Generator[None, object, object]:
+    result = yield
+    if not hasattr(session.config, "workerinput") and session.config.pluginmanager.hasplugin("_cov"):
+        for name in remove_damaged(ROOT):
+            print(f"\ncoverage: {name} is damaged and left out: its process was killed while it wrote")
+    return result
 
 
 # Files of half a minute or more, longest first: one begun last would keep a worker busy while the other idles.
