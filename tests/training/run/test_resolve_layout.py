@@ -78,7 +78,7 @@ def test_how_exchanges_go_is_the_layouts_to_say() -> None:
     asked = config(expert_parallel=2, overlap=True, fixed_rows=64)
     assert dispatch_options(asked) == DispatchOptions(overlap=True, fixed_rows=64)
     with pytest.raises(
-        ConfigError, match=r"layout.fixed_rows.*one step.*Set layout.fixed_rows=0 or layout.two_level=false"
+        ConfigError, match=r"layout.fixed_rows.*one dispatch level.*Set layout.fixed_rows=0 or layout.two_level=false"
     ):
         LayoutConfig("two_level", 4, 2, True, fixed_rows=64)
 
