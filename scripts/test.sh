@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Installs if need be, then checks the checkout.
 #
-#   scripts/test.sh                       ruff, mypy and the tests that start no process: at most 5 minutes on two cores
-#   scripts/test.sh --all                 everything but the slow tests, with coverage: at most 15 minutes on two cores
+#   scripts/test.sh                       ruff, mypy and the tests that start no process: about 4 minutes on two cores
+#   scripts/test.sh --all                 everything but the slow tests, with coverage: about 20 minutes on two cores
 #   scripts/test.sh tests/routing -x      other arguments go to pytest
 #   scripts/test.sh -m slow               the long runs
 set -euo pipefail
