@@ -62,7 +62,12 @@ class MoELabelSmoothedCrossEntropy(FairseqCriterion):  # type: ignore[misc]
 
     @classmethod
     def build_criterion(cls, cfg: Any, task: Any) -> MoELabelSmoothedCrossEntropy:
-        """Called by fairseq's command line, after the task has built the model."""
+        """The criterion of a task, for our tasks and fairseq's command line.
+
+        Args:
+            cfg: has ``label_smoothing``.
+            task: has ``routing`` and ``target_dictionary``; fairseq's has them when it has built the model.
+        """
         return cls(task, cfg.label_smoothing, task.routing.passes, task.routing.consistency_weight)
 
     def forward(self, model: nn.Module, sample: Sample, reduce: bool = True) -> tuple[Tensor, int, dict[str, Any]]:

@@ -109,12 +109,7 @@ class LanguageModelTask(TrainingTask):
 
     def build_criterion(self) -> nn.Module:
         """Cross-entropy at masked tokens, with the routing losses."""
-        return MoELabelSmoothedCrossEntropy(
-            self,
-            label_smoothing=self.config.training.label_smoothing,
-            passes=self.routing.passes,
-            consistency_weight=self.routing.consistency_weight,
-        )
+        return MoELabelSmoothedCrossEntropy.build_criterion(self.config.training, self)
 
     def train_batches(self) -> WorldBatches:
         """Micro-batches of the world, drawn by (seed, update); ``training.tokens_per_update`` counts all tokens.

@@ -137,12 +137,7 @@ class TranslationTask(TranslatingTask, FairseqTask):  # type: ignore[misc]
 
     def build_criterion(self) -> nn.Module:
         """Label-smoothed cross-entropy with the routing losses."""
-        return MoELabelSmoothedCrossEntropy(
-            self,
-            label_smoothing=self.config.training.label_smoothing,
-            passes=self.routing.passes,
-            consistency_weight=self.routing.consistency_weight,
-        )
+        return MoELabelSmoothedCrossEntropy.build_criterion(self.config.training, self)
 
     def train_batches(self) -> WorldBatches:
         """Micro-batches of the world, drawn by (seed, update).
