@@ -49,13 +49,13 @@ def make_bleu_validator(
     held = {name: _encode_direction(task, data, split, name, search, max_sentences) for name in directions}
     batches = [batch for encoded, _ in held.values() for batch in encoded.batches]
 
-    def validate(model: nn.Module, between: Callable[[], None] = lambda: None) -> dict[str, float]:
+    def validate(model: nn.Module, before_round: Callable[[], None] = lambda: None) -> dict[str, float]:
         device = next(model.parameters()).device
         world = World.current(device)
         group = world if together and world.size > 1 else None
         with _evaluating(model):
             translator = Translator(task, model, search, device, group)  # type: ignore[arg-type]
-            outcomes = _translate_share(translator, batches, world, group is not None, between)
+            outcomes = _translate_share(translator, batches, world, group is not None, before_round)
         return world.broadcast(_scores(held, outcomes) if world.main else {})
 
     return validate
@@ -76,12 +76,12 @@ def _encode_direction(
 
 
 def _translate_share(
-    translator: Translator, batches: list[Batch], world: World, together: bool, between: Callable[[], None]
+    translator: Translator, batches: list[Batch], world: World, together: bool, before_round: Callable[[], None]
 ) -> list[BatchResult]:
     """Translates every n-th batch of n ranks; returns the results of all batches, in their order, on every rank."""
     outcomes = []
     for first in range(0, len(batches), world.size):
-        between()
+        before_round()
         number = first + world.rank
         if number < len(batches):
             outcomes.append(translator.run(batches[number]))
