@@ -18,7 +18,7 @@ from moe_train.models.trainable import TrainableModel
 from moe_train.parallel.peer_check import check_peers
 from moe_train.parallel.reducers import DistReduction
 from moe_train.routing.context import LocalReduction, RankReduction
-from moe_train.training.checkpoint.async_writer import world_for_checkpoints
+from moe_train.training.checkpoint.background_job import world_for_checkpoints
 from moe_train.training.checkpoint.init_from import initialise_from
 from moe_train.training.checkpoint.manager import CheckpointManager
 from moe_train.training.checkpoint.run_state import RunState

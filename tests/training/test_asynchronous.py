@@ -14,7 +14,7 @@ import torch
 from moe_train.config import CheckpointConfig, EngineConfig, RunConfig, TrainingConfig
 from moe_train.errors import CheckpointError
 from moe_train.training.checkpoint import checksums
-from moe_train.training.checkpoint.async_writer import AsyncWriter
+from moe_train.training.checkpoint.background_job import BackgroundJob
 from moe_train.training.checkpoint.manager import CheckpointManager
 from moe_train.training.checkpoint.run_state import RunState
 from moe_train.training.checkpoint.store import CheckpointStore, load_model
@@ -104,7 +104,7 @@ def test_a_failure_is_told_and_leaves_what_was_there(
 
 
 def test_closing_after_another_error_says_nothing(tmp_path: Path) -> None:
-    background = AsyncWriter()
+    background = BackgroundJob()
     background.start(lambda: 1 / 0)
     background.close()
     background.close()

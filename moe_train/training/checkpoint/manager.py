@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moe_train.config import CheckpointConfig
 from moe_train.errors import CheckpointError
-from moe_train.training.checkpoint.async_writer import AsyncWriter, staged
+from moe_train.training.checkpoint.background_job import BackgroundJob, staged
 from moe_train.training.checkpoint.dcp import load_tensors, shapes
 from moe_train.training.checkpoint.run_state import RunState
 from moe_train.training.checkpoint.state_dict import empty_optimizer_state, model_tensors, optimizer_tensors
@@ -38,7 +38,7 @@ class CheckpointManager:
     engine: Engine
     config: CheckpointConfig
     about: Mapping[str, Any]
-    background: AsyncWriter = field(default_factory=AsyncWriter)
+    background: BackgroundJob = field(default_factory=BackgroundJob)
     damaged: list[str] = field(default_factory=list)
 
     def due(self, update: int) -> bool:

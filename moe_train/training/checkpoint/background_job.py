@@ -15,7 +15,7 @@ from torch import Tensor
 from moe_train.training.runtime.world import ProgressMarker, World
 
 
-class AsyncWriter:
+class BackgroundJob:
     """A thread that runs jobs one after the other. The next :meth:`wait` raises what a job has raised."""
 
     def __init__(self) -> None:
