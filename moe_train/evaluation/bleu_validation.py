@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
-
-from torch import nn
 
 from moe_train.config import SearchConfig
 from moe_train.data.folder import DataFolder
 from moe_train.evaluation.long_lines import cut_note
 from moe_train.evaluation.scoring.bleu_chrf import Scorer
 from moe_train.evaluation.translator import Batch, BatchResult, EncodedLines, Translator, encode
+from moe_train.models.trainable import TrainableModel
 from moe_train.routing.context import LocalReduction
 from moe_train.tasks.base import TranslatingTask
 from moe_train.training.runtime.world import World
@@ -49,13 +46,17 @@ def make_bleu_validator(
     held = {name: _encode_direction(task, data, split, name, search, max_sentences) for name in directions}
     batches = [batch for encoded, _ in held.values() for batch in encoded.batches]
 
-    def validate(model: nn.Module, before_round: Callable[[], None] = lambda: None) -> dict[str, float]:
+    def validate(model: TrainableModel, before_round: Callable[[], None] = lambda: None) -> dict[str, float]:
         device = next(model.parameters()).device
         world = World.current(device)
         group = world if together and world.size > 1 else None
-        with _evaluating(model):
+        # Routers use the tokens of their rank only, as in an evaluation by one process.
+        former = model.set_ranks(LocalReduction())
+        try:
             translator = Translator(task, model, search, device, group)  # type: ignore[arg-type]
             outcomes = _translate_share(translator, batches, world, group is not None, before_round)
+        finally:
+            model.set_ranks(former)
         return world.broadcast(_scores(held, outcomes) if world.main else {})
 
     return validate
@@ -98,17 +99,3 @@ def _scores(held: dict[str, tuple[EncodedLines, list[str]]], outcomes: list[Batc
         lines = encoded.to_lines([next(rest) for _ in encoded.batches])
         scores[direction] = Scorer(direction.split("-")[1]).score([t.text for t in lines], references).bleu
     return scores
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """While entered, routers use the tokens of their rank only, as in an evaluation by one process."""
-    settings = getattr(model, "settings", None)
-    if settings is None:
-        yield
-        return
-    ranks, settings.ranks = settings.ranks, LocalReduction()
-    try:
-        yield
-    finally:
-        settings.ranks = ranks

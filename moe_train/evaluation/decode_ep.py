@@ -46,7 +46,7 @@ def decode_on_rank(
     world, layout = World.current(device), ExpertLayout.build(plan, device.type)
     model = run.load(device, layout).model
     group = DistReduction(layout.expert_groups[0]) if layout.plan.expert_parallel > 1 else None
-    translator = Translator(run.task, model, search, device, group)
+    translator = Translator(run.translating_task, model, search, device, group)
     for first in range(0, len(batches), world.size):
         number = first + world.rank
         if number < len(batches):

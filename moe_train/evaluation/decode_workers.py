@@ -134,7 +134,7 @@ def _decode_in_this_process(
     run: OpenedRun, batches: Sequence[Batch], search: SearchConfig, device: str, progress: Progress | None
 ) -> list[BatchResult]:
     chosen = choose_device(device)
-    translator = Translator(run.task, run.load(chosen).model, search, chosen)
+    translator = Translator(run.translating_task, run.load(chosen).model, search, chosen)
     results = []
     for batch in batches:
         results.append(translator.run(batch))
@@ -256,7 +256,7 @@ def _run_worker(arguments: _WorkerArguments, number: int, tasks: Any, results: A
         torch.set_num_threads(arguments.threads)
         device = choose_device(arguments.device, number)
         run = arguments.open_run()
-        translator = Translator(run.task, run.load(device).model, arguments.search, device)
+        translator = Translator(run.translating_task, run.load(device).model, arguments.search, device)
         for index, batch in iter(tasks.get, None):
             results.put((index, translator.run(batch)))
     except UserError as error:

@@ -167,7 +167,7 @@ def _encode_direction(run: OpenedRun, config: EvaluateConfig, direction: str) ->
     sources, references = run.data.raw(config.split, direction)
     if config.max_sentences:
         sources, references = sources[: config.max_sentences], references[: config.max_sentences]
-    encoded = encode(run.task, sources, source, target, config.search.batch_tokens)
+    encoded = encode(run.translating_task, sources, source, target, config.search.batch_tokens)
     return HeldOutSet(direction, sources, references, encoded)
 
 
@@ -253,7 +253,7 @@ def _notes(run: OpenedRun, scorer: Scorer, entry: HeldOutSet) -> list[str]:
     notes = [scorer.tokenization.note] if scorer.tokenization.note else []
     if entry.encoded.truncated:
         lines = [line + 1 for line in entry.encoded.truncated]
-        notes.append(f"{entry.direction}, sources, {cut_note(lines, run.task.max_positions()[0])}")
+        notes.append(f"{entry.direction}, sources, {cut_note(lines, run.translating_task.max_positions()[0])}")
     blank = len(entry.sources) - sum(len(lines) for lines in entry.encoded.lines)
     if blank:
         notes.append(f"{entry.direction}: {blank} blank sources have blank outputs")

@@ -13,10 +13,11 @@ import torch
 from moe_train.config import RunConfig
 from moe_train.config.evaluation import Inference
 from moe_train.config.run import DataVerify
-from moe_train.errors import CheckpointError, DataError, LaunchError, located
+from moe_train.errors import CheckpointError, ConfigError, DataError, LaunchError, located
 from moe_train.parallel.layout import ExpertLayout
 from moe_train.routing.inference_overrides import changed, check_draw_seed, evaluation_values
 from moe_train.tasks import build_task, open_data
+from moe_train.tasks.base import TrainingTask, TranslatingTask
 from moe_train.training.checkpoint.dcp import shapes
 from moe_train.training.checkpoint.store import CheckpointStore, check_model, load_model
 from moe_train.training.run.run_data import RunData, check_input_files, note_changed_folder, verify_data
@@ -42,7 +43,7 @@ class OpenedRun:
     folder: RunFolder
     config: RunConfig
     data: Any
-    task: Any
+    task: TrainingTask
     checkpoint: Path
     inference: Inference
     trained: tuple[str, ...]
@@ -56,6 +57,21 @@ class OpenedRun:
             changed.append(f"draw_seed={here.draw_seed}")
         name = re.sub(r"[^\w.,=+-]", "_", ",".join(changed))
         return f"{VARIANTS}/{name}" if name else ""
+
+    @property
+    def translating_task(self) -> TranslatingTask:
+        """The task as one that translates.
+
+        Raises:
+            ConfigError: its model does not write text.
+        """
+        if not isinstance(self.task, TranslatingTask):
+            raise ConfigError(
+                f"the task '{self.config.task.name}' does not translate",
+                str(self.folder.path),
+                "measure it with moe-evaluate",
+            )
+        return self.task
 
     @property
     def results(self) -> Path:
@@ -73,7 +89,8 @@ class OpenedRun:
         """
         model = self.task.build_model(layout)
         load_model(self.checkpoint, model)
-        model.set_seed(self.inference.draw_seed)
+        if self.inference.draw_seed is not None:
+            model.set_seed(self.inference.draw_seed)
         model.to(device).eval()
         return LoadedRun(**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}, model=model)
 

@@ -38,12 +38,13 @@ def translate_input(config: TranslateConfig) -> None:
     if config.threads:
         torch.set_num_threads(config.threads)
     run = open_run(config.run, config.checkpoint, config.data, config.inference, verify=config.data_verify)
+    task = run.translating_task
     source, target = config.source, config.target
     check_languages(source, target, run.data.languages)
     if f"{source}-{target}" not in run.trained:
         console.print(f"note: {source}-{target} was not trained in this run (zero-shot)")
     device = choose_device(config.device)
-    translator = Translator(run.task, run.load(device).model, config.search, device)
+    translator = Translator(task, run.load(device).model, config.search, device)
 
     def print_note(note: str) -> None:
         console.print(f"note: {note}", markup=False, soft_wrap=True)

@@ -47,9 +47,10 @@ class RoutedModel(TrainableModel):
         """Sets the seed of counter-based random numbers (an evaluation may use another)."""
         self.settings.seed = seed
 
-    def set_ranks(self, ranks: RankReduction) -> None:
-        """Sets the reductions over the ranks that share the micro-batch."""
-        self.settings.ranks = ranks
+    def set_ranks(self, ranks: RankReduction) -> RankReduction:
+        """Sets the reductions over the ranks that share the micro-batch, and returns the former."""
+        former, self.settings.ranks = self.settings.ranks, ranks
+        return former
 
     def after_update(self, statistics: Mapping[int, RoutingStatistics]) -> None:
         """Calls ``after_update`` of each router, which may adapt to loads (a balancing bias).

@@ -23,8 +23,9 @@ class TrainableModel(nn.Module):
     def set_num_updates(self, num_updates: int) -> None:
         """Called before each update with the number of finished ones."""
 
-    def set_ranks(self, ranks: RankReduction) -> None:
-        """Sets the ranks that share a micro-batch, over which routers reduce their statistics."""
+    def set_ranks(self, ranks: RankReduction) -> RankReduction:
+        """Sets the ranks that share a micro-batch, for the statistics of routers, and returns the former ones."""
+        return ranks
 
     def set_recompute(self, recompute: bool) -> None:
         """Sets whether activations are recomputed in the backward pass instead of kept."""

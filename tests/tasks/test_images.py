@@ -13,12 +13,13 @@ import pytest
 import torch
 
 from moe_train.config import ImageConfig, RunConfig, TrainingConfig, build, to_mapping
-from moe_train.config.evaluation import EvaluateConfig
+from moe_train.config.evaluation import EvaluateConfig, TranslateConfig
 from moe_train.data.batching import split_micro_batch
 from moe_train.data.images import open_images
 from moe_train.data.text.lines import sha256
 from moe_train.errors import ConfigError, DataError
 from moe_train.evaluation.measure_task import evaluate_task
+from moe_train.evaluation.translate_stream import translate_input
 from moe_train.tasks.augmentation import augment
 from moe_train.tasks.classification_criterion import ClassificationCriterion, count_classes, macro_f1
 from moe_train.tasks.images import ImageTask
@@ -184,6 +185,8 @@ def test_an_image_altered_after_training_is_refused(tmp_path: Path) -> None:
     kept = json.loads((tmp_path / "run" / "data.json").read_text())["files"]
     assert len(kept) == 36 and kept["test/cat/1.png"] == sha256(tmp_path / "input" / "test" / "cat" / "1.png")
     evaluate_task(EvaluateConfig(str(tmp_path / "run")))
+    with pytest.raises(ConfigError, match="the task 'image_classification' does not translate"):
+        translate_input(TranslateConfig(str(tmp_path / "run"), "en", "de"))
     victim = tmp_path / "input" / "test" / "cat" / "1.png"
     content = bytearray(victim.read_bytes())
     content[-1] ^= 1
