@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from moe_train.kernels.cpu import smoothed_loss
 from moe_train.kernels.cpu.matmul import linear, linear_into
 
 
@@ -44,7 +45,7 @@ def fused_label_smoothed_nll(
         features: [N, d].
         weight: [V, d], the output embedding.
         target, eps, ignore: as above.
-        chunk_rows: rows at a time; 0: 256 MiB of logits on a GPU, 8 MiB on a CPU, and at least 256 rows, since with
+        chunk_rows: rows at a time; 0: 64 M logits on a GPU, 8 MiB on a CPU, and at least 256 rows, since with
             fewer rows the weight's gradient is read and written too often.
 
     Returns:
@@ -53,8 +54,8 @@ def fused_label_smoothed_nll(
     if torch.is_autocast_enabled(features.device.type):
         kind = torch.get_autocast_dtype(features.device.type)
         features, weight = features.to(kind), weight.to(kind)
-    chunk_bytes = (8 if features.device.type == "cpu" else 256) << 20
-    rows = chunk_rows or max(chunk_bytes // (4 * weight.shape[0]), 256)
+    chunk_logits = (8 << 20) // features.element_size() if features.device.type == "cpu" else 64 << 20
+    rows = chunk_rows or max(chunk_logits // weight.shape[0], 256)
     loss, nll = _FusedLabelSmoothedNll.apply(features, weight, target, eps, ignore, rows)  # type: ignore[no-untyped-call]
     return loss, nll
 
@@ -100,6 +101,20 @@ def _smoothed(logits: Tensor, target: Tensor, eps: float, ignore: int, overwrite
     if eps:
         loss = loss + each * ((vocabulary * lse - total) * real).sum()
     return _Smoothed(loss, nll, p, real, target)
+
+
+def _loss_and_gradient(
+    logits: Tensor, target: Tensor, eps: float, ignore: int, differentiated: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Loss, nll, and the gradient of the logits [N, V] in their type if ``differentiated``. Overwrites the logits."""
+    if smoothed_loss.is_supported(logits):
+        nlls, smooth = smoothed_loss.smoothed_loss_(logits, target, eps, ignore, differentiated)
+        each, nll = eps / max(logits.shape[1] - 1, 1), nlls.sum()
+        return (1.0 - eps - each) * nll + each * smooth.sum(), nll, logits if differentiated else None
+    kind = _accumulation_type(logits.dtype)
+    rows = _smoothed(logits, target, eps, ignore, overwrite=logits.dtype == kind)
+    gradient = _gradient_(rows.p, rows.target, rows.real, eps).to(logits.dtype) if differentiated else None
+    return rows.loss, rows.nll, gradient
 
 
 def _gradient_(p: Tensor, target: Tensor, real: Tensor, eps: float) -> Tensor:
@@ -148,15 +163,15 @@ class _FusedLabelSmoothedNll(torch.autograd.Function):
         nll = torch.zeros_like(loss)
         grad_features = torch.empty_like(features) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=kind) if ctx.needs_input_grad[1] else None
+        differentiated = any(ctx.needs_input_grad)
         for start in range(0, features.shape[0], rows):
             x, chunk_target = features[start : start + rows], target[start : start + rows]
             logits = linear(x, weight.t(), None)
-            chunk = _smoothed(logits, chunk_target, eps, ignore, overwrite=logits.dtype == kind)
-            loss += chunk.loss
-            nll += chunk.nll
-            if grad_features is None and grad_weight is None:
+            chunk_loss, chunk_nll, gradient = _loss_and_gradient(logits, chunk_target, eps, ignore, differentiated)
+            loss += chunk_loss
+            nll += chunk_nll
+            if gradient is None:
                 continue
-            gradient = _gradient_(chunk.p, chunk.target, chunk.real, eps).to(features.dtype)
             if grad_features is not None:
                 linear_into(grad_features[start : start + rows], gradient, weight)
             if grad_weight is not None:
