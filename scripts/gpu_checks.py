@@ -170,7 +170,7 @@ def grouped_checks(sizes: Sizes, device: str) -> Iterator[Check]:
             pool.zero_grad(set_to_none=True)
             own, weight = x.clone().requires_grad_(), drawn.clone().requires_grad_()
             with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=enabled):
-                y = pool(own, Assignment(token, expert, weight, torch.zeros_like(token)))
+                y = pool(own, Assignment(token, expert, weight))
             y.float().square().mean().backward()
             grads = {name: p.grad for name, p in pool.named_parameters()}
             found.append({"y": y.detach(), "x": own.grad, "weight": weight.grad, **grads})

@@ -1,4 +1,7 @@
-"""Feed-forward of all local experts by grouped products: the fastest way on a GPU, without a host sync."""
+"""Feed-forward of all local experts by grouped products: the fastest way on a GPU, without a host sync.
+
+An expert's rows may start anywhere. Only the widths, the contiguous dimension of every operand, must be aligned.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +64,7 @@ class _AddBias(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, bias: Tensor, plan: RowPlan) -> Tensor:
         ctx.plan = plan
-        return rows + plan.gather_per_row(bias)
+        return plan.gather_per_row(bias).add_(rows)
 
     @staticmethod
     @once_differentiable

@@ -60,7 +60,7 @@ def choose_backend(rows: Tensor, activation: Activation, mean_rows: float, padde
         padded: some pairs are padding, which only a grouped product can skip without a host sync.
     """
     if prefers_grouped(rows) or (padded and supports_grouped(rows)):
-        return Backend("grouped", row_alignment(rows, mean_rows))
+        return Backend("grouped")
     if rows.dtype == torch.bfloat16 and activation == "relu" and amx_mlp.is_supported(rows):
         return Backend("amx")
     return Backend("torch", row_alignment(rows, mean_rows), max_padding_for_batched(rows, mean_rows))

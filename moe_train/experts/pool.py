@@ -113,16 +113,17 @@ class ExpertPool(nn.Module):
         """Starts sending x [T, d] to its experts; waits for the split sizes only, and runs no expert yet."""
         autocast = torch.is_autocast_enabled(x.device.type)
         inputs = x.to(torch.get_autocast_dtype(x.device.type)) if autocast else x
-        token, expert, weight = assignment.token, assignment.expert, assignment.weight
+        token, expert, weight, load = assignment.token, assignment.expert, assignment.weight, assignment.load
         if not self.levels:
-            return PendingExperts(LocalDispatch(Received(inputs, token, expert, weight)), x.dtype, x.dtype)
+            received = Received(inputs, token, expert, weight, load=load, per_token=assignment.per_token)
+            return PendingExperts(LocalDispatch(received), x.dtype, x.dtype)
         dispatch: Dispatch
         if self.fixed_size:
             (level,) = self.levels
             rows_per_member = self.layout.options.fixed_rows
             dispatch = start_fixed_dispatch(inputs, token, expert, weight, level, rows_per_member, self.pairs_per_row)
         else:
-            dispatch = start_dispatch(inputs, token, expert, weight, self.levels)
+            dispatch = start_dispatch(inputs, token, expert, weight, self.levels, load)
         # Sums of ranks are still added together: they stay in at least fp32 until then.
         return PendingExperts(dispatch, x.dtype, sum_dtype=None)
 
@@ -134,7 +135,7 @@ class ExpertPool(nn.Module):
     def _weighted_sums(self, received: Received, dtype: torch.dtype | None) -> Tensor:
         """[R, d]: Σ over each row's pairs of weight · f_expert(row), in ``dtype`` (None: at least fp32)."""
         rows, row_of_pair, expert, weight = received.rows, received.row, received.expert, received.weight
-        num_local, counts = len(self.expert_ids), received.counts
+        num_local, counts, load = len(self.expert_ids), received.counts, received.load
         backend = choose_backend(rows, self.spec.activation, row_of_pair.shape[0] / num_local, received.padded)
         if backend.name == "grouped":
             counts = None  # a grouped product takes the counts from the device
@@ -143,8 +144,19 @@ class ExpertPool(nn.Module):
                 real = (expert < num_local).nonzero().squeeze(1)
                 row_of_pair, expert, weight = row_of_pair[real], expert[real], weight[real]
             if counts is None:
-                counts = self.layout.counters.read(count_ids(expert, num_local))
-        plan = plan_rows(row_of_pair, expert, rows.shape[0], num_local, backend.align, counts, backend.max_padding)
+                load = count_ids(expert, num_local) if load is None else load
+                counts = self.layout.counters.read(load)
+        plan = plan_rows(
+            row_of_pair,
+            expert,
+            rows.shape[0],
+            num_local,
+            backend.align,
+            counts,
+            backend.max_padding,
+            load=load,
+            per_token=received.per_token,
+        )
         out = run_experts(permute_rows(rows, plan.index), plan, self._stacks, self.training, backend)
         return unpermute_rows(out, weight, plan.index, dtype)
 

@@ -98,7 +98,7 @@ def over_all_tokens(routing: Routing, active: Tensor, tokens: int) -> Routing:
     choices = routing.choices.new_full((tokens, routing.choices.shape[1]), -1)
     return dataclasses.replace(
         routing,
-        assignment=dataclasses.replace(routing.assignment, token=active[routing.assignment.token]),
+        assignment=dataclasses.replace(routing.assignment, token=active[routing.assignment.token], per_token=0),
         choices=choices.index_copy(0, active, routing.choices),
         kept=torch.zeros_like(choices, dtype=torch.bool).index_copy(0, active, routing.kept),
     )

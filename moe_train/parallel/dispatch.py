@@ -38,6 +38,7 @@ class Received:
         weight: [P], differentiable.
         counts: number of pairs of each local expert, if known on the host.
         padded: whether there may be padding pairs, which belong to the last row and must not be computed.
+        load, per_token: as in :class:`~moe_train.routing.types.Assignment`, for local experts and rows.
     """
 
     rows: Tensor
@@ -46,6 +47,8 @@ class Received:
     weight: Tensor
     counts: Sequence[int] | None = None
     padded: bool = False
+    load: Tensor | None = None
+    per_token: int = 0
 
 
 class Dispatch(Protocol):
@@ -105,7 +108,12 @@ class RankDispatch:
 
 
 def start_dispatch(
-    x: Tensor, token: Tensor, expert: Tensor, weight: Tensor, levels: Sequence[DispatchLevel]
+    x: Tensor,
+    token: Tensor,
+    expert: Tensor,
+    weight: Tensor,
+    levels: Sequence[DispatchLevel],
+    load: Tensor | None = None,
 ) -> RankDispatch:
     """Exchanges the sizes and starts sending tokens to their experts.
 
@@ -115,10 +123,11 @@ def start_dispatch(
         expert: [P] int64, global id.
         weight: [P], differentiable.
         levels: one (ranks), or two (nodes, then the ranks of a node).
+        load: [E] int64, pairs of each expert, if they have been counted.
     """
     x = ensure_requires_grad(x)
     pairs = sort_pairs(token, expert // levels[0].experts_per_member, x.shape[0], levels[0].group.size)
-    sizes, counts = exchange_split_sizes(pairs, token, expert, x.shape[0], levels)
+    sizes, counts = exchange_split_sizes(pairs, token, expert, x.shape[0], levels, load)
     return RankDispatch(levels, sizes, counts, [send_pairs(x, token, expert, weight, pairs, levels[0], sizes[0])])
 
 

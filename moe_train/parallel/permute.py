@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -31,52 +32,53 @@ class RowIndex:
         row_pair: [N] int64, pair of each row; P for padding.
         pair_row: [P] int64, row of each pair.
         by_token: [P] int64, rows sorted by token, without padding.
-        token_start: [T] int64, start of each token's rows in ``by_token``.
-        single: pair t is known to belong to token t, for all t: sums are copies.
+        token_start: [T] int64, start of each token's rows in ``by_token``; None: pair t is known to belong to token t,
+            for all t, so that sums are copies.
     """
 
     row_token: Tensor
     row_pair: Tensor
     pair_row: Tensor
     by_token: Tensor
-    token_start: Tensor
-    single: bool = False
+    token_start: Tensor | None
 
     @classmethod
     def of_tokens(cls, row_token: Tensor, num_tokens: int) -> RowIndex:
         """Rows without padding: row_token [N]; row n is pair n."""
         row = torch.arange(row_token.shape[0], device=row_token.device)
-        return cls(row_token, row, row, *_sort_by_token(row, row_token, num_tokens))
-
-    @classmethod
-    def of_order(cls, order: Tensor, token: Tensor, num_tokens: int) -> RowIndex:
-        """Rows without padding: row n is pair ``order[n]``, a permutation of the pairs; ``token`` [P] is per pair."""
-        pair_row = torch.empty_like(order)
-        pair_row[order] = torch.arange(order.shape[0], device=order.device)
-        return cls.of_pairs(token[order], order, pair_row, token, num_tokens)
+        return cls(row_token, row, row, *_rows_by_token(row, row_token, num_tokens))
 
     @classmethod
     def of_pairs(
-        cls, row_token: Tensor, row_pair: Tensor, pair_row: Tensor, token: Tensor, num_tokens: int
+        cls, row_pair: Tensor, pair_row: Tensor, token: Tensor, num_tokens: int, per_token: int = 0
     ) -> RowIndex:
-        """From both maps between rows and pairs, and the token [P] of each pair."""
-        if _is_identity(token, num_tokens):
-            return cls(row_token, row_pair, pair_row, pair_row, token, True)
-        return cls(row_token, row_pair, pair_row, *_sort_by_token(pair_row, token, num_tokens))
+        """From both maps between rows and pairs, and the token [P] of each pair.
+
+        Args:
+            per_token: k if pair p is known to belong to token p // k, for all p; 0: not known.
+        """
+        pairs = token.shape[0]
+        pair = row_pair if row_pair.shape[0] == pairs else row_pair.clamp(max=max(pairs - 1, 0))
+        if not per_token and _is_identity(token, num_tokens):
+            per_token = 1
+        if per_token == 1:
+            return cls(pair, row_pair, pair_row, pair_row, None)
+        if per_token:
+            start = torch.arange(0, pairs, per_token, device=token.device)
+            return cls(pair // per_token, row_pair, pair_row, pair_row, start)
+        row_token = token[pair] if pairs else torch.zeros_like(pair)
+        return cls(row_token, row_pair, pair_row, *_rows_by_token(pair_row, token, num_tokens))
 
 
 def count_ids(ids: Tensor, size: int) -> Tensor:
     """[size] int64: how often each id occurs in ids (any shape, values in 0 .. size - 1).
 
-    On a GPU without ``bincount``, which makes the host wait to learn the largest id.
+    Without ``bincount``, which makes the host wait for a GPU to learn the largest id.
     """
-    ids = ids.reshape(-1)
-    if _readable_without_sync(ids):
-        return torch.bincount(ids, minlength=size)
-    return torch.zeros(size, dtype=torch.int64, device=ids.device).scatter_add_(0, ids, torch.ones_like(ids))
+    return torch.zeros(size, dtype=torch.int64, device=ids.device).scatter_(0, ids.reshape(-1), 1, reduce="add")
 
 
-def _sort_by_token(pair_row: Tensor, token: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+def _rows_by_token(pair_row: Tensor, token: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
     """``by_token`` and ``token_start`` from the row [P] and the token [P] of each pair."""
     by_token = pair_row if _is_sorted(token) else pair_row[torch.argsort(token, stable=True)]
     per_token = count_ids(token, num_tokens)
@@ -95,9 +97,14 @@ def _is_identity(token: Tensor, num_tokens: int) -> bool:
     return torch.equal(token, torch.arange(num_tokens, device=token.device))
 
 
+def _all_one(weight: Tensor) -> bool:
+    """Whether all weights are known to be 1."""
+    return _readable_without_sync(weight) and bool((weight == 1).all())
+
+
 def _readable_without_sync(numbers: Tensor) -> bool:
-    """Whether the host can read the values without waiting for a device."""
-    return numbers.device.type == "cpu"
+    """Whether the host can read the values without waiting for a device, and without breaking a compiled graph."""
+    return numbers.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def permute_rows(x: Tensor, rows: RowIndex) -> Tensor:
@@ -137,8 +144,8 @@ class _Unpermute(torch.autograd.Function):
     def forward(ctx: Any, values: Tensor, weight: Tensor | None, rows: RowIndex, dtype: torch.dtype) -> Tensor:
         ctx.rows, ctx.dtype = rows, values.dtype
         ctx.save_for_backward(*(() if weight is None else (values, weight)))
-        if rows.single and weight is not None and not any(ctx.needs_input_grad) and bool((weight == 1).all()):
-            weight = None  # inference without a gate: all weights are 1
+        if rows.token_start is None and weight is not None and not any(ctx.needs_input_grad) and _all_one(weight):
+            weight = None  # inference without a gate
         return _sum(values, weight, rows, dtype)
 
     @staticmethod
@@ -158,7 +165,7 @@ def _gather_tokens(x: Tensor, rows: RowIndex) -> Tensor:
 
 def _accumulation_dtype(values: Tensor) -> torch.dtype:
     """At least fp32."""
-    return torch.promote_types(values.dtype, torch.float32)
+    return torch.float32 if values.dtype in _HALF else values.dtype
 
 
 def _unpermute_gradients(grad: Tensor, values: Tensor, weight: Tensor, rows: RowIndex) -> tuple[Tensor, Tensor]:
@@ -170,7 +177,8 @@ def _unpermute_gradients(grad: Tensor, values: Tensor, weight: Tensor, rows: Row
         grad_values, grad_weight = segment_sum.weighted_sums_grad(grad, values, weight, rows.row_token, rows.row_pair)
         return grad_values, grad_weight.to(weight.dtype)
     row = torch.arange(values.shape[0], device=values.device)
-    of_row = torch.cat([weight, weight.new_zeros(1)])[rows.row_pair]
+    padded = weight if values.shape[0] == weight.shape[0] else F.pad(weight, (0, 1))
+    of_row = padded[rows.row_pair]
     return _segment_sums(grad, rows.row_token, row, of_row, values.dtype), _weight_gradients(grad, values, rows).to(
         weight.dtype
     )
@@ -198,7 +206,7 @@ def _row_dot_products(grad: Tensor, values: Tensor, row: Tensor, token: Tensor) 
 
 def _sum(values: Tensor, weight: Tensor | None, rows: RowIndex, dtype: torch.dtype) -> Tensor:
     """[T, d]: (weighted) sum of each token's rows of values [N, d], accumulated in at least fp32, rounded to dtype."""
-    if rows.single:
+    if rows.token_start is None:
         moved = values.index_select(0, rows.by_token)
         return (moved if weight is None else weight.to(_accumulation_dtype(values)).unsqueeze(1) * moved).to(dtype)
     by = weight if weight is None or rows.by_token is rows.pair_row else weight[rows.row_pair[rows.by_token]]

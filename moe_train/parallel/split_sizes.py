@@ -86,7 +86,12 @@ def sort_pairs(token: Tensor, member: Tensor, num_tokens: int, members: int) -> 
 
 @torch.no_grad()
 def exchange_split_sizes(
-    pairs: SortedPairs, token: Tensor, expert: Tensor, num_tokens: int, levels: Sequence[DispatchLevel]
+    pairs: SortedPairs,
+    token: Tensor,
+    expert: Tensor,
+    num_tokens: int,
+    levels: Sequence[DispatchLevel],
+    load: Tensor | None = None,
 ) -> tuple[list[SplitSizes], list[int]]:
     """Exchanges the sizes of all levels and reads them in one transfer: the only host sync of the layer.
 
@@ -94,13 +99,15 @@ def exchange_split_sizes(
         pairs: sorted by the members of the first level.
         token, expert: [P] of the unsorted pairs; global expert ids.
         levels: one (ranks), or two (nodes, then the ranks of a node).
+        load: [E] int64, pairs of each expert, if they have been counted.
 
     Returns:
         The split sizes of each level, and the number of pairs of each local expert.
     """
     first, last = levels[0], levels[-1]
     members = first.group.size
-    per_expert = count_ids(expert, members * first.experts_per_member).view(members, -1)
+    load = count_ids(expert, members * first.experts_per_member) if load is None else load
+    per_expert = load.view(members, -1)
     # Columns: rows | with two levels, rows per inner rank | pairs per expert.
     columns = [pairs.rows_per_member.unsqueeze(1), per_expert]
     if len(levels) == 2:

@@ -125,12 +125,13 @@ class TokenChoiceRouter(Router):
             weights = normalised(weights, kept)
         if self.config.expert_output_masking:
             weights = mask_outputs(weights, self.config.expert_output_masking, context)
+        statistics = count_statistics(choices, kept, self.num_experts, scores.probabilities)
         return Routing(
-            assignment=assignment_from_choices(choices, weights, kept, context.fixed_size),
+            assignment=assignment_from_choices(choices, weights, kept, context.fixed_size, statistics.load),
             choices=choices,
             kept=torch.ones_like(choices, dtype=torch.bool) if kept is None else kept,
             losses=self.losses(scores, choices, context),
-            statistics=count_statistics(choices, kept, self.num_experts, scores.probabilities),
+            statistics=statistics,
         )
 
     def kept_choices(self, choices: Tensor, weights: Tensor, context: RoutingContext) -> Tensor | None:
@@ -158,7 +159,8 @@ class TokenChoiceRouter(Router):
 
     def losses(self, scores: RouterScores, choices: Tensor, context: RoutingContext) -> dict[str, AuxiliaryLoss]:
         """The balance loss and the z-loss if their weights are not 0; none at evaluation (which needs no reduction)."""
-        config, losses = self.config, dict[str, AuxiliaryLoss]()
+        config = self.config
+        losses: dict[str, AuxiliaryLoss] = {}
         if not context.training or not (config.balance_weight or config.z_weight):
             return losses
         # Only first choices count in the balance loss.

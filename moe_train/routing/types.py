@@ -21,13 +21,15 @@ class Assignment:
         token: [P] int64, row of x.
         expert: [P] int64, global expert id.
         weight: [P] fp32, differentiable.
-        choice_rank: [P] int64, 0 for a first choice, 1 for a second ...
+        load: [E] int64, pairs of each expert; None: not counted yet.
+        per_token: k if the pairs are those of token 0, then those of token 1 …, k each; 0: not known.
     """
 
     token: Tensor
     expert: Tensor
     weight: Tensor
-    choice_rank: Tensor
+    load: Tensor | None = field(default=None, kw_only=True)
+    per_token: int = field(default=0, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -87,10 +89,9 @@ class Routing:
 
 
 def count_per_expert(ids: Tensor, num_experts: int) -> Tensor:
-    """[E] int64: how often each expert occurs in ``ids`` (any shape); negative ids are not counted. No host sync."""
-    ids = ids.reshape(-1) + 1
+    """[E] int64: how often each expert occurs in ``ids`` (any shape); -1 is not counted. No host sync."""
     counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=ids.device)
-    return counts.scatter_add_(0, ids.clamp(min=0), torch.ones_like(ids))[1:]
+    return counts.scatter_(0, ids.reshape(-1) + 1, 1, reduce="add")[1:]
 
 
 def entropy_sum(probabilities: Tensor) -> Tensor:
@@ -100,7 +101,7 @@ def entropy_sum(probabilities: Tensor) -> Tensor:
 
 
 def assignment_from_choices(
-    choices: Tensor, weights: Tensor, kept: Tensor | None = None, fixed_size: bool = False
+    choices: Tensor, weights: Tensor, kept: Tensor | None = None, fixed_size: bool = False, load: Tensor | None = None
 ) -> Assignment:
     """Pairs from a token's choices.
 
@@ -110,15 +111,17 @@ def assignment_from_choices(
         kept: [T, k] bool, False wherever the id is negative; None: all choices are kept (shapes are static and no host
             sync is needed).
         fixed_size: choices that are not kept become pairs with expert -1, which also needs no host sync.
+        load: [E] int64, kept choices of each expert, if they have been counted.
     """
     tokens, k = choices.shape
-    token = torch.arange(tokens, device=choices.device).unsqueeze(1).expand(tokens, k)
-    rank = torch.arange(k, device=choices.device).unsqueeze(0).expand(tokens, k)
     if kept is None or fixed_size:
+        token = torch.arange(tokens * k, device=choices.device)
+        token = token if k == 1 else token // k
         expert = choices if kept is None else torch.where(kept, choices, -1)
-        return Assignment(token.reshape(-1), expert.reshape(-1), weights.reshape(-1), rank.reshape(-1))
+        return Assignment(token, expert.reshape(-1), weights.reshape(-1), load=load, per_token=k)
     pair = kept.reshape(-1).nonzero().squeeze(1)
-    return Assignment(*(value.reshape(-1)[pair] for value in (token, choices, weights, rank)))
+    expert, weight = (value.reshape(-1)[pair] for value in (choices, weights))
+    return Assignment(pair // k, expert, weight, load=load)
 
 
 def count_statistics(
@@ -132,8 +135,6 @@ def count_statistics(
     with torch.no_grad():
         requested = count_per_expert(choices, num_experts)
         load = requested if kept is None else count_per_expert(torch.where(kept, choices, -1), num_experts)
-        entropy = torch.zeros((), device=choices.device)
-        if probabilities is not None and probabilities.numel():
-            entropy = entropy_sum(probabilities)
+        entropy = torch.zeros((), device=choices.device) if probabilities is None else entropy_sum(probabilities)
         tokens = torch.full((), choices.shape[0], device=choices.device)  # torch.tensor would wait for a GPU
         return RoutingStatistics(load, requested, tokens, entropy, dict(extra or {}))

@@ -41,7 +41,7 @@ def random_assignment(
     token = torch.randint(tokens, (pairs,), generator=generator) if tokens else torch.zeros(0, dtype=torch.long)
     chosen = torch.randint(num_experts, token.shape, generator=generator)
     weight = torch.rand(token.shape, generator=generator, dtype=dtype).requires_grad_()
-    return Assignment(token, chosen, weight, torch.zeros_like(token))
+    return Assignment(token, chosen, weight)
 
 
 def pool_of(seed: int = 0, num_experts: int = 4, dtype: torch.dtype = torch.float64, **spec: object) -> ExpertPool:

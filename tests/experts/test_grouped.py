@@ -35,6 +35,28 @@ def test_equals_the_loop(kind: dict, pairs: int, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this torch has no grouped_mm")
+@pytest.mark.parametrize("bias", [True, False])
+def test_an_expanded_gradient(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradient of a sum has strides of 0, which a grouped product rejects: the pool hands on its own rows."""
+    pool = pool_of(0, 4, torch.float32, dim=8, hidden=16, bias=bias)
+    x, assignment = torch.randn(12, 8, requires_grad=True), random_assignment(12, 4, 24, 1)
+    found = []
+    for grouped in (False, True):
+        monkeypatch.setattr(mlp, "prefers_grouped", lambda _, grouped=grouped: grouped)
+        found.append(torch.autograd.grad(pool(x, assignment).sum(), [x, assignment.weight, *pool.parameters()]))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_types_without_a_grouped_product_take_another(padded: bool) -> None:
+    """fp64 has none anywhere. With padding pairs, which it can skip, every type that has one takes it."""
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        backend = mlp.choose_backend(torch.empty(4, 8, dtype=dtype), "gelu", 4.0, padded)
+        wanted = padded and dtype != torch.float64 and hasattr(F, "grouped_mm")
+        assert (backend.name == "grouped") == wanted, dtype
+
+
+@pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this torch has no grouped_mm")
 @pytest.mark.parametrize("weighted", [True, False])
 def test_no_tokens_at_all(weighted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A later stratum may get no token. Then all rows are padding, of a token that does not exist."""
@@ -44,7 +66,7 @@ def test_no_tokens_at_all(weighted: bool, monkeypatch: pytest.MonkeyPatch) -> No
     x = torch.randn(0, 8, requires_grad=True)
     none = torch.empty(0, dtype=torch.int64)
     weight = torch.empty(0, requires_grad=weighted)
-    y = pool(x, Assignment(none, none, weight, none))
+    y = pool(x, Assignment(none, none, weight))
     assert y.shape == (0, 8)
     for gradient in torch.autograd.grad(y.sum(), [x, *pool.parameters()]):
         assert torch.equal(gradient, torch.zeros_like(gradient))

@@ -51,7 +51,7 @@ def test_gradients_by_finite_differences(kind: dict) -> None:
     names = [n for n, _ in pool.named_parameters()]
 
     def outcome(x: torch.Tensor, weight: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
-        pairs = Assignment(assignment.token, assignment.expert, weight, assignment.choice_rank)
+        pairs = Assignment(assignment.token, assignment.expert, weight)
         return torch.func.functional_call(pool, dict(zip(names, parameters, strict=True)), (x, pairs))
 
     assert torch.autograd.gradcheck(outcome, (x, assignment.weight, *pool.parameters()))
@@ -72,7 +72,7 @@ def test_nothing_to_do_keeps_the_graph(kind: dict, tokens: int, pairs: int) -> N
 def test_experts_without_tokens_get_zero_gradients() -> None:
     pool = pool_of(0, 4)
     token = torch.arange(3)
-    pairs = Assignment(token, torch.full_like(token, 2), torch.ones(3), torch.zeros_like(token))
+    pairs = Assignment(token, torch.full_like(token, 2), torch.ones(3))
     pool(torch.randn(3, 6, dtype=torch.float64), pairs).square().sum().backward()
     for parameter in pool.parameters():
         assert parameter.grad is not None
@@ -120,12 +120,8 @@ def test_recomputation_changes_nothing(kind: dict) -> None:
 def test_dropout_rate_and_scale() -> None:
     pool = pool_of(0, 1, torch.float64, hidden=4000, dropout=0.25, bias=False)
     x = torch.ones(1, 6, dtype=torch.float64)
-    pairs = Assignment(
-        torch.zeros(200, dtype=torch.long),
-        torch.zeros(200, dtype=torch.long),
-        torch.full((200,), 1 / 200),
-        torch.zeros(200),
-    )
+    once = torch.zeros(200, dtype=torch.long)
+    pairs = Assignment(once, once, torch.full((200,), 1 / 200))
     exact = pool.eval()(x, pairs)
     noisy = pool.train()(x, pairs)
     assert not torch.equal(noisy, exact)
@@ -183,7 +179,7 @@ def test_one_pair_per_token_is_the_same_by_moves_as_by_sums(dtype: torch.dtype, 
     x = torch.randn(9, 6, dtype=dtype, requires_grad=True)
     token = torch.tensor([4, 1, 8, 0, 3, 7, 2, 6, 5]) if permuted else torch.arange(9)
     weight = (torch.ones(9) if ones else torch.rand(9)).requires_grad_()
-    pairs = Assignment(token, torch.tensor([0, 2, 2, 0, 1, 1, 1, 2, 0]), weight, torch.zeros_like(token))
+    pairs = Assignment(token, torch.tensor([0, 2, 2, 0, 1, 1, 1, 2, 0]), weight)
     y, plain = pool(x, pairs), mix(pool.double(), x.double(), pairs)
     tolerance = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 0.05, "atol": 0.02}
     torch.testing.assert_close(y.double(), plain, **tolerance)

@@ -19,7 +19,7 @@ def test_it_computes_the_weighted_sum_of_its_experts() -> None:
     pairs, rows = record.routing[0].assignment, x.view(6, 8)
     expected = torch.zeros(6, 8)
     for token, expert, weight in zip(pairs.token, pairs.expert, pairs.weight, strict=True):
-        one = type(pairs)(token[None] * 0, expert[None], torch.ones(1), torch.zeros(1).long())
+        one = type(pairs)(token[None] * 0, expert[None], torch.ones(1))
         expected[token] += weight * layer.block.pool(rows[token][None], one)[0]
     torch.testing.assert_close(y.view(6, 8), expected)
 

@@ -87,7 +87,7 @@ def carry_out(case: Case, layout: ExpertLayout | None, share: slice) -> Outcome:
     x.requires_grad_()
     weights.requires_grad_()
     token = torch.arange(x.shape[0]).repeat_interleave(case.top_k)
-    pairs = Assignment(token, choices.reshape(-1), weights.reshape(-1), torch.zeros_like(token))
+    pairs = Assignment(token, choices.reshape(-1), weights.reshape(-1))
     pool.layout.counters.clear()
     before = pool.layout.counters.host_reads
     y = checkpoint(pool, x, pairs, use_reentrant=False) if case.recompute else forward(pool, case, x, pairs)

@@ -86,7 +86,25 @@ def test_one_pair_per_token_is_a_copy(order: list[int]) -> None:
     counts = torch.bincount(expert, minlength=EXPERTS).tolist()
     plan = plan_rows(torch.arange(12), expert, 12, EXPERTS, 1, counts)
     x = torch.randn(12, DIM)
-    assert plan.index.single and plan.rows == tuple(counts) and plan.ends.tolist() == [4, 8, 12]
+    assert plan.index.token_start is None and plan.rows == tuple(counts) and plan.ends.tolist() == [4, 8, 12]
     rows = permute_rows(x, plan.index)
     assert torch.equal(rows, x[torch.argsort(expert, stable=True)])
     assert torch.equal(unpermute_rows(rows, torch.ones(12), plan.index), x)
+
+
+@given(st.integers(0, 6), st.sampled_from([1, 2, 3]), st.sampled_from([1, 4]), st.integers(0, 99))
+def test_a_known_number_of_pairs_per_token_gives_the_same_rows(tokens: int, k: int, align: int, seed: int) -> None:
+    """No sort by token is needed then; what is known of the load saves a count."""
+    token = torch.arange(tokens).repeat_interleave(k)
+    expert = torch.randint(EXPERTS, token.shape, generator=torch.Generator().manual_seed(seed))
+    load = torch.bincount(expert, minlength=EXPERTS)
+    found = plan_rows(token, expert, tokens, EXPERTS, align, load=load, per_token=k)
+    unknown = plan_rows(token, expert, tokens, EXPERTS, align)
+    assert torch.equal(found.ends, unknown.ends)
+    real = unknown.index.row_pair < len(token)
+    for name in ("row_pair", "pair_row", "by_token"):
+        assert torch.equal(getattr(found.index, name), getattr(unknown.index, name))
+    assert torch.equal(found.index.row_token[real], unknown.index.row_token[real])
+    assert torch.equal(found.row_expert[real], unknown.row_expert[real])
+    values, weight = torch.randn(len(real), DIM), torch.rand(len(token))
+    assert torch.equal(unpermute_rows(values, weight, found.index), unpermute_rows(values, weight, unknown.index))

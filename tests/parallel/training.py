@@ -41,7 +41,7 @@ class Net(nn.Module):
         x = self.inner(x)
         weight, chosen = self.gate(x).softmax(-1).topk(2)
         token = torch.arange(x.shape[0]).repeat_interleave(2)
-        pairs = Assignment(token, chosen.reshape(-1), weight.reshape(-1), torch.zeros_like(token))
+        pairs = Assignment(token, chosen.reshape(-1), weight.reshape(-1))
         return self.outer(x + self.pool(x, pairs))
 
 

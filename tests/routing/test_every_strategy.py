@@ -242,12 +242,16 @@ def test_statistics_count_what_is_carried_out(case: str) -> None:
     router = build(case)
     routing = router(tokens(15), batch_context(LENGTHS, training=True))
     statistics = routing.statistics
-    assert torch.equal(statistics.load, torch.bincount(routing.assignment.expert, minlength=6))
+    pairs = routing.assignment
+    assert torch.equal(statistics.load, torch.bincount(pairs.expert, minlength=6))
+    assert pairs.load is not None and torch.equal(pairs.load, statistics.load)
+    if pairs.per_token:
+        assert torch.equal(pairs.token, torch.arange(15).repeat_interleave(pairs.per_token))
     asked = routing.choices[routing.choices >= 0]
     assert torch.equal(statistics.requested, torch.bincount(asked, minlength=6))
-    assert int(statistics.dropped) == len(asked) - len(routing.assignment.token)
+    assert int(statistics.dropped) == len(asked) - len(pairs.token)
     assert int(statistics.tokens) == 15
-    assert torch.equal(routing.kept.sum(), torch.tensor(len(routing.assignment.token)))
+    assert torch.equal(routing.kept.sum(), torch.tensor(len(pairs.token)))
 
 
 @every

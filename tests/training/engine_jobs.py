@@ -77,7 +77,7 @@ class Net(nn.Module):
         weight, chosen = logits.softmax(-1).topk(2)
         self.seen = {"inner": str(x.dtype), "gate": str(logits.dtype), "weight": str(self.gate.weight.dtype)}
         token = torch.arange(x.shape[0]).repeat_interleave(2)
-        pairs = Assignment(token, chosen.reshape(-1), weight.reshape(-1), torch.zeros_like(token))
+        pairs = Assignment(token, chosen.reshape(-1), weight.reshape(-1))
         return self.norm(x + self.pool(x, pairs))
 
 

@@ -61,7 +61,8 @@ def row_alignment(like: Tensor, mean_rows: float) -> int:
     oneDNN generates code for every new shape (0.7 ms each, measured) and caches 1,024 of them; loads differ from batch
     to batch, so without rounding nearly every product of a training step would have a new shape. Rounding to a 32nd of
     the mean load wastes 1.5 % of the rows. 16-bit products are slow on partial tiles, so padding up to an eighth of the
-    rows pays there. MKL generates no code. On a GPU, groups of a grouped product must start at multiples of 16 bytes.
+    rows pays there. MKL generates no code. On a GPU it is 16 for products that are not
+    grouped; grouped ones need no alignment.
 
     Args:
         like: gives type and device of the rows.

@@ -69,12 +69,13 @@ class ExpertChoiceRouter(Router):
         _, experts = torch.where(chosen, scores.detach(), -1.0).sort(dim=-1, descending=True, stable=True)
         kept = chosen.gather(1, experts)
         choices = torch.where(kept, experts, -1)
+        statistics = count_statistics(choices, None, self.num_experts, scores)
         return Routing(
-            assignment=assignment_from_choices(experts, scores.gather(1, experts), kept),
+            assignment=assignment_from_choices(experts, scores.gather(1, experts), kept, load=statistics.load),
             choices=choices,
             kept=kept,
             losses={},
-            statistics=count_statistics(choices, None, self.num_experts, scores),
+            statistics=statistics,
         )
 
     def chosen(self, scores: Tensor, context: RoutingContext) -> Tensor:

@@ -218,6 +218,7 @@ def alignment(expert: Tensor, choices: Tensor, weights: Tensor, group_size: int,
     weakest = weights.amin(dim=-1, keepdim=True)
     if not both:
         weakest = weakest.detach()
-    group = torch.arange(expert.shape[1], device=expert.device) // group_size
-    excess = torch.relu(expert - weakest)
-    return torch.where(group == choices[:, :1] // group_size, 0.0, excess).sum(-1)
+    by_group = expert.unflatten(1, (-1, group_size))
+    chosen = (choices[:, :1] // group_size).unsqueeze(2).expand(-1, 1, group_size)
+    outside = by_group.scatter(1, chosen, 0.0).flatten(1)
+    return torch.relu(outside - weakest).sum(-1)

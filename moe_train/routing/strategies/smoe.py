@@ -128,16 +128,12 @@ class StratumRouter(TokenChoiceRouter):
     def with_global_ids(self, routing: Routing) -> Routing:
         """The same routing, with experts numbered from the first stratum."""
         assignment, statistics, choices = routing.assignment, routing.statistics, routing.choices
-        pad = (self.first, 0)
+        load, requested = (nn.functional.pad(n, (self.first, 0)) for n in (statistics.load, statistics.requested))
         return dataclasses.replace(
             routing,
-            assignment=dataclasses.replace(assignment, expert=assignment.expert + self.first),
+            assignment=dataclasses.replace(assignment, expert=assignment.expert + self.first, load=load),
             choices=torch.where(choices < 0, -1, choices + self.first),
-            statistics=dataclasses.replace(
-                statistics,
-                load=nn.functional.pad(statistics.load, pad),
-                requested=nn.functional.pad(statistics.requested, pad),
-            ),
+            statistics=dataclasses.replace(statistics, load=load, requested=requested),
         )
 
 

@@ -142,7 +142,8 @@ class TopKRouter(TokenChoiceRouter):
 
     def variation_losses(self, clean: RouterScores, noisy: Tensor, context: RoutingContext) -> dict[str, AuxiliaryLoss]:
         """V-MoE's losses with a weight above 0 (Riquelme et al., NeurIPS 2021, arXiv 2106.05974, §A.2)."""
-        config, found = self.config, dict[str, AuxiliaryLoss]()
+        config = self.config
+        found: dict[str, AuxiliaryLoss] = {}
         if not context.training:
             return found
         tokens = noisy.shape[0]

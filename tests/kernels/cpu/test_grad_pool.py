@@ -105,7 +105,7 @@ def test_gradients_stand_in_it_and_come_back(
     monkeypatch.setattr(memory, "_new", lambda size: made.append(size) or new(size))
     pool = ExpertPool(ExpertSpec(dim=1024, hidden=2048, bias=False), 2).to(dtype)
     x, once = torch.randn(tokens, 1024).to(dtype), torch.arange(tokens)
-    pairs = Assignment(once, once % 2, torch.ones(tokens), torch.zeros(tokens, dtype=torch.int64))
+    pairs = Assignment(once, once % 2, torch.ones(tokens))
     for _ in range(3):
         pool(x, pairs).sum().backward()
         first = [gradient.clone() for gradient in _gradients(pool)]

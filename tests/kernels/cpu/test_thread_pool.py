@@ -112,7 +112,7 @@ def outcome(seed: int = 0) -> list[torch.Tensor]:
     pool = ExpertPool(ExpertSpec(dim=32, hidden=64, dropout=0.2), 8)
     x = torch.randn(400, 32, requires_grad=True)
     token = torch.arange(400).repeat_interleave(2)
-    pairs = Assignment(token, torch.randint(8, (800,)), torch.rand(800, requires_grad=True), torch.zeros_like(token))
+    pairs = Assignment(token, torch.randint(8, (800,)), torch.rand(800, requires_grad=True))
     y = pool(x, pairs)
     return [y, *torch.autograd.grad(y.square().sum(), [x, pairs.weight, *pool.parameters()])]
 
@@ -134,7 +134,7 @@ def test_inference_mode_reaches_the_threads(two_threads: None, monkeypatch: pyte
     monkeypatch.setattr(thread_pool, "_MIN_PARALLEL_FLOPS", 0.0)
     pool = ExpertPool(ExpertSpec(dim=8, hidden=16), 4)
     token = torch.arange(20)
-    pairs = Assignment(token, token % 4, torch.ones(20), torch.zeros_like(token))
+    pairs = Assignment(token, token % 4, torch.ones(20))
     x = torch.randn(20, 8)
     with torch.inference_mode():
         assert torch.allclose(pool(x, pairs), pool(x, pairs))

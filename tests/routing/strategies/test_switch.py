@@ -20,7 +20,6 @@ def test_the_token_goes_to_the_most_probable_expert_with_its_probability() -> No
     assert torch.equal(routing.assignment.expert, expert)
     torch.testing.assert_close(routing.assignment.weight, best)
     assert torch.equal(routing.assignment.token, torch.arange(9))
-    assert not routing.assignment.choice_rank.any()
     fraction = torch.bincount(expert, minlength=4) / 9
     expected = 4 * (fraction * probabilities.mean(0)).sum()
     torch.testing.assert_close(routing.losses["balance_loss"].value, expected)
