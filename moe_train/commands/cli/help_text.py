@@ -49,7 +49,7 @@ def help_text(config_name: str, words: Sequence[str], config_dir: str | None = N
     with composing(config_dir) as loader:
         config = compose(config_name, overrides=overrides, return_hydra_config=True)
         choices = groups_of(config)
-        options = {group: sorted(loader.get_group_options(group, ObjectType.CONFIG)) for group in choices}
+        options = {group: sorted(loader.repository.get_group_options(group, ObjectType.CONFIG)) for group in choices}
         places = [element.path.removeprefix("file://") for element in loader.get_search_path().get_path()]
     folders = [Path(place) for place in places if "://" not in place]
     page = _Page(config_name, config, choices, options, folders)

@@ -10,7 +10,7 @@ from itertools import takewhile
 from typing import Any
 
 from hydra import compose
-from hydra.core.config_loader import ConfigLoader
+from hydra._internal.config_repository import IConfigRepository
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -53,10 +53,13 @@ def check_overrides(
             sweeps = multirun or "hydra.mode=MULTIRUN" in overrides
             overrides = [_full_name(word, SWEEP_FOLDER if sweeps else RUN_FOLDER) for word in overrides]
         parsed = _parse(overrides)
-        groups = {group: options for group, options in _groups(loader) if group in own or "/" in group}
-        chosen = [_check_group(override, groups) for override in parsed if override.key_or_group in groups]
-        config = _composed(config_name, [word for word in chosen if word])
+        groups = {group: options for group, options in _groups(loader.repository) if group in own or "/" in group}
+        grouped = [override for override in parsed if override.key_or_group in groups]
+        chosen = [word for override in grouped if (word := _check_group(override, groups))]
+        config = _composed(config_name, chosen) if chosen else plain
         content = OmegaConf.to_container(config, resolve=False)
+        assert isinstance(content, dict)
+        content.pop("hydra", None)
         keys, opened = sorted(_keys(content)), tuple(f"{key}." for key in _open_groups(content))
         for override in parsed:
             if override.key_or_group not in groups and not _is_known(override, keys, opened):
@@ -157,13 +160,13 @@ def _is_hydras(key: str) -> bool:
     return key == "hydra" or key.startswith(("hydra.", "hydra/"))
 
 
-def _groups(loader: ConfigLoader, parent: str = "") -> Iterator[tuple[str, list[str]]]:
-    """Group -> its options, for all groups except Hydra's."""
-    for name in loader.list_groups(parent):
+def _groups(configs: IConfigRepository, parent: str = "") -> Iterator[tuple[str, list[str]]]:
+    """Group -> its options, for all groups except Hydra's. The loader's own methods copy all configs at each call."""
+    for name in configs.get_group_options(parent, ObjectType.GROUP):
         path = f"{parent}/{name}" if parent else name
         if not _is_hydras(path):
-            yield path, loader.get_group_options(path, ObjectType.CONFIG)
-            yield from _groups(loader, path)
+            yield path, configs.get_group_options(path, ObjectType.CONFIG)
+            yield from _groups(configs, path)
 
 
 def _check_group(override: Override, groups: Mapping[str, list[str]]) -> str | None:
