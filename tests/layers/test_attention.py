@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -40,6 +42,35 @@ def test_cross_attention_is_torchs() -> None:
     padding[2, 4:] = True
     expected, _ = reference(x, memory, memory, key_padding_mask=padding)
     torch.testing.assert_close(ours(x, memory, ~padding[:, None, None]), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_bf16_on_the_cpu_has_gradients_of_fp32s_accuracy(causal: bool) -> None:
+    """With few keys backward is computed in fp32; where nothing needs a gradient, all of it is torch's."""
+    attention, x = SelfAttention(16, 2).bfloat16(), torch.randn(3, 9, 16, dtype=torch.bfloat16)
+    mask = None if causal else torch.tensor([9, 4, 1])[:, None, None, None] > torch.arange(9)
+    y = attention(x.requires_grad_(), mask, causal)
+    assert torch.equal(y, attention(x.detach(), mask, causal)) and "Fp32" in _graph(y)
+    gradient = torch.randn_like(y)
+    (got,) = torch.autograd.grad(y, x, gradient)
+    precise = copy.deepcopy(attention).double()
+    wide = x.detach().double().requires_grad_()
+    (want,) = torch.autograd.grad(precise(wide, mask, causal), wide, gradient.double())
+    assert (got - want).norm() < 0.01 * want.norm()
+    long = torch.randn(1, 129, 16, dtype=torch.bfloat16, requires_grad=True)
+    assert "Fp32" not in _graph(attention(long)) and "Fp32" not in _graph(attention.float()(long.float()))
+
+
+def _graph(y: torch.Tensor) -> str:
+    """Names of all autograd functions behind y."""
+    nodes: dict[torch.autograd.graph.Node, None] = {}
+    found = [y.grad_fn]
+    while found:
+        node = found.pop()
+        if node is not None and node not in nodes:
+            nodes[node] = None
+            found += [parent for parent, _ in node.next_functions]
+    return " ".join(node.name() for node in nodes)
 
 
 def test_feed_forward_relu_and_gelu() -> None:
