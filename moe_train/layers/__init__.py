@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from moe_train.layers.attention import CrossAttention, SelfAttention
 from moe_train.layers.batch_context import BatchContext, BatchInfo, RoutingSettings, batch_context
-from moe_train.layers.block import Block, Records, RoutingRecord
+from moe_train.layers.block import Block, Records, RoutingRecord, start_losses
 from moe_train.layers.feed_forward import FeedForward
 from moe_train.layers.moe_layer import MoELayer
 from moe_train.layers.registry import BlockInputs, build_block, kinds, register_kind
@@ -39,4 +39,5 @@ __all__ = [
     "kinds",
     "register_kind",
     "requested_capacity",
+    "start_losses",
 ]

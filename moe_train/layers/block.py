@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from moe_train.layers.batch_context import BatchContext
-from moe_train.routing.types import AuxiliaryLoss, Routing, RoutingStatistics
+from moe_train.routing.balance_losses import WorldSums
+from moe_train.routing.context import RankReduction
+from moe_train.routing.types import AuxiliaryLoss, RouterLoss, Routing, RoutingStatistics
 
 
 @dataclass(frozen=True)
@@ -19,15 +23,28 @@ class RoutingRecord:
 
     Attributes:
         layer: number of the sparse block in the model, encoder first.
-        losses: by name; this rank's shares.
+        router_losses: by name, as the block returns them.
         statistics: additive counts.
         routing: outputs of its routers in order (one, or one per stratum; empty with soft routing).
+        world: sums over the ranks for the losses of all records of the forward (:func:`start_losses`).
     """
 
     layer: int
-    losses: Mapping[str, AuxiliaryLoss]
+    router_losses: Mapping[str, RouterLoss]
     statistics: RoutingStatistics
     routing: tuple[Routing, ...] = ()
+    world: WorldSums | None = None
+
+    @cached_property
+    def losses(self) -> Mapping[str, AuxiliaryLoss]:
+        """By name; this rank's shares. The first record that is asked waits for the sums over the ranks.
+
+        Raises:
+            ValueError: the sums over the ranks were never started.
+        """
+        if self.world is None:
+            raise ValueError(f"losses of sparse block {self.layer} need start_losses first")
+        return {name: AuxiliaryLoss(loss.share(self.world), loss.weight) for name, loss in self.router_losses.items()}
 
     @property
     def total_loss(self) -> Tensor:
@@ -39,6 +56,16 @@ class RoutingRecord:
 
 
 Records = tuple[RoutingRecord, ...]
+
+
+def start_losses(records: Records, ranks: RankReduction) -> Records:
+    """The records of a forward, once the all-reduce for the losses of all of them has started.
+
+    A model calls it at the end of its forward, on every rank: not in the layers, which activation recomputation runs
+    again.
+    """
+    world = WorldSums([loss for record in records for loss in record.router_losses.values()], ranks)
+    return tuple(dataclasses.replace(record, world=world) for record in records)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from moe_train.layers.batch_context import BatchInfo, RoutingSettings, batch_context
-from moe_train.layers.block import RoutingRecord
+from moe_train.layers.block import RoutingRecord, start_losses
 from moe_train.layers.registry import BlockInputs, build_block
 from moe_train.layers.seeding import seeded
 from moe_train.routing.context import RankReduction
@@ -105,4 +105,5 @@ class MoELayer(nn.Module):
             training=self.training,
             device=x.device,
         )
-        return self.block(x, context)  # type: ignore[no-any-return]
+        y, record = self.block(x, context)
+        return y, None if record is None else start_losses((record,), self.settings.ranks)[0]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from moe_train.config import ModelConfig
 from moe_train.errors import ConfigError
 from moe_train.layers.batch_context import RoutingSettings
+from moe_train.layers.block import start_losses
 from moe_train.layers.linear import linear
 from moe_train.layers.seeding import seeded
 from moe_train.models.builder import block_inputs, encoder_stack
@@ -47,7 +48,7 @@ class _Encodes(RoutedModel):
     ) -> EncoderOut:
         """src_tokens [B, S] → output of :class:`TransformerEncoder`."""
         encoded: EncoderOut = self.encoder(src_tokens, None, sentence_uid, src_lang, tgt_lang, pass_index)
-        return encoded
+        return {**encoded, "routing": start_losses(encoded["routing"], self.settings.ranks)}
 
 
 class MaskedLanguageModel(_Encodes):

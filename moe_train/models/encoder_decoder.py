@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from moe_train import fairseq_compat
 from moe_train.layers.batch_context import BatchContext, BatchInfo, RoutingSettings, batch_context
-from moe_train.layers.block import Records
+from moe_train.layers.block import Records, start_losses
 from moe_train.layers.linear import linear
 from moe_train.layers.stack import DecoderStack, EncoderStack
 from moe_train.models.decoder_state import DecoderState, repeat_rows, select_rows
@@ -136,7 +136,8 @@ class TransformerDecoder(FairseqIncrementalDecoder):  # type: ignore[misc]
         )
         memory, mask = _memory(encoder_out)
         x, records = self.stack(self.embed(prev_output_tokens), memory, mask, context)
-        return x, {"routing": encoder_out["routing"] + records, "attn": [None]}
+        records = start_losses(encoder_out["routing"] + records, self.settings.ranks)
+        return x, {"routing": records, "attn": [None]}
 
     def output_layer(self, features: Tensor) -> Tensor:
         """features [..., d] → logits [..., V]."""

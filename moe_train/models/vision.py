@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from moe_train.config import ModelConfig
 from moe_train.errors import ConfigError
 from moe_train.layers.batch_context import BatchInfo, RoutingSettings, batch_context
+from moe_train.layers.block import start_losses
 from moe_train.layers.linear import linear
 from moe_train.layers.seeding import seeded
 from moe_train.layers.stack import EncoderStack
@@ -100,7 +101,8 @@ class VisionTransformer(RoutedModel):
             device=x.device,
         )
         x, records = self.stack(x, context)
-        return linear(x.mean(1), self.head.weight, self.head.bias), {"routing": records}
+        logits = linear(x.mean(1), self.head.weight, self.head.bias)
+        return logits, {"routing": start_losses(records, self.settings.ranks)}
 
     def parts(self) -> ModelParts:
         """The layers, the patch embedding, and the head divided by the number of tokens."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.distributed as dist
 from torch import Tensor
 
@@ -23,6 +25,17 @@ class DistReduction:
         result = value.detach().clone().contiguous()
         dist.all_reduce(result, dist.ReduceOp.SUM, group=self.group)
         return result
+
+    def start_sum(self, value: Tensor) -> Callable[[], Tensor]:
+        """Starts the sum over ranks; the returned function waits for it (under NCCL the stream does, not the host)."""
+        result = value.detach().clone().contiguous()
+        work = dist.all_reduce(result, dist.ReduceOp.SUM, group=self.group, async_op=True)
+
+        def wait() -> Tensor:
+            work.wait()
+            return result
+
+        return wait
 
     def max(self, value: Tensor) -> Tensor:
         """The maximum over ranks, a new tensor."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -23,6 +24,9 @@ class RankReduction(Protocol):
     def sum(self, value: Tensor) -> Tensor:
         """The sum over ranks, on every rank."""
 
+    def start_sum(self, value: Tensor) -> Callable[[], Tensor]:
+        """Starts :meth:`sum`; the returned function waits for the result."""
+
     def max(self, value: Tensor) -> Tensor:
         """The maximum over ranks, on every rank."""
 
@@ -37,6 +41,10 @@ class LocalReduction:
     def sum(self, value: Tensor) -> Tensor:
         """Returns ``value``."""
         return value
+
+    def start_sum(self, value: Tensor) -> Callable[[], Tensor]:
+        """There is nothing to wait for."""
+        return lambda: value
 
     def max(self, value: Tensor) -> Tensor:
         """Returns ``value``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -10,12 +11,12 @@ from torch import Tensor
 
 from moe_train.config.check import NonNegativeFloat, PositiveFloat, Probability
 from moe_train.errors import ConfigError
-from moe_train.routing.balance_losses import balance_loss, world_load, z_loss
+from moe_train.routing.balance_losses import BalanceLoss, MeanOverTokens, rank_load, z_amount
 from moe_train.routing.base import Router, RoutingConfig
 from moe_train.routing.capacity import Group, Rounding, capacity_mask, capacity_of_shares, expert_capacity, group_tokens
 from moe_train.routing.context import RoutingContext
 from moe_train.routing.noise import mask_outputs
-from moe_train.routing.types import AuxiliaryLoss, Routing, assignment_from_choices, count_statistics
+from moe_train.routing.types import RouterLoss, Routing, assignment_from_choices, count_statistics
 
 Normalise = Literal["none", "before_drop", "after_drop"]
 
@@ -157,16 +158,15 @@ class TokenChoiceRouter(Router):
         """Whether choices can be -1."""
         return False
 
-    def losses(self, scores: RouterScores, choices: Tensor, context: RoutingContext) -> dict[str, AuxiliaryLoss]:
-        """The balance loss and the z-loss if their weights are not 0; none at evaluation (which needs no reduction)."""
+    def losses(self, scores: RouterScores, choices: Tensor, context: RoutingContext) -> Mapping[str, RouterLoss]:
+        """The balance loss and the z-loss if their weights are not 0; none at evaluation."""
         config = self.config
-        losses: dict[str, AuxiliaryLoss] = {}
+        losses: dict[str, RouterLoss] = {}
         if not context.training or not (config.balance_weight or config.z_weight):
             return losses
-        # Only first choices count in the balance loss.
-        load = world_load(choices[:, 0], self.num_experts, context.ranks)
+        load = rank_load(choices[:, 0], self.num_experts)  # only first choices count in the balance loss
         if config.balance_weight:
-            losses["balance_loss"] = AuxiliaryLoss(balance_loss(scores.probabilities, load), config.balance_weight)
+            losses["balance_loss"] = BalanceLoss(scores.probabilities.sum(0), load, config.balance_weight)
         if config.z_weight:
-            losses["z_loss"] = AuxiliaryLoss(z_loss(scores.logits, load.tokens), config.z_weight)
+            losses["z_loss"] = MeanOverTokens(z_amount(scores.logits), load, config.z_weight)
         return losses

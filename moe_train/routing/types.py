@@ -8,9 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from moe_train.routing.balance_losses import WorldSums
 
 
 @dataclass(frozen=True)
@@ -32,16 +36,47 @@ class Assignment:
     per_token: int = field(default=0, kw_only=True)
 
 
+class RouterLoss(Protocol):
+    """An auxiliary loss as a router returns it, before sums over the ranks are known.
+
+    Attributes:
+        weight: coefficient in the objective.
+        sums: vectors of this rank, without gradient, whose sums over the ranks :meth:`share` needs; always the same
+            tensors.
+    """
+
+    @property
+    def weight(self) -> float:
+        """See the class."""
+
+    @property
+    def sums(self) -> tuple[Tensor, ...]:
+        """See the class."""
+
+    def share(self, world: WorldSums) -> Tensor:
+        """0-dim, this rank's share: the sum over the ranks that share the micro-batch is the loss of one process, for
+        gradients too. ``world`` has the sums over the ranks.
+        """
+
+
 @dataclass(frozen=True)
 class AuxiliaryLoss:
-    """An auxiliary loss of a router.
+    """An auxiliary loss whose ``value`` is known: this rank's share (:meth:`RouterLoss.share`), 0-dim fp32.
 
-    ``value``, 0-dim fp32, is this rank's share: the sum over the ranks that share the micro-batch is the loss of one
-    process, for gradients too. ``weight`` is the coefficient in the objective.
+    A router whose loss needs no sums over ranks may return one. ``weight`` is the coefficient in the objective.
     """
 
     value: Tensor
     weight: float
+
+    @property
+    def sums(self) -> tuple[Tensor, ...]:
+        """None are needed."""
+        return ()
+
+    def share(self, world: WorldSums) -> Tensor:
+        """The value."""
+        return self.value
 
 
 @dataclass(frozen=True)
@@ -77,14 +112,14 @@ class Routing:
         choices: [T, k] expert ids before drops (-1: no choice), used for priority, SMoE's next stratum and the
             fluctuation analysis.
         kept: [T, k] bool, False if the choice was dropped.
-        losses: by name, for example ``balance_loss``.
+        losses: by name, for example ``balance_loss``; empty at evaluation.
         statistics: counts for the log, for balancing and for analysis.
     """
 
     assignment: Assignment
     choices: Tensor
     kept: Tensor
-    losses: Mapping[str, AuxiliaryLoss]
+    losses: Mapping[str, RouterLoss]
     statistics: RoutingStatistics
 
 

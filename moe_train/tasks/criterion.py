@@ -170,8 +170,8 @@ def mean_over_layers(records: Iterable[RoutingRecord]) -> dict[str, LayerMean]:
 
 def _mean(losses: Sequence[AuxiliaryLoss]) -> LayerMean:
     values = torch.stack([loss.value for loss in losses])
-    weights = values.new_tensor([loss.weight for loss in losses])
-    return LayerMean(values.mean(), (values * weights).mean())
+    weighted = torch.stack([loss.value * loss.weight for loss in losses])
+    return LayerMean(values.mean(), weighted.mean())
 
 
 def symmetric_divergence(logits_1: Tensor, logits_2: Tensor) -> Tensor:

@@ -312,7 +312,7 @@ def test_the_slots_say_how_much_mixes_have_collapsed() -> None:
     dispatch = layer.router.mixes(x, padding).dispatch.amax(1).mean(1)
     found = layer(x, context_of(x, padding))[1].statistics
     torch.testing.assert_close(found.extra["dispatch_max"] / 7, (5 * dispatch[0] + 2 * dispatch[1]) / 7)
-    assert record.routing == () and not record.losses
+    assert record.routing == () and not record.router_losses
     assert int(record.statistics.tokens) == 10
 
 

@@ -20,11 +20,13 @@ from moe_train.layers import (
     StratifiedLayer,
     batch_context,
     requested_capacity,
+    start_losses,
 )
+from moe_train.layers.block import RoutingRecord
 from moe_train.layers.registry import BlockInputs, build_block
-from moe_train.routing import routing_config
+from moe_train.routing import LocalReduction, routing_config
 from moe_train.routing.strategies.smoe import expected_visits
-from tests.routing.helpers import on_ranks
+from tests.routing.helpers import on_ranks, shares
 
 DIM = 12
 strata_sizes = st.lists(st.integers(2, 4), min_size=1, max_size=4)
@@ -50,6 +52,11 @@ def inputs(batch: int, length: int, seed: int = 1) -> Tensor:
 def context_of(x: Tensor, padding: Tensor | None = None, training: bool = False, **settings: Any) -> BatchContext:
     info = BatchInfo(sentence_uid=torch.arange(100, 100 + x.shape[0]))
     return batch_context(padding, (x.shape[0], x.shape[1]), RoutingSettings(**settings), info, training=training)
+
+
+def balance(record: RoutingRecord, context: BatchContext) -> Tensor:
+    """The block's balance loss: this rank's share."""
+    return start_losses((record,), context.routing.ranks)[0].losses["balance_loss"].value
 
 
 def masked_dense(layer: StratifiedLayer, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -267,12 +274,13 @@ def test_a_later_token_changes_nothing_before_it(sizes: list[int], cut: int, see
 def test_padding_changes_nothing_and_stays_as_it_is(norm: str, first: int, second: int, seed: int) -> None:
     layer, x = make([2, 4], seed, norm=norm, capacity_factor=1.0), inputs(2, 6, seed)
     padding = torch.arange(6) >= torch.tensor([[first], [second]])
-    y, record = layer(x, context_of(x, padding, training=True))
+    context = context_of(x, padding, training=True)
+    y, record = layer(x, context)
     assert torch.equal(y[padding], x[padding])
     garbage = x.masked_fill(padding.unsqueeze(2), 1e9)
-    z, other = layer(garbage, context_of(x, padding, training=True))
+    z, other = layer(garbage, context)
     assert torch.equal(y[~padding], z[~padding])
-    assert torch.equal(record.losses["balance_loss"].value, other.losses["balance_loss"].value)
+    assert torch.equal(balance(record, context), balance(other, context))
     assert int(record.statistics.tokens) == first + second
 
 
@@ -283,12 +291,13 @@ def test_the_balance_loss_is_a_mean_over_gates(balance_over: str) -> None:
         layer.router.strata[0].gate.weight.zero_()
         layer.router.strata[0].gate.weight[6] = 50 * inputs(1, 1)[0, 0]
     x = inputs(1, 1).expand(2, 8, DIM).clone()  # all tokens alike: one direction, one expert
-    record = layer(x, context_of(x, training=True))[1]
-    values = [r.losses["balance_loss"].value for r in record.routing]
+    context = context_of(x, training=True)
+    record = layer(x, context)[1]
+    values = [shares(r)["balance_loss"].value for r in record.routing]
     executed = [v for v, r in zip(values, record.routing, strict=True) if (r.choices >= 0).any()]
     count = 3 if balance_over == "strata" else len(executed)
-    torch.testing.assert_close(record.losses["balance_loss"].value, torch.stack(values).sum() / count)
-    assert record.losses["balance_loss"].weight == 0.01
+    torch.testing.assert_close(balance(record, context), torch.stack(values).sum() / count)
+    assert record.router_losses["balance_loss"].weight == 0.01
 
 
 @pytest.mark.parametrize("norm", ["paper", "official"])
@@ -299,7 +308,7 @@ def test_gradients_against_finite_differences(norm: str) -> None:
 
     def function(x: Tensor, *_: Tensor) -> Tensor:
         y, record = layer(x, context)
-        return torch.cat((y.reshape(-1), record.losses["balance_loss"].value.reshape(1)))
+        return torch.cat((y.reshape(-1), balance(record, context).reshape(1)))
 
     assert torch.autograd.gradcheck(function, (x, *layer.parameters()), eps=1e-7, atol=1e-5, fast_mode=True)
 
@@ -313,7 +322,7 @@ def test_recomputation_gives_the_same_gradients(norm: str) -> None:
 
         def run(x: Tensor, layer: Any = layer, context: Any = context) -> Tensor:
             y, record = layer(x, context)
-            return y.square().sum() + record.losses["balance_loss"].value
+            return y.square().sum() + balance(record, context)
 
         (checkpoint(run, x, use_reentrant=False) if recompute else run(x)).backward()
         found.append([x.grad, *[p.grad for p in layer.parameters()]])
@@ -326,7 +335,7 @@ def test_no_tokens_still_run_every_pass_and_reach_every_parameter(training: bool
         layer, x = make([2, 2, 4], norm=norm, capacity_factor=1.0), inputs(0, 1)
         y, record = layer(x, context_of(x, training=training))
         assert len(record.routing) == 3
-        (y.sum() + record.total_loss).backward()
+        (y.sum() + start_losses((record,), LocalReduction())[0].total_loss).backward()
         missing = [n for n, p in layer.named_parameters() if p.grad is None]
         assert not missing or (not training and all("gate" in n for n in missing))
 
@@ -346,7 +355,7 @@ def test_the_number_of_ranks_changes_nothing(size: int, balance_over: str) -> No
         context = batch_context(padding[rows], part.shape[:2], RoutingSettings(**settings), info, training=True)
         y, record = layer(part, context)
         y = y.masked_fill(padding[rows].unsqueeze(2), 0)
-        loss = y.square().sum() + 3 * record.losses["balance_loss"].value
+        loss = y.square().sum() + 3 * balance(record, context)
         loss.backward()
         return y.detach(), loss.detach()
 

@@ -11,7 +11,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moe_train.routing import Assignment, Router, RouterInputs, Routing, RoutingContext, build_router, routing_config
+from moe_train.routing import (
+    Assignment,
+    AuxiliaryLoss,
+    LocalReduction,
+    RankReduction,
+    Router,
+    RouterInputs,
+    Routing,
+    RoutingContext,
+    build_router,
+    routing_config,
+)
+from moe_train.routing.balance_losses import WorldSums
 
 DIM = 12
 R = TypeVar("R")
@@ -35,6 +47,10 @@ class ThreadRanks:
     def sum(self, value: Tensor) -> Tensor:
         total = self._everyone(value)
         return torch.stack(total).sum(0)
+
+    def start_sum(self, value: Tensor) -> Callable[[], Tensor]:
+        total = self.sum(value)
+        return lambda: total
 
     def max(self, value: Tensor) -> Tensor:
         return torch.stack(self._everyone(value)).amax(0)
@@ -127,12 +143,18 @@ def rank_context(context: RoutingContext, rank: int, size: int, ranks: ThreadRan
     return dataclasses.replace(own, sentence=sentence, num_sentences=mine * passes, ranks=ranks)
 
 
+def shares(routing: Routing, ranks: RankReduction | None = None) -> dict[str, AuxiliaryLoss]:
+    """The losses of a router's output, with one reduction over the ranks."""
+    world = WorldSums(routing.losses.values(), ranks or LocalReduction())
+    return {name: AuxiliaryLoss(loss.share(world), loss.weight) for name, loss in routing.losses.items()}
+
+
 def objective(router: Router, experts: nn.ParameterList, x: Tensor, context: RoutingContext) -> tuple[Tensor, Routing]:
     """A scalar that depends on outputs and on every auxiliary loss; sums over ranks."""
     routing = router(x, context)
     y = mix(x, routing.assignment, experts)
     loss = (y * torch.linspace(-1, 1, y.shape[1], dtype=y.dtype)).sum() + y.square().sum()
-    for auxiliary in routing.losses.values():
+    for auxiliary in shares(routing, context.ranks).values():
         loss = loss + 3.0 * auxiliary.value
     return loss, routing
 

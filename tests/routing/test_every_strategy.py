@@ -20,6 +20,7 @@ from tests.routing.helpers import (
     pairs_by_token,
     rank_context,
     rank_rows,
+    shares,
     tokens,
 )
 
@@ -112,7 +113,7 @@ def test_gradients_against_finite_differences(case: str, training: bool) -> None
     def function(x: torch.Tensor, *values: torch.Tensor) -> torch.Tensor:
         named = dict(zip(names, values, strict=True))
         routing = torch.func.functional_call(router, named, (x, context))
-        losses = [a.value for a in routing.losses.values()]
+        losses = [a.value for a in shares(routing).values()]
         return torch.cat([mix(x, routing.assignment, experts).reshape(-1), *[v.reshape(1) for v in losses]])
 
     assert torch.autograd.gradcheck(function, (x, *parameters), eps=1e-7, atol=1e-5, fast_mode=True)
@@ -145,7 +146,7 @@ def test_no_tokens_at_all(case: str, training: bool) -> None:
     loss, routing = objective(router, make_experts(6), x, batch_context([], training=training))
     assert routing.assignment.token.numel() == 0
     assert loss.item() == 0
-    assert all(a.value.item() == 0 for a in routing.losses.values())
+    assert all(a.value.item() == 0 for a in shares(routing).values())
     assert routing.statistics.load.tolist() == [0] * 6
 
 
@@ -179,8 +180,8 @@ def test_the_number_of_ranks_changes_nothing(case: str, size: int, training: boo
         assert torch.equal(result.kept, routing.kept[rows])
     assert sum(loss.item() for _, loss, _, _ in results) == pytest.approx(whole.item(), rel=1e-12)
     for i, parameter in enumerate([*alone.parameters(), *experts]):
-        shares = [grads[i] for *_, grads in results if grads[i] is not None]
-        total = sum(shares) if shares else torch.zeros_like(parameter)
+        parts = [grads[i] for *_, grads in results if grads[i] is not None]
+        total = sum(parts) if parts else torch.zeros_like(parameter)
         reference = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
         torch.testing.assert_close(total, reference, rtol=1e-10, atol=1e-12)
     for name in ("load", "requested", "tokens", "entropy"):

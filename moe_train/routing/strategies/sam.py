@@ -12,6 +12,7 @@ follow the paper's abstract and a third-party implementation (docs/strategies.md
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from moe_train.config.check import NonNegativeFloat, PositiveFloat
 from moe_train.errors import ConfigError
-from moe_train.routing.balance_losses import WorldLoad, balance_loss, world_load, z_loss
+from moe_train.routing.balance_losses import BalanceLoss, MeanOverTokens, rank_load, z_amount
 from moe_train.routing.base import ExpertCount, ExpertPlacement, RouterInputs, RoutingConfig
 from moe_train.routing.capacity import capacity_mask, expert_capacity, group_tokens
 from moe_train.routing.context import RoutingContext
@@ -29,7 +30,7 @@ from moe_train.routing.gate import LinearGate, linear_init
 from moe_train.routing.noise import jitter
 from moe_train.routing.registry import register
 from moe_train.routing.token_choice import RouterScores, TokenChoiceConfig, TokenChoiceRouter, best_experts, check_top_k
-from moe_train.routing.types import AuxiliaryLoss, Routing
+from moe_train.routing.types import RouterLoss, Routing
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,17 @@ class Levels:
     logits: tuple[Tensor, ...]
 
 
+@dataclass(frozen=True)
+class GroupBalanceLoss(BalanceLoss):
+    """The balance loss over G groups: ``probabilities`` [G] are theirs, ``load`` counts ``picks`` experts per token."""
+
+    picks: int = 1
+
+    def fraction(self, load: Tensor) -> Tensor:
+        """f [G]."""
+        return super().fraction(load).view(self.probabilities.shape[0], -1).sum(-1) / self.picks
+
+
 @register("sam", SamConfig)
 class SamRouter(TokenChoiceRouter):
     """One group per token, k experts inside it."""
@@ -165,27 +177,30 @@ class SamRouter(TokenChoiceRouter):
         kept = super().kept_choices(left, weights, context)
         return entered.expand_as(choices) if kept is None else kept
 
-    def losses(self, scores: RouterScores, choices: Tensor, context: RoutingContext) -> dict[str, AuxiliaryLoss]:
+    def losses(self, scores: RouterScores, choices: Tensor, context: RoutingContext) -> Mapping[str, RouterLoss]:
         """None; :meth:`level_losses` computes them, since it needs more than the scores."""
         return {}
 
     def level_losses(
         self, levels: Levels, choices: Tensor, weights: Tensor, context: RoutingContext
-    ) -> dict[str, AuxiliaryLoss]:
+    ) -> Mapping[str, RouterLoss]:
         """Balance loss of experts (k if uniform), balance loss of groups (1 if uniform), alignment loss, z-loss."""
         config = self.config
         if not context.training:
             return {}
-        load = world_load(choices, self.num_experts, context.ranks)
-        groups = WorldLoad(load.fraction.view(self.groups, -1).sum(-1) / config.top_k, load.tokens)
+        load = rank_load(choices, self.num_experts)
         outside = alignment(levels.expert, choices, weights, self.group_size, both=config.alignment_gradient == "both")
-        found = {
-            "balance_loss": (config.balance_weight, balance_loss(levels.expert, load)),
-            "group_balance_loss": (config.group_balance_weight, balance_loss(levels.group, groups)),
-            "alignment_loss": (config.alignment_weight, outside.sum() / load.tokens.to(outside.dtype)),
-            "z_loss": (config.z_weight, sum((z_loss(z, load.tokens) for z in levels.logits), torch.zeros(()))),
+        found: dict[str, RouterLoss] = {
+            "balance_loss": BalanceLoss(levels.expert.sum(0), load, config.balance_weight),
+            "group_balance_loss": GroupBalanceLoss(
+                levels.group.sum(0), load, config.group_balance_weight, config.top_k
+            ),
+            "alignment_loss": MeanOverTokens(outside.sum(), load, config.alignment_weight),
         }
-        return {name: AuxiliaryLoss(value, weight) for name, (weight, value) in found.items() if weight}
+        if config.z_weight:
+            amounts = torch.stack([z_amount(logits) for logits in levels.logits])
+            found["z_loss"] = MeanOverTokens(amounts.sum(), load, config.z_weight)
+        return {name: loss for name, loss in found.items() if loss.weight}
 
     @classmethod
     def experts_per_token(cls, config: RoutingConfig) -> float:

@@ -9,7 +9,7 @@ passes. The passes, their norms and residuals are in :mod:`moe_train.layers.stra
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from moe_train.config.check import Range
 from moe_train.errors import ConfigError
+from moe_train.routing.balance_losses import WorldSums
 from moe_train.routing.base import ExpertCount, LayerKind, Router, RouterInputs, RoutingConfig
 from moe_train.routing.capacity import group_tokens
-from moe_train.routing.context import RankReduction, RoutingContext
+from moe_train.routing.context import RoutingContext
 from moe_train.routing.counter_rng import hash_numbers
 from moe_train.routing.expected_load import ExpectedChoices
 from moe_train.routing.gate import LinearGate, linear_init
@@ -28,7 +29,7 @@ from moe_train.routing.noise import jitter
 from moe_train.routing.registry import register
 from moe_train.routing.strategies.top_k import SecondExpert, select, skip_second
 from moe_train.routing.token_choice import Normalise, RouterScores, TokenChoiceConfig, TokenChoiceRouter, check_top_k
-from moe_train.routing.types import AuxiliaryLoss, Routing
+from moe_train.routing.types import RouterLoss, Routing
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,34 @@ class SMoEConfig(TokenChoiceConfig):
             return self.strata
         half = self.num_experts // 2
         return (half, self.num_experts - half) if half else (self.num_experts,)
+
+
+@dataclass(frozen=True)
+class MeanOverGates:
+    """The mean of a loss over the gates (Eq. 11).
+
+    Attributes:
+        gates: the loss of each.
+        weight: coefficient in the objective.
+        tokens: [L] tokens of this rank at each gate, if only gates with a token on any rank count; None: all count.
+    """
+
+    gates: tuple[RouterLoss, ...]
+    weight: float
+    tokens: Tensor | None = None
+
+    @property
+    def sums(self) -> tuple[Tensor, ...]:
+        """Those of the gates, and the tokens."""
+        own = tuple(vector for gate in self.gates for vector in gate.sums)
+        return own if self.tokens is None else (*own, self.tokens)
+
+    def share(self, world: WorldSums) -> Tensor:
+        """See :class:`~moe_train.routing.types.RouterLoss`."""
+        count: Tensor | int = len(self.gates)
+        if self.tokens is not None:
+            count = (world.of(self.tokens) > 0).sum().clamp(min=1)
+        return torch.stack([gate.share(world) for gate in self.gates]).sum() / count
 
 
 class StratumRouter(TokenChoiceRouter):
@@ -169,16 +198,12 @@ class SMoERouter(Router):
         """[T]: the next stratum of each token after ``choices`` [T, k], dropped or not; L: the token leaves."""
         return self.stratum_of[choices[:, 0]] + 1
 
-    def block_losses(self, passes: Sequence[Routing], ranks: RankReduction) -> dict[str, AuxiliaryLoss]:
-        """The mean of each loss over the gates (Eq. 11)."""
-        if not passes[0].losses:
-            return {}
-        count: Tensor | int = len(passes)
-        if self.config.balance_over == "executed":
-            tokens = ranks.sum(torch.stack([p.statistics.tokens for p in passes]))
-            count = (tokens > 0).sum().clamp(min=1)
+    def block_losses(self, passes: Sequence[Routing]) -> Mapping[str, RouterLoss]:
+        """The mean of each loss over the gates."""
+        executed = self.config.balance_over == "executed"
+        tokens = torch.stack([p.statistics.tokens for p in passes]) if executed else None
         return {
-            name: AuxiliaryLoss(torch.stack([p.losses[name].value for p in passes]).sum() / count, loss.weight)
+            name: MeanOverGates(tuple(p.losses[name] for p in passes), loss.weight, tokens)
             for name, loss in passes[0].losses.items()
         }
 

@@ -9,6 +9,7 @@ scores and its losses on the variation of importance and load.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,7 +35,7 @@ from moe_train.routing.token_choice import (
     check_top_k,
     normalised,
 )
-from moe_train.routing.types import AuxiliaryLoss, Routing, RoutingStatistics
+from moe_train.routing.types import RouterLoss, Routing, RoutingStatistics
 
 SecondExpert = Literal["all", "sampling", "random"]
 
@@ -140,20 +141,19 @@ class TopKRouter(TokenChoiceRouter):
         """Scores [T, E] of logits [T, E]."""
         return torch.sigmoid(logits) if self.config.scores == "sigmoid" else torch.softmax(logits, dim=-1)
 
-    def variation_losses(self, clean: RouterScores, noisy: Tensor, context: RoutingContext) -> dict[str, AuxiliaryLoss]:
+    def variation_losses(self, clean: RouterScores, noisy: Tensor, context: RoutingContext) -> Mapping[str, RouterLoss]:
         """V-MoE's losses with a weight above 0 (Riquelme et al., NeurIPS 2021, arXiv 2106.05974, §A.2)."""
         config = self.config
-        found: dict[str, AuxiliaryLoss] = {}
+        found: dict[str, RouterLoss] = {}
         if not context.training:
             return found
         tokens = noisy.shape[0]
         if config.importance_weight:
-            value = squared_variation(clean.probabilities.sum(0), tokens, context.ranks)
-            found["importance_loss"] = AuxiliaryLoss(value, config.importance_weight)
+            importance = clean.probabilities.sum(0)
+            found["importance_loss"] = squared_variation(importance, tokens, config.importance_weight)
         if config.load_weight:
             chance = selection_probability(clean.logits, noisy, config.top_k, config.score_noise / self.num_experts)
-            value = squared_variation(chance.sum(0), tokens, context.ranks)
-            found["load_loss"] = AuxiliaryLoss(value, config.load_weight)
+            found["load_loss"] = squared_variation(chance.sum(0), tokens, config.load_weight)
         return found
 
     def policy(self, context: RoutingContext) -> SecondExpert:

@@ -9,7 +9,7 @@ import torch
 
 from moe_train.routing import RouterInputs, build_router, routing_config, strategy
 from moe_train.routing.noise import jitter
-from tests.routing.helpers import batch_context, make_router, tokens
+from tests.routing.helpers import batch_context, make_router, shares, tokens
 
 
 def test_the_token_goes_to_the_most_probable_expert_with_its_probability() -> None:
@@ -22,8 +22,8 @@ def test_the_token_goes_to_the_most_probable_expert_with_its_probability() -> No
     assert torch.equal(routing.assignment.token, torch.arange(9))
     fraction = torch.bincount(expert, minlength=4) / 9
     expected = 4 * (fraction * probabilities.mean(0)).sum()
-    torch.testing.assert_close(routing.losses["balance_loss"].value, expected)
-    assert routing.losses["balance_loss"].weight == 0.01
+    torch.testing.assert_close(shares(routing)["balance_loss"].value, expected)
+    assert shares(routing)["balance_loss"].weight == 0.01
 
 
 def test_only_the_first_of_the_batch_are_served_and_the_others_have_no_pair() -> None:
@@ -35,7 +35,7 @@ def test_only_the_first_of_the_batch_are_served_and_the_others_have_no_pair() ->
     assert routing.assignment.token.tolist() == [0, 1, 2]
     assert int(routing.statistics.dropped) == 3
     assert routing.choices.squeeze(1).tolist() == [1] * 6
-    assert routing.losses["balance_loss"].value.item() > 1, "what is dropped still counts in f"
+    assert shares(routing)["balance_loss"].value.item() > 1, "what is dropped still counts in f"
 
 
 def test_evaluation_drops_nothing_by_default() -> None:

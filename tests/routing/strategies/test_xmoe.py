@@ -12,7 +12,17 @@ from hypothesis import strategies as st
 
 from moe_train.errors import ConfigError
 from moe_train.routing import routing_config, strategy
-from tests.routing.helpers import DIM, batch_context, make_experts, make_router, mix, objective, pairs_by_token, tokens
+from tests.routing.helpers import (
+    DIM,
+    batch_context,
+    make_experts,
+    make_router,
+    mix,
+    objective,
+    pairs_by_token,
+    shares,
+    tokens,
+)
 
 scale = st.floats(0.01, 100)
 scales = st.lists(scale, min_size=8, max_size=8)
@@ -110,11 +120,11 @@ def test_the_balance_loss_has_a_fixed_temperature_of_its_own() -> None:
     balanced = torch.softmax(router.scores(x) / 0.5, -1)
     fraction = torch.bincount(router.scores(x).argmax(-1), minlength=8) / 12
     expected = 8 * (fraction * balanced.mean(0)).sum()
-    torch.testing.assert_close(router(x, context).losses["balance_loss"].value, expected)
+    torch.testing.assert_close(shares(router(x, context))["balance_loss"].value, expected)
     with torch.no_grad():
         router.log_temperature.fill_(1.0)
-    torch.testing.assert_close(router(x, context).losses["balance_loss"].value, expected)
-    router(x, context).losses["balance_loss"].value.backward()
+    torch.testing.assert_close(shares(router(x, context))["balance_loss"].value, expected)
+    shares(router(x, context))["balance_loss"].value.backward()
     assert router.log_temperature.grad is None or router.log_temperature.grad == 0
 
 
@@ -125,7 +135,7 @@ def test_balance_is_one_at_uniform_loads_and_scores() -> None:
         router.projection.weight.copy_(torch.eye(2))
         router.embedding.copy_(torch.tensor([[1.0, 0], [0, 1], [-1, 0], [0, -1]]))
     x = router.embedding.detach().repeat(5, 1)
-    loss = router(x, batch_context([20], training=True)).losses["balance_loss"].value
+    loss = shares(router(x, batch_context([20], training=True)))["balance_loss"].value
     assert loss.item() == pytest.approx(1)
 
 
@@ -136,8 +146,8 @@ def test_frozen_values_stay_and_the_balance_loss_still_trains_what_is_below() ->
         parameter.requires_grad_(False)  # what the layer does to a frozen block
     before = {n: p.clone() for n, p in router.state_dict().items()}
     loss, routing = objective(router, experts, x, batch_context([6], training=True))
-    routing.losses["balance_loss"].value.backward()
-    assert routing.losses["balance_loss"].value.item() > 0
+    shares(routing)["balance_loss"].value.backward()
+    assert shares(routing)["balance_loss"].value.item() > 0
     assert x.grad is not None and torch.isfinite(x.grad).all() and x.grad.abs().sum() > 0
     assert all(torch.equal(before[n], p) for n, p in router.state_dict().items())
     assert loss.requires_grad
