@@ -15,15 +15,17 @@ from torch import Tensor
 from moe_train.kernels.cpu import smoothed_loss
 from moe_train.kernels.cpu.matmul import linear, linear_into
 
+_NONE = -100  # no row has this target
 
-def label_smoothed_nll(logits: Tensor, target: Tensor, eps: float, ignore: int = -100) -> tuple[Tensor, Tensor]:
+
+def label_smoothed_nll(logits: Tensor, target: Tensor, eps: float, ignore: int | None = None) -> tuple[Tensor, Tensor]:
     """Loss and nll, summed over the rows whose target is not ``ignore``.
 
     Args:
         logits: [N, V], any floating type; p is computed in fp32 (fp64 for fp64).
         target: [N] int64.
         eps: label smoothing ε.
-        ignore: rows with this target are skipped (padding).
+        ignore: rows with this target are skipped (padding); None: no rows are.
 
     Returns:
         loss and nll, 0-dim fp32, in nats. Only the loss has a gradient.
@@ -33,7 +35,7 @@ def label_smoothed_nll(logits: Tensor, target: Tensor, eps: float, ignore: int =
 
 
 def fused_label_smoothed_nll(
-    features: Tensor, weight: Tensor, target: Tensor, eps: float, ignore: int = -100, chunk_rows: int = 0
+    features: Tensor, weight: Tensor, target: Tensor, eps: float, ignore: int | None = None, chunk_rows: int = 0
 ) -> tuple[Tensor, Tensor]:
     """:func:`label_smoothed_nll` of ``features @ weight.T``, fused with the product.
 
@@ -70,45 +72,52 @@ class _Smoothed(NamedTuple):
     Attributes:
         loss, nll: 0-dim.
         p: [N, V] probabilities.
-        real: [N] bool, False for ignored rows.
+        real: [N] bool, False for ignored rows; None: there are none.
         target: [N] int64, 0 for ignored rows.
     """
 
     loss: Tensor
     nll: Tensor
     p: Tensor
-    real: Tensor
+    real: Tensor | None
     target: Tensor
 
 
-def _smoothed(logits: Tensor, target: Tensor, eps: float, ignore: int, overwrite: bool) -> _Smoothed:
+def _smoothed(logits: Tensor, target: Tensor, eps: float, ignore: int | None, overwrite: bool) -> _Smoothed:
     """The loss of logits [N, V], which p overwrites if ``overwrite``.
 
     log p = logit − lse, and the log-sum-exp of a row is its largest logit minus the log of its largest p, so that one
     pass of exponentials is enough for the loss and the gradient.
     """
     kind, vocabulary = _accumulation_type(logits.dtype), logits.shape[1]
-    real = target.ne(ignore)
-    target = target.masked_fill(~real, 0)
+    real = None if ignore is None else target.ne(ignore)
+    if real is not None:
+        target = target.masked_fill(~real, 0)
     each = eps / max(vocabulary - 1, 1)
     at_target = logits.gather(1, target.unsqueeze(1)).squeeze(1).to(kind)
     total = logits.sum(1, dtype=kind) if eps else at_target
     largest = logits.amax(1).to(kind)
     p = torch.softmax(logits, 1, out=logits) if overwrite else torch.softmax(logits, 1, dtype=kind)
     lse = largest - p.amax(1).log()
-    nll = ((lse - at_target) * real).sum()
+    nll = _row_sum(lse - at_target, real)
     loss = (1.0 - eps - each) * nll
     if eps:
-        loss = loss + each * ((vocabulary * lse - total) * real).sum()
+        loss = loss + each * _row_sum(vocabulary * lse - total, real)
     return _Smoothed(loss, nll, p, real, target)
 
 
+def _row_sum(rows: Tensor, real: Tensor | None) -> Tensor:
+    return (rows if real is None else rows * real).sum()
+
+
 def _loss_and_gradient(
-    logits: Tensor, target: Tensor, eps: float, ignore: int, differentiated: bool
+    logits: Tensor, target: Tensor, eps: float, ignore: int | None, differentiated: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Loss, nll, and the gradient of the logits [N, V] in their type if ``differentiated``. Overwrites the logits."""
     if smoothed_loss.is_supported(logits):
-        nlls, smooth = smoothed_loss.smoothed_loss_(logits, target, eps, ignore, differentiated)
+        nlls, smooth = smoothed_loss.smoothed_loss_(
+            logits, target, eps, _NONE if ignore is None else ignore, differentiated
+        )
         each, nll = eps / max(logits.shape[1] - 1, 1), nlls.sum()
         return (1.0 - eps - each) * nll + each * smooth.sum(), nll, logits if differentiated else None
     kind = _accumulation_type(logits.dtype)
@@ -117,13 +126,13 @@ def _loss_and_gradient(
     return rows.loss, rows.nll, gradient
 
 
-def _gradient_(p: Tensor, target: Tensor, real: Tensor, eps: float) -> Tensor:
+def _gradient_(p: Tensor, target: Tensor, real: Tensor | None, eps: float) -> Tensor:
     """Turns p [N, V] into the gradient of the logits, in place."""
     each = eps / max(p.shape[1] - 1, 1)
     gradient = p.sub_(each) if eps else p
     at_target = gradient.new_full((target.shape[0], 1), -(1.0 - eps - each))
     gradient.scatter_add_(1, target.unsqueeze(1), at_target)
-    if not bool(real.all()):
+    if real is not None:
         gradient.mul_(real.unsqueeze(1))
     return gradient
 
@@ -132,7 +141,7 @@ class _LabelSmoothedNll(torch.autograd.Function):
     """Keeps p, and computes the gradient from it in place."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Tensor, eps: float, ignore: int) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, logits: Tensor, target: Tensor, eps: float, ignore: int | None) -> tuple[Tensor, Tensor]:
         rows = _smoothed(logits, target, eps, ignore, overwrite=False)
         # Not save_for_backward, which forbids in-place changes; no other code has this tensor.
         ctx.p = rows.p
@@ -156,7 +165,7 @@ class _FusedLabelSmoothedNll(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, features: Tensor, weight: Tensor, target: Tensor, eps: float, ignore: int, rows: int
+        ctx: Any, features: Tensor, weight: Tensor, target: Tensor, eps: float, ignore: int | None, rows: int
     ) -> tuple[Tensor, Tensor]:
         kind = _accumulation_type(features.dtype)
         loss = torch.zeros((), dtype=kind, device=features.device)
