@@ -66,6 +66,11 @@ class BatchContext:
         return flat.view(self.batch, self.length, rows.shape[-1])
 
 
+def indices_of(mask: Tensor, count: int | None) -> Tensor:
+    """[count] int64: indices at which ``mask`` [N] is True. The host waits only if it does not know their number."""
+    return (mask.nonzero() if count is None else mask.nonzero_static(size=count)).squeeze(1)
+
+
 @dataclass(frozen=True)
 class BatchInfo:
     """Metadata of each sentence: [B] int64, or None if unknown.
@@ -88,6 +93,7 @@ def batch_context(
     info: BatchInfo,
     *,
     token_ids: Tensor | None = None,
+    real_tokens: int | None = None,
     start: int = 0,
     training: bool = False,
     device: torch.device | str = "cpu",
@@ -98,17 +104,18 @@ def batch_context(
         padding: [B, S] bool, True at padding (left or right), or None.
         shape: (B, S).
         token_ids: [B, S] vocabulary ids, if there are any.
+        real_tokens: tokens that are not padding; None: counted, for which the host waits.
         start: position of the first column (in step-by-step decoding, the number of tokens decoded so far).
         training: whether routers train (jitter, draws that change with the update).
     """
     batch, length = shape
-    if padding is not None and not bool(padding.any()):
+    if padding is not None and (batch * length == real_tokens if real_tokens is not None else not bool(padding.any())):
         padding = None
     rows = torch.arange(batch, device=device)
     columns = torch.arange(start, start + length, device=device).expand(batch, length)
     real = None
     if padding is not None:
-        real = (~padding).view(-1).nonzero().squeeze(1)
+        real = indices_of((~padding).view(-1), real_tokens)
         columns = (~padding).cumsum(1) - 1 + start
 
     def per_token(sentences: Tensor | None, default: Tensor) -> Tensor:

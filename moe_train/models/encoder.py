@@ -7,6 +7,7 @@ and ``routing.expert_sublayers=3`` in the paper. Positions are sinusoidal.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch.nn.functional as F
@@ -31,6 +32,7 @@ _EMBEDDING, _HEAD = 20, 21
 class _Encodes(RoutedModel):
     """Base class of both models, with the encoder whose weights the classifier takes from the language model."""
 
+    takes_real_tokens: ClassVar[bool] = True
     encoder: TransformerEncoder
 
     def __init__(self, encoder: TransformerEncoder) -> None:
@@ -45,9 +47,10 @@ class _Encodes(RoutedModel):
         src_lang: Tensor | None,
         tgt_lang: Tensor | None,
         pass_index: Tensor | None,
+        real_tokens: Sequence[int],
     ) -> EncoderOut:
         """src_tokens [B, S] → output of :class:`TransformerEncoder`."""
-        encoded: EncoderOut = self.encoder(src_tokens, None, sentence_uid, src_lang, tgt_lang, pass_index)
+        encoded: EncoderOut = self.encoder(src_tokens, None, sentence_uid, src_lang, tgt_lang, pass_index, real_tokens)
         return {**encoded, "routing": start_losses(encoded["routing"], self.settings.ranks)}
 
 
@@ -69,6 +72,7 @@ class MaskedLanguageModel(_Encodes):
         tgt_lang: Tensor | None = None,
         pass_index: Tensor | None = None,
         features_only: bool = False,
+        real_tokens: Sequence[int] = (),
     ) -> tuple[Tensor, dict[str, Any]]:
         """One forward pass.
 
@@ -77,11 +81,12 @@ class MaskedLanguageModel(_Encodes):
             src_lengths: not used; padding is found in the tokens.
             sentence_uid, src_lang, tgt_lang, pass_index: [B] each, sentence metadata for routers.
             features_only: return features, so that the caller computes the vocabulary product.
+            real_tokens: number of tokens that are not padding, where it is known: the host then does not wait for it.
 
         Returns:
             logits [B, S, V] or features [B, S, d], and ``{"routing": records}``.
         """
-        encoded = self.encode(src_tokens, sentence_uid, src_lang, tgt_lang, pass_index)
+        encoded = self.encode(src_tokens, sentence_uid, src_lang, tgt_lang, pass_index, real_tokens)
         x = encoded["encoder_out"][0]
         features = self.norm(F.gelu(linear(x, self.dense.weight, self.dense.bias)))
         extra = {"routing": encoded["routing"]}
@@ -129,9 +134,10 @@ class TextClassifier(_Encodes):
         src_lang: Tensor | None = None,
         tgt_lang: Tensor | None = None,
         pass_index: Tensor | None = None,
+        real_tokens: Sequence[int] = (),
     ) -> tuple[Tensor, dict[str, Any]]:
         """As :meth:`MaskedLanguageModel.forward` → logits [B, classes] and ``{"routing": records}``."""
-        encoded = self.encode(src_tokens, sentence_uid, src_lang, tgt_lang, pass_index)
+        encoded = self.encode(src_tokens, sentence_uid, src_lang, tgt_lang, pass_index, real_tokens)
         mask = encoded["encoder_padding_mask"]
         pooled = self.pool(encoded["encoder_out"][0], mask[0] if mask else None)
         hidden = self.dense(self.dropout(pooled)).tanh()

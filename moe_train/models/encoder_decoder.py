@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -45,22 +46,24 @@ class TransformerEncoder(FairseqEncoder):  # type: ignore[misc]
         src_lang: Tensor | None = None,
         tgt_lang: Tensor | None = None,
         pass_index: Tensor | None = None,
+        real_tokens: Sequence[int] = (),
     ) -> EncoderOut:
         """Encodes src_tokens [B, S], padded on either side.
 
         Returns:
             fairseq's dictionary of lists of tensors, batch first: ``encoder_out`` [B, S, d], ``encoder_padding_mask``
-            [B, S] (True at padding; the list is empty if there is none); also the sentences' metadata ``info``, and
-            ``routing``, the records of the encoder's sparse blocks.
+            [B, S] (True at padding; the list is empty if there is none); also the sentences' metadata ``info``,
+            ``routing``, the records of the encoder's sparse blocks, and ``real_tokens`` for the decoder.
         """
         info = BatchInfo(sentence_uid, tgt_lang, pass_index)
-        context = self.context(src_tokens, info)
+        context = self.context(src_tokens, info, real_tokens[0] if real_tokens else None)
         x = self.embed(src_tokens, padding=context.padding)
         x, records = self.stack(x, context)
         mask = [] if context.padding is None else [context.padding]
-        return {"encoder_out": [x], "encoder_padding_mask": mask, "info": info, "routing": records}
+        found = {"encoder_out": [x], "encoder_padding_mask": mask, "info": info, "routing": records}
+        return {**found, "real_tokens": real_tokens}
 
-    def context(self, src_tokens: Tensor, info: BatchInfo) -> BatchContext:
+    def context(self, src_tokens: Tensor, info: BatchInfo, real_tokens: int | None = None) -> BatchContext:
         """Context of the batch for the layers."""
         return batch_context(
             self.embed.padding(src_tokens),
@@ -68,6 +71,7 @@ class TransformerEncoder(FairseqEncoder):  # type: ignore[misc]
             self.settings,
             info,
             token_ids=src_tokens,
+            real_tokens=real_tokens,
             training=self.training,
             device=src_tokens.device,
         )
@@ -125,12 +129,14 @@ class TransformerDecoder(FairseqIncrementalDecoder):  # type: ignore[misc]
         self, prev_output_tokens: Tensor, encoder_out: EncoderOut, incremental_state: None = None
     ) -> tuple[Tensor, dict[str, Any]]:
         """prev_output_tokens [B, T], padded on the right → ([B, T, d], {"routing": records of encoder and decoder})."""
+        real_tokens = encoder_out.get("real_tokens")
         context = batch_context(
             self.embed.padding(prev_output_tokens),
             (prev_output_tokens.shape[0], prev_output_tokens.shape[1]),
             self.settings,
             encoder_out["info"],
             token_ids=prev_output_tokens,
+            real_tokens=real_tokens[1] if real_tokens else None,
             training=self.training,
             device=prev_output_tokens.device,
         )
@@ -183,6 +189,7 @@ class TransformerDecoder(FairseqIncrementalDecoder):  # type: ignore[misc]
 class TransformerModel(RoutedModel, FairseqEncoderDecoderModel):  # type: ignore[misc]
     """Encoder and decoder with shared routing settings, and step-by-step decoding."""
 
+    takes_real_tokens: ClassVar[bool] = True
     encoder: TransformerEncoder
     decoder: TransformerDecoder
 
@@ -201,6 +208,7 @@ class TransformerModel(RoutedModel, FairseqEncoderDecoderModel):  # type: ignore
         pass_index: Tensor | None = None,
         logits_at: Tensor | None = None,
         features_only: bool = False,
+        real_tokens: Sequence[int] = (),
     ) -> tuple[Tensor, dict[str, Any]]:
         """One forward pass with a given target (teacher forcing).
 
@@ -213,13 +221,15 @@ class TransformerModel(RoutedModel, FairseqEncoderDecoderModel):  # type: ignore
                 vocabulary product at padding.
             features_only: return features, for a criterion that fuses the vocabulary product with its loss; an option
                 of this method, since DDP and other wrappers must see a forward pass.
+            real_tokens: tokens of src_tokens and of prev_output_tokens that are not padding, where they are known: the
+                host then does not wait for a count.
 
         Returns:
             logits [B, T, V], or [P, V], or features of as many rows; and ``{"routing": records, encoder first,
             "attn": [None]}``.
         """
         features, extra = self.forward_features(
-            src_tokens, src_lengths, prev_output_tokens, sentence_uid, src_lang, tgt_lang, pass_index
+            src_tokens, src_lengths, prev_output_tokens, sentence_uid, src_lang, tgt_lang, pass_index, real_tokens
         )
         if logits_at is not None:
             features = features.view(-1, features.shape[-1]).index_select(0, logits_at)
@@ -234,9 +244,10 @@ class TransformerModel(RoutedModel, FairseqEncoderDecoderModel):  # type: ignore
         src_lang: Tensor | None = None,
         tgt_lang: Tensor | None = None,
         pass_index: Tensor | None = None,
+        real_tokens: Sequence[int] = (),
     ) -> tuple[Tensor, dict[str, Any]]:
         """As :meth:`forward`, but returns the features [B, T, d], the input of :meth:`output_layer`."""
-        encoder_out = self.encoder(src_tokens, src_lengths, sentence_uid, src_lang, tgt_lang, pass_index)
+        encoder_out = self.encoder(src_tokens, src_lengths, sentence_uid, src_lang, tgt_lang, pass_index, real_tokens)
         return self.decoder.extract_features(prev_output_tokens, encoder_out)  # type: ignore[no-any-return]
 
     def output_layer(self, features: Tensor) -> Tensor:

@@ -16,9 +16,11 @@ class TrainableModel(nn.Module):
 
     Attributes:
         pretrained: prefix of the tensor names that ``training.init_from`` loads; "": all tensors.
+        takes_real_tokens: whether ``forward`` takes ``real_tokens``, the tokens of each input that are not padding.
     """
 
     pretrained: ClassVar[str] = ""
+    takes_real_tokens: ClassVar[bool] = False
 
     def set_num_updates(self, num_updates: int) -> None:
         """Called before each update with the number of finished ones."""

@@ -19,6 +19,8 @@ from moe_train.tasks.metric_registry import per_token
 
 # A batch in fairseq's form: "id" [B], "nsentences", "ntokens", "target" [B, T] and "net_input", which holds
 # "src_tokens" [B, S], "src_lengths" [B], "prev_output_tokens" [B, T], "sentence_uid", "src_lang" and "tgt_lang" [B].
+# A sample may have the numbers "real_tokens", tokens of the source and of the decoder's input that are not padding, and
+# "real_targets", of the target: the host then does not wait for the device to count them.
 Sample = dict[str, Any]
 
 

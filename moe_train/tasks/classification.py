@@ -231,6 +231,7 @@ class ClassificationTask(TrainingTask):
             "id": torch.from_numpy(indices),
             "nsentences": len(indices),
             "ntokens": len(indices),
+            "real_tokens": [int(lengths.sum())],
             "target": torch.from_numpy(text.labels[indices]),
             "net_input": {
                 "src_tokens": torch.from_numpy(tokens),

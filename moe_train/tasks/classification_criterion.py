@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from moe_train.kernels.cross_entropy import label_smoothed_nll
 from moe_train.tasks.base import Sample
-from moe_train.tasks.criterion import repeat_batch, symmetric_divergence, with_routing_losses
+from moe_train.tasks.criterion import known_counts, repeat_batch, symmetric_divergence, unwrap, with_routing_losses
 
 
 class ClassificationCriterion(nn.Module):
@@ -43,7 +43,9 @@ class ClassificationCriterion(nn.Module):
             class is the right one).
         """
         passes = self.passes if model.training else 1
-        logits, extra = model(**repeat_batch(sample["net_input"], passes))
+        logits, extra = model(
+            **repeat_batch(sample["net_input"], passes), **known_counts(unwrap(model), sample, passes)
+        )
         target = sample["target"].repeat(passes)
         loss, nll = label_smoothed_nll(logits, target, self.label_smoothing)
         parts: dict[str, Any] = {"nll_loss": nll.detach() / passes}

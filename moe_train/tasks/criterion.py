@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from moe_train.fairseq_compat import apply
 from moe_train.kernels.cross_entropy import fused_label_smoothed_nll, label_smoothed_nll
 from moe_train.layers import RoutingRecord
+from moe_train.layers.batch_context import indices_of
 from moe_train.routing.types import AuxiliaryLoss
 from moe_train.tasks.base import Sample
 from moe_train.tasks.flags import MoECriterionFlags
@@ -83,10 +84,12 @@ class MoELabelSmoothedCrossEntropy(FairseqCriterion):  # type: ignore[misc]
             ``nsentences``, each routing loss times the target tokens, and in moe-train's loop ``routing``,
             the statistics of each sparse layer.
         """
-        passes = self.passes if model.training else 1
-        features, extra = model(**repeat_batch(sample["net_input"], passes), features_only=True)
-        features, target = non_padding_rows(features, sample["target"].repeat(passes, 1), self.padding_idx)
-        parts = self._cross_entropy(unwrap(model), features, target, passes)
+        passes, inner = self.passes if model.training else 1, unwrap(model)
+        known = known_counts(inner, sample, passes)
+        features, extra = model(**repeat_batch(sample["net_input"], passes), **known, features_only=True)
+        count = passes * sample["real_targets"] if "real_targets" in sample else None
+        features, target = non_padding_rows(features, sample["target"].repeat(passes, 1), self.padding_idx, count)
+        parts = self._cross_entropy(inner, features, target, passes)
         return with_routing_losses(parts.pop("loss"), parts, extra["routing"], sample, model.training)
 
     def _cross_entropy(self, model: nn.Module, features: Tensor, target: Tensor, passes: int) -> dict[str, Tensor]:
@@ -191,10 +194,17 @@ def repeat_batch(net_input: Mapping[str, Tensor], passes: int) -> dict[str, Tens
     return {**copies, "pass_index": index.repeat_interleave(first.shape[0])}
 
 
-def non_padding_rows(features: Tensor, target: Tensor, pad: int) -> tuple[Tensor, Tensor]:
-    """features [B, T, d] and target [B, T] → the rows of real tokens, [N, d] and [N]."""
+def known_counts(model: nn.Module, sample: Sample, passes: int) -> dict[str, list[int]]:
+    """The argument ``real_tokens`` of a model that takes it, for a sample that has it."""
+    if not getattr(model, "takes_real_tokens", False) or "real_tokens" not in sample:
+        return {}
+    return {"real_tokens": [passes * count for count in sample["real_tokens"]]}
+
+
+def non_padding_rows(features: Tensor, target: Tensor, pad: int, count: int | None = None) -> tuple[Tensor, Tensor]:
+    """features [B, T, d] and target [B, T] → the rows of real tokens, [N, d] and [N]; ``count`` is N, if known."""
     flat, target = features.reshape(-1, features.shape[-1]), target.reshape(-1)
-    rows = target.ne(pad).nonzero().squeeze(1)
+    rows = indices_of(target.ne(pad), count)
     if rows.numel() == target.numel():
         return flat, target
     return flat.index_select(0, rows), target.index_select(0, rows)

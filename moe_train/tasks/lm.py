@@ -165,10 +165,13 @@ class LanguageModelTask(TrainingTask):
         indices = np.asarray(indices, np.int64)
         tokens, uids, languages = text.tokens(indices)
         seen, target = self.masking.apply(tokens, uids, seed, update)
+        masked = int((target != text.pad).sum())
         return {
             "id": torch.from_numpy(indices),
             "nsentences": len(indices),
-            "ntokens": int((target != text.pad).sum()),
+            "ntokens": masked,
+            "real_tokens": [int(text.lengths[indices].sum())],
+            "real_targets": masked,
             "target": torch.from_numpy(target),
             "net_input": {
                 "src_tokens": torch.from_numpy(seen),

@@ -93,6 +93,8 @@ def test_losses_and_perplexities_are_of_masked_tokens(mono: DataFolder) -> None:
     asked = target != text.pad
     pieces = (text.lengths - 1).sum() - len(make_task(mono).split("train"))  # neither beginnings nor ends
     assert sample["ntokens"] == asked.sum() and float(asked.sum()) / pieces == pytest.approx(0.15, abs=0.02)
+    assert sample["real_targets"] == asked.sum()
+    assert sample["real_tokens"] == [int((sample["net_input"]["src_tokens"] != text.pad).sum())]
     assert not np.isin(target[asked], [task.dictionary.eos(), task.dictionary.bos()]).any()
     model, criterion = task.build_model().eval(), task.build_criterion()
     criterion.eps = 0.0

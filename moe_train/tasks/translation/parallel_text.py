@@ -120,10 +120,13 @@ class ParallelText:
             direction.target.fill(target, here, sentences)
             first[here], uid[here] = tags.first, direction.first_uid + sentences
             source_language[here], target_language[here] = tags.source_language, tags.target_language
+        tokens = int(target_lengths.sum())
         return {
             "id": torch.from_numpy(indices),
             "nsentences": rows,
-            "ntokens": int(target_lengths.sum()),
+            "ntokens": tokens,
+            "real_tokens": [int(source_lengths.sum()), tokens],
+            "real_targets": tokens,
             "target": torch.from_numpy(target),
             "net_input": {
                 "src_tokens": torch.from_numpy(source),

@@ -63,7 +63,9 @@ def test_a_sample_holds_the_stored_sentences_with_their_tags(
         assert tiny_data.languages[net_input["src_lang"][row]] == languages["source"]
         assert tiny_data.languages[net_input["tgt_lang"][row]] == languages["target"]
         tokens += len(target)
-    assert sample["ntokens"] == tokens and sample["nsentences"] == 50
+    assert sample["ntokens"] == sample["real_targets"] == tokens and sample["nsentences"] == 50
+    inputs = (sample["net_input"][name] for name in ("src_tokens", "prev_output_tokens"))
+    assert sample["real_tokens"] == [int(ids.ne(dictionary.pad()).sum()) for ids in inputs]
     assert sample["id"].tolist() == indices.tolist()
 
 
