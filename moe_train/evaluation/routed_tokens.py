@@ -51,4 +51,4 @@ def describe_routed(sums: MetricSums) -> dict[str, Any]:
 
 def describe_sum(parts: list[Mapping[str, Any]]) -> dict[str, Any]:
     """:func:`describe_routed` of the sum of several :meth:`MetricSums.to_json`."""
-    return describe_routed(total([MetricSums.from_json(part, torch.device("cpu")) for part in parts])) if parts else {}
+    return describe_routed(total([MetricSums.from_json(part) for part in parts])) if parts else {}

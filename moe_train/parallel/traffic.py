@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 LinkType = Literal["local", "node", "across"]
@@ -61,13 +63,17 @@ class TrafficCounters:
 
     def numbers(self) -> list[int]:
         """All counts in a fixed order, for a reduction over ranks."""
-        return [*(value for link in LINKS for value in vars(self.by_link[link]).values()), self.dropped]
+        return [*self._sent(), self.dropped]
 
-    def take(self) -> list[int]:
-        """Returns :meth:`numbers` and clears the counters."""
-        numbers = self.numbers()
+    def _sent(self) -> list[int]:
+        return [value for link in LINKS for value in vars(self.by_link[link]).values()]
+
+    def take(self, device: torch.device) -> Tensor:
+        """Returns :meth:`numbers` as fp64 on ``device``, without waiting for it, and clears the counters."""
+        sent = torch.frombuffer(array("d", self._sent()), dtype=torch.float64).to(device, non_blocking=True)
+        dropped = sent.new_zeros(1) + self._dropped
         self.clear()
-        return numbers
+        return torch.cat((sent, dropped))
 
     def __add__(self, other: TrafficCounters) -> TrafficCounters:
         by_link = {link: self.by_link[link] + other.by_link[link] for link in LINKS}

@@ -130,7 +130,7 @@ def build_trainer(
     checkpoints = CheckpointManager(store, engine, keeping, about)
     state = checkpoints.restore() or RunState()
     with reading_state(store.path(state.update)):
-        interval = MetricInterval.from_json(state.interval, world.device)
+        interval = MetricInterval.from_json(state.interval)
     data_loader = DataLoader(task, world)
     if world.main:
         describe_run(folder, config, engine.module, world, state.update, account, layout.plan, data)

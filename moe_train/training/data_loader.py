@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from moe_train.data.batching import Update, split_micro_batch
 from moe_train.training.runtime.world import World
@@ -36,7 +38,10 @@ class DataLoader:
     def _load(self, update: int) -> Loaded:
         plan = self.batches.update(update)
         rows = (split_micro_batch(batch, self._world.rank, self._world.size) for batch in plan.micro_batches)
-        return plan, [self.task.train_sample(indices, update) for indices in rows]
+        samples = [self.task.train_sample(indices, update) for indices in rows]
+        if self._world.device.type == "cuda":  # a copy from pinned memory does not wait
+            samples = [map_tensors(Tensor.pin_memory, sample) for sample in samples]
+        return plan, samples
 
     def close(self) -> None:
         """Ends the background thread."""
@@ -45,8 +50,11 @@ class DataLoader:
 
 def move(sample: Any, device: torch.device) -> Any:
     """The sample with its tensors on ``device``."""
-    if device.type == "cpu":
-        return sample
+    return sample if device.type == "cpu" else map_tensors(lambda value: value.to(device, non_blocking=True), sample)
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], sample: Any) -> Any:
+    """The sample with ``function`` applied to its tensors."""
     if isinstance(sample, dict):
-        return {key: move(item, device) for key, item in sample.items()}
-    return sample.to(device, non_blocking=True) if isinstance(sample, torch.Tensor) else sample
+        return {key: map_tensors(function, item) for key, item in sample.items()}
+    return function(sample) if isinstance(sample, Tensor) else sample

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -26,7 +29,7 @@ class UpdateReport:
     """Result of an update; the same on every rank, apart from ``seconds``.
 
     Attributes:
-        sums: the criterion's sums over micro-batches and ranks.
+        sums: the criterion's sums over micro-batches and ranks, in the host's memory.
         outcome: of the engine's step.
         blocking_ranks: ranks whose own gradient was not finite; if there are none, ranks whose experts had such a
             gradient.
@@ -65,42 +68,51 @@ class TrainStep:
         """
         started, device = time.monotonic(), self.world.device
         self.engine.module.set_num_updates(update)
-        own = torch.tensor([float(sample["ntokens"]) for sample in samples], dtype=torch.float64, device=device)
-        tokens: list[float] = self.world.sum(own).tolist()  # target tokens of each micro-batch over all ranks
+        own = on_device([sample["ntokens"] for sample in samples], device)
+        tokens = self.world.sum(own)  # target tokens of each micro-batch over all ranks
+        total_tokens = tokens.sum().clamp(min=1)
         parts = []
         for number, sample in enumerate(samples):
             seed_generators(self.seed, update, number, self.world.rank)
             with self.engine.accumulate(last=number == len(samples) - 1):
                 moved = move(sample, device)
-                moved["world_ntokens"] = torch.tensor(tokens[number], device=device)
+                moved["world_ntokens"] = tokens[number].float()
                 with self.engine.autocast():
                     loss, _, logging = self.criterion(self.engine.model, moved)
-                self.engine.backward(loss / max(sum(tokens), 1.0))
+                self.engine.backward(loss / total_tokens.to(loss.dtype))
                 parts.append(MetricSums.of(logging, device))
         outcome = self.engine.step(lr)
-        sums, blocking_ranks, stop, traffic = self._reduce(total(parts), outcome, signals.received is not None)
+        sums, report = self._reduce(total(parts), outcome, signals.received is not None)
         if outcome.applied:
             self.engine.module.after_update(sums.routing())
-        return UpdateReport(sums, outcome, blocking_ranks, stop, time.monotonic() - started, traffic)
+        return dataclasses.replace(report, seconds=time.monotonic() - started)
 
-    def _reduce(
-        self, sums: MetricSums, outcome: StepOutcome, stop: bool
-    ) -> tuple[MetricSums, tuple[int, ...], bool, TrafficCounters]:
-        """Metrics, flags of each rank's gradients, the stop flag and traffic, summed over ranks in one all-reduce."""
-        size = self.world.size
-        flags = torch.zeros(2 * size + 1, dtype=torch.float64, device=self.world.device)
-        flags[self.world.rank] = float(not outcome.clean)
-        flags[size + self.world.rank] = float(not outcome.experts_clean)
-        flags[-1] = float(stop)
-        sent = torch.tensor(self.counters.take(), dtype=torch.float64, device=self.world.device)
-        reduced: Tensor = self.world.sum(torch.cat([flags, sent, sums.values]))
-        flags, sent, values = reduced.split([len(flags), len(sent), len(sums.values)])
+    def _reduce(self, sums: MetricSums, outcome: StepOutcome, stop: bool) -> tuple[MetricSums, UpdateReport]:
+        """Sums metrics, flags of each rank's gradients, the stop flag and traffic over ranks, and reads them.
+
+        One all-reduce (two where a metric is a maximum) and one transfer to the host.
+
+        Returns:
+            The metrics of all ranks on the device, and the report, without ``seconds``.
+        """
+        size, device = self.world.size, self.world.device
+        own = [0.0] * (2 * size) + [float(stop)]
+        own[self.world.rank], own[size + self.world.rank] = float(not outcome.clean), float(not outcome.experts_clean)
+        parts = [on_device(own, device), self.counters.take(device), sums.values]
+        sizes = [len(part) for part in parts]
+        flags, sent, values = self.world.sum(torch.cat(parts)).split(sizes)
+        sums = sums.with_values(values, self.world.max(sums.values) if sums.has_maxima else values)
+        flags, sent, values = torch.cat((flags, sent, sums.values)).cpu().split(sizes)  # the one host sync
         *not_finite, stops = flags.tolist()
-        own = tuple(rank for rank in range(size) if not_finite[rank])
+        ranks = tuple(rank for rank in range(size) if not_finite[rank])
         experts = tuple(rank for rank in range(size) if not_finite[size + rank])
         traffic = TrafficCounters.of_numbers(sent.tolist())
-        maxima = self.world.max(sums.values) if sums.has_maxima else values
-        return sums.with_values(values, maxima), own or experts, stops > 0, traffic
+        return sums, UpdateReport(MetricSums(sums.layout, values), outcome, ranks or experts, stops > 0, 0.0, traffic)
+
+
+def on_device(numbers: Sequence[float], device: torch.device) -> Tensor:
+    """Numbers of the host as fp64 [N] on ``device``, without waiting for it."""
+    return torch.frombuffer(array("d", numbers), dtype=torch.float64).to(device, non_blocking=True)
 
 
 def seed_generators(*parts: int) -> None:

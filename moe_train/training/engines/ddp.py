@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -45,10 +46,10 @@ class LocalPeaks:
         """Records the peak of each, without a host sync."""
         self._peaks += [torch.linalg.vector_norm(gradient, float("inf")) for gradient in gradients]
 
-    def all_finite(self) -> bool:
-        """Whether all gradients since the last call were finite."""
+    def all_finite(self, device: torch.device) -> Tensor:
+        """Whether all gradients since the last call were finite, 0-dim on ``device``."""
         peaks, self._peaks = self._peaks, []
-        return not peaks or bool(torch.isfinite(torch.stack(peaks)).all())
+        return torch.isfinite(torch.stack(peaks)).all() if peaks else torch.ones((), dtype=torch.bool, device=device)
 
 
 def _keep_buffers() -> dict[str, Any]:
@@ -113,8 +114,10 @@ class DdpEngine:
             reduce_expert_gradients(parameters, self._layout, divide_by=self._world.size)
         self._precision.unscale(self._optimizer)
         norm = self._norm(parameters)
-        finite = bool(torch.isfinite(norm))
-        clean = self._peaks.all_finite() if self._wrapper is not None else finite
+        own = torch.isfinite(norm) if self._wrapper is None else self._peaks.all_finite(norm.device)
+        results = torch.stack((norm.double(), own.double(), self._expert_peaks.all_finite(norm.device).double()))
+        grad_norm, clean, experts_clean = results.tolist()  # the one host sync of a step
+        finite = math.isfinite(grad_norm)
         if finite:
             if self._clip_norm > 0:
                 nn.utils.clip_grads_with_norm_(parameters, self._clip_norm, norm)
@@ -123,7 +126,7 @@ class DdpEngine:
             self._optimizer.step()
         self._precision.after_step(finite)
         self._optimizer.zero_grad(set_to_none=True)
-        return StepOutcome(float(norm), finite, clean, self._expert_peaks.all_finite())
+        return StepOutcome(grad_norm, finite, bool(clean), bool(experts_clean))
 
     def _norm(self, parameters: list[nn.Parameter]) -> Tensor:
         """2-norm of the whole model's gradient, 0-dim, the same on all ranks; not finite if any gradient is not."""

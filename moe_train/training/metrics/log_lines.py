@@ -45,7 +45,7 @@ class MetricSums:
         for layer, statistics in dict(logging.get(ROUTING, {})).items():
             named |= {f"{ROUTING}/{layer}/{name}": getattr(statistics, name) for name in _FIELDS}
             named |= {f"{ROUTING}/{layer}/extra.{name}": value for name, value in statistics.extra.items()}
-        tensors = [torch.as_tensor(named[name], device=device).detach() for name in sorted(named)]
+        tensors = [_on_device(named[name], device) for name in sorted(named)]
         layout = tuple((name, tuple(t.shape)) for name, t in zip(sorted(named), tensors, strict=True))
         flat = [t.reshape(-1).double() for t in tensors]
         return cls(layout, torch.cat(flat) if flat else torch.zeros(0, dtype=torch.float64, device=device))
@@ -100,10 +100,10 @@ class MetricSums:
         return {"layout": [[name, list(shape)] for name, shape in self.layout], "values": self.values.tolist()}
 
     @classmethod
-    def from_json(cls, content: Mapping[str, Any], device: torch.device) -> MetricSums:
-        """The inverse of :meth:`to_json`."""
+    def from_json(cls, content: Mapping[str, Any]) -> MetricSums:
+        """The inverse of :meth:`to_json`, in the host's memory."""
         layout = tuple((str(name), tuple(int(n) for n in shape)) for name, shape in content["layout"])
-        return cls(layout, torch.tensor(content["values"], dtype=torch.float64, device=device))
+        return cls(layout, torch.tensor(content["values"], dtype=torch.float64, device="cpu"))
 
 
 def total(parts: Sequence[MetricSums]) -> MetricSums:
@@ -111,8 +111,15 @@ def total(parts: Sequence[MetricSums]) -> MetricSums:
     return functools.reduce(operator.add, parts)
 
 
+def _on_device(value: Any, device: torch.device) -> Tensor:
+    """A number or a tensor as a tensor, without waiting for the device, as torch.tensor would."""
+    if isinstance(value, (int, float)):
+        return torch.full((), value, dtype=torch.float64, device=device)
+    return torch.as_tensor(value, device=device).detach()
+
+
 class MetricInterval:
-    """Metrics of the world since the last line of train.jsonl."""
+    """Metrics of the world since the last line of train.jsonl, in the host's memory."""
 
     def __init__(self) -> None:
         self._sums: MetricSums | None = None
@@ -164,11 +171,11 @@ class MetricInterval:
         return {"sums": self._sums.to_json(), "norms": self._norms, "traffic": self._traffic.numbers()}
 
     @classmethod
-    def from_json(cls, content: Mapping[str, Any], device: torch.device) -> MetricInterval:
+    def from_json(cls, content: Mapping[str, Any]) -> MetricInterval:
         """The inverse of :meth:`to_json`."""
         interval = cls()
         if content:
-            interval._sums = MetricSums.from_json(content["sums"], device)
+            interval._sums = MetricSums.from_json(content["sums"])
             interval._norms = [float(n) for n in content["norms"]]
             interval._traffic += TrafficCounters.of_numbers(content.get("traffic", interval._traffic.numbers()))
         return interval

@@ -153,7 +153,7 @@ def test_counters_travel_as_numbers() -> None:
     numbers = one.numbers()
     assert len(numbers) == 13 and TrafficCounters.of_numbers(numbers).dropped == 7
     assert TrafficCounters.of_numbers([float(n) for n in numbers]).as_dict() == one.as_dict()
-    both = one + TrafficCounters.of_numbers(one.take())
+    both = one + TrafficCounters.of_numbers(one.take(torch.device("cpu")).tolist())
     assert both.as_dict()["across"] == {
         "dispatched_rows": 3,
         "returned_rows": 0,
