@@ -93,6 +93,11 @@ def note(text: str) -> None:
         print(f"note: {for_terminal(text)}", file=sys.stderr, flush=True)
 
 
+def first_line(error: object) -> str:
+    """The first line of an error's text; the error's type if it has no text."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """The remedy that suggests similar names, or lists all choices if none is similar."""
     known = sorted(choices)

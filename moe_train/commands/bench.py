@@ -35,7 +35,7 @@ from moe_train.commands.cli.messages import INTERRUPTED, print_error, print_inte
 from moe_train.config import ModelConfig, build
 from moe_train.config.paths import configs_directory
 from moe_train.console import lossy_streams, require_output
-from moe_train.errors import UserError
+from moe_train.errors import ConfigError, UserError
 from moe_train.kernels.cpu.amx_mlp import is_supported
 from moe_train.kernels.cpu.cpu_info import processor_vendor
 from moe_train.launch.job.env import requested_threads
@@ -150,12 +150,16 @@ def _report(given: argparse.Namespace, title: str, lines: Lines, notes: Sequence
         "threads": given.threads,
     }
     content = json.dumps({**about, "rows": [dataclasses.asdict(row) for row in rows]}, indent=2) + "\n"
-    if given.json:
-        replace_text(given.json, content)
-    if given.out:
-        given.out.mkdir(parents=True, exist_ok=True)
-        replace_text(given.out / f"{given.what}.json", content)
-        replace_text(given.out / f"{given.what}.md", markdown(title, lines, notes, about))
+    try:
+        if given.json:
+            replace_text(given.json, content)
+        if given.out:
+            given.out.mkdir(parents=True, exist_ok=True)
+            replace_text(given.out / f"{given.what}.json", content)
+            replace_text(given.out / f"{given.what}.md", markdown(title, lines, notes, about))
+    except OSError as error:
+        where = str(error.filename or given.json or given.out)
+        raise ConfigError(f"the results cannot be written ({error.strerror})", where) from error
 
 
 def _tracked(plan: Sequence[Any]) -> Iterable[Any]:

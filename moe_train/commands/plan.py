@@ -10,6 +10,7 @@ from typing import Any
 
 from moe_train.commands.cli.app import run_app
 from moe_train.commands.cli.hydra_job import group_choices, overrides
+from moe_train.errors import ConfigError
 from moe_train.plugins import user_dir
 
 
@@ -36,7 +37,10 @@ def run(mapping: Mapping[str, Any]) -> None:
     print_plan(plan, Screen())
     print(for_terminal(f"\nTo train it (DIR: a folder of moe-prepare):\n{train_command(plan, words)}"))
     if config.json:
-        replace_text(Path(config.json), content + "\n")
+        try:
+            replace_text(Path(config.json), content + "\n")
+        except OSError as error:
+            raise ConfigError(f"the plan cannot be written ({error.strerror})", f"json={config.json}") from error
 
 
 def main() -> None:

@@ -149,9 +149,12 @@ def choose_directions(run: OpenedRun, split: str, wanted: Sequence[str]) -> list
             raise DataError(f"the split '{split}' has no direction '{name}'", where, offer_direction(name, known))
     chosen = sorted(set(wanted)) or default_directions(run, split)
     if not chosen:
-        remedy = (
-            f"it has: {', '.join(known)}; name them with 'directions=[…]'" if known else "prepare data with that split"
-        )
+        if known:
+            remedy = f"it has: {', '.join(known)}; name them with 'directions=[…]'"
+        elif run.folder.checkpoints.is_dir():
+            remedy = "prepare data with that split"
+        else:
+            remedy = "an export has no held-out text: give a prepared data folder, data=FOLDER"
         raise DataError(f"the split '{split}' has none of the trained directions", str(run.data.path), remedy)
     return chosen
 
@@ -274,6 +277,7 @@ def _settings(run: OpenedRun, config: EvaluateConfig) -> dict[str, Any]:
         "search": asdict(config.search),
         # Absent where it is the default: results of earlier versions do not have this key.
         **({} if config.tokenizer == AUTO else {"tokenizer": config.tokenizer}),
+        **({"data_verify": "never"} if config.data_verify == "never" else {}),
         **asdict(run.inference),
     }
 

@@ -13,7 +13,7 @@ import torch
 from moe_train.config import RunConfig
 from moe_train.config.evaluation import Inference
 from moe_train.config.run import DataVerify
-from moe_train.errors import CheckpointError, ConfigError, DataError, LaunchError, located
+from moe_train.errors import CheckpointError, ConfigError, DataError, LaunchError, first_line, located
 from moe_train.parallel.layout import ExpertLayout
 from moe_train.routing.inference_overrides import changed, check_draw_seed, evaluation_values
 from moe_train.tasks import build_task, open_data
@@ -153,11 +153,12 @@ def open_run(
     if not is_verified:
         main = world is None or world.main
         verify_data(opened, task, verify, world, training=False)
-        _check_size(config, opened, checkpoint, folder)
         known = RunData.of_run(folder, (opened, task), keep=main)
-        known.check_vocabulary(task, folder.path)
-        if data is None:
+        known.check_vocabulary(task, folder.path)  # before the sizes, which differ for that reason
+        _check_size(config, opened, checkpoint, folder)
+        if data is None or opened.fingerprint == folder.content["data_fingerprint"]:
             check_input_files(folder, opened, verify, keep=False)
+        if data is None:
             note_changed_folder(folder, opened, main)
         trained = known.trained
     trained = trained or task.directions
@@ -178,7 +179,7 @@ def _check_size(config: RunConfig, data: Any, checkpoint: Path, folder: RunFolde
             with torch.device("meta"):
                 model = build_task(config, data).build_model()
         except (ArithmeticError, MemoryError, RuntimeError, TypeError, ValueError) as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
+            reason = first_line(error)[:200]
             raise CheckpointError(f"no model can be built from it ({reason})") from error
         check_model(checkpoint, model)
 

@@ -90,7 +90,8 @@ def _defining_settings(text: str | bytes) -> dict[str, Any]:
     """The settings that determine the scores of a file; empty where it cannot be read or does not record them."""
     try:
         settings = json.loads(text)["settings"]
-        return {name: settings[name] for name in _SETTINGS}
+        unverified = settings.get("data_verify") == "never"
+        return {name: settings[name] for name in _SETTINGS} | {"unverified": unverified}
     except (ValueError, KeyError, TypeError, RecursionError):
         return {}
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from moe_train.config import LaunchConfig
 from moe_train.console import check_streams
-from moe_train.errors import LaunchError
+from moe_train.errors import LaunchError, first_line
 from moe_train.launch.job.devices import agree_on_devices, device_of_rank
 from moe_train.launch.job.env import (
     agent_holds_store,
@@ -139,7 +139,7 @@ def _join(config: LaunchConfig, device: torch.device) -> None:
         if str(error).startswith("Timeout waiting for key"):  # of a FileStore
             raise _peers_not_found(error) from error
         raise LaunchError(
-            f"the processes found each other but cannot connect ({str(error).splitlines()[0]})",
+            f"the processes found each other but cannot connect ({first_line(error)})",
             f"GLOO_SOCKET_IFNAME={os.environ.get('GLOO_SOCKET_IFNAME', '')}",
             "name the interface that reaches the other hosts: GLOO_SOCKET_IFNAME, with GPUs NCCL_SOCKET_IFNAME too",
         ) from error
@@ -147,7 +147,7 @@ def _join(config: LaunchConfig, device: torch.device) -> None:
 
 
 def _peers_not_found(error: Exception) -> LaunchError:
-    reason = f"the other processes cannot be reached ({str(error).splitlines()[0]})"
+    reason = f"the other processes cannot be reached ({first_line(error)})"
     if has_our_parent():
         return LaunchError(reason, str(job_folder()), "look into logs/rank_N.log of the run folder")
     address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"

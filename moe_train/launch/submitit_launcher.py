@@ -22,7 +22,7 @@ from hydra_plugins.hydra_submitit_launcher.config import BaseQueueConf
 from hydra_plugins.hydra_submitit_launcher.submitit_launcher import BaseSubmititLauncher
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from moe_train.errors import LaunchError
+from moe_train.errors import LaunchError, first_line
 from moe_train.launch.hydra_store import forget_foreign_schemas
 from moe_train.launch.job.failures import write_failure
 from moe_train.launch.slurm import check_slurm
@@ -226,4 +226,4 @@ def _write_failure(job: SweepJob, submitted: Any, since: float) -> None:
 def _outcome(result: JobReturn) -> str:
     if result.status == JobStatus.COMPLETED:
         return f"done, {result.return_value}"
-    return f"failed: {str(result._return_value).splitlines()[0]}"  # the property of that name raises it
+    return f"failed: {first_line(result._return_value)}"  # the property of that name raises it

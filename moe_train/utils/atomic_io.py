@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import uuid
 from pathlib import Path
 
@@ -16,13 +17,21 @@ def write_synced(path: Path, text: str) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Replaces a text file atomically: readers see the old or the new content.
+    """Replaces a text file atomically: readers see the old or the new content. Its permissions stay.
 
-    Several processes may write at the same time: the last one wins.
+    Several processes may write at the same time: the last one wins. The target of a link is replaced, not the link.
+    Devices and pipes are written to.
     """
+    path = path.resolve() if path.is_symlink() else path
+    former = path.stat() if path.exists() else None
+    if former is not None and not stat.S_ISREG(former.st_mode):
+        path.write_text(text, encoding="utf-8", errors="backslashreplace")
+        return
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.partial")
     try:
         write_synced(partial, text)
+        if former is not None:
+            partial.chmod(stat.S_IMODE(former.st_mode))
         os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from moe_train.commands.cli.app import plain
@@ -43,9 +45,44 @@ def test_what_exists_passes(words: list[str]) -> None:
     check_overrides("train", words)
 
 
+def test_schemas_that_a_plug_in_has_imported_are_not_ours() -> None:
+    """A module of user_dir may import fairseq after the command has started, with a task/translation of its own."""
+    for group, name in (("task", "translation"), ("optimizer", "adam")):
+        ConfigStore.instance().store(group=group, name=name, node={"left_pad": True})
+    check_overrides("train", ["task=translation", "data=x"])
+    assert "task" not in ConfigStore.instance().repo
+
+
+def test_a_folder_alone_is_offered_with_its_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs").mkdir()
+    with pytest.raises(ConfigError, match="Did you mean 'run=outputs' or 'data=outputs'"):
+        check_overrides("evaluate", ["outputs"])
+    with pytest.raises(ConfigError, match="Write key=value"):
+        check_overrides("evaluate", ["output"])
+
+
+def test_values_with_characters_that_hydra_reads_only_in_quotes_are_quoted() -> None:
+    for word, value in (("data=/home/jürgen/a b", "/home/jürgen/a b"), ("data=it's/ü", "it's/ü"), ("run=ü", "ü")):
+        (found,) = check_overrides("train", [word])
+        assert OverridesParser.create().parse_override(found).value() == value
+    for word in ("task.directions=[ü]", "training.optimizer={ü: 1}"):
+        with pytest.raises(ConfigError, match="token recognition error"):
+            check_overrides("train", [word])
+
+
+@pytest.mark.parametrize("words", [["seed=range(1,10000000000)"], ["seed=range(0,200)", "data_verify=range(0,99)"]])
+def test_a_sweep_without_end_is_refused(words: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"the sweep has [\d,]{6,} jobs with it\. Choose values for 1 to 10,000 jobs"):
+        check_overrides("train", ["routing=switch", *words], multirun=True)
+
+
 @pytest.mark.parametrize(
     ("word", "message"),
     [
+        ("model=null", "'model' must be one of its options, not null"),
+        ("routing=null", "'routing' must be one of its options, not null"),
+        ("seed=range(1,0)", r"seed=range\(1,0\): the sweep has 0 jobs"),
         ("training.max_update=3", r"unknown key 'training\.max_update'.*'training\.max_updates'"),
         ("max_updates=3", r"unknown key 'max_updates'.*'training\.max_updates'"),
         ("trainig.seed=3", "unknown key 'trainig.seed'"),

@@ -13,6 +13,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from moe_train.commands.cli.overrides import check_overrides
+from moe_train.commands.plan import main
 from moe_train.config import RunConfig, build
 from moe_train.errors import ConfigError
 from moe_train.launch.hydra_store import forget_foreign_schemas
@@ -91,6 +92,15 @@ def test_help_names_the_cluster_that_it_takes(tmp_path: Path) -> None:
 def test_a_mistake_is_one_message(tmp_path: Path) -> None:
     done = moe_plan("layout.worlds=64", cwd=tmp_path)
     assert done.returncode == 2 and "layout.world" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_file_that_cannot_be_written_is_one_message(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["moe-plan", "layout.world=1", "json=/"])
+    with pytest.raises(SystemExit) as raised:
+        main()
+    assert raised.value.code == 2 and "json=/: the plan cannot be written (" in capsys.readouterr().err
 
 
 def test_a_group_of_another_command_is_refused() -> None:

@@ -75,6 +75,19 @@ def test_another_vocabulary_of_equal_size_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_vocabulary_of_another_size_is_said_to_be_another(run: Path, tmp_path: Path) -> None:
+    corpus = write_corpus(tmp_path / "corpus", targets=("de",), train=40, valid=3, test=3)
+    keys = {"name": "text", "path": str(corpus)}
+    small = prepare(build(PrepareConfig, {"out": str(tmp_path / "data"), "corpus": keys, "vocabulary": {"size": 310}}))
+    with pytest.raises(DataError, match=r"another vocabulary than .* trained with"):
+        open_run(run, data=small.path)
+
+
+def test_an_export_without_a_data_folder_asks_for_one(exported: Path) -> None:
+    with pytest.raises(DataError, match="An export has no held-out text: give a prepared data folder, data=FOLDER"):
+        evaluate(EvaluateConfig(str(exported), search=SEARCH))
+
+
 def test_a_dictionary_in_another_order_is_refused(run: Path, tiny_data: DataFolder, tmp_path: Path) -> None:
     """Whatever is not compared with the manifest: pieces have other numbers there."""
     copy = Path(shutil.copytree(tiny_data.path, tmp_path / "data"))

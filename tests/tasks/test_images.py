@@ -193,7 +193,12 @@ def test_an_image_altered_after_training_is_refused(tmp_path: Path) -> None:
     victim.write_bytes(bytes(content))
     with pytest.raises(DataError, match=r"cat/1\.png: the file was altered since .*run was trained on it"):
         evaluate_task(EvaluateConfig(str(tmp_path / "run")))
+    copy = shutil.copytree(tmp_path / "input", tmp_path / "copy")
+    with pytest.raises(DataError, match=r"copy/test/cat/1\.png: the file was altered since"):
+        evaluate_task(EvaluateConfig(str(tmp_path / "run"), data=str(copy)))
+    verified = (tmp_path / "run" / "test.json").read_bytes()
     evaluate_task(EvaluateConfig(str(tmp_path / "run"), data_verify="never"))
+    assert verified in [path.read_bytes() for path in (tmp_path / "run").glob("test?*.json")]
     code, said = here([*words, "training.max_updates=2"], tmp_path)
     assert code == 2 and "cat/1.png: the file was altered since" in " ".join(said.split()), said
 

@@ -31,7 +31,7 @@ from moe_train.commands.cli.overrides import check_launcher, check_overrides
 from moe_train.commands.cli.sweep_errors import KNOWN, SweepErrors, run_sweep
 from moe_train.config.paths import configs_directory
 from moe_train.console import lossy_streams, require_output
-from moe_train.errors import ConfigError, UserError
+from moe_train.errors import ConfigError, UserError, first_line
 from moe_train.launch.elastic import folder_overrides, note_folder
 from moe_train.launch.hydra_store import forget_foreign_schemas
 from moe_train.launch.job.env import check_environment, launched_rank, local_rank, under_launcher
@@ -85,7 +85,6 @@ def _run(config_name: str, callback: Callback) -> None:
         callback: called with the composed config as nested dicts and lists; its result is the job's, which a sweeper
             may minimise.
     """
-    forget_foreign_schemas()
     arguments = _parse(sys.argv[1:])
     config_name = arguments.config_name or config_name
     typed, given = sys.argv, arguments.overrides
@@ -144,9 +143,10 @@ def plain(config: DictConfig) -> dict[str, Any]:
         content = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except MissingMandatoryValue as error:
         key = str(error.full_key or error.key)
-        raise ConfigError(f"the key '{key}' has no value", remedy=f"set {key}=…") from None
+        remedy = f"set {key}=…; --help explains the keys"
+        raise ConfigError(f"the key '{key}' has no value", remedy=remedy) from None
     except OmegaConfBaseException as error:
-        raise ConfigError(str(error).splitlines()[0], str(error.full_key or "")) from None
+        raise ConfigError(first_line(error), str(error.full_key or "")) from None
     assert isinstance(content, dict)
     if (named := content.pop("user_dir", user_dir())) != user_dir():
         raise ConfigError(

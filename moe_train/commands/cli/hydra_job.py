@@ -16,6 +16,7 @@ from hydra.types import RunMode
 
 from moe_train.config.paths import configs_directory
 from moe_train.errors import ConfigError
+from moe_train.launch.hydra_store import forget_foreign_schemas
 
 
 @contextmanager
@@ -31,6 +32,7 @@ def composing(config_dir: str | None = None) -> Iterator[ConfigLoaderImpl]:
     if config_dir is not None and not os.path.isdir(config_dir):
         raise ConfigError("the folder does not exist", f"--config-dir {config_dir}", "correct the path")
     with initialize_config_dir(str(configs_directory()), version_base="1.3"):
+        forget_foreign_schemas()  # of fairseq, which a module of user_dir may import, and of Hydra's plugins
         loader = GlobalHydra.instance().config_loader()
         assert isinstance(loader, ConfigLoaderImpl)
         if config_dir is not None:

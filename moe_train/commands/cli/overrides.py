@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import math
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
@@ -13,15 +15,16 @@ from hydra import compose
 from hydra._internal.config_repository import IConfigRepository
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import ChoiceSweep, Override, RangeSweep
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from moe_train.commands.cli.hydra_job import composing
-from moe_train.errors import ConfigError, MissingDependency, did_you_mean, spelt_out
+from moe_train.errors import ConfigError, MissingDependency, did_you_mean, first_line, spelt_out
 from moe_train.launch.slurm import check_slurm
 
 _NOTHING = "<nothing>"
+_MOST_JOBS = 10_000
 RUN, RUN_FOLDER, SWEEP_FOLDER = "run", "hydra.run.dir", "hydra.sweep.dir"
 # Names of the output folder in other programs.
 _FOLDERS = ("dir", "folder", "log_dir", "logdir", "out", "output", "output_dir", "run_dir", "rundir", "save_dir")
@@ -52,7 +55,9 @@ def check_overrides(
         if makes_folder:
             sweeps = multirun or "hydra.mode=MULTIRUN" in overrides
             overrides = [_full_name(word, SWEEP_FOLDER if sweeps else RUN_FOLDER) for word in overrides]
+        overrides = [_quoted_if_needed(word) for word in overrides]
         parsed = _parse(overrides)
+        _check_sweep(parsed)
         groups = {group: options for group, options in _groups(loader.repository) if group in own or "/" in group}
         grouped = [override for override in parsed if override.key_or_group in groups]
         chosen = [word for override in grouped if (word := _check_group(override, groups))]
@@ -136,8 +141,39 @@ def _composed(config_name: str, words: list[str]) -> DictConfig:
     try:
         return compose(config_name, overrides=words)
     except HydraException as error:  # such as a group that only other commands have
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise ConfigError(reason, "command line", f"see the groups and keys in configs/{config_name}.yaml") from None
+
+
+def _quoted_if_needed(word: str) -> str:
+    """The override with its value in quotes, where it has characters that Hydra reads only there (``/home/jürgen``)."""
+    key, equals, value = word.partition("=")
+    try:
+        OverridesParser.create().parse_override(word)
+    except HydraException as error:
+        if equals and first_line(error).startswith("token recognition error") and not value.startswith(tuple("'\"[{(")):
+            escaped = value.replace("'", "\\'")
+            return f"{key}='{escaped}'"
+    except ValueError:  # numbers of thousands of digits
+        pass
+    return word
+
+
+def _check_sweep(parsed: Iterable[Override]) -> None:
+    """Refuses a sweep without jobs, and one of more than ``_MOST_JOBS``."""
+    jobs = 1
+    for override in parsed:
+        match override.value() if override.is_sweep_override() else None:
+            case RangeSweep(start=start, stop=stop, step=step):
+                jobs *= max(0, math.ceil(((stop or 0) - (start or 0)) / step))
+            case ChoiceSweep(list=values):
+                jobs *= len(values)
+        if not 0 < jobs <= _MOST_JOBS:
+            raise ConfigError(
+                f"the sweep has {jobs:,} jobs with it",
+                override.input_line or "",
+                f"choose values for 1 to {_MOST_JOBS:,} jobs",
+            )
 
 
 def _parse(overrides: Sequence[str]) -> list[Override]:
@@ -147,11 +183,12 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
         try:
             parsed.append(parser.parse_override(word))
         except (HydraException, ValueError) as error:  # ValueError: numbers of thousands of digits
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
+            remedy = "write key=value, and quote values with special characters"
+            if "=" not in word and os.path.isdir(word):
+                remedy = f"did you mean '{RUN}={word}' or 'data={word}'? {remedy}"
             raise ConfigError(
-                f"cannot read '{word if len(word) < 200 else f'{word[:200]}…'}' ({reason})",
-                "command line",
-                "write key=value, and quote values with special characters",
+                f"cannot read '{word if len(word) < 200 else f'{word[:200]}…'}' ({reason})", "command line", remedy
             ) from None
     return [override for override in parsed if not _is_hydras(override.key_or_group)]
 
@@ -174,6 +211,8 @@ def _check_group(override: Override, groups: Mapping[str, list[str]]) -> str | N
     group, options = override.key_or_group, groups[override.key_or_group]
     if override.is_delete():
         return None
+    if override.value() is None:
+        raise ConfigError(f"'{group}' must be one of its options, not null", remedy=did_you_mean(group, options))
     values = [str(value) for value in _values(override) if value is not None]
     for value in values:
         if value not in options:

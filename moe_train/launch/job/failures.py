@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from moe_train.errors import UserError
+from moe_train.errors import UserError, first_line
 from moe_train.launch.job.env import JOB
 from moe_train.safe_text import for_terminal
 
@@ -196,7 +196,7 @@ def is_secondary_error(error: BaseException) -> bool:
 
 def connection_failure(rank: int, error: BaseException) -> Failure:
     """The failure of a rank that has lost the connection to another one, which has reported no cause."""
-    message = str(error).splitlines()[0]
+    message = first_line(error)
     if "Timed out" in message or "Timeout" in message:
         what = f"a collective did not end in time ({message})"
     else:

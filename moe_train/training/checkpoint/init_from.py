@@ -39,7 +39,11 @@ def initialise_from(model: TrainableModel, source: str, world: World | None = No
     elif part:
         load_part(path, model, part)
     else:
-        load_model(path, model)
+        try:
+            load_model(path, model)
+        except CheckpointError as error:
+            remedy = "give the model and routing that it was trained with, or start a sparse model from a dense run"
+            raise CheckpointError(error.what, error.where, remedy) from None
     return path
 
 

@@ -34,7 +34,7 @@ LOG = logging.getLogger("moe_train")
 _INFO_KINDS: Mapping[str, type] = {"status": str, "update": int, "sessions": list}
 # Keys that may differ between the sessions of one run: they change where it runs, how long, and what it keeps.
 FREE = ("launch", "layout", "engine", "resume", "search", "data", "data_verify", "evaluate")
-FREE_TRAINING = ("max_updates", "threads", "checkpoint", "schedule.extend", "loggers")
+FREE_TRAINING = ("max_updates", "threads", "checkpoint", "schedule.extend", "loggers", "log_every")
 
 
 @dataclass(frozen=True)
@@ -215,8 +215,11 @@ class RunFolder:
                 "set these keys as they were, or choose another hydra.run.dir=…",
             )
         if before["data_fingerprint"] != data_fingerprint:
+            trained_on = before["config"].get("data")
+            moved = f"data={trained_on} then, {config.data} now, with another manifest"
             raise ConfigError(
-                "the folder holds a run on other data: the data folder's manifest has changed since",
+                "the folder holds a run on other data: "
+                + ("the data folder's manifest has changed since" if trained_on == config.data else moved),
                 str(self.path),
                 "give the data folder that the run began with, or choose another hydra.run.dir=…",
             )

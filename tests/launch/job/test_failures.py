@@ -33,6 +33,10 @@ def test_memory_is_told_from_other_errors() -> None:
     assert "training.recompute=true" in text.splitlines()[-1] and "engine=deepspeed" in text.splitlines()[-1]
 
 
+def test_an_error_without_text_is_named_by_its_type() -> None:
+    assert "connection to another rank broke (RuntimeError)" in connection_failure(0, RuntimeError("")).text()
+
+
 def test_the_remedy_stands_last_however_long_the_trace(tmp_path: Path) -> None:
     killed = read_failure(tmp_path / "none", 2, -9, 1.0)
     assert killed.killed and str(WorkerError(killed, None)).startswith("rank 2 failed first: it was killed by SIGKILL")

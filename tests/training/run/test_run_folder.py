@@ -70,7 +70,10 @@ def test_another_choice_is_named_before_all_else_and_without_its_keys(begun: Run
 
 
 def test_other_data_is_refused(begun: RunFolder) -> None:
-    with pytest.raises(ConfigError, match="other data"):
+    elsewhere = dataclasses.replace(toy_config(), data="elsewhere")
+    with pytest.raises(ConfigError, match=f"other data: data={toy_config().data} then, elsewhere now"):
+        begun.check(elsewhere, "xyz")
+    with pytest.raises(ConfigError, match="other data: the data folder's manifest has changed since"):
         begun.check(toy_config(), "other")
 
 
