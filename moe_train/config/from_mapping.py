@@ -6,16 +6,19 @@ Independent of Hydra, so that a checkpoint's ``config.json`` and tests use the s
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, Union, get_args, get_origin
 
 from moe_train.config import check
 from moe_train.errors import ConfigError, did_you_mean
 
 T = TypeVar("T")
+# It compiles each annotation, at each call.
+_type_hints: Callable[[Any], dict[str, Any]] = functools.cache(typing.get_type_hints)
 
 
 def build(cls: type[T], mapping: Mapping[str, Any], where: str = "") -> T:
@@ -33,7 +36,7 @@ def build(cls: type[T], mapping: Mapping[str, Any], where: str = "") -> T:
     """
     cls = getattr(cls, "variant", lambda _: cls)(mapping)
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
-    hints = typing.get_type_hints(cls)
+    hints = _type_hints(cls)
     for key in mapping:
         if key not in fields:
             below = [_join(where, name) for name in _below(hints, str(key))]
@@ -55,7 +58,7 @@ def without_unknown(cls: type, mapping: Mapping[str, Any], where: str = "") -> t
     For configs recorded by other versions: :func:`build` rejects keys that were removed.
     """
     cls = getattr(cls, "variant", lambda _: cls)(mapping)
-    hints = typing.get_type_hints(cls)
+    hints = _type_hints(cls)
     fields = {field.name for field in dataclasses.fields(cls) if field.init}
     known: dict[str, Any] = {}
     unknown: list[str] = []
@@ -89,7 +92,7 @@ def _below(hints: Mapping[str, Any], key: str, prefix: str = "") -> list[str]:
     found = []
     for name, hint in hints.items():
         if dataclasses.is_dataclass(hint):
-            nested = typing.get_type_hints(hint)
+            nested = _type_hints(hint)
             found += [f"{prefix}{name}.{key}"] if key in nested else _below(nested, key, f"{prefix}{name}.")
     return found
 
