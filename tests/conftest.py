@@ -61,26 +61,34 @@ def pytest_runtestloop(session: pytest.Session) -> Generator[None, object, objec
     return result
 
 
-# Files of half a minute or more, longest first: one begun last would keep a worker busy while the other idles.
+# Files of 20 seconds or more, longest first: one begun last would keep a worker busy while the other idles. Those that
+# mostly wait (Slurm, the watchdog) come early, so that they have the other worker's computing beside them.
 LONGEST = (
     "test_mutated_inputs.py",
+    "slurm/test_train.py",
+    "training/test_deepspeed.py",
+    "commands/test_train.py",
     "launch/watchdog/test_watchdog.py",
     "training/test_parity.py",
-    "slurm/test_train.py",
-    "commands/test_train.py",
-    "test_fairseq_checkpoints.py",
-    "tasks/test_lm.py",
-    "training/test_deepspeed.py",
-    "evaluation/test_variants.py",
-    "test_plugins.py",
-    "kernels/cpu/test_grad_pool.py",
+    "test_code_style.py",
     "test_fairseq_compat.py",
     "evaluation/test_evaluate_split.py",
-    "training/test_exact_resume.py",
+    "test_fairseq_checkpoints.py",
+    "commands/test_sweeps.py",
+    "tasks/test_lm.py",
+    "test_plugins.py",
+    "evaluation/test_variants.py",
     "training/test_resume_layouts.py",
     "test_docs.py",
-    "commands/test_sweeps.py",
-    "test_code_style.py",
+    "kernels/cpu/test_grad_pool.py",
+    "launch/test_local.py",
+    "slurm/test_sweeps.py",
+    "training/test_capacity_groups.py",
+    "training/test_parity_engines.py",
+    "training/test_exact_resume.py",
+    "training/test_asynchronous.py",
+    "commands/test_translate.py",
+    "test_fine_tuning.py",
 )
 
 
