@@ -285,6 +285,7 @@ def test_user_dir_is_imported_by_the_command_and_by_no_file(
 
 
 @pytest.mark.processes
+@pytest.mark.warm_start
 def test_user_dir_reaches_every_process_of_a_command(mine: Path, tmp_path: Path) -> None:
     """Ranks, and the processes that decode."""
     command = [sys.executable, "-m", "moe_train.commands.train", *SMALL, "routing=mine", f"user_dir={mine.name}"]

@@ -1,9 +1,10 @@
 """Starts processes of moe_train by forking one that has imported torch, fairseq and the package already.
 
 These imports take four to five CPU seconds a process. While :class:`WarmStart` is enabled, ``subprocess.Popen`` of
-``[sys.executable, "-m", MODULE, …]`` with a MODULE of ``FORKED``, and a process of multiprocessing's method "spawn", is
-a fork: a child of the caller with the arguments, environment, working directory, streams, session, signal mask and
-exit code that it would have had. The processes that it starts in these ways are forks too.
+``[sys.executable, "-m", MODULE, …]`` with a MODULE of ``FORKED``, of ``[sys.executable, "-c", PROGRAM, …]``, and a
+process of multiprocessing's method "spawn", is a fork: a child of the caller with the arguments, environment, working
+directory, streams, session, signal mask and exit code that it would have had. The processes that it starts in these
+ways are forks too.
 
 A process starts a new interpreter, as without this file, where something differs that only the start of an interpreter
 reads: environment variables of ``FIXED``, resource limits, the user, the processors; and with ``preexec_fn``,
@@ -17,6 +18,7 @@ from the start. At least one test of each command keeps a new interpreter.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import fcntl
 import gc
@@ -36,6 +38,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -50,10 +53,11 @@ FORKED = tuple(
     f"moe_train.{name}"
     for name in (
         *("launch.worker", "commands.train", "commands.evaluate", "commands.translate", "commands.export"),
-        *("commands.bench", "commands.fairseq"),
+        *("commands.bench", "commands.fairseq", "commands.plan"),
     )
 )  # other commands do without torch, or are quick to start
 FIXED = ("PYTHON", "LC_", "LANG", "LD_", "OMP_", "MKL_", "OPENBLAS_", "KMP_", "MALLOC_", "CUDA_", "COVERAGE", "COV_")
+CUDA_DEVICES = "CUDA_VISIBLE_DEVICES"  # read when CUDA is first used, which an import does not
 _LIMITS = (resource.RLIMIT_FSIZE, resource.RLIMIT_NOFILE, resource.RLIMIT_AS, resource.RLIMIT_DATA)
 _SUBREAPER, _PARENT_DEATH = 36, 1
 _LENGTH = struct.Struct("i")
@@ -98,15 +102,16 @@ class WarmStart:
         usual = not any(given[name] for name in ("preexec_fn", "pass_fds", "shell", "gid", "gids", "uid"))
         usual = usual and given["gid"] is None and given["uid"] is None and given["umask"] < 0
         usual = usual and given["close_fds"] and given["process_group"] == -1
-        usual = usual and given["executable"] in (None, sys.executable) and isinstance(words, list)
-        if not usual or not _module([os.fsdecode(word) for word in words]):
+        usual = usual and given["executable"] in (None, sys.executable) and isinstance(words, list | tuple)
+        texts = [os.fsdecode(word) for word in words] if usual else []
+        if not texts or not (_module(texts) or _code(texts)):
             return False
         folder = os.fsdecode(given["cwd"] or os.getcwd())
         return os.path.isdir(folder) and _facts(environment) == self._facts
 
     def _spawn(self, path: bytes, words: Sequence[Any], descriptors: Sequence[int]) -> int:
         texts = [os.fsdecode(word) for word in words]
-        if not (self.enabled and _code(texts) and _facts(os.environ) == self._facts):
+        if not (self.enabled and _code(texts).startswith(_SPAWNED) and _facts(os.environ) == self._facts):
             return self._spawn_cold(path, words, descriptors)
         sys.audit("os.posix_spawn", path, words, None)
         return self._ask(texts, os.environ, None, False, [0, 1, 2], [int(number) for number in descriptors])
@@ -137,6 +142,7 @@ class WarmStart:
                 _prctl(_SUBREAPER, 0)
 
 
+_SPAWNED = "from multiprocessing.spawn import"  # how a program of multiprocessing's method "spawn" begins
 _PIPES = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
 
 
@@ -150,15 +156,21 @@ def _module(words: list[str]) -> str:
 
 
 def _code(words: list[str]) -> str:
-    """What a process of multiprocessing's method "spawn" runs, or nothing: others of its processes are not forked."""
-    code = words[words.index("-c") + 1] if "-c" in words else ""
-    return code if words[0] == sys.executable and code.startswith("from multiprocessing.spawn import") else ""
+    """The program of ``python -c``, or nothing; multiprocessing's may have any options before it."""
+    place = words.index("-c") if "-c" in words[:-1] else 0
+    code = words[place + 1] if place and words[0] == sys.executable else ""
+    return code if code.startswith(_SPAWNED) or words[1:place] in ([], ["-u"]) else ""
+
+
+def _starts_none(words: list[str]) -> bool:
+    """Whether a process starts no process of ours."""
+    return _module(words) == "moe_train.launch.worker" or _code(words).startswith(_SPAWNED)
 
 
 def _facts(environment: Any) -> list[Any]:
     """What the start of an interpreter reads and a fork could not change."""
     names = {os.fsdecode(name): os.fsdecode(value) for name, value in environment.items()}
-    fixed = {name: value for name, value in names.items() if name.startswith(FIXED)}
+    fixed = {name: value for name, value in names.items() if name.startswith(FIXED) and name != CUDA_DEVICES}
     return [fixed, *map(resource.getrlimit, _LIMITS), os.getresuid(), os.getresgid(), os.sched_getaffinity(0)]
 
 
@@ -233,7 +245,7 @@ def _run(request: dict[str, Any], descriptors: list[int]) -> None:
         os.setsid()
     words: list[str] = request["words"]
     module, code = _module(words), _code(words)
-    if module and module != "moe_train.launch.worker":  # others start no process of ours
+    if not _starts_none(words):
         ours, theirs = socket.socketpair()
         parent = os.getpid()
         if os.fork() == 0:
@@ -253,7 +265,7 @@ def _run(request: dict[str, Any], descriptors: list[int]) -> None:
     _renew_streams(unbuffered="-u" in words[:2])
     os.environ.clear()
     os.environ.update(request["environment"])
-    if module and module != "moe_train.launch.worker":
+    if not _starts_none(words):
         warm.enabled = True
         warm.install()
     if "OMP_WAIT_POLICY" not in os.environ:
@@ -263,15 +275,34 @@ def _run(request: dict[str, Any], descriptors: list[int]) -> None:
     sys.orig_argv[:] = words
     _seed()
     signal.pthread_sigmask(signal.SIG_SETMASK, request["blocked"])
-    if code:
-        sys.argv[:] = words[words.index("-c") :]
-        del sys.argv[1]
-        exec(code, sys.modules["__main__"].__dict__)  # what ``python -c`` does
-    else:
-        sys.modules.pop(module, None)
-        sys.argv[:] = ["-m", *words[words.index("-m") + 2 :]]
-        cast(Any, runpy)._run_module_as_main(module)  # what ``python -m`` does
-    return None
+    try:
+        if code:
+            sys.argv[:] = words[words.index("-c") :]
+            del sys.argv[1]
+            exec(code, sys.modules["__main__"].__dict__)  # as ``python -c`` does
+        else:
+            sys.modules.pop(module, None)
+            sys.argv[:] = ["-m", *words[words.index("-m") + 2 :]]
+            cast(Any, runpy)._run_module_as_main(module)  # what ``python -m`` does
+    except SystemExit as left:
+        if not isinstance(left.code, int | None):
+            raise
+        _end(left.code or 0)
+        raise
+    _end(0)
+
+
+def _end(code: int) -> None:
+    """Leaves as an interpreter does, without taking its modules apart: half a CPU second after what is preloaded.
+
+    Returns, and the interpreter then does that, where a stream cannot be written.
+    """
+    cast(Any, threading)._shutdown()
+    cast(Any, atexit)._run_exitfuncs()
+    with suppress(OSError, ValueError):
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            stream.flush()
+        posix._exit(code & 255)
 
 
 def _moved(descriptor: int) -> int:

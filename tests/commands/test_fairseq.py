@@ -20,6 +20,8 @@ from moe_train.errors import ConfigError
 from moe_train.models.fairseq_arch import composed
 from moe_train.tasks.translation.fairseq_task import FairseqTranslationTask, FolderPieces
 
+pytestmark = pytest.mark.warm_start
+
 MODEL = "model=tiny model.embed_dim=32 model.ffn_dim=64 routing=switch routing.num_experts=4"
 TRAIN = [
     *("--task", "moe_translation", "--arch", "moe_transformer", "--moe-config", MODEL),
@@ -59,6 +61,7 @@ def lines(output: str, kind: str) -> dict[int, list[str]]:
 
 
 @pytest.mark.processes
+@pytest.mark.warm_start(False)
 def test_altered_data_is_refused(tiny_data: DataFolder, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(tiny_data.path, tmp_path / "data"))
     victim = copy / "train.en-de.de.bin"

@@ -18,7 +18,7 @@ from moe_train.config import RunConfig, build
 from moe_train.errors import ConfigError
 from moe_train.launch.hydra_store import forget_foreign_schemas
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.warm_start]
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -89,6 +89,7 @@ def test_help_names_the_cluster_that_it_takes(tmp_path: Path) -> None:
     assert f"The cluster is {name} unless cluster=… names another" in " ".join(done.stdout.split()), done.stderr
 
 
+@pytest.mark.warm_start(False)
 def test_a_mistake_is_one_message(tmp_path: Path) -> None:
     done = moe_plan("layout.worlds=64", cwd=tmp_path)
     assert done.returncode == 2 and "layout.world" in done.stderr and "Traceback" not in done.stderr

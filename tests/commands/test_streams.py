@@ -20,6 +20,8 @@ from tests.analysis.report_folders import trained
 from tests.evaluation.runs import make_run
 from tests.streams import opened, pipe_without_reader, standard_streams
 
+pytestmark = pytest.mark.warm_start
+
 SMALL = [
     *("model.embed_dim=32", "model.ffn_dim=64", "model.num_heads=2", "routing.num_experts=4", "training.threads=1"),
     *("training.max_updates=2", "training.tokens_per_update=600", "training.log_every=1"),

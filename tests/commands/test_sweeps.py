@@ -20,7 +20,7 @@ from moe_train.training import RunFolder
 from tests.commands.test_train import here
 from tests.slurm.runs import keys, until
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.warm_start]
 
 SHORT = ("training.max_updates=2", "training.validation.every_updates=2")
 

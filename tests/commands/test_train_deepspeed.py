@@ -13,6 +13,8 @@ from tests.training.toy_run import lines
 
 pytest.importorskip("deepspeed")
 
+pytestmark = pytest.mark.warm_start
+
 PLAIN = ["model.dropout=0", "training.max_updates=10"]
 
 

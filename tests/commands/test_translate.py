@@ -15,6 +15,8 @@ from moe_train.data.folder import DataFolder
 from tests.evaluation.runs import make_run
 from tests.streams import Terminal
 
+pytestmark = pytest.mark.warm_start
+
 COMMAND = [sys.executable, "-m", "moe_train.commands.translate"]
 SEARCH = ["search.beam=2", "search.max_length_ratio=0.5"]
 

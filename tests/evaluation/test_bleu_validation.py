@@ -25,6 +25,7 @@ def test_every_trained_direction_is_scored(alone: dict[str, Any], tiny_data: Dat
 
 
 @pytest.mark.processes
+@pytest.mark.warm_start
 @pytest.mark.parametrize("expert_parallel", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_the_same_on_two_ranks(
     alone: dict[str, Any], tiny_data: DataFolder, tmp_path: Path, expert_parallel: int

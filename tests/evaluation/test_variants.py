@@ -20,6 +20,8 @@ from moe_train.evaluation.loading import open_run
 from tests.evaluation.jobs import SEARCH
 from tests.evaluation.runs import make_run
 
+pytestmark = pytest.mark.warm_start
+
 SENTENCES, DIRECTION = 8, "de-en"
 PART = f"only-{DIRECTION}.first-{SENTENCES}"
 SCORES = f"test.{PART}.json"

@@ -10,7 +10,7 @@ import pytest
 from moe_train.config import LaunchConfig
 from moe_train.launch.local import launch
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.warm_start]
 
 
 @pytest.mark.root

@@ -59,6 +59,7 @@ def submit(cluster: Cluster, data: DataFolder, folder: Path, *options: str, more
 
 
 @pytest.mark.processes
+@pytest.mark.warm_start
 def test_sbatch_on_two_nodes_preempted(cluster: Cluster, tiny_data: DataFolder, unbroken: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     job = submit(cluster, tiny_data, folder)

@@ -11,7 +11,7 @@ from moe_train.data.folder import DataFolder
 from tests.distributed.world import Worlds
 from tests.tasks.criterion_ranks import LOSSES, WORLD, loss_collectives, work
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.warm_start]
 
 
 def test_two_processes_have_the_gradients_of_one(tiny_data: DataFolder, tmp_path: Path) -> None:

@@ -124,6 +124,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.processes
+@pytest.mark.warm_start
 def test_two_processes_end_in_the_same_files(plain: Path, tmp_path: Path) -> None:
     """One of them is asked to stop on the way; what it had begun to write is whole, and the run resumes from it."""
     path = tmp_path / "run"

@@ -12,6 +12,8 @@ from moe_train.launch.job.failures import WorkerError
 from tests.training.toy import toy_config
 from tests.training.toy_run import assert_same_bits, final_tensors, lines, start
 
+pytestmark = pytest.mark.warm_start
+
 CONFIG = toy_config(max_updates=8, log_every=1, nonfinite_limit=3, checkpoint={"every_updates": 2})
 
 

@@ -115,6 +115,7 @@ def test_a_rank_whose_words_are_taken_does_not_count_as_silent(
 
 
 @pytest.mark.processes
+@pytest.mark.warm_start
 def test_a_forged_diagnosis_under_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     """The ranks go on, and say what they have ignored."""
     monkeypatch.setenv(SECRET, "of this job alone")

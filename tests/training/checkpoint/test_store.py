@@ -345,6 +345,7 @@ def test_a_disk_that_fills(small_disk: Path) -> None:
 
 
 @pytest.mark.processes
+@pytest.mark.warm_start
 def test_a_quota_on_file_size(tmp_path: Path) -> None:
     """The same without the right to mount: the kernel refuses files beyond a limit."""
     program = """
