@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Installs if need be, then checks the checkout.
 #
-#   scripts/test.sh                       ruff, mypy and the tests that start no process: about 4 minutes on two cores
-#   scripts/test.sh --all                 everything but the slow tests, with coverage: about 20 minutes on two cores
+#   scripts/test.sh                       ruff, mypy and the tests that start no process
+#   scripts/test.sh --all                 ruff, mypy and everything but the slow tests, with coverage
 #   scripts/test.sh tests/routing -x      other arguments go to pytest
 #   scripts/test.sh -m slow               the long runs
 set -euo pipefail
@@ -17,11 +17,9 @@ export PATH="$PWD/.venv/bin:$PATH"
 export OMP_NUM_THREADS=1
 
 # Two workers, a file at a time, in the order of tests/conftest.py: more would only crowd each other's processes.
+# ruff and mypy are tests/test_code_style.py.
 workers=(--numprocesses=2 --dist=loadfile --no-loadscope-reorder)
 if (($# == 0)); then
-    ruff check .
-    ruff format --check .
-    mypy
     set -- "${workers[@]}" -m "not slow and not processes"
 elif [[ $1 == --all ]]; then
     shift

@@ -11,8 +11,6 @@ import pytest
 from moe_train.analysis.bench.bench_layer import LEAST_SKEW
 from moe_train.commands.bench import main
 
-pytestmark = pytest.mark.processes
-
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> object:

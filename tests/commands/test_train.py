@@ -172,7 +172,6 @@ def test_torchrun_asked_to_stop(number: signal.Signals, tiny_data: DataFolder, t
     assert CheckpointStore(folder / "checkpoints").resolve("last").name == f"step_{info['update']}"
 
 
-@pytest.mark.processes
 def test_a_sweep_in_one_process(tiny_data: DataFolder, tmp_path: Path) -> None:
     sweep = [f"hydra.sweep.dir={tmp_path}/sweep", "routing=dense,switch", "training.max_updates=2"]
     keys = [word for word in words(tiny_data, tmp_path)[3:] if not word.startswith(("hydra.run", "routing."))]
@@ -183,7 +182,6 @@ def test_a_sweep_in_one_process(tiny_data: DataFolder, tmp_path: Path) -> None:
         assert info["status"] == "finished" and config["routing"]["name"] == name
 
 
-@pytest.mark.processes
 def test_the_mistakes_in_a_sweep_are_told_once_each(tiny_data: DataFolder, tmp_path: Path) -> None:
     """With the jobs that they are about, and without a traceback; the report has them too."""
     sweep = [f"hydra.sweep.dir={tmp_path}/sweep", "model.num_heads=2,3", "training.clip_norm=-1,1"]
@@ -205,7 +203,6 @@ def one(tmp_path_factory: pytest.TempPathFactory, tiny_data: DataFolder) -> Path
     return path / "run"
 
 
-@pytest.mark.processes
 @pytest.mark.parametrize(
     ("changes", "messages"),
     [
@@ -252,7 +249,6 @@ def test_a_start_that_failed_leaves_nothing_that_a_report_lists(tiny_data: DataF
     assert (named / "notes").read_text() == "mine"
 
 
-@pytest.mark.processes
 def test_a_run_that_fails_after_it_began_is_reported(tiny_data: DataFolder, tmp_path: Path) -> None:
     """And so is a start in a folder with a run: its record stays."""
     keys = [*words(tiny_data, tmp_path / "run")[3:], "training.max_updates=9"]
@@ -280,7 +276,6 @@ def test_a_damaged_checkpoint_is_skipped_where_the_key_says_so(
     assert_same_bits(final_tensors(folder, "step_20"), final_tensors(two))
 
 
-@pytest.mark.processes
 def test_a_damaged_checkpoint_is_named(one: Path, tiny_data: DataFolder, tmp_path: Path) -> None:
     shard = next((one / "checkpoints" / "step_8").glob("*.safetensors"))
     whole = shard.read_bytes()

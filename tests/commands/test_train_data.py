@@ -16,8 +16,6 @@ from tests.commands.test_train import SMALL, here
 from tests.data.tiny_corpus import prepare_tiny
 from tests.evaluation.runs import make_run
 
-pytestmark = pytest.mark.processes
-
 ONE = [*SMALL, "training.max_updates=1", "training.validation.every_updates=1", "training.log_every=1"]
 
 

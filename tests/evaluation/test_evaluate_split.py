@@ -195,7 +195,6 @@ def test_sources_that_were_cut_are_named(tmp_path: Path, tiny_data: DataFolder) 
     assert "en-de, sources, lines 1 and 2: cut to the model's 10 tokens, tag and end included" in notes
 
 
-@pytest.mark.processes
 def test_results_go_where_out_says_and_elsewhere_from_a_run_that_cannot_be_written(
     tmp_path: Path, tiny_data: DataFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

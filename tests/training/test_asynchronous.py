@@ -146,7 +146,6 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         yield disk
 
 
-@pytest.mark.processes
 def test_a_disk_that_fills(small_disk: Path) -> None:
     kept = checkpoints(small_disk / "checkpoints", keep=100)
     with pytest.raises(CheckpointError, match=r"No space left on device.*is whole: the run resumes from it"):

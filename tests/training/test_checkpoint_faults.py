@@ -21,8 +21,6 @@ from tests.training.checkpoint_jobs import refused, restore
 from tests.training.toy import ToyModel
 from tests.training.toy_run import assert_same_bits, weights
 
-pytestmark = pytest.mark.processes
-
 UNREADABLE = "y" * 300  # no file system takes such a name: what points to it gives an error, not "no such file"
 
 

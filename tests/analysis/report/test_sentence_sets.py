@@ -93,7 +93,6 @@ def test_what_else_is_unlike_is_said(tmp_path: Path) -> None:
     assert differing_sets(read_runs([tmp_path / "a", tmp_path / "b", tmp_path / "old"])) == []
 
 
-@pytest.mark.processes
 def test_runs_that_cannot_be_written_are_reported_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = scored(trained(tmp_path / "runs" / "a"), 0.6, 1, ("en-de",), count=5)
     scored(trained(tmp_path / "runs" / "b"), 0.6, 2, ("en-de",), count=5)

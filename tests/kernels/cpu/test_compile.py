@@ -16,8 +16,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from moe_train.kernels.cpu import compile
 
-pytestmark = pytest.mark.processes
-
 BUILDS = shutil.which("gcc") or shutil.which("cc")
 needs_compiler = pytest.mark.skipif(not BUILDS, reason="no C compiler here")
 
