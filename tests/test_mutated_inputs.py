@@ -180,12 +180,12 @@ def of_checkpoint(file: str) -> bool:
 
 
 CASES = {
-    "a run is reported": Case("run", "run", "data", reported, 50, of_checkpoint),
+    "a run is reported": Case("run", "run", "data", reported, 58, of_checkpoint),
     "a run is evaluated": Case("run", "run", "data", evaluated, 30, of_checkpoint),
     "a run is exported": Case("run", "run", "data", exported, 20, of_checkpoint),
-    "a run is resumed": Case("unfinished", "unfinished", "data", resumed, 8, of_checkpoint),
+    "a run is resumed": Case("unfinished", "unfinished", "data", resumed, 4, of_checkpoint),
     "data is evaluated with": Case("data", "run", "data", evaluated, 60),
-    "data is resumed with": Case("data", "unfinished", "data", resumed, 8),
+    "data is resumed with": Case("data", "unfinished", "data", resumed, 4),
     "an export translates": Case("export", "export", "data", translated, 70),
     "an export is evaluated": Case("export", "export", "data", evaluated, 14),
     "images of classes": Case("classes/images", "classes/run", "classes/images", measured, 20),
