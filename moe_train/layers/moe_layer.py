@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from moe_train.layers.batch_context import BatchInfo, RoutingSettings, batch_context
-from moe_train.layers.block import RoutingRecord, start_losses
+from moe_train.layers.block import RoutingRecord
 from moe_train.layers.registry import BlockInputs, build_block
 from moe_train.layers.seeding import seeded
+from moe_train.routing.balance_losses import WorldSums
 from moe_train.routing.context import RankReduction
 from moe_train.routing.registry import routing_config
 
@@ -106,4 +108,7 @@ class MoELayer(nn.Module):
             device=x.device,
         )
         y, record = self.block(x, context)
-        return y, None if record is None else start_losses((record,), self.settings.ranks)[0]
+        if record is None:
+            return y, None
+        world = WorldSums(record.router_losses.values(), self.settings.ranks)
+        return y, dataclasses.replace(record, world=world)
