@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,14 +22,13 @@ from tests.parallel.option_jobs import as_on_a_gpu
 from tests.training.test_batch_path import CONFIG, DATA
 
 MODEL = {**CONFIG["model"], "encoder_layers": 2, "decoder_layers": 2}
-ROUTINGS: dict[str, dict[str, Any]] = {
-    "dense": {"name": "dense"},
-    "switch": {"name": "switch", "num_experts": 2, "z_weight": 0.1},
-    "top_k": {"name": "top_k", "num_experts": 4, "scores": "sigmoid", "balancing_bias_rate": 0.001},
-    "sam": {"name": "sam", "num_experts": 4, "num_groups": 2},
-    "thor": {"name": "thor", "num_experts": 2},
-    "xmoe": {"name": "xmoe", "num_experts": 2},
-}
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("fp32", {"name": "dense"}),
+    ("fp16", {"name": "switch", "num_experts": 2, "z_weight": 0.1}),
+    ("fp32", {"name": "top_k", "num_experts": 4, "scores": "sigmoid", "balancing_bias_rate": 0.001}),
+    ("bf16", {"name": "sam", "num_experts": 4, "num_groups": 2}),
+    ("bf16", {"name": "thor", "num_experts": 2}),
+]
 
 
 @contextmanager
@@ -49,21 +49,19 @@ def reads() -> Iterator[list[str]]:
             waits.seen.append(f"tolist in {caller}")
         return tolist(value)
 
-    with patch.object(Tensor, "cpu", transfer), patch.object(Tensor, "tolist", to_list), as_on_a_gpu() as waits:
+    with (
+        patch.object(Tensor, "cpu", transfer),
+        patch.object(Tensor, "tolist", to_list),
+        patch("moe_train.kernels.cpu.smoothed_loss.is_supported", lambda logits: False),
+        as_on_a_gpu() as waits,
+    ):
         yield waits.seen
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("routing", ROUTINGS)
-def test_the_host_waits_twice_in_an_update(routing: str, precision: str, tmp_path: Path) -> None:
-    training = {
-        **CONFIG["training"],
-        "tokens_per_update": 2048,
-        "accumulation": 2,
-        "precision": precision,
-        "clip_norm": 0.1,
-    }
-    config = build(RunConfig, {**CONFIG, "routing": ROUTINGS[routing], "model": MODEL, "training": training})
+@pytest.mark.parametrize(("precision", "routing"), CASES)
+def test_the_host_waits_twice_in_an_update(precision: str, routing: dict[str, Any], tmp_path: Path) -> None:
+    training = {**CONFIG["training"], "tokens_per_update": 2048, "accumulation": 2, "precision": precision}
+    config = build(RunConfig, {**CONFIG, "routing": routing, "model": MODEL, "training": training})
     folder = RunFolder(tmp_path)
     folder.begin(config)
     trainer = build_trainer(config, build_task(config, DataFolder.open(DATA)), folder, World())
@@ -73,6 +71,17 @@ def test_the_host_waits_twice_in_an_update(routing: str, precision: str, tmp_pat
     assert len(padded) == 2 and any(padded), "padding is found without waiting"
     with reads() as seen:
         report = trainer.train_step.run(1, samples, 1e-3, trainer.signals)
-    trainer.close()
-    assert report.outcome.applied
+    assert report.outcome.applied or precision == "fp16"  # which begins with a loss scale that may be too large
     assert seen == ["tolist in step", "cpu in _reduce"]
+    gc.collect()
+    gc.freeze()  # what other tests have left is not looked at
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        trainer.train_step.run(2, samples, 1e-3, trainer.signals)
+        gc.collect()
+        assert not gc.garbage, "an update leaves nothing to the garbage collector"
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.unfreeze()
+        trainer.close()
