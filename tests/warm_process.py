@@ -45,6 +45,7 @@ from typing import Any, cast
 ROOT = Path(__file__).resolve().parents[1]
 PRELOADED = (
     *("torch.distributed.run", "torch.distributed.checkpoint", "torch.utils.tensorboard", "moe_train.launch.worker"),
+    *("torch._dynamo", "safetensors.torch"),  # imported by the first step of an optimizer: a CPU second
     *("moe_train.commands._training", "moe_train.commands._scoring", "moe_train.evaluation.translator"),
     *("hydra.main", "hydra_plugins.hydra_optuna_sweeper.optuna_sweeper", "hydra_plugins.hydra_moe_train.launchers"),
     *("hydra_plugins.hydra_joblib_launcher._core", "hydra_plugins.hydra_submitit_launcher.submitit_launcher"),
