@@ -31,7 +31,8 @@ class World:
         self.alive = True
         # A server that has imported what ranks need makes each cheap to start; a bare fork would inherit our threads.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch.distributed.device_mesh", "moe_train.commands._training"])
+        needed = ["torch.distributed.device_mesh", "torch.distributed.checkpoint", "moe_train.commands._training"]
+        context.set_forkserver_preload([*needed, "torch._dynamo"])  # which the first step of an optimizer imports
         port = free_port()
         self._pipes: list[Connection] = []
         self._processes = []
