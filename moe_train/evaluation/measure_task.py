@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from moe_train.training.checkpoint.checksums import MANIFEST, replace_text
 from moe_train.training.data_loader import move
 from moe_train.training.metrics.log_lines import MetricSums, total
 from moe_train.training.run.run_info import versions
+from moe_train.utils.regular_files import read_regular
 
 _SETTINGS = ("checkpoint_digest", "data_fingerprint", "max_sentences", "routing", "draw_seed")
 
@@ -78,12 +80,18 @@ def evaluate_task(config: EvaluateConfig) -> dict[str, Any]:
         "versions": versions(),
     }
     with writing(folder):
-        if files.scores.exists() and _defining_settings(files.scores.read_bytes()) != _defining_settings(
-            json.dumps(content)
-        ):
+        if files.scores.exists() and _recorded_settings(files.scores) != _defining_settings(json.dumps(content)):
             content["notes"] = [*content["notes"], files.keep_earlier()]
         replace_text(files.scores, json.dumps(content, indent=1) + "\n")
     return content
+
+
+def _recorded_settings(path: Path) -> dict[str, Any]:
+    """:func:`_defining_settings` of a file."""
+    try:
+        return _defining_settings(read_regular(path))
+    except OSError:
+        return {}
 
 
 def _defining_settings(text: str | bytes) -> dict[str, Any]:

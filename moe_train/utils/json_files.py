@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import stat
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from moe_train.errors import DataError
+from moe_train.utils.regular_files import read_regular
 
-_LARGEST = 1 << 28  # bytes; a manifest of 100,000 files has 15 MB
 _DEEPEST = 64
 
 
@@ -19,14 +18,10 @@ def read_object(path: Path, remedy: str = "") -> dict[str, Any] | None:
     """The JSON object in a file; None if there is no file.
 
     Raises:
-        DataError: the file cannot be read, is not a JSON object, or is larger than ``_LARGEST``.
+        DataError: the file cannot be read, is not a JSON object, or is too large.
     """
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would not end
-            raise ValueError("not a regular file")
-        if path.stat().st_size > _LARGEST:
-            raise ValueError(f"more than {_LARGEST:,} bytes")
-        return parse_object(path.read_bytes())
+        return parse_object(read_regular(path))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:

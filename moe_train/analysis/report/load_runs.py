@@ -16,6 +16,7 @@ from moe_train.evaluation.scoring.results import Results, read_results
 from moe_train.routing import routing_config
 from moe_train.training.run.heartbeat import alive
 from moe_train.training.run.run_folder import ALIVE, CONFIG, FAILURE, FINISHED, INFO, TRAIN, VALID, recorded_overrides
+from moe_train.utils.regular_files import LARGEST_LOG, read_regular
 
 _DEPTH = 3  # multirun/date/time/job
 
@@ -261,7 +262,7 @@ def _last_error(path: Path) -> str:
     logs = [*sorted(path.glob("logs/*.log")), *sorted(path.parent.glob(f".submitit/*_{path.name}/*.err"))]
     for log in logs:
         try:
-            lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+            lines = read_regular(log, LARGEST_LOG).decode("utf-8", "replace").splitlines()
         except OSError:
             continue
         for line in reversed(lines):

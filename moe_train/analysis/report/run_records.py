@@ -12,6 +12,7 @@ from typing import Any
 
 from moe_train.errors import DataError
 from moe_train.utils.json_files import finite, parse_object, read_object
+from moe_train.utils.regular_files import LARGEST_LOG, read_regular
 
 _MAPPINGS = ("parameters", "world")  # of run.json
 _NUMBERS = ("update", "flops_per_token")
@@ -64,7 +65,7 @@ class Reader:
     def lines(self, name: str) -> list[dict[str, Any]]:
         """JSON lines: their numbers, and ``load``. An incomplete last line is left out."""
         try:
-            text = (self.folder / name).read_bytes()
+            text = read_regular(self.folder / name, LARGEST_LOG)
         except FileNotFoundError:
             return []
         except OSError as error:

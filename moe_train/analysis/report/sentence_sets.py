@@ -9,6 +9,7 @@ from typing import Any
 
 from moe_train.analysis.report.load_runs import RunReport
 from moe_train.evaluation.scoring.results import Results
+from moe_train.utils.regular_files import LARGEST_LOG, read_regular
 
 _CHECKSUMS = ("data folder", "vocabulary")  # their values are not shown
 SETS = ("run", "scored on", "checkpoint", "directions", "lines", "tokenizers")
@@ -99,9 +100,11 @@ def _other_texts(runs: Sequence[RunReport]) -> list[str]:
     for run in runs:
         for direction in run.results.directions if run.results is not None else ():
             files = run.files.outputs(direction)
-            if files.sources.is_file() and files.references.is_file():
-                digest = hashlib.sha256(files.sources.read_bytes() + b"\0" + files.references.read_bytes())
-                texts.setdefault(direction, {})[run.name] = digest.hexdigest()
+            try:
+                sources, references = (read_regular(path, LARGEST_LOG) for path in (files.sources, files.references))
+            except OSError:
+                continue
+            texts.setdefault(direction, {})[run.name] = hashlib.sha256(sources + b"\0" + references).hexdigest()
     unlike = sorted(direction for direction, found in texts.items() if len(set(found.values())) > 1)
     if not unlike:
         return []

@@ -13,7 +13,8 @@ from moe_train.errors import DataError
 SPLITS = ("train", "valid", "test")
 SPLIT_WORDS = MappingProxyType({"train": "train", "valid": "valid", "val": "valid", "dev": "valid", "test": "test"})
 """Name of a split in file names -> the split."""
-LANGUAGE = re.compile(r"[A-Za-z]{2,3}(?:[_@][A-Za-z0-9]+)*")
+LANGUAGE = re.compile(r"(?!.{41})[A-Za-z]{2,3}(?:[_@][A-Za-z0-9]+)*")
+"""A language code; at most 40 characters, since names of files contain it up to three times."""
 
 
 @dataclass(frozen=True, order=True)
@@ -30,13 +31,12 @@ class Pair:
         Raises:
             DataError: not two language codes joined by a hyphen.
         """
-        parts = name.split("-")
-        if len(parts) != 2 or not all(LANGUAGE.fullmatch(part) for part in parts) or parts[0] == parts[1]:
+        if not is_pair(name):
             raise DataError(
-                f"'{name}' is not a pair of languages",
+                f"'{name[:120]}' is not a pair of languages",
                 remedy="write two codes joined by one hyphen, e.g. en-de; inside a code use an underscore (zh_Hans)",
             )
-        return cls(*parts)
+        return cls(*name.split("-"))
 
     @property
     def name(self) -> str:
@@ -81,7 +81,7 @@ class Single:
         """
         if not LANGUAGE.fullmatch(name):
             raise DataError(
-                f"'{name}' is not a language code",
+                f"'{name[:120]}' is not a language code",
                 remedy="write two or three letters, with underscores for variants, e.g. de, pt_BR, zh_Hans",
             )
         return cls(name)
@@ -115,6 +115,12 @@ class Single:
 
 
 Sides = Pair | Single
+
+
+def is_pair(name: str) -> bool:
+    """Whether a name is that of a pair or direction: two different language codes joined by a hyphen."""
+    parts = name.split("-")
+    return len(parts) == 2 and all(map(LANGUAGE.fullmatch, parts)) and parts[0] != parts[1]
 
 
 def parse_sides(name: str) -> Sides:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_train.config import SearchConfig
+from moe_train.data.text.pairs import is_pair
 from moe_train.errors import DataError
 from moe_train.evaluation.scoring.averages import group_directions, mean
 from moe_train.evaluation.scoring.bleu_chrf import CorpusScores
@@ -208,8 +209,8 @@ def _check(content: Mapping[str, Any]) -> None:
     if not content["directions"]:
         raise ValueError("no directions")
     for direction in content["directions"]:
-        if len(direction.split("-")) != 2:
-            raise ValueError(f"'{direction}' is not a direction")
+        if not is_pair(direction):  # it becomes part of file names
+            raise ValueError(f"'{direction[:60]}' is not a direction")
     texts = [*content["tiers"].values(), *content["notes"], *content["signatures"]["bleu"].values()]
     if not all(isinstance(text, str) for text in [*texts, content["signatures"]["chrf"]]):
         raise TypeError("a tier, note or signature is not a string")

@@ -12,8 +12,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from moe_train.safe_text import for_terminal
+from moe_train.utils.regular_files import read_regular
+
 BEAT = 30.0  # seconds
 FRESH = 4 * BEAT  # network file systems may show a file's time a minute late
+_LONGEST = 255  # characters of a host's name
 
 
 @contextmanager
@@ -53,12 +57,13 @@ def alive(path: Path) -> bool:
 
 
 def other_host(path: Path) -> str:
-    """The host that trains there, by a fresh heartbeat; "" if there is none, or it is this host."""
+    """The host that trains there, by a fresh heartbeat, escaped for a terminal; "" if there is none, or it is this
+    one."""
     try:
-        host = path.read_text(encoding="utf-8").split()[0] if alive(path) else ""
+        host = read_regular(path).decode("utf-8", "replace").split()[0] if alive(path) else ""
     except (OSError, IndexError):
         return ""
-    return "" if host == _host() else host
+    return "" if host == _host() else for_terminal(host[:_LONGEST])
 
 
 def _host() -> str:

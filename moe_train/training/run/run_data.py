@@ -24,6 +24,7 @@ from moe_train.training.checkpoint.store import run_on_all_ranks
 from moe_train.training.run.run_folder import DATA_FILES, EXPORTED_DATA, RunFolder
 from moe_train.training.runtime.world import World
 from moe_train.utils.atomic_io import replace_text
+from moe_train.utils.json_files import entry, read_object
 
 
 @dataclass(frozen=True)
@@ -225,11 +226,12 @@ def _altered(inputs: InputFiles, name: str, what: str, folder: RunFolder) -> Dat
 
 def _read(path: Path) -> dict[str, str] | None:
     """Name -> checksum; None if the run has kept none."""
-    if not path.is_file():
-        return None
     try:
-        files = json.loads(path.read_text(encoding="utf-8"))["files"]
-        return {str(name): str(digest) for name, digest in files.items()}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        content = read_object(path)
+        if content is None:
+            return None
+        return {name: str(digest) for name, digest in entry(content, "files", dict).items()}
+    except (DataError, ValueError) as error:
+        reason = error.what if isinstance(error, DataError) else error
         remedy = "remove it: the next start takes the checksums again"
-        raise DataError(f"the checksums of the run's data cannot be read ({error})", str(path), remedy) from error
+        raise DataError(f"the checksums of the run's data cannot be read ({reason})", str(path), remedy) from error

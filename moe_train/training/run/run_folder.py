@@ -24,6 +24,7 @@ from moe_train.training.optim.schedule_extension import ENDS, FINISHED, ends_wit
 from moe_train.training.run.heartbeat import other_host
 from moe_train.training.run.recorded_config import note_ignored_keys, recorded_config, to_record, with_defaults
 from moe_train.utils.json_files import finite, parse_object, read_object
+from moe_train.utils.regular_files import LARGEST_LOG, read_regular
 
 CONFIG, INFO, TRAIN, VALID = "config.json", "run.json", "train.jsonl", "valid.jsonl"
 ALIVE = ".alive"  # touched while a process trains here, for other hosts (moe_train.training.run.heartbeat)
@@ -288,10 +289,18 @@ class RunFolder:
 
         Args:
             pending: the validation of ``update`` is yet to come: its line is removed, too.
+
+        Raises:
+            DataError: a log cannot be read.
         """
         for path, last in ((self.train_log, update), (self.valid_log, update - pending)):
             if path.exists():
-                kept = [line for line in path.read_bytes().split(b"\n") if _update_of(line) <= last]
+                try:
+                    lines = read_regular(path, LARGEST_LOG).split(b"\n")
+                except OSError as error:
+                    what, remedy = f"the log cannot be read ({error.strerror or error})", "restore it, or move it away"
+                    raise DataError(what, str(path), remedy) from error
+                kept = [line for line in lines if _update_of(line) <= last]
                 replace_text(path, "".join(f"{line.decode()}\n" for line in kept))
 
 
@@ -312,7 +321,7 @@ def recorded_overrides(path: Path) -> tuple[str, ...]:
         except (DataError, KeyError, TypeError):
             continue
     try:
-        text = (path / ".hydra" / "overrides.yaml").read_text(encoding="utf-8", errors="replace")
+        text = read_regular(path / ".hydra" / "overrides.yaml").decode("utf-8", "replace")
     except OSError:
         return ()
     return tuple(line[2:].strip().strip("'\"") for line in text.splitlines() if line.startswith("- "))

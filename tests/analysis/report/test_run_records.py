@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import random
 import shutil
 import warnings
@@ -69,6 +70,61 @@ def test_one_damaged_file_is_named_and_the_report_goes_on(run: Path, name: str, 
     assert f"b: {said}" in text and "a: " not in text.replace("runs/a", "")
     other = next(report for report in found if report.name == "a")
     assert other.status == "finished" and other.results is not None and not other.problems
+
+
+def test_a_direction_that_is_none_is_damage(run: Path) -> None:
+    """Names become parts of paths, and are shown."""
+    names = ["a/b-/c", "../../x-y", "<b>x</b>-de", "[red]x[/red]-de", f"en_{'x' * 300}-de", "en-en", "e\0n-de"]
+    content = json.loads((run / "test.json").read_text())
+    for number, name in enumerate(names):
+        bad = Path(shutil.copytree(run, run.parent / str(number)))
+        directions = content["directions"] | {name: content["directions"]["en-de"]}
+        (bad / "test.json").write_text(json.dumps({**content, "directions": directions}))
+    _, found = reported(run.parent)
+    assert [report.name for report in found if report.results is not None] == ["a", "b"]
+    problems = [problem for report in found for problem in report.problems]
+    assert len(problems) == len(names)
+    assert all(p.startswith("test.json: the scores cannot be read") and "is not a direction" in p for p in problems)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("pipe", "not a regular file"),
+        ("device", "not a regular file"),
+        ("folder", "Is a directory"),
+        ("huge", "more than"),
+    ],
+)
+def test_what_is_no_regular_file_is_damage(run: Path, kind: str, reason: str) -> None:
+    """Reading would not end."""
+    records = ["run.json", "test.json", "train.jsonl", "valid.jsonl"]
+    dead = Path(shutil.copytree(run, run.parent / "c"))
+    (dead / "run.json").write_text('{"status": "running"}')
+    (dead / "config.json").unlink()
+    failure(dead, "killed")
+    (dead / "failure.json").write_text("{}")
+    texts = ["logs/rank_0.log", ".hydra/overrides.yaml", "hypotheses/test.en-de.en", "hypotheses/test.en-de.de"]
+    for path in (*(run / name for name in records), *(dead / name for name in texts)):
+        irregular(path, kind)
+    text, found = reported(run.parent)
+    assert all(f"b: {name}: the file cannot be read ({reason}" in text for name in records)
+    assert [report.name for report in found] == ["a", "b", "c"]
+
+
+def irregular(path: Path, kind: str) -> None:
+    """Replaces a file."""
+    path.parent.mkdir(exist_ok=True)
+    path.unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        with path.open("wb") as stream:
+            stream.truncate(1 << 40)
 
 
 def test_what_is_damaged_is_not_taken_for_anything_else(run: Path) -> None:

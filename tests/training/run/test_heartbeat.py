@@ -47,6 +47,21 @@ def test_it_grows_old(tmp_path: Path) -> None:
     assert not alive(path) and other_host(path) == ""
 
 
+def test_a_heartbeat_that_is_none(tmp_path: Path) -> None:
+    path = tmp_path / ALIVE
+    for content, host in (
+        (b"\xff\xfe 1", "\ufffd\ufffd"),
+        (b"\x1b[2Jx 1", "␛[2Jx"),
+        (b"x" * 5000, "x" * 255),
+        (b" ", ""),
+    ):
+        path.write_bytes(content)
+        assert other_host(path) == host
+    path.unlink()
+    os.mkfifo(path)
+    assert other_host(path) == ""
+
+
 @pytest.mark.processes
 def test_a_run_that_validates_is_alive(tmp_path: Path) -> None:
     """Whatever the age of its log lines; one that has ended is not."""

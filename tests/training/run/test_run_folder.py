@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,12 @@ def test_logs_are_cut_to_what_was_restored(begun: RunFolder) -> None:
     assert [json.loads(line)["update"] for line in begun.train_log.read_text().splitlines()] == [4, 8]
     begun.cut(0)
     assert begun.train_log.read_text() == ""
+
+
+def test_a_log_that_is_no_file_is_named(begun: RunFolder) -> None:
+    os.mkfifo(begun.valid_log)
+    with pytest.raises(DataError, match=r"valid\.jsonl: the log cannot be read \(not a regular file\)"):
+        begun.cut(0)
 
 
 def test_a_broken_config_is_named(begun: RunFolder) -> None:
