@@ -10,12 +10,14 @@ import html
 import logging
 import re
 import traceback
+import unicodedata
 
 # Control characters except line feed and tab; Unicode line separators; characters that change the text direction.
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 # Markdown for emphasis, code, links, HTML and cells anywhere; headings, lists, rules and fences at the start of a line.
 _MARKDOWN = re.compile(r"[\\`*<>\[\]|]|(?<!\w)_|_(?!\w)|^#(?=[#\s])|^[+-](?=\s)|^-(?=--)|^~(?=~~)")
-_FORMULA = ("=", "+", "-", "@", "\t")
+_FORMULA = ("=", "+", "-", "@")
+_FIRST = re.compile("[\\s\u200b-\u200d\u2060\ufeff]*(.?)", re.DOTALL)  # the first visible character
 
 
 def for_terminal(text: str) -> str:
@@ -39,7 +41,9 @@ def for_csv(value: object) -> object:
     if isinstance(value, (int, float)):
         return value
     text = for_terminal(str(value))
-    return f"'{text}" if text.startswith(_FORMULA) else text
+    found = _FIRST.match(text)
+    first = unicodedata.normalize("NFKC", found[1]) if found else ""  # of a full-width "=" it is "="
+    return f"'{text}" if text.startswith("\t") or first.startswith(_FORMULA) else text
 
 
 class LogFormatter(logging.Formatter):
