@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +16,7 @@ from moe_train.data.text.lines import read_parallel
 from moe_train.data.text.pairs import Pair, Sides
 from moe_train.errors import ConfigError, DataError, did_you_mean
 from moe_train.plugins import load_plugin, offer_names
+from moe_train.utils.regular_files import require_regular
 
 
 @dataclass(frozen=True)
@@ -54,12 +57,35 @@ def files_text(pair: Pair, split: str | None, source: Path, target: Path, expans
 
 
 def named_files(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Yields the files of a folder, sorted, with their names without the suffix of compression.
+    """Yields the paths in a folder, sorted, with their names without the suffix of compression.
 
-    A plain file comes before its compressed copy: of two with the same name, callers use the first.
+    A plain file comes before its compressed copy, and what is no file comes last: of two with the same name, callers
+    use the first, with :func:`require_file`.
     """
-    for path in sorted(p for p in folder.iterdir() if p.is_file()):
+    for path in sorted(folder.iterdir(), key=lambda p: (not p.is_file(), p)):
         yield path.name.removesuffix(path.suffix) if path.suffix in SUFFIXES[1:] else path.name, path
+
+
+def require_file(path: Path) -> Path:
+    """The path, if it is a file.
+
+    Raises:
+        DataError: it is a folder, a pipe, or a link that leads nowhere.
+    """
+    try:
+        require_regular(path)
+    except IsADirectoryError:
+        what = "it is a folder, not a file"
+    except FileNotFoundError:
+        what = (
+            f"it is a link to '{os.readlink(path)}', where there is no file" if path.is_symlink() else "it is missing"
+        )
+    except OSError as error:
+        loop = error.errno == errno.ELOOP
+        what = "it is a link that leads back to itself" if loop else f"it cannot be read ({error.strerror or error})"
+    else:
+        return path
+    raise DataError(what, str(path), "put the file there, or remove the name")
 
 
 def report_unread(folder: Path, texts: Iterable[CorpusText], progress: Progress, found: Iterable[Path] = ()) -> None:

@@ -10,7 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moe_train.config.corpus import CorpusConfig
-from moe_train.data.corpora.base import CorpusText, corpus_folder, files_text, listing, register, report_unread
+from moe_train.data.corpora.base import (
+    CorpusText,
+    corpus_folder,
+    files_text,
+    listing,
+    register,
+    report_unread,
+    require_file,
+)
 from moe_train.data.corpora.text import texts_of_folder
 from moe_train.data.stage_progress import Progress
 from moe_train.data.text.languages import Language, find_same, is_same
@@ -75,4 +83,4 @@ def _file(folder: Path, split: str, language: str, config: CorpusConfig) -> Path
     if code not in known:
         code = code or str(Language.of(language))
         raise DataError(f"FLORES-200 has no language '{code}'", str(folder / name), did_you_mean(code, known))
-    return folder / name / f"{code}.{name}"
+    return require_file(folder / name / f"{code}.{name}")

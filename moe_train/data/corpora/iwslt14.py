@@ -8,12 +8,13 @@ in training in another language (the languages share their English side).
 from __future__ import annotations
 
 import html
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from moe_train.config.corpus import CorpusConfig
-from moe_train.data.corpora.base import CorpusText, corpus_folder, listing, register, report_unread
+from moe_train.data.corpora.base import CorpusText, corpus_folder, listing, register, report_unread, require_file
 from moe_train.data.stage_progress import Progress
 from moe_train.data.text.lines import read_lines, read_parallel
 from moe_train.data.text.pairs import Pair
@@ -89,6 +90,6 @@ def _segments(source: Path, target: Path) -> Iterator[tuple[str, str]]:
 
 
 def _existing(path: Path) -> Path:
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise DataError("the other side of a parallel text is missing", str(path), LAYOUT)
-    return path
+    return require_file(path)

@@ -10,7 +10,15 @@ from functools import partial
 from pathlib import Path
 
 from moe_train.config.corpus import CorpusConfig
-from moe_train.data.corpora.base import CorpusText, corpus_folder, listing, named_files, register, report_unread
+from moe_train.data.corpora.base import (
+    CorpusText,
+    corpus_folder,
+    listing,
+    named_files,
+    register,
+    report_unread,
+    require_file,
+)
 from moe_train.data.stage_progress import Progress
 from moe_train.data.text.lines import read_single
 from moe_train.data.text.pairs import SPLIT_WORDS, Single, refuse_double_splits
@@ -25,8 +33,8 @@ def read_mono(config: CorpusConfig, progress: Progress) -> list[CorpusText]:
     """Finds the texts of ``corpus.path``.
 
     Raises:
-        DataError: no files of the layout, an invalid language code, two validation texts of a language, or training
-            text without any ``valid.XX``.
+        DataError: no files of the layout, an invalid language code, two validation texts of a language, training
+            text without any ``valid.XX``, or a name of the layout that is not a file.
     """
     folder = corpus_folder(config)
     found: dict[tuple[str, str], Path] = {}
@@ -46,7 +54,7 @@ def read_mono(config: CorpusConfig, progress: Progress) -> list[CorpusText]:
         )
     texts = [
         CorpusText(Single.parse(language), SPLIT_WORDS[word], partial(read_single, path, config.max_expansion), (path,))
-        for (word, language), path in found.items()
+        for (word, language), path in ((key, require_file(path)) for key, path in found.items())
     ]
     report_unread(folder, texts, progress)
     return texts

@@ -9,7 +9,15 @@ import re
 from pathlib import Path
 
 from moe_train.config.corpus import CorpusConfig
-from moe_train.data.corpora.base import CorpusText, corpus_folder, files_text, listing, register, report_unread
+from moe_train.data.corpora.base import (
+    CorpusText,
+    corpus_folder,
+    files_text,
+    listing,
+    register,
+    report_unread,
+    require_file,
+)
 from moe_train.data.stage_progress import Progress
 from moe_train.data.text.pairs import Pair
 from moe_train.errors import DataError
@@ -39,6 +47,7 @@ def read_opus100(config: CorpusConfig, progress: Progress) -> list[CorpusText]:
         pair = Pair.parse(name)
         if set(sides) != set(pair):
             raise DataError("the other side of a parallel text is missing", str(next(iter(sides.values()))), LAYOUT)
-        texts.append(files_text(pair, _SPLITS[split], sides[pair.source], sides[pair.target], config.max_expansion))
+        source, target = (require_file(sides[language]) for language in pair)
+        texts.append(files_text(pair, _SPLITS[split], source, target, config.max_expansion))
     report_unread(folder, texts, progress, sorted(folder.rglob("opus.*")))
     return texts

@@ -18,6 +18,7 @@ from moe_train.data.corpora.base import (
     named_files,
     register,
     report_unread,
+    require_file,
 )
 from moe_train.data.stage_progress import Progress
 from moe_train.data.text.compressed import EXPANSION
@@ -47,8 +48,8 @@ def texts_of_folder(folder: Path, expansion: int = EXPANSION) -> Iterator[Corpus
         expansion: ``corpus.max_expansion``.
 
     Raises:
-        DataError: no files of the layout, a file without the other side, two validation texts of a pair, or an invalid
-            pair name.
+        DataError: no files of the layout, a file without the other side, two validation texts of a pair, an invalid
+            pair name, or a name of the layout that is not a file.
     """
     found: dict[tuple[str | None, str], dict[str, Path]] = {}
     for file, path in named_files(folder):
@@ -66,7 +67,8 @@ def texts_of_folder(folder: Path, expansion: int = EXPANSION) -> Iterator[Corpus
                 other = next(iter(sides.values()))
                 raise DataError(f"{other.name} has no other side in '{language}'", str(folder), LAYOUT)
         split = SPLIT_WORDS[word] if word else None
-        yield files_text(pair, split, sides[pair.source], sides[pair.target], expansion)
+        source, target = (require_file(sides[language]) for language in pair)
+        yield files_text(pair, split, source, target, expansion)
 
 
 def _is_side(language: str, pair: str) -> bool:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from moe_train.config.tasks import ImageConfig
 from moe_train.data.images.base import Images, ImageSet, InMemory, hold_out
-from moe_train.data.text.compressed import DamagedFile, open_bytes
+from moe_train.data.text.compressed import DamagedFile, content_of_misnamed, open_bytes
 from moe_train.data.text.lines import sha256
 from moe_train.data.verification import InputFiles
 from moe_train.errors import DataError
@@ -80,6 +80,9 @@ def _content(path: Path) -> bytes:
         with open_bytes(path) as stream:
             return stream.read()
     except DamagedFile as error:
+        if other := content_of_misnamed(path):
+            what = f"it is not a {path.suffix} file, but {other}"
+            raise DataError(what, str(path), "rename it to end as its content needs") from None
         found = path.stat().st_size
         raise DataError(
             f"the compressed file is cut short or damaged ({error}); it has {found} bytes",

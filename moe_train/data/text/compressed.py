@@ -10,8 +10,10 @@ Memory is bounded: files are unpacked in small pieces, and a file that unpacks t
 from __future__ import annotations
 
 import bz2
+import codecs
 import io
 import lzma
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Protocol, cast
 
 from moe_train.errors import DataError, MissingDependency
+from moe_train.utils.regular_files import require_regular
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -27,6 +30,8 @@ SUFFIXES = ("", ".gz", ".xz", ".bz2", ".zst")
 EXPANSION = 200
 """Largest ratio of unpacked to packed size; text has 3 to 5, very repetitive text 50."""
 
+_STARTS = {".gz": b"\x1f\x8b", ".xz": b"\xfd7zXZ", ".bz2": b"BZh", ".zst": b"\x28\xb5\x2f\xfd"}
+_CONTROLS = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
 _FREE = 16 << 20  # bytes to which any file may unpack
 _PIECE = 1 << 16  # bytes that are read, and about the number that are unpacked, at a time
 # zstandard unpacks all of its input at once, and 4 bytes can expand to 128 KiB: at most 32 MiB.
@@ -142,11 +147,32 @@ def open_bytes(path: Path, expansion: int = EXPANSION) -> IO[bytes]:
 
     Raises:
         MissingDependency: a .zst file without the zstandard library.
+        OSError: it cannot be read, or is not a regular file.
     """
+    require_regular(path)
     if path.suffix not in _FORMATS:
         return path.open("rb")
     unpacked = _Unpacked(path, _FORMATS[path.suffix](path), expansion)
     return cast("IO[bytes]", io.BufferedReader(unpacked, _PIECE))
+
+
+def packed_suffix(start: bytes) -> str:
+    """The suffix for a compressed file that begins with these bytes; "" where they are not of one."""
+    return next((suffix for suffix, magic in _STARTS.items() if start.startswith(magic)), "")
+
+
+def content_of_misnamed(path: Path) -> str:
+    """What a file with a suffix of compression is instead: ``plain text``, ``a .xz file``; "" where it is neither."""
+    with path.open("rb") as stream:
+        start = stream.read(_PIECE)
+    suffix = packed_suffix(start)
+    if suffix or _STARTS[path.suffix].startswith(start):  # the latter: cut short
+        return "" if suffix in ("", path.suffix) else f"a {suffix} file"
+    try:
+        text = codecs.getincrementaldecoder("utf-8")().decode(start)
+    except UnicodeDecodeError:
+        return ""
+    return "" if _CONTROLS.search(text) else "plain text"
 
 
 def limit_of(packed: int, expansion: int) -> int | None:

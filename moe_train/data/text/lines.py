@@ -12,13 +12,20 @@ from functools import partial
 from pathlib import Path
 from typing import IO
 
-from moe_train.data.text.compressed import EXPANSION, DamagedFile, open_bytes
+from moe_train.data.text.compressed import (
+    EXPANSION,
+    SUFFIXES,
+    DamagedFile,
+    content_of_misnamed,
+    open_bytes,
+    packed_suffix,
+)
 from moe_train.errors import DataError
+from moe_train.utils.regular_files import require_regular
 
 _BOM = b"\xef\xbb\xbf"
 _LONGEST = 64 << 20  # bytes of a line
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
-_PACKED = {b"\x1f\x8b": ".gz", b"\xfd7zXZ": ".xz", b"BZh": ".bz2", b"\x28\xb5\x2f\xfd": ".zst"}
 
 
 def read_lines(path: Path, *, nul: bool = False, expansion: int = EXPANSION) -> Iterator[str]:
@@ -64,16 +71,18 @@ def decode_line(line: bytes, number: int, where: str, *, nul: bool = False) -> s
         text = line.decode("utf-8")
     except UnicodeDecodeError as error:
         what = f"line {number} is not UTF-8 (byte 0x{line[error.start]:02x} at position {error.start})"
-        raise DataError(what, where, _remedy(line if number == 1 else b"")) from error
+        raise DataError(what, where, _remedy(line if number == 1 else b"", where)) from error
     if not nul and "\0" in text:
         what = f"line {number} contains a NUL character, as UTF-16 and binary files do"
         raise DataError(what, where, "convert the file, e.g. `iconv -f utf-16 -t utf-8`, or remove the character")
     return text
 
 
-def _remedy(start: bytes) -> str:
-    """The remedy for a file that begins with these bytes and is not UTF-8."""
-    suffix = next((suffix for magic, suffix in _PACKED.items() if start.startswith(magic)), "")
+def _remedy(start: bytes, where: str) -> str:
+    """The remedy for a file whose text begins with these bytes and is not UTF-8."""
+    suffix = packed_suffix(start)
+    if suffix and where.endswith(SUFFIXES[1:]):
+        return f"it was compressed twice: unpack it once, and let the name of the result end in {suffix}"
     if suffix:
         return f"it is a compressed file: rename it to end in {suffix}"
     encoding = "utf-16" if start.startswith(_UTF16) else "latin1"
@@ -89,8 +98,11 @@ def _byte_lines(path: Path, expansion: int = EXPANSION) -> Iterator[bytes]:
                 number += 1
                 yield line
     except DamagedFile as error:
-        what = f"the compressed file is damaged after line {number} ({error})"
-        raise DataError(what, str(path), "download it again") from error
+        if found := content_of_misnamed(path):
+            what, remedy = f"it is not a {path.suffix} file, but {found}", "rename it to end as its content needs"
+        else:
+            what, remedy = f"the compressed file is damaged after line {number} ({error})", "download it again"
+        raise DataError(what, str(path), remedy) from error
     except OSError as error:
         what = f"the file cannot be read ({error.strerror or error})"
         raise DataError(what, str(path), "check its permissions and its disk") from error
@@ -147,7 +159,12 @@ def write_lines(path: Path, lines: list[str]) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Checksum of a file, in hexadecimal."""
+    """Checksum of a file, in hexadecimal.
+
+    Raises:
+        OSError: it cannot be read, or is not a regular file.
+    """
+    require_regular(path)
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

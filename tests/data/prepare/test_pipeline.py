@@ -22,7 +22,9 @@ import pytest
 from rich.console import Console
 
 from moe_train.config import build
-from moe_train.config.corpus import PrepareConfig
+from moe_train.config.corpus import CorpusConfig, PrepareConfig
+from moe_train.data.corpora.mono import read_mono
+from moe_train.data.corpora.text import texts_of_folder
 from moe_train.data.folder import DataFolder
 from moe_train.data.prepare.pipeline import prepare
 from moe_train.data.prepare.summary import print_summary
@@ -537,6 +539,27 @@ def test_file_without_its_other_side(corpus: Path, tmp_path: Path) -> None:
     (corpus / "valid.en-fr.fr").unlink()
     with pytest.raises(DataError, match=r"valid\.en-fr\.en has no other side in 'fr'"):
         prepare(settings(corpus, tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda path: path.symlink_to("nowhere"), "it is a link to 'nowhere', where there is no file"),
+        (lambda path: path.symlink_to(path.name), "it is a link that leads back to itself"),
+        (Path.mkdir, "it is a folder, not a file"),
+        (os.mkfifo, "it cannot be read (not a regular file)"),
+    ],
+)
+def test_a_side_that_is_no_file(corpus: Path, tmp_path: Path, make: Callable[[Path], object], said: str) -> None:
+    side = corpus / "valid.en-fr.en"
+    side.unlink()
+    make(side)
+    with pytest.raises(DataError, match=re.escape(f"{side}: {said}. Put the file there, or remove the name")):
+        list(texts_of_folder(corpus))
+    with pytest.raises(DataError, match=re.escape(said)):
+        make(mono := tmp_path / "valid.en")
+        read_mono(CorpusConfig("mono", str(tmp_path)), Progress())
+    assert mono.name in os.listdir(tmp_path)
 
 
 @pytest.mark.parametrize("split", ["train", "valid"])

@@ -71,7 +71,26 @@ def test_bytes_that_are_no_stream_are_an_error(tmp_path: Path, suffix: str) -> N
         with pytest.raises(DataError, match="damaged after line 400"):
             read(tmp_path, suffix, packed + garbage)
     with pytest.raises(DataError, match="damaged after line 0"):
-        read(tmp_path, suffix, b"plain text\n")
+        read(tmp_path, suffix, b"\0\1\2\3\n")
+
+
+@pytest.mark.parametrize("suffix", PACKS)
+def test_a_suffix_that_is_not_that_of_the_content(tmp_path: Path, suffix: str) -> None:
+    for content, found in (
+        (TEXT, "plain text"),
+        (b"B\xc3", "plain text"),
+        *((PACKS[s](TEXT), f"a {s} file") for s in PACKS),
+    ):
+        if suffix not in found:
+            with pytest.raises(DataError, match=rf"a{suffix}: it is not a {suffix} file, but {found}\. Rename it"):
+                read(tmp_path, suffix, content)
+
+
+@pytest.mark.parametrize("suffix", PACKS)
+@pytest.mark.parametrize("inner", PACKS)
+def test_text_that_was_compressed_twice(tmp_path: Path, suffix: str, inner: str) -> None:
+    with pytest.raises(DataError, match=rf"compressed twice: unpack it once, .* end in {inner}"):
+        read(tmp_path, suffix, PACKS[suffix](PACKS[inner](TEXT)))
 
 
 @pytest.mark.parametrize("suffix", PACKS)

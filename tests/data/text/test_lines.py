@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import gzip
+import os
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_train.data.text.lines import count_lines, read_lines, read_parallel, write_lines
+from moe_train.data.text.lines import count_lines, read_lines, read_parallel, sha256, write_lines
 from moe_train.errors import DataError
 
 ODD = ["one\u2028still one", "form\x0cfeed", "next\x85line", "  ", "", "\u00a0", "a\rb", "tab\tbed", "last"]
@@ -68,6 +69,14 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
         list(read_lines(tmp_path / "a"))
     with pytest.raises(DataError, match=r"b\.gz: the file cannot be read \(No such file or directory\)"):
         list(read_lines(tmp_path / "b.gz"))
+
+
+def test_a_pipe_is_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.gz")
+    with pytest.raises(DataError, match=r"a\.gz: the file cannot be read \(not a regular file\)"):
+        list(read_lines(tmp_path / "a.gz"))
+    with pytest.raises(OSError, match="not a regular file"):
+        sha256(tmp_path / "a.gz")
 
 
 @pytest.mark.parametrize(("left", "right"), [(3, 2), (2, 3), (0, 1)])
