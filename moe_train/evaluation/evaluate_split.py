@@ -260,6 +260,9 @@ def _notes(run: OpenedRun, scorer: Scorer, entry: HeldOutSet) -> list[str]:
     blank = len(entry.sources) - sum(len(lines) for lines in entry.encoded.lines)
     if blank:
         notes.append(f"{entry.direction}: {blank} blank sources have blank outputs")
+    blank = sum(not line.strip() for line in entry.references)
+    if blank:
+        notes.append(f"{entry.direction}: {blank} references are blank, which no translation matches")
     if entry.direction not in run.trained:
         notes.append(f"{entry.direction}: not trained in this run (zero-shot)")
     return notes

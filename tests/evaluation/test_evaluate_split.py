@@ -14,6 +14,8 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import sacrebleu
@@ -24,13 +26,14 @@ from moe_train.config.evaluation import EvaluateConfig
 from moe_train.data.folder import DataFolder
 from moe_train.errors import CheckpointError, ConfigError, DataError, LaunchError
 from moe_train.evaluation.decode_workers import decode_batches
-from moe_train.evaluation.evaluate_split import derange, evaluate
+from moe_train.evaluation.evaluate_split import HeldOutSet, _notes, derange, evaluate
 from moe_train.evaluation.hypothesis_files import OutputFiles
-from moe_train.evaluation.loading import open_run
+from moe_train.evaluation.loading import OpenedRun, open_run
 from moe_train.evaluation.scoring.averages import group_directions, tier_of
+from moe_train.evaluation.scoring.bleu_chrf import Scorer
 from moe_train.evaluation.scoring.results import read_results
 from moe_train.evaluation.scoring.score_table import print_scores
-from moe_train.evaluation.translator import encode
+from moe_train.evaluation.translator import EncodedLines, encode
 from tests.distributed.world import Worlds
 from tests.evaluation import jobs
 from tests.evaluation.runs import make_run
@@ -193,6 +196,14 @@ def test_sources_that_were_cut_are_named(tmp_path: Path, tiny_data: DataFolder) 
     run = make_run(tmp_path, tiny_data, "dense", directions=("en-de",), model={"max_positions": 10})
     notes = evaluate(config(run, max_sentences=2)).notes
     assert "en-de, sources, lines 1 and 2: cut to the model's 10 tokens, tag and end included" in notes
+
+
+def test_blank_lines_are_counted_on_both_sides() -> None:
+    encoded = cast(EncodedLines, SimpleNamespace(truncated=[], lines=[[0]]))
+    held = HeldOutSet("en-de", ["a", " ", ""], ["", "b", "\u00a0"], encoded)
+    run = cast(OpenedRun, SimpleNamespace(trained=["en-de"]))
+    blank = "en-de: 2 blank sources have blank outputs", "en-de: 2 references are blank, which no translation matches"
+    assert tuple(_notes(run, Scorer("de"), held)) == blank
 
 
 def test_results_go_where_out_says_and_elsewhere_from_a_run_that_cannot_be_written(

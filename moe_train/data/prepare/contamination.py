@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moe_train.data.corpora.base import CorpusText
+from moe_train.data.corpora.base import CorpusText, listing
 from moe_train.data.prepare.splits import Keys, Selection, union
 from moe_train.data.text.dedup_keys import line_keys
 from moe_train.errors import DataError
@@ -33,21 +33,32 @@ class HeldOut:
         """Reads the text.
 
         Raises:
-            DataError: it has no lines, or only blank ones.
+            DataError: it has no lines, or a side of each is blank.
         """
         lines = list(text.read())
-        if not any(side.strip() for line in lines for side in line):
+        found = cls(text, lines, line_keys(lines, len(tuple(text.sides))))
+        if not any(found.has_text):
+            what = f"the split '{text.split}' of {text.sides.name} is empty"
+            if lines:
+                what += f": of its {len(lines):,} {text.sides.unit} none has text on every side"
             raise DataError(
-                f"the split '{text.split}' of {text.sides.name} is empty",
-                str(text.inputs[0]) if text.inputs else text.name,
-                "add lines, or remove its files",
+                what, str(text.inputs[0]) if text.inputs else text.name, "add lines with text, or remove its files"
             )
-        return cls(text, lines, line_keys(lines, len(tuple(text.sides))))
+        return found
 
     @property
     def has_text(self) -> np.ndarray:
         """Lines in which no side is blank. bool [sentences]."""
         return np.array([all(side.strip() for side in line) for line in self.lines])
+
+
+def blank_note(sets: Sequence[HeldOut]) -> str:
+    """A note on blank lines, which are kept; "" where there are none."""
+    counts = {held.text.name: (int((~held.has_text).sum()), held) for held in sets}
+    found = [
+        f"{n:,} of {len(held.lines):,} {held.text.sides.unit} of {name}" for name, (n, held) in counts.items() if n
+    ]
+    return f"note: held-out text that is blank or has a blank side is kept: {listing(found)}" if found else ""
 
 
 def held_out_keys(sets: Sequence[HeldOut]) -> Keys:

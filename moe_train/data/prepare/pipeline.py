@@ -18,7 +18,7 @@ from moe_train.config.corpus import PrepareConfig, TierConfig
 from moe_train.data.folder import DataFolder
 from moe_train.data.manifest import Manifest, describe_files
 from moe_train.data.prepare.cleaned import CleanedText, clean_text
-from moe_train.data.prepare.contamination import HeldOut, count_overlap, held_out_keys
+from moe_train.data.prepare.contamination import HeldOut, blank_note, count_overlap, held_out_keys
 from moe_train.data.prepare.preparation_plan import PreparationPlan, has_other_files, is_finished, plan_preparation
 from moe_train.data.prepare.sampling import sample_sentences
 from moe_train.data.prepare.splits import Selection, select
@@ -86,6 +86,8 @@ class _Preparation:
         work = self.folder / ".work"
         work.mkdir()
         given = [HeldOut.read(text) for text in self.plan.given]
+        if note := blank_note(given):
+            self.progress.print(note)
         keys = held_out_keys(given)
         selections = select(self._clean(work), keys, self.plan.missing, self.config.corpus, self.config.seed)
         overlap = count_overlap(given, selections, keys)

@@ -26,6 +26,7 @@ from moe_train.config.corpus import CorpusConfig, PrepareConfig
 from moe_train.data.corpora.mono import read_mono
 from moe_train.data.corpora.text import texts_of_folder
 from moe_train.data.folder import DataFolder
+from moe_train.data.prepare.contamination import HeldOut, blank_note
 from moe_train.data.prepare.pipeline import prepare
 from moe_train.data.prepare.summary import print_summary
 from moe_train.data.stage_progress import Progress
@@ -237,7 +238,9 @@ def test_given_held_out_files_are_left_as_they_are(corpus: Path, tmp_path: Path)
     odd = ["", "  \t ", "<b>&File</b>", "same", "same", "a\u2028b", "e\u0301", "日本語", "x" * 3000, "\u00a0"]
     write_lines(corpus / "test.en-de.en", odd)
     write_lines(corpus / "test.en-de.de", list(reversed(odd)))
-    folder = prepare(settings(corpus, tmp_path / "out"))
+    console = Console(record=True, width=200, file=StringIO())
+    folder = prepare(settings(corpus, tmp_path / "out"), Progress(console))
+    assert "has a blank side is kept: 4 of 10 pairs of test.en-de\n" in console.export_text()
     assert folder.raw("test", "en-de") == (odd, list(reversed(odd)))
     assert (folder.path / "raw" / "test.en-de.en").read_bytes() == (corpus / "test.en-de.en").read_bytes()
     data = _dataset(folder.pair_files("test", "en-de").source)
@@ -600,6 +603,18 @@ def test_empty_split(corpus: Path, tmp_path: Path, split: str) -> None:
         (corpus / f"{split}.en-fr.{language}").write_text("")
     with pytest.raises(DataError, match=rf"the split '{split}'.* is empty"):
         prepare(settings(corpus, tmp_path / "out"))
+
+
+def test_blank_lines_of_held_out_files_are_counted(corpus: Path) -> None:
+    write_lines(corpus / "test.en-de.en", ["a", "", "b", " "])
+    write_lines(corpus / "test.en-de.de", ["c", "d", "\u00a0", ""])
+    texts = [text for text in texts_of_folder(corpus) if text.split == "test"]
+    note = blank_note([HeldOut.read(text) for text in texts])
+    assert note == "note: held-out text that is blank or has a blank side is kept: 3 of 4 pairs of test.en-de"
+    write_lines(corpus / "test.en-de.en", ["", "", "b", " "])
+    with pytest.raises(DataError, match=r"'test' of en-de is empty: of its 4 pairs none has text on every side"):
+        [HeldOut.read(text) for text in texts]
+    assert not blank_note([HeldOut.read(text) for text in texts if text.sides.name == "en-fr"])
 
 
 def test_split_that_cleaning_empties_says_which_rules_did(corpus: Path, tmp_path: Path) -> None:
