@@ -6,16 +6,18 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from moe_train.data.text.lines import sha256
 from moe_train.data.text.pairs import LANGUAGE, SPLITS, Pair, parse_sides
 from moe_train.errors import DataError
 from moe_train.utils.atomic_io import sync_folder, write_synced
+from moe_train.utils.json_files import entry, file_digests, read_object
 
 FILE = "manifest.json"
 FORMAT = 1
+_MAX_VOCABULARY = 1 << 31  # ids have 32 bits
 
 
 @dataclass(frozen=True)
@@ -71,14 +73,14 @@ class Manifest:
                 "this is not a complete data folder: manifest.json is missing", str(folder), "run moe-prepare"
             )
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            version = values["format"]
+            values = read_object(path) or {}
+            version = entry(values, "format", int)
             if version == FORMAT:
                 values["languages"], values["directions"] = tuple(values["languages"]), tuple(values["directions"])
                 manifest = cls(**values)
                 problem = next(manifest._problems(), "")
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, DataError) as error:
-            version, problem = FORMAT, str(error)
+        except (ValueError, LookupError, TypeError, AttributeError, DataError) as error:
+            version, problem = FORMAT, error.what if isinstance(error, DataError) else str(error)
         if version != FORMAT:
             what = f"the data folder has format {version}, this version reads {FORMAT}"
             raise DataError(what, str(folder), "run moe-prepare again")
@@ -87,11 +89,21 @@ class Manifest:
         return manifest
 
     def _problems(self) -> Iterator[str]:
-        """Yields values that :meth:`write` would not write."""
+        """Yields values that :meth:`write` would not write.
+
+        Raises:
+            ValueError, LookupError, TypeError, AttributeError, DataError: a value is of another type or form.
+        """
         for key in fields(self):
             wanted = {"languages": tuple, "directions": tuple, "vocabulary": int, "corpus": str, "format": int}
             if not isinstance(getattr(self, key.name), wanted.get(key.name, Mapping)):  # type: ignore[arg-type]
                 yield f"'{key.name}' is a {type(getattr(self, key.name)).__name__}"
+        if type(self.vocabulary) is not int or not 0 < self.vocabulary < _MAX_VOCABULARY:
+            yield f"'vocabulary' cannot be {self.vocabulary!r:.40}"
+        shapes = {"tiers": (1, str), "cleaning": (2, int), "overlap": (3, int)}
+        for name, (depth, kind) in shapes.items():
+            if not _holds(getattr(self, name), depth, kind):
+                yield f"'{name}' has values of another type"
         for language in self.languages:
             if not LANGUAGE.fullmatch(language):
                 yield f"{language!r} is not a language code"
@@ -106,11 +118,7 @@ class Manifest:
                     yield f"there are {count!r} sentences of {name!r} in {split!r}"
                 elif not {*parse_sides(name)} <= {*self.languages}:
                     yield f"the text {name!r} has a language that is not listed"
-        for name, entry in self.files.items():
-            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-                yield f"the file {name!r} is not inside the folder"
-            if type(entry["bytes"]) is not int or not isinstance(entry["sha256"], str):
-                yield f"the size or checksum of {name!r} is not valid"
+        file_digests(self.files)
         for name in self._needed():
             if name not in self.files:
                 yield f"it has no checksum of {name!r}"
@@ -124,6 +132,13 @@ class Manifest:
                     yield from (f"{file}.bin", f"{file}.idx")
                     if split != "train":
                         yield f"raw/{file}"
+
+
+def _holds(value: Any, depth: int, kind: type) -> bool:
+    """Whether a value is mappings, ``depth`` deep, of values of a type; integers are not negative."""
+    if depth:
+        return isinstance(value, Mapping) and all(_holds(inner, depth - 1, kind) for inner in value.values())
+    return type(value) is kind and (kind is not int or value >= 0)
 
 
 def describe_files(folder: Path) -> dict[str, dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -12,6 +13,7 @@ from moe_train.errors import DataError
 from moe_train.utils.regular_files import read_regular
 
 _DEEPEST = 64
+_NO_NAME = re.compile("[\0\ud800-\udfff]")  # NUL and surrogates
 
 
 def read_object(path: Path, remedy: str = "") -> dict[str, Any] | None:
@@ -76,12 +78,17 @@ def file_digests(files: Any) -> dict[str, dict[str, Any]]:
         raise ValueError("not a list of files")
     for name, digest in files.items():
         path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or not path.parts or "\0" in name:
-            raise ValueError(f"{name[:60]!r} is not a file in its folder")
+        if path.is_absolute() or ".." in path.parts or not path.parts or _NO_NAME.search(name):
+            raise ValueError(f"the file {name[:60]!r} is not inside the folder")
         if not isinstance(digest, dict):
-            raise ValueError(f"no checksum of {name[:60]!r}")
-        entry(digest, "sha256", str)
-        entry(digest, "bytes", int)
+            raise ValueError(f"there is no checksum of {name[:60]!r}")
+        try:
+            entry(digest, "sha256", str)
+            size = entry(digest, "bytes", int)
+        except ValueError as error:
+            raise ValueError(f"the size or checksum of {name[:60]!r} is not valid: {error}") from error
+        if size < 0:
+            raise ValueError(f"the size of {name[:60]!r} cannot be {size}")
     return files
 
 

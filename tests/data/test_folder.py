@@ -219,6 +219,15 @@ def test_an_altered_manifest_is_refused_or_harmless(copy: Path, tiny_data: DataF
         (lambda m: m.update(languages=["fr", "de", "en", "ja"]), "'languages' are not sorted"),
         (lambda m: m.update(directions=["en-de-fr"]), "'en-de-fr' is not a pair of languages"),
         (lambda m: m.update(vocabulary="many"), "'vocabulary' is a str"),
+        *((lambda m, v=v: m.update(vocabulary=v), f"'vocabulary' cannot be {v}") for v in (True, -5, 0, 10**30)),
+        (lambda m: m.update(format=True), "'format' cannot be True"),
+        (lambda m: m.update(tiers={"en": 5}), "'tiers' has values of another type"),
+        (lambda m: m.update(cleaning={"train.en-de": 5}), "'cleaning' has values of another type"),
+        (lambda m: m.update(overlap={"test": {"en-de": {"en": -1}}}), "'overlap' has values of another type"),
+        (lambda m: m["files"]["dict.txt"].update(bytes=-1), "the size of 'dict.txt' cannot be -1"),
+        (lambda m: m["files"]["dict.txt"].update(bytes=True), "the size or checksum of 'dict.txt' is not valid"),
+        (lambda m: m["files"].update({"a\0b": m["files"]["dict.txt"]}), r"'a\x00b' is not inside the folder"),
+        (lambda m: m["files"].update({"a\ud800": m["files"]["dict.txt"]}), r"'a\ud800' is not inside the folder"),
     ],
 )
 def test_what_is_wrong_with_a_manifest_is_said(copy: Path, change: Callable[[Any], object], message: str) -> None:
