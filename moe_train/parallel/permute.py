@@ -75,7 +75,8 @@ def count_ids(ids: Tensor, size: int) -> Tensor:
 
     Without ``bincount``, which makes the host wait for a GPU to learn the largest id.
     """
-    return torch.zeros(size, dtype=torch.int64, device=ids.device).scatter_(0, ids.reshape(-1), 1, reduce="add")
+    ids = ids.reshape(-1)
+    return torch.zeros(size, dtype=torch.int64, device=ids.device).scatter_add_(0, ids, torch.ones_like(ids))
 
 
 def _rows_by_token(pair_row: Tensor, token: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from moe_train.routing.context import RankReduction
-from moe_train.routing.types import RouterLoss, count_per_expert
+from moe_train.routing.types import RouterLoss
 
 
 class WorldSums:
@@ -42,14 +42,9 @@ class WorldSums:
         return dict(zip(self._own, parts, strict=True))
 
 
-def rank_load(choices: Tensor, num_experts: int) -> Tensor:
-    """[E + 1] int64 of this rank: choices of each expert before drops, and the number of tokens.
-
-    Args:
-        choices: [T] or [T, k]; -1: no choice (the token is counted nevertheless).
-    """
-    counts = count_per_expert(choices.detach(), num_experts)
-    return torch.cat((counts, torch.full((1,), choices.shape[0], device=counts.device)))
+def rank_load(counts: Tensor, tokens: Tensor) -> Tensor:
+    """[E + 1] int64 of this rank: choices of each expert before drops [E], and the number of tokens, 0-dim."""
+    return torch.cat((counts, tokens.view(1)))
 
 
 def token_count(load: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from moe_train.routing.base import Router, RoutingConfig
 from moe_train.routing.capacity import Group, Rounding, capacity_mask, capacity_of_shares, expert_capacity, group_tokens
 from moe_train.routing.context import RoutingContext
 from moe_train.routing.noise import mask_outputs
-from moe_train.routing.types import RouterLoss, Routing, assignment_from_choices, count_statistics
+from moe_train.routing.types import RouterLoss, Routing, assignment_from_choices, count_choices, count_statistics
 
 Normalise = Literal["none", "before_drop", "after_drop"]
 
@@ -126,12 +126,16 @@ class TokenChoiceRouter(Router):
             weights = normalised(weights, kept)
         if self.config.expert_output_masking:
             weights = mask_outputs(weights, self.config.expert_output_masking, context)
-        statistics = count_statistics(choices, kept, self.num_experts, scores.probabilities)
+        counts = count_choices(choices, self.num_experts)
+        requested = counts[0] if len(counts) == 1 else counts.sum(0)
+        statistics = count_statistics(choices, kept, self.num_experts, scores.probabilities, requested=requested)
+        # Only first choices count in the balance loss.
+        losses = self.losses(scores, rank_load(counts[0], statistics.tokens)) if context.training else {}
         return Routing(
             assignment=assignment_from_choices(choices, weights, kept, context.fixed_size, statistics.load),
             choices=choices,
             kept=torch.ones_like(choices, dtype=torch.bool) if kept is None else kept,
-            losses=self.losses(scores, choices, context),
+            losses=losses,
             statistics=statistics,
         )
 
@@ -158,13 +162,14 @@ class TokenChoiceRouter(Router):
         """Whether choices can be -1."""
         return False
 
-    def losses(self, scores: RouterScores, choices: Tensor, context: RoutingContext) -> Mapping[str, RouterLoss]:
-        """The balance loss and the z-loss if their weights are not 0; none at evaluation."""
+    def losses(self, scores: RouterScores, load: Tensor) -> Mapping[str, RouterLoss]:
+        """The balance loss and the z-loss in training, if their weights are not 0.
+
+        Args:
+            load: [E + 1] int64, first choices of each expert, and the number of tokens.
+        """
         config = self.config
         losses: dict[str, RouterLoss] = {}
-        if not context.training or not (config.balance_weight or config.z_weight):
-            return losses
-        load = rank_load(choices[:, 0], self.num_experts)  # only first choices count in the balance loss
         if config.balance_weight:
             losses["balance_loss"] = BalanceLoss(scores.probabilities.sum(0), load, config.balance_weight)
         if config.z_weight:

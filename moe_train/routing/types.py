@@ -125,8 +125,20 @@ class Routing:
 
 def count_per_expert(ids: Tensor, num_experts: int) -> Tensor:
     """[E] int64: how often each expert occurs in ``ids`` (any shape); -1 is not counted. No host sync."""
+    ids = ids.reshape(-1) + 1
     counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=ids.device)
-    return counts.scatter_(0, ids.reshape(-1) + 1, 1, reduce="add")[1:]
+    return counts.scatter_add_(0, ids, torch.ones_like(ids))[1:]
+
+
+def count_choices(choices: Tensor, num_experts: int) -> Tensor:
+    """[k, E] int64: how often each expert is the first, the second … choice; -1 is not counted. No host sync.
+
+    Args:
+        choices: [T, k].
+    """
+    ids = choices.t() + 1
+    counts = torch.zeros(ids.shape[0], num_experts + 1, dtype=torch.int64, device=ids.device)
+    return counts.scatter_add_(1, ids, torch.ones_like(ids))[:, 1:]
 
 
 def entropy_sum(probabilities: Tensor) -> Tensor:
@@ -165,10 +177,14 @@ def count_statistics(
     num_experts: int,
     probabilities: Tensor | None = None,
     extra: Mapping[str, Tensor] | None = None,
+    requested: Tensor | None = None,
 ) -> RoutingStatistics:
-    """The statistics of a token-choice router from choices [T, k] (-1: none), kept [T, k] and probabilities [T, E]."""
+    """The statistics of a token-choice router from choices [T, k] (-1: none), kept [T, k] and probabilities [T, E].
+
+    ``requested`` [E]: how often each expert is chosen, if it has been counted.
+    """
     with torch.no_grad():
-        requested = count_per_expert(choices, num_experts)
+        requested = count_per_expert(choices, num_experts) if requested is None else requested
         load = requested if kept is None else count_per_expert(torch.where(kept, choices, -1), num_experts)
         entropy = torch.zeros((), device=choices.device) if probabilities is None else entropy_sum(probabilities)
         tokens = torch.full((), choices.shape[0], device=choices.device)  # torch.tensor would wait for a GPU

@@ -17,7 +17,7 @@ from moe_train.routing.balance_losses import (
     squared_variation,
     z_amount,
 )
-from moe_train.routing.types import RouterLoss
+from moe_train.routing.types import RouterLoss, count_per_expert
 
 
 def alone(loss: RouterLoss) -> torch.Tensor:
@@ -25,8 +25,12 @@ def alone(loss: RouterLoss) -> torch.Tensor:
     return loss.share(WorldSums([loss], LocalReduction()))
 
 
+def own_load(choices: torch.Tensor, experts: int) -> torch.Tensor:
+    return rank_load(count_per_expert(choices, experts), torch.tensor(len(choices)))
+
+
 def balance_loss(probabilities: torch.Tensor, choices: torch.Tensor) -> torch.Tensor:
-    return alone(BalanceLoss(probabilities.sum(0), rank_load(choices, probabilities.shape[1]), 1.0))
+    return alone(BalanceLoss(probabilities.sum(0), own_load(choices, probabilities.shape[1]), 1.0))
 
 
 def test_uniform_loads_and_probabilities_give_one() -> None:
@@ -52,7 +56,7 @@ def test_skew_towards_the_chosen_costs_more_than_one(seed: int, tokens: int, exp
 
 
 def test_a_token_without_choice_still_counts_as_a_token() -> None:
-    load = rank_load(torch.tensor([0, -1, 1, -1]), 2)
+    load = own_load(torch.tensor([0, -1, 1, -1]), 2)
     assert load.tolist() == [1, 1, 4]
     assert BalanceLoss(torch.zeros(2), load, 1.0).fraction(load).tolist() == [0.25, 0.25]
 
@@ -89,5 +93,5 @@ def test_the_chance_of_a_choice_is_how_often_it_is_made_with_other_noise() -> No
 
 
 def test_z_loss_of_zero_logits_is_log_e_squared() -> None:
-    loss = MeanOverTokens(z_amount(torch.zeros(7, 8)), rank_load(torch.zeros(7, dtype=torch.int64), 8), 1.0)
+    loss = MeanOverTokens(z_amount(torch.zeros(7, 8)), own_load(torch.zeros(7, dtype=torch.int64), 8), 1.0)
     assert alone(loss).item() == pytest.approx(torch.tensor(8.0).log().item() ** 2)

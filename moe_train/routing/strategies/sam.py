@@ -146,7 +146,10 @@ class SamRouter(TokenChoiceRouter):
         choices = group * self.group_size + best
         weights = levels.expert.gather(1, choices)
         routing = self.build_routing(RouterScores(levels.logits[0], levels.expert), choices, weights, context)
-        return dataclasses.replace(routing, losses=self.level_losses(levels, choices, weights, context))
+        if not context.training:
+            return routing
+        load = rank_load(routing.statistics.requested, routing.statistics.tokens)
+        return dataclasses.replace(routing, losses=self.level_losses(levels, choices, weights, load))
 
     def by_group(self, per_expert: Tensor) -> Tensor:
         """[T, E] as [T, G, E/G]."""
@@ -177,18 +180,13 @@ class SamRouter(TokenChoiceRouter):
         kept = super().kept_choices(left, weights, context)
         return entered.expand_as(choices) if kept is None else kept
 
-    def losses(self, scores: RouterScores, choices: Tensor, context: RoutingContext) -> Mapping[str, RouterLoss]:
+    def losses(self, scores: RouterScores, load: Tensor) -> Mapping[str, RouterLoss]:
         """None; :meth:`level_losses` computes them, since it needs more than the scores."""
         return {}
 
-    def level_losses(
-        self, levels: Levels, choices: Tensor, weights: Tensor, context: RoutingContext
-    ) -> Mapping[str, RouterLoss]:
+    def level_losses(self, levels: Levels, choices: Tensor, weights: Tensor, load: Tensor) -> Mapping[str, RouterLoss]:
         """Balance loss of experts (k if uniform), balance loss of groups (1 if uniform), alignment loss, z-loss."""
         config = self.config
-        if not context.training:
-            return {}
-        load = rank_load(choices, self.num_experts)
         outside = alignment(levels.expert, choices, weights, self.group_size, both=config.alignment_gradient == "both")
         found: dict[str, RouterLoss] = {
             "balance_loss": BalanceLoss(levels.expert.sum(0), load, config.balance_weight),
