@@ -138,7 +138,7 @@ def _holds(value: Any, depth: int, kind: type) -> bool:
     """Whether a value is mappings, ``depth`` deep, of values of a type; integers are not negative."""
     if depth:
         return isinstance(value, Mapping) and all(_holds(inner, depth - 1, kind) for inner in value.values())
-    return type(value) is kind and (kind is not int or value >= 0)
+    return type(value) is kind and not (isinstance(value, int) and value < 0)
 
 
 def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
