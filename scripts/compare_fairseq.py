@@ -6,7 +6,7 @@
 Both models have the same dimensions and start from the same weights (with different initial weights either may be 2 %
 ahead after a few hundred updates, by chance). They get the same micro-batches in the same order and alternate after
 each update, so that other load of the machine affects both. Stock is fairseq's model, criterion, gradient clipping and
-Adam without its Trainer (which would only slow it down); ours is model, criterion and optimizer as in ``moe-train``.
+Adam without its Trainer (which would only slow it down); ours is model, criterion and engine as in ``moe-train``.
 Then our model gets stock's weights, and fairseq's SequenceGenerator and our beam search translate the same batches.
 """
 
@@ -17,7 +17,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +43,9 @@ from moe_train.evaluation.translator import Batch, encode
 from moe_train.fairseq_compat import apply
 from moe_train.models.from_fairseq import convert_state_dict
 from moe_train.tasks import build_task
+from moe_train.training.engines import EngineInputs, build_engine
 from moe_train.training.optim.lr_schedule import learning_rate
-from moe_train.training.optim.optimizer import build_optimizer
+from moe_train.training.runtime.world import World
 from moe_train.training.step import seed_generators
 
 apply()
@@ -196,18 +197,17 @@ def stock_model(task: Any, config: ModelConfig) -> nn.Module:
 
 
 def our_side(task: Any, config: RunConfig, clock: Callable[[], float], bf16: bool = False) -> Side:
-    """Our model, criterion, clipping and optimizer, as the training loop uses them."""
-    model, criterion, training = task.build_model(), task.build_criterion(), config.training
-    optimizer = build_optimizer(model, training.optimizer)
+    """Our model, criterion and engine, as the training loop uses them."""
+    model, criterion = task.build_model(), task.build_criterion()
+    training = replace(config.training, precision="bf16" if bf16 else "fp32")
+    engine = build_engine(EngineInputs(model, config.engine, training, World()))
 
     def step(sample: dict[str, Any], lr: float) -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            loss, size, _ = criterion(model, sample)
-        optimizer.zero_grad(set_to_none=True)
-        (loss / size).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), training.clip_norm)
-        set_lr(optimizer, lr)
-        optimizer.step()
+        with engine.accumulate(last=True):
+            with engine.autocast():
+                loss, size, _ = criterion(engine.model, sample)
+            engine.backward(loss / size)
+        engine.step(lr)
 
     def nll(sample: dict[str, Any]) -> float:
         return float(criterion(model, sample)[2]["nll_loss"])
@@ -251,7 +251,7 @@ def timed_update(side: Side, samples: list[dict[str, Any]], rate: float, seed: i
 
 
 def bf16_speed(task: Any, config: RunConfig, clock: Callable[[], float], updates: int) -> float:
-    """Words per second of our model under bf16 autocast."""
+    """Words per second of our model in bf16."""
     side, batches = our_side(task, config, clock, bf16=True), task.train_batches()
     for update in range(WARM_UP + updates):
         samples = [task.train_sample(indices) for indices in batches.update(update).micro_batches]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ class StackedFeedForward(nn.Module):
         norm_weight, norm_bias: [E, d] or None.
     """
 
+    computes_in_16_bits: ClassVar[bool] = True
     fc1_bias: nn.Parameter | None
     fc2_bias: nn.Parameter | None
     norm_weight: nn.Parameter | None

@@ -45,7 +45,7 @@ def fused_label_smoothed_nll(
 
     Args:
         features: [N, d].
-        weight: [V, d], the output embedding.
+        weight: [V, d], the output embedding; it may be fp32 with 16-bit features, and has its gradient in fp32 then.
         target, eps, ignore: as above.
         chunk_rows: rows at a time; 0: 64 M logits on a GPU, 8 MiB on a CPU, and at least 256 rows, since with
             fewer rows the weight's gradient is read and written too often.
@@ -54,8 +54,7 @@ def fused_label_smoothed_nll(
         loss and nll, 0-dim fp32, in nats. Only the loss has a gradient.
     """
     if torch.is_autocast_enabled(features.device.type):
-        kind = torch.get_autocast_dtype(features.device.type)
-        features, weight = features.to(kind), weight.to(kind)
+        features = features.to(torch.get_autocast_dtype(features.device.type))
     chunk_logits = (8 << 20) // features.element_size() if features.device.type == "cpu" else 64 << 20
     rows = chunk_rows or max(chunk_logits // weight.shape[0], 256)
     loss, nll = _FusedLabelSmoothedNll.apply(features, weight, target, eps, ignore, rows)  # type: ignore[no-untyped-call]
@@ -94,9 +93,9 @@ def _smoothed(logits: Tensor, target: Tensor, eps: float, ignore: int | None, ov
     if real is not None:
         target = target.masked_fill(~real, 0)
     each = eps / max(vocabulary - 1, 1)
-    at_target = logits.gather(1, target.unsqueeze(1)).squeeze(1).to(kind)
+    at_target = logits.gather(1, target.unsqueeze(1)).squeeze(1)
     total = logits.sum(1, dtype=kind) if eps else at_target
-    largest = logits.amax(1).to(kind)
+    largest = logits.amax(1)
     p = torch.softmax(logits, 1, out=logits) if overwrite else torch.softmax(logits, 1, dtype=kind)
     lse = largest - p.amax(1).log()
     nll = _row_sum(lse - at_target, real)
@@ -167,7 +166,8 @@ class _FusedLabelSmoothedNll(torch.autograd.Function):
     def forward(
         ctx: Any, features: Tensor, weight: Tensor, target: Tensor, eps: float, ignore: int | None, rows: int
     ) -> tuple[Tensor, Tensor]:
-        kind = _accumulation_type(features.dtype)
+        kind, ctx.weight_type = _accumulation_type(features.dtype), weight.dtype
+        weight = weight.to(features.dtype)
         loss = torch.zeros((), dtype=kind, device=features.device)
         nll = torch.zeros_like(loss)
         grad_features = torch.empty_like(features) if ctx.needs_input_grad[0] else None
@@ -185,7 +185,7 @@ class _FusedLabelSmoothedNll(torch.autograd.Function):
                 linear_into(grad_features[start : start + rows], gradient, weight)
             if grad_weight is not None:
                 _add_product_(grad_weight, gradient, x)
-        ctx.grad_features, ctx.grad_weight, ctx.weight_type = grad_features, grad_weight, weight.dtype
+        ctx.grad_features, ctx.grad_weight = grad_features, grad_weight
         ctx.mark_non_differentiable(nll)
         return loss, nll
 
@@ -193,7 +193,7 @@ class _FusedLabelSmoothedNll(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         grad_features, grad_weight = ctx.grad_features, ctx.grad_weight
-        grad_features = None if grad_features is None else grad_features * grad_loss.to(grad_features.dtype)
+        grad_features = None if grad_features is None else grad_features * grad_loss
         grad_weight = None if grad_weight is None else (grad_weight * grad_loss).to(ctx.weight_type)
         return grad_features, grad_weight, None, None, None, None
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ _KERNELS = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBacke
 
 
 # torch's bf16 backward on the CPU takes 1.2 to 6 times as long as its fp32 one with 16 to 64 keys, casts included, and
-# as long with 256 (measured with 2,048 and 8,192 tokens, heads of 56, 64 and 128, in one thread and in two).
+# as long with 256 (measured with 2,048 and 8,192 tokens, heads of 56, 64 and 128, in one thread).
 _MAX_KEYS_FOR_FP32_BACKWARD = 128
 
 
@@ -35,6 +35,8 @@ def _split(projected: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
 
 class _Attention(nn.Module):
     """Base class. Initialised as in fairseq: Xavier, with a gain of 1/√2 for query, key and value."""
+
+    computes_in_16_bits: ClassVar[bool] = True
 
     def __init__(self, dim: int, heads: int, dropout: float = 0.0) -> None:
         super().__init__()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -15,6 +17,8 @@ from moe_train.routing.base import RoutingConfig
 
 class FeedForward(Block):
     """W2 · dropout(act(W1 x + b1)) + b2. Initialised like ``nn.Linear``, as in fairseq 0.12.2."""
+
+    computes_in_16_bits: ClassVar[bool] = True
 
     def __init__(self, dim: int, hidden: int, activation: str = "relu", dropout: float = 0.0) -> None:
         super().__init__()

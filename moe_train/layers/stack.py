@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from moe_train.layers.batch_context import BatchContext
 from moe_train.layers.block import Records
 from moe_train.layers.decoder_cache import DecoderCache
-from moe_train.layers.transformer import DecoderLayer, EncoderLayer, LayerShape
+from moe_train.layers.transformer import DecoderLayer, EncoderLayer, LayerShape, Norm
 
 
 class _Stack(nn.Module):
@@ -21,7 +21,7 @@ class _Stack(nn.Module):
     def __init__(self, shape: LayerShape, layers: Sequence[nn.Module]) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
-        self.norm = nn.LayerNorm(shape.dim) if shape.norm_order == "pre" else nn.Identity()
+        self.norm = Norm(shape.dim) if shape.norm_order == "pre" else nn.Identity()
         self.recompute = False
 
     def _call(self, function: Callable[..., tuple[Tensor, Records]], *arguments: Any) -> tuple[Tensor, Records]:

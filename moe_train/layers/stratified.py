@@ -18,6 +18,7 @@ from moe_train.kernels.cpu.dropout import dropout
 from moe_train.layers.batch_context import BatchContext
 from moe_train.layers.block import Block, Observation, RoutingRecord
 from moe_train.layers.registry import BlockInputs, build_pool, register_kind
+from moe_train.layers.transformer import Norm
 from moe_train.routing.base import RoutingConfig
 from moe_train.routing.context import RoutingContext
 from moe_train.routing.registry import build_router
@@ -48,7 +49,7 @@ class StratifiedLayer(Block):
         self.official = router.config.norm == "official"
         # paper: one before each pass; official: one before the first pass, and one on entry into each later state.
         count = len(router.strata) + int(self.official)
-        self.norms = nn.ModuleList(nn.LayerNorm(pool.spec.dim) for _ in range(count))
+        self.norms = nn.ModuleList(Norm(pool.spec.dim) for _ in range(count))
 
     def forward(self, x: Tensor, context: BatchContext) -> tuple[Tensor, RoutingRecord | None]:
         """x [B, S, d] → (x after all passes [B, S, d], the record); padding is not changed."""

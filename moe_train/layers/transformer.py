@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_train.kernels.cpu.dropout import dropout
@@ -11,6 +12,7 @@ from moe_train.layers.attention import CrossAttention, SelfAttention
 from moe_train.layers.batch_context import BatchContext
 from moe_train.layers.block import Block, Records
 from moe_train.layers.decoder_cache import DecoderCache
+from moe_train.routing.gate import full_precision
 
 
 @dataclass(frozen=True)
@@ -24,12 +26,28 @@ class LayerShape:
     attention_dropout: float = 0.1
 
 
+class Norm(nn.LayerNorm):
+    """LayerNorm in the type of its input, with mean and variance in fp32 where that has 16 bits."""
+
+    @property
+    def computes_in_16_bits(self) -> bool:
+        """Whether weight and bias must have the input's type: on GPUs. The kernel for CPUs takes fp32 ones as well."""
+        return self.weight.device.type != "cpu"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., d] → [..., d]."""
+        same = self.computes_in_16_bits
+        weight, bias = (p.to(x.dtype) if same else p for p in (self.weight, self.bias))
+        with full_precision(x):  # on a GPU autocast would compute this in fp32
+            return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
 class Residual(nn.Module):
     """Residual connection: x + f(LN(x)) (pre-norm) or LN(x + f(x)) (post-norm)."""
 
     def __init__(self, shape: LayerShape) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(shape.dim)
+        self.norm = Norm(shape.dim)
         self.pre = shape.norm_order == "pre"
         self.dropout = shape.dropout
 

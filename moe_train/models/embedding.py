@@ -29,8 +29,14 @@ def embedding(vocabulary: Vocabulary, dim: int) -> nn.Embedding:
     return table
 
 
+def in_compute_type(x: Tensor) -> Tensor:
+    """x in the type of products: autocast's, where that is on."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
 class TokenEmbedding(nn.Module):
-    """√d · embedding + sinusoidal position, then dropout."""
+    """√d · embedding + sinusoidal position, then dropout. The table and its gradient stay fp32 under autocast."""
 
     def __init__(self, table: nn.Embedding, max_positions: int, dropout: float) -> None:
         super().__init__()
@@ -47,4 +53,4 @@ class TokenEmbedding(nn.Module):
     def forward(self, tokens: Tensor, start: int = 0, padding: Tensor | None = None) -> Tensor:
         """tokens [B, S] → [B, S, d]; ``padding`` is needed only if there may be padding on the left."""
         x = torch.add(self.positions(tokens.shape[1], start, padding), self.tokens(tokens), alpha=self.scale)
-        return dropout(x, self.dropout, self.training)
+        return dropout(in_compute_type(x), self.dropout, self.training)

@@ -19,6 +19,7 @@ from moe_train.layers.batch_context import RoutingSettings
 from moe_train.layers.block import start_losses
 from moe_train.layers.linear import linear
 from moe_train.layers.seeding import seeded
+from moe_train.layers.transformer import Norm
 from moe_train.models.builder import block_inputs, encoder_stack
 from moe_train.models.embedding import TokenEmbedding, Vocabulary, embedding
 from moe_train.models.encoder_decoder import EncoderOut, TransformerEncoder
@@ -61,7 +62,7 @@ class MaskedLanguageModel(_Encodes):
         super().__init__(encoder)
         dim = self.output_weight.shape[1]
         self.dense = nn.Linear(dim, dim)
-        self.norm = nn.LayerNorm(dim)
+        self.norm = Norm(dim)
 
     def forward(
         self,

@@ -21,6 +21,7 @@ from moe_train.layers.linear import linear
 from moe_train.layers.seeding import seeded
 from moe_train.layers.stack import EncoderStack
 from moe_train.models.builder import block_inputs, encoder_stack
+from moe_train.models.embedding import in_compute_type
 from moe_train.models.routed import ModelParts, RoutedModel
 from moe_train.routing.base import RoutingConfig
 
@@ -55,7 +56,7 @@ class PatchEmbedding(nn.Module):
         """images [B, H, W, C] uint8 → [B, patches, d], patches in row-major order; pixels are scaled to -1 .. 1."""
         rows = self.cut(images).to(self.project.weight.dtype) / 127.5 - 1.0
         embedded = linear(rows, self.project.weight, self.project.bias) + self.positions
-        return self.dropout(embedded)  # type: ignore[no-any-return]
+        return self.dropout(in_compute_type(embedded))  # type: ignore[no-any-return]
 
     def cut(self, images: Tensor) -> Tensor:
         """[B, H, W, C] → [B, patches, patch · patch · C]."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from moe_train.config import CheckpointConfig, EngineConfig, TrainingConfig, build
 from moe_train.experts import ExpertPool, ExpertSpec
+from moe_train.layers import FeedForward
 from moe_train.parallel.layout import ExpertLayout
 from moe_train.parallel.layout_plan import plan_layout
 from moe_train.routing import Assignment
@@ -133,6 +135,34 @@ def run(case: Case) -> Result:
     moments = optimizer_tensors(net, engine.optimizer_tensors())
     moments = {name: tensor.clone() for name, tensor in moments.items()}
     return Result(tensors, moments, norms, applied, clean, losses, net.seen)
+
+
+def step_of_feed_forward() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """One SGD step of a dense feed-forward in bf16, at rate 1: what its parameters have lost, by name; and the bf16
+    gradients of this rank's micro-batches, added up in fp32.
+    """
+    world = World.current()
+    torch.manual_seed(0)
+    block = FeedForward(6, 10)
+    before, half = copy.deepcopy(block), copy.deepcopy(block).bfloat16()
+    training = build(TrainingConfig, {"precision": "bf16", "clip_norm": 0.0, "optimizer": {"name": "sgd"}})
+    engine = build_engine(EngineInputs(block, EngineConfig(), training, world))  # type: ignore[arg-type]
+    own = {name: torch.zeros_like(p) for name, p in before.named_parameters()}
+    x, wanted = data(0)
+    for number in range(MICRO_BATCHES):
+        mine = rows(number, world.rank, world.size)
+        with engine.accumulate(last=number == MICRO_BATCHES - 1):
+            with engine.autocast():
+                y, _ = engine.model(x[mine].bfloat16())
+            engine.backward((y.float() - wanted.repeat(1, 2)[mine]).square().sum())
+        half.zero_grad()
+        (half(x[mine].bfloat16())[0].float() - wanted.repeat(1, 2)[mine]).square().sum().backward()
+        for name, p in half.named_parameters():
+            assert p.grad is not None
+            own[name] += p.grad
+    engine.step(lr=1.0)
+    parameters = dict(before.named_parameters())
+    return {name: (parameters[name] - p).detach() for name, p in block.named_parameters()}, own
 
 
 def joined(results: list[Result]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -1,13 +1,13 @@
 """Memory of one rank in a training step, in bytes, in closed form.
 
 Activations are the tensors that autograd keeps for backward, each storage once; a test compares them with
-``torch.autograd.graph.saved_tensors_hooks`` in real steps. Bytes per token, with r bytes for a number of the residual
-stream (fp32, also under autocast), a for one of a matrix product, m = 1 for one of a dropout mask:
+``torch.autograd.graph.saved_tensors_hooks`` in real steps. Bytes per token, with a bytes for a number of the residual
+stream or of a matrix product, m = 1 for one of a dropout mask:
 
-    self-attention   r d + a d (norm)  + 3 a d (q, k, v)  + a d (output)  + 4 H (log-sum-exp)  + m d (dropout)
-    cross-attention  r d + a d         + a d + 2 a d · source ratio  + a d + 4 H + m d
-    feed-forward     r d + a d         + a f (twice for GELU)        + m d
-    sparse block     r d + a d         + 8 E (router)  + m d,  and per pair  2 a d + a h + indices
+    self-attention   a d + a d (norm)  + 3 a d (q, k, v)  + a d (output)  + 4 H (log-sum-exp)  + m d (dropout)
+    cross-attention  a d + a d         + a d + 2 a d · source ratio  + a d + 4 H + m d
+    feed-forward     a d + a d         + a f (twice for GELU)        + m d
+    sparse block     a d + a d         + 8 E (router)  + m d,  and per pair  2 a d + a h + indices
 
 On a CPU attention dropout has no fused kernel, so probabilities, noise and their product are kept: 3 · 4 · H · S.
 """
@@ -22,7 +22,6 @@ from moe_train.analysis.planner.cost_traffic import BYTES, StepTraffic, Workload
 from moe_train.parallel.layout_plan import LayoutPlan
 from moe_train.parallel.traffic import LINKS
 
-_RESIDUAL = 4
 _STATISTICS = 8  # mean and deviation of a norm
 _INDEX = 8
 _MASK = 1  # of dropout; inside experts its noise is kept in the type of the activations
@@ -32,7 +31,7 @@ _MASK = 1  # of dropout; inside experts its noise is kept in the type of the act
 class StateSharding:
     """Sharding of optimizer states, gradients and parameters.
 
-    Parameters and gradients are fp32 under both engines; casts are those of autocast.
+    Parameters and gradients are fp32 under both engines; casts are the weights' 16-bit copies.
 
     Attributes:
         name: ``ddp`` or ``deepspeed``.
@@ -107,11 +106,11 @@ def activation_bytes(shape: ModelShape, work: Workload) -> float:
 def kept_bytes(shape: ModelShape, work: Workload) -> float:
     """Bytes kept by autograd at the end of the forward pass."""
     total = 0.0
-    d = shape.config.embed_dim
+    d, a = shape.config.embed_dim, BYTES[work.precision]
     for stack in shape.stacks:
-        inside = stack.layers * _RESIDUAL * d if work.recompute else sum(_layers(stack, shape, work))
-        final = float(_RESIDUAL * d if stack.is_source else 0)  # the decoder's features are the loss's
-        final += _RESIDUAL * d + _STATISTICS if shape.config.norm_order == "pre" else 0
+        inside = stack.layers * a * d if work.recompute else sum(_layers(stack, shape, work))
+        final = float(a * d if stack.is_source else 0)  # the decoder's features are the loss's
+        final += a * d + _STATISTICS if shape.config.norm_order == "pre" else 0
         total += work.tokens_of(stack, shape) * (inside + final + _INDEX + _dropped(shape.config.dropout, _MASK * d))
     return total
 
@@ -120,7 +119,7 @@ def _layers(stack: StackShape, shape: ModelShape, work: Workload) -> Iterator[fl
     """Bytes per token of each layer; inserted blocks count as layers of their own."""
     d, a, config = shape.config.embed_dim, BYTES[work.precision], shape.config
     noise = _dropped(config.dropout, _MASK * d)
-    frame = _RESIDUAL * d + _STATISTICS + noise
+    frame = a * d + _STATISTICS + noise
     attention = frame + 5 * a * d + _scores(shape, work)
     if stack.cross:
         attention += frame + (3 + 2 * work.source_ratio) * a * d + _scores(shape, work)
@@ -140,7 +139,7 @@ def block_bytes(block: SparseShape, shape: ModelShape, work: Workload) -> float:
     visits = sum(choice.share for choice in choices if choice.stage) if _owns_frame(block) else 0.0
     noise = _dropped(block.spec.dropout, BYTES[work.precision] * h)
     pair = a * d + block.spec.sublayers * ((4 if block.spec.norm else 1) * a * d + a * h + noise)
-    frames = _RESIDUAL * d + a * d + _dropped(shape.config.dropout, _MASK * d)
+    frames = 2 * a * d + _dropped(shape.config.dropout, _MASK * d)
     own = (1 + visits) * frames if _owns_frame(block) else 0.0
     return own + 8.0 * block.num_experts + block.pairs * (pair + 5 * _INDEX)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from moe_train.training.engines.base import (
     register_engine,
 )
 from moe_train.training.optim.optimizer import build_optimizer
-from moe_train.training.optim.precision import Precision
+from moe_train.training.optim.precision import ComputeWeights, Precision
 
 
 class LocalPeaks:
@@ -36,11 +36,6 @@ class LocalPeaks:
 
     def __init__(self) -> None:
         self._peaks: list[Tensor] = []
-
-    def reduce(self, group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-        """DDP's communication hook: records the peak, then averages as DDP would."""
-        self.look([bucket.buffer()])
-        return allreduce_hook(group, bucket)
 
     def look(self, gradients: Iterable[Tensor]) -> None:
         """Records the peak of each, without a host sync."""
@@ -65,6 +60,9 @@ class DdpEngine:
     DDP averages over ranks while the loss is a sum of shares, so :meth:`backward` multiplies by the number of ranks. If
     experts are divided over ranks, DDP ignores them: backward has given them the gradients of their whole group, and
     they are summed over replicas and divided by the number of ranks.
+
+    In bf16 and fp16 the modules compute with 16-bit copies of the parameters (:class:`ComputeWeights`), whose gradients
+    are added up over micro-batches and ranks in fp32.
     """
 
     def __init__(self, inputs: EngineInputs) -> None:
@@ -74,6 +72,7 @@ class DdpEngine:
         self._clip_norm = inputs.training.clip_norm
         self._precision = Precision(inputs.training.precision, inputs.world.device)
         self._optimizer = build_optimizer(inputs.module, inputs.training.optimizer)
+        self._weights = ComputeWeights(inputs.module, self._precision.half)
         self._peaks, self._expert_peaks = LocalPeaks(), LocalPeaks()
         self._wrapper = self._wrap(inputs) if inputs.world.size > 1 else None
         self.model: nn.Module = self._wrapper or self.module
@@ -82,21 +81,38 @@ class DdpEngine:
         device = inputs.world.device
         if self._divided:
             ignore_experts_in_ddp(self.module)
-        wrapper = DistributedDataParallel(
-            self.module,
-            device_ids=[device.index] if device.type == "cuda" else None,
-            bucket_cap_mb=inputs.config.bucket_mb,
-            gradient_as_bucket_view=True,
-            **_keep_buffers(),
-        )
+        if self._precision.half is not None:  # DDP gives all ranks the copies of rank 0 only
+            for parameter in self.module.parameters():
+                if not (self._divided and is_expert(parameter)):
+                    dist.broadcast(parameter.detach(), src=0)
+        with self._weights.in_use():
+            wrapper = DistributedDataParallel(
+                self.module,
+                device_ids=[device.index] if device.type == "cuda" else None,
+                bucket_cap_mb=inputs.config.bucket_mb,
+                gradient_as_bucket_view=True,
+                **_keep_buffers(),
+            )
         # DDP compares the hook's annotations with types, ours are strings: a lambda has none.
-        hook = lambda group, bucket: self._peaks.reduce(group, bucket)  # noqa: E731, PLW0108
+        hook = lambda group, bucket: self._reduce(group, bucket)  # noqa: E731, PLW0108
         wrapper.register_comm_hook(dist.group.WORLD, hook)
         return wrapper
 
-    def autocast(self) -> AbstractContextManager[Any]:
+    def _reduce(self, group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        """DDP's communication hook: records the peak, then averages in fp32."""
+        if not self._weights.has(bucket):
+            self._peaks.look([bucket.buffer()])
+            return allreduce_hook(group, bucket)
+        buffer, sums = bucket.buffer(), self._weights.fp32_sums(bucket)
+        self._peaks.look([sums])
+        reduced = dist.all_reduce(sums.div_(self._world.size), group=group, async_op=True)
+        return reduced.get_future().then(lambda _: buffer)  # type: ignore[union-attr, no-any-return]
+
+    @contextmanager
+    def autocast(self) -> Iterator[None]:
         """The context of forward passes."""
-        return self._precision.autocast()
+        with self._weights.in_use(), self._precision.autocast():
+            yield
 
     def accumulate(self, last: bool) -> AbstractContextManager[Any]:
         """DDP reduces in the last micro-batch only."""
@@ -104,7 +120,9 @@ class DdpEngine:
 
     def backward(self, loss: Tensor) -> None:
         """Adds the gradients of this rank's share."""
-        self._precision.scale(loss * self._world.size).backward()
+        with self._weights.in_use():  # recomputed activations need the same weights
+            self._precision.scale(loss * self._world.size).backward()
+        self._weights.collect_gradients()
 
     def step(self, lr: float) -> StepOutcome:
         """One optimizer step, or none where any rank's gradient is not finite."""
@@ -124,6 +142,7 @@ class DdpEngine:
             for group in self._optimizer.param_groups:
                 group["lr"] = lr
             self._optimizer.step()
+            self._weights.expire()
         self._precision.after_step(finite)
         self._optimizer.zero_grad(set_to_none=True)
         return StepOutcome(grad_norm, finite, bool(clean), bool(experts_clean))

@@ -1,13 +1,17 @@
-"""Number formats: autocast, and the loss scale of fp16."""
+"""Number formats: autocast, the loss scale of fp16, and 16-bit copies of the weights."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from moe_train.kernels.cpu.huge_pages import empty_like
+from moe_train.routing.base import Router
 
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -15,19 +19,20 @@ _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 class Precision:
     """``fp32``; ``bf16`` = autocast; ``fp16`` = autocast and dynamic loss scaling. Parameters stay fp32 in all of them.
 
+    Attributes:
+        half: the 16-bit type of products; None: fp32.
+
     Only :meth:`after_step` changes the loss scale, by a result that all ranks share, so it is the same on every rank.
     """
 
     def __init__(self, name: str, device: torch.device) -> None:
-        self.name = name
+        self.name, self.half = name, _HALF.get(name)
         self._device = device
         self._scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The context of forward passes."""
-        if self.name not in _HALF:
-            return nullcontext()
-        return torch.autocast(self._device.type, dtype=_HALF[self.name])
+        return nullcontext() if self.half is None else torch.autocast(self._device.type, dtype=self.half)
 
     def scale(self, loss: Tensor) -> Tensor:
         """The scaled loss, to call backward on."""
@@ -58,3 +63,125 @@ class Precision:
         """The inverse of :meth:`state`."""
         if self._scaler.is_enabled() and state:
             self._scaler.load_state_dict(dict(state))
+
+
+class ComputeWeights:
+    """16-bit copies of the fp32 parameters of all modules whose attribute ``computes_in_16_bits`` is true.
+
+    The attribute holds for a module with its children, but never inside a router. Inside :meth:`in_use` the copies
+    stand in the modules in place of the parameters: forward and backward use them, and their gradients have 16 bits.
+    Outside it the modules have their fp32 parameters, which the optimizer, checkpoints and exports read and write. The
+    copies are made again when the parameters have changed.
+
+    Args:
+        dtype: bf16 or fp16; None: no copies are made, and all methods do nothing.
+    """
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype | None) -> None:
+        self._copies: dict[nn.Parameter, nn.Parameter] = {}  # by fp32 parameter
+        self._places: list[tuple[nn.Module, str, nn.Parameter]] = []  # every module and name that has one
+        for owner in _computing_modules(module):
+            for name, parameter in owner.named_parameters(recurse=False):
+                if dtype is not None and parameter.dtype == torch.float32:
+                    self._copies.setdefault(parameter, _copy(parameter, dtype))
+                    self._places.append((owner, name, parameter))
+        self._parameters = {copy: parameter for parameter, copy in self._copies.items()}
+        self._sums: dict[nn.Parameter, Tensor] = {}  # memory of the fp32 gradients, kept from update to update
+        self._buckets: dict[int, tuple[list[int], Tensor]] = {}  # by index: ids of the parameters, their sums
+        self._reduced: set[nn.Parameter] = set()  # copies whose gradients have been taken by :meth:`reduce`
+        self._versions: list[int] = []
+        self._active = False
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """The modules compute with the copies."""
+        if self._active:
+            yield
+            return
+        self._refresh()
+        self._active = True
+        for owner, name, parameter in self._places:
+            owner._parameters[name] = self._copies[parameter]
+        try:
+            yield
+        finally:
+            for owner, name, parameter in self._places:
+                owner._parameters[name] = parameter
+            self._active = False
+
+    def expire(self) -> None:
+        """Says that the parameters have changed. Fused optimizers do not count a tensor's version up."""
+        self._versions = []
+
+    @torch.no_grad()
+    def _refresh(self) -> None:
+        versions = [parameter._version for parameter in self._copies]
+        if versions != self._versions:
+            torch._foreach_copy_(list(self._copies.values()), list(self._copies))
+            self._versions = versions
+
+    @torch.no_grad()
+    def collect_gradients(self) -> None:
+        """Adds the copies' gradients of a micro-batch to the parameters' fp32 gradients, and clears them."""
+        first: list[tuple[Tensor, Tensor]] = []  # fp32 gradient, and what it gets from this micro-batch
+        later: list[tuple[Tensor, Tensor]] = []
+        for parameter, copy in self._copies.items():
+            if copy.grad is not None and copy not in self._reduced:
+                if parameter.grad is not None:
+                    later.append((parameter.grad, copy.grad))
+                else:
+                    if parameter not in self._sums:
+                        self._sums[parameter] = empty_like(parameter.detach())
+                    parameter.grad = self._sums[parameter]
+                    first.append((parameter.grad, copy.grad))
+            copy.grad = None
+        self._reduced.clear()
+        if first:
+            torch._foreach_copy_([total for total, _ in first], [gradient for _, gradient in first])
+        if later:
+            torch._foreach_add_([total for total, _ in later], [gradient for _, gradient in later])
+
+    def has(self, bucket: dist.GradBucket) -> bool:
+        """Whether a bucket of DistributedDataParallel has gradients of copies; it has one type."""
+        return bucket.parameters()[0] in self._parameters
+
+    def fp32_sums(self, bucket: dist.GradBucket) -> Tensor:
+        """The gradients of a bucket's parameters over all micro-batches of this rank, flat, in fp32.
+
+        The parameters' gradients become views of it, so that it can be reduced over ranks in place.
+        """
+        copies: Sequence[nn.Parameter] = bucket.parameters()  # type: ignore[assignment]
+        parameters = [self._parameters[copy] for copy in copies]
+        before, flat = self._buckets.get(bucket.index(), ([], torch.empty(0)))
+        if before != list(map(id, parameters)):  # DistributedDataParallel changes its buckets after the first backward
+            flat = torch.empty_like(bucket.buffer(), dtype=torch.float32)
+            self._buckets[bucket.index()] = (list(map(id, parameters)), flat)
+        parts = flat.split([parameter.numel() for parameter in parameters])
+        sums = [part.view_as(parameter) for part, parameter in zip(parts, parameters, strict=True)]
+        if all(p.grad is None for p in parameters):
+            flat.copy_(bucket.buffer())
+        else:
+            for parameter, total in zip(parameters, sums, strict=True):
+                if parameter.grad is None:
+                    total.zero_()
+                elif parameter.grad.data_ptr() != total.data_ptr():
+                    total.copy_(parameter.grad)
+            flat.add_(bucket.buffer())
+        for parameter, total in zip(parameters, sums, strict=True):
+            parameter.grad = self._sums[parameter] = total
+        self._reduced.update(copies)
+        return flat
+
+
+def _computing_modules(module: nn.Module) -> Iterator[nn.Module]:
+    """The marked modules and their children, each once, without those of routers."""
+    marked = [child for child in module.modules() if getattr(child, "computes_in_16_bits", False)]
+    in_fp32 = {child for top in module.modules() if isinstance(top, Router) for child in top.modules()}
+    yield from dict.fromkeys(child for top in marked for child in top.modules() if child not in in_fp32)
+
+
+def _copy(parameter: nn.Parameter, dtype: torch.dtype) -> nn.Parameter:
+    """A copy with the parameter's own attributes (``expert``, ``expert_ids`` …), without its values."""
+    copy = nn.Parameter(torch.empty_like(parameter, dtype=dtype), requires_grad=parameter.requires_grad)
+    copy.__dict__.update(parameter.__dict__)
+    return copy
