@@ -180,6 +180,7 @@ class Cluster:
             shown = self.show(job)
             seen = seen + 1 if shown["JobState"] in states else 0
             if shown["Reason"] == "BeginTime":
+                time.sleep(1.5)  # a node refuses a job that starts again in the second in which it was killed there
                 self.run("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
             assert time.monotonic() < deadline, f"{job} is {shown['JobState']} ({shown['Reason']}), not {states}"
             time.sleep(0.25)
