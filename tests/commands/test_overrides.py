@@ -80,6 +80,9 @@ def test_a_sweep_without_end_is_refused(words: list[str]) -> None:
 @pytest.mark.parametrize(
     ("word", "message"),
     [
+        ("run=null", "hydra.run.dir=null: the run folder must be a path. Write run=FOLDER"),
+        ("run=[x]", "the run folder must be a path"),
+        ("run=", "the run folder must be a path"),
         ("model=null", "'model' must be one of its options, not null"),
         ("routing=null", "'routing' must be one of its options, not null"),
         ("seed=range(1,0)", r"seed=range\(1,0\): the sweep has 0 jobs"),

@@ -190,6 +190,10 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
             raise ConfigError(
                 f"cannot read '{word if len(word) < 200 else f'{word[:200]}…'}' ({reason})", "command line", remedy
             ) from None
+    for override in parsed:
+        is_folder = override.key_or_group in (RUN_FOLDER, SWEEP_FOLDER) and not override.is_sweep_override()
+        if is_folder and not isinstance(override.value() or None, str | int | float):
+            raise ConfigError("the run folder must be a path", override.input_line or "", "write run=FOLDER")
     return [override for override in parsed if not _is_hydras(override.key_or_group)]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -55,4 +56,10 @@ def note_ignored_keys(mapping: Mapping[str, Any], where: Path) -> None:
     if isinstance(routing, Mapping) and (target := find_strategy(str(routing.get("name")))):
         ignored += without_unknown(target.config, routing, "routing")[1]
     if ignored:
-        LOG.warning("%s: ignored keys that this version of moe_train does not have: %s", where, ", ".join(ignored))
+        _warn(where, ", ".join(ignored))
+
+
+@functools.lru_cache(maxsize=64)
+def _warn(where: Path, ignored: str) -> None:
+    """Once for each file, however often a command reads it."""
+    LOG.warning("%s: ignored keys that this version of moe_train does not have: %s", where, ignored)

@@ -22,7 +22,8 @@ def test_keys_that_no_longer_exist_are_ignored_with_one_note(tmp_path: Path, cap
     config = recorded_config(recorded)
     assert config.layout == toy_config().layout and config.routing == {"name": "switch", "num_experts": 4}
     with caplog.at_level(logging.WARNING, "moe_train"):
-        note_ignored_keys(recorded, tmp_path / "config.json")
+        for _ in range(2):  # a command reads the file more than once
+            note_ignored_keys(recorded, tmp_path / "config.json")
     (record,) = caplog.records
     assert "layout.old_key, old_group, routing.old_score" in record.getMessage()
 
