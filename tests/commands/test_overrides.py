@@ -66,7 +66,7 @@ def test_values_with_characters_that_hydra_reads_only_in_quotes_are_quoted() -> 
     for word, value in (("data=/home/jürgen/a b", "/home/jürgen/a b"), ("data=it's/ü", "it's/ü"), ("run=ü", "ü")):
         (found,) = check_overrides("train", [word])
         assert OverridesParser.create().parse_override(found).value() == value
-    for word in ("task.directions=[ü]", "training.optimizer={ü: 1}"):
+    for word in ("task.directions=[ü]", "training.optimizer={ü: 1}", "dätä=x", "jürgen"):
         with pytest.raises(ConfigError, match="token recognition error"):
             check_overrides("train", [word])
 
@@ -85,6 +85,7 @@ def test_a_sweep_without_end_is_refused(words: list[str]) -> None:
         ("run=", "the run folder must be a path"),
         ("model=null", "'model' must be one of its options, not null"),
         ("routing=null", "'routing' must be one of its options, not null"),
+        ("seed=range(1,9,0)", r"seed=range\(1,9,0\): the sweep has 0 jobs"),
         ("seed=range(1,0)", r"seed=range\(1,0\): the sweep has 0 jobs"),
         ("training.max_update=3", r"unknown key 'training\.max_update'.*'training\.max_updates'"),
         ("max_updates=3", r"unknown key 'max_updates'.*'training\.max_updates'"),

@@ -98,7 +98,6 @@ def _run(config_name: str, callback: Callback) -> None:
             return
         import_user_dir()
         arguments.overrides = check_overrides(config_name, words, arguments.config_dir, arguments.multirun)
-        forget_foreign_schemas()  # those of plugins that Hydra has loaded meanwhile
         check_launcher(arguments.overrides, arguments.multirun)
         set_torchrun_env()
         check_environment()

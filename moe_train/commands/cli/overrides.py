@@ -55,8 +55,9 @@ def check_overrides(
         if makes_folder:
             sweeps = multirun or "hydra.mode=MULTIRUN" in overrides
             overrides = [_full_name(word, SWEEP_FOLDER if sweeps else RUN_FOLDER) for word in overrides]
-        overrides = [_quoted_if_needed(word) for word in overrides]
-        parsed = _parse(overrides)
+        read = _parse(overrides)
+        overrides = [override.input_line or "" for override in read]
+        parsed = [override for override in read if not _is_hydras(override.key_or_group)]
         _check_sweep(parsed)
         groups = {group: options for group, options in _groups(loader.repository) if group in own or "/" in group}
         grouped = [override for override in parsed if override.key_or_group in groups]
@@ -145,27 +146,13 @@ def _composed(config_name: str, words: list[str]) -> DictConfig:
         raise ConfigError(reason, "command line", f"see the groups and keys in configs/{config_name}.yaml") from None
 
 
-def _quoted_if_needed(word: str) -> str:
-    """The override with its value in quotes, where it has characters that Hydra reads only there (``/home/jürgen``)."""
-    key, equals, value = word.partition("=")
-    try:
-        OverridesParser.create().parse_override(word)
-    except HydraException as error:
-        if equals and first_line(error).startswith("token recognition error") and not value.startswith(tuple("'\"[{(")):
-            escaped = value.replace("'", "\\'")
-            return f"{key}='{escaped}'"
-    except ValueError:  # numbers of thousands of digits
-        pass
-    return word
-
-
 def _check_sweep(parsed: Iterable[Override]) -> None:
     """Refuses a sweep without jobs, and one of more than ``_MOST_JOBS``."""
     jobs = 1
     for override in parsed:
         match override.value() if override.is_sweep_override() else None:
             case RangeSweep(start=start, stop=stop, step=step):
-                jobs *= max(0, math.ceil(((stop or 0) - (start or 0)) / step))
+                jobs *= max(0, math.ceil(((stop or 0) - (start or 0)) / step)) if step else 0
             case ChoiceSweep(list=values):
                 jobs *= len(values)
         if not 0 < jobs <= _MOST_JOBS:
@@ -177,11 +164,12 @@ def _check_sweep(parsed: Iterable[Override]) -> None:
 
 
 def _parse(overrides: Sequence[str]) -> list[Override]:
+    """All overrides, Hydra's own included."""
     parser = OverridesParser.create()
     parsed = []
     for word in overrides:
         try:
-            parsed.append(parser.parse_override(word))
+            parsed.append(_read(parser, word))
         except (HydraException, ValueError) as error:  # ValueError: numbers of thousands of digits
             reason = first_line(error)
             remedy = "write key=value, and quote values with special characters"
@@ -194,7 +182,19 @@ def _parse(overrides: Sequence[str]) -> list[Override]:
         is_folder = override.key_or_group in (RUN_FOLDER, SWEEP_FOLDER) and not override.is_sweep_override()
         if is_folder and not isinstance(override.value() or None, str | int | float):
             raise ConfigError("the run folder must be a path", override.input_line or "", "write run=FOLDER")
-    return [override for override in parsed if not _is_hydras(override.key_or_group)]
+    return parsed
+
+
+def _read(parser: OverridesParser, word: str) -> Override:
+    """One override; its value in quotes where it has characters that Hydra reads only there (``/home/jürgen``)."""
+    try:
+        return parser.parse_override(word)
+    except HydraException as error:
+        key, _, value = word.partition("=")
+        if value.startswith(tuple("'\"[{(")) or not first_line(error).startswith("token recognition error"):
+            raise
+        escaped = value.replace("'", "\\'")
+        return parser.parse_override(f"{key}='{escaped}'")
 
 
 def _is_hydras(key: str) -> bool:
