@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from moe_train.kernels.cpu.compile import library, library_for
-from moe_train.kernels.cpu.thread_pool import parallel_for
+from moe_train.kernels.cpu.thread_pool import parallel_ranges
 
 _SOURCE = Path(__file__).with_name("segment_sum.c")
 _COST = 100.0  # FLOPs of a matrix product in the time that one number takes here (these passes wait for memory)
@@ -74,14 +74,7 @@ def _run(name: str, tensors: tuple[Tensor | None, ...], sizes: tuple[int, ...], 
     """Calls a kernel for all rows, divided over threads."""
     function = _functions()[name]
     pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-    step = max(1, -(-rows // torch.get_num_threads()))
-    starts = range(0, rows, step)
-
-    def work(parts: Iterable[int]) -> None:
-        for part in parts:
-            function(*pointers, *sizes, starts[part], min(starts[part] + step, rows), dim)
-
-    parallel_for(work, [min(start + step, rows) - start for start in starts], _COST * dim)
+    parallel_ranges(lambda start, end: function(*pointers, *sizes, start, end, dim), rows, _COST * dim)
 
 
 @functools.cache

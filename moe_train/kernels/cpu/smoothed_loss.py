@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from moe_train.kernels.cpu.compile import library, library_for
-from moe_train.kernels.cpu.thread_pool import parallel_for
+from moe_train.kernels.cpu.thread_pool import parallel_ranges
 
 _SOURCE = Path(__file__).with_name("smoothed_loss.c")
 _COST = 50.0  # FLOPs of a matrix product in the time that one logit takes here
@@ -44,15 +44,8 @@ def smoothed_loss_(logits: Tensor, target: Tensor, eps: float, ignore: int, grad
     each = eps / max(vocabulary - 1, 1)
     nll, smooth = target.new_empty(2, rows, dtype=torch.float32).unbind(0)
     pointers = [tensor.data_ptr() for tensor in (logits, nll, smooth, target)]
-    step = max(1, -(-rows // torch.get_num_threads()))
-    starts = range(0, rows, step)
-
-    def work(parts: Iterable[int]) -> None:
-        for part in parts:
-            upto = min(starts[part] + step, rows)
-            _function()(*pointers, ignore, each, 1.0 - eps, int(gradient), starts[part], upto, vocabulary)
-
-    parallel_for(work, [min(start + step, rows) - start for start in starts], _COST * vocabulary)
+    function, settings = _function(), (ignore, each, 1.0 - eps, int(gradient))
+    parallel_ranges(lambda start, end: function(*pointers, *settings, start, end, vocabulary), rows, _COST * vocabulary)
     return nll, smooth
 
 

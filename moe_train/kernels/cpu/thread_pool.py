@@ -55,6 +55,18 @@ def parallel_for(work: Callable[[Iterable[int]], None], rows: Sequence[int], flo
         raise
 
 
+def parallel_ranges(work: Callable[[int, int], None], rows: int, flops_per_row: float) -> None:
+    """Calls ``work(start, end)`` on parts of 0 .. rows, one per thread of torch, as :func:`parallel_for` does."""
+    step = max(1, -(-rows // torch.get_num_threads()))
+    starts = range(0, rows, step)
+
+    def call(parts: Iterable[int]) -> None:
+        for part in parts:
+            work(starts[part], min(starts[part] + step, rows))
+
+    parallel_for(call, [min(start + step, rows) - start for start in starts], flops_per_row)
+
+
 def largest_load(experts: Sequence[int], rows: Sequence[int], parts: int) -> int:
     """Rows of the largest of ``parts`` parts, if each expert in turn goes to the smallest part."""
     loads = [0] * parts
