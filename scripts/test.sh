@@ -16,7 +16,8 @@ export PATH="$PWD/.venv/bin:$PATH"
 # Tests start several processes each: one thread apiece is fastest on few cores, and gives the same sums everywhere.
 export OMP_NUM_THREADS=1
 
-# Three workers, since some wait for Slurm, watchdogs and ranks; a file at a time, in the order of tests/conftest.py: more would only crowd each other's processes.
+# Three workers, since some wait for Slurm, watchdogs and ranks; a file at a time, in the order of tests/conftest.py.
+# More would only crowd each other's processes.
 # ruff and mypy are tests/test_code_style.py.
 workers=(--numprocesses=3 --dist=loadfile --no-loadscope-reorder)
 if (($# == 0)); then

@@ -22,9 +22,7 @@ class DistReduction:
 
     def sum(self, value: Tensor) -> Tensor:
         """The sum over ranks, a new tensor."""
-        result = value.detach().clone().contiguous()
-        dist.all_reduce(result, dist.ReduceOp.SUM, group=self.group)
-        return result
+        return self.start_sum(value)()
 
     def start_sum(self, value: Tensor) -> Callable[[], Tensor]:
         """Starts the sum over ranks; the returned function waits for it (under NCCL the stream does, not the host)."""

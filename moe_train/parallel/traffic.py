@@ -70,7 +70,7 @@ class TrafficCounters:
 
     def take(self, device: torch.device) -> Tensor:
         """Returns :meth:`numbers` as fp64 on ``device``, without waiting for it, and clears the counters."""
-        sent = torch.frombuffer(array("d", self._sent()), dtype=torch.float64).to(device, non_blocking=True)
+        sent = on_device(self._sent(), device)
         dropped = sent.new_zeros(1) + self._dropped
         self.clear()
         return torch.cat((sent, dropped))
@@ -129,3 +129,8 @@ class TrafficCounters:
     def as_dict(self) -> dict[str, dict[str, int]]:
         """For the log: link → name → count."""
         return {link: dict(vars(traffic)) for link, traffic in self.by_link.items()}
+
+
+def on_device(numbers: Sequence[float], device: torch.device) -> Tensor:
+    """Numbers of the host as fp64 [N] on ``device``, without waiting for it."""
+    return torch.frombuffer(array("d", numbers), dtype=torch.float64).to(device, non_blocking=True)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from array import array
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from moe_train.parallel.traffic import TrafficCounters
+from moe_train.parallel.traffic import TrafficCounters, on_device
 from moe_train.training.data_loader import move
 from moe_train.training.engines import Engine, StepOutcome
 from moe_train.training.metrics.log_lines import MetricSums, total
@@ -108,11 +106,6 @@ class TrainStep:
         experts = tuple(rank for rank in range(size) if not_finite[size + rank])
         traffic = TrafficCounters.of_numbers(sent.tolist())
         return sums, UpdateReport(MetricSums(sums.layout, values), outcome, ranks or experts, stops > 0, 0.0, traffic)
-
-
-def on_device(numbers: Sequence[float], device: torch.device) -> Tensor:
-    """Numbers of the host as fp64 [N] on ``device``, without waiting for it."""
-    return torch.frombuffer(array("d", numbers), dtype=torch.float64).to(device, non_blocking=True)
 
 
 def seed_generators(*parts: int) -> None:

@@ -19,10 +19,10 @@ _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 class Precision:
     """``fp32``; ``bf16`` = autocast; ``fp16`` = autocast and dynamic loss scaling. Parameters stay fp32 in all of them.
 
+    Only :meth:`after_step` changes the loss scale, by a result that all ranks share, so it is the same on every rank.
+
     Attributes:
         half: the 16-bit type of products; None: fp32.
-
-    Only :meth:`after_step` changes the loss scale, by a result that all ranks share, so it is the same on every rank.
     """
 
     def __init__(self, name: str, device: torch.device) -> None:

@@ -57,8 +57,7 @@ def alive(path: Path) -> bool:
 
 
 def other_host(path: Path) -> str:
-    """The host that trains there, by a fresh heartbeat, escaped for a terminal; "" if there is none, or it is this
-    one."""
+    """The other host that trains there, by a fresh heartbeat, escaped for a terminal; "" if there is none."""
     try:
         host = read_regular(path).decode("utf-8", "replace").split()[0] if alive(path) else ""
     except (OSError, IndexError):
