@@ -38,7 +38,7 @@ from moe_train.tasks import build_task
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 SIZES = {"tiny": (2, 224, 896, 4), "base": (6, 512, 2048, 8)}  # layers, width, hidden width, heads: configs/model
-OURS, THEIRS = ("fp32",), ("float32", "int8")
+OURS, THEIRS = ("fp32", "bf16", "int8"), ("float32", "int8")
 CLOSE = 1e-3  # scores of different hypotheses that count as equal, in nats per token
 SHARPNESS, END_LOGIT = (
     3.0,
@@ -152,7 +152,7 @@ def our_sides(subject: Subject, limits: SearchConfig, weights: Sequence[str]) ->
 
         return translate
 
-    return {f"ours {one}": side(BeamSearch(subject.model, words, limits)) for one in weights}
+    return {f"ours {one}": side(BeamSearch(subject.model, words, replace(limits, weights=one))) for one in weights}
 
 
 def their_sides(subject: Subject, limits: SearchConfig, folder: Path, options: argparse.Namespace) -> Sides:

@@ -33,7 +33,7 @@ ROOMS = (
 )
 # Sub-folders of a room in the order of CONTRIBUTING.md; "." are the room's own files. A room's __init__ may import all.
 SUBFOLDERS = {
-    "kernels": ("cpu", "."),
+    "kernels": ("cpu", "decoder", "."),
     "routing": (".", "strategies"),
     "data": ("text", ".", "corpora", "cleaning", "images", "prepare"),
     "tasks": (".", "translation"),

@@ -144,6 +144,8 @@ class SearchConfig:
         min_length: minimum tokens of a hypothesis, without the end.
         unk_penalty: subtracted from the log-probability of the unknown word; values below 0 favour it.
         batch_tokens: source tokens per batch.
+        weights: type of the weights while searching. ``bf16`` and ``int8`` are for CPUs with matrix units; the encoder
+            then computes in bf16. Sparse blocks of the decoder and all other numbers stay fp32.
     """
 
     beam: Annotated[int, Range(above=0, most=10_000)] = 5
@@ -153,6 +155,7 @@ class SearchConfig:
     min_length: NonNegativeInt = 1
     unk_penalty: Annotated[float, Range(least=-1e6, most=1e6)] = 0.0
     batch_tokens: PositiveInt = 4096
+    weights: Literal["fp32", "bf16", "int8"] = "fp32"
 
     def __post_init__(self) -> None:
         check.numbers(self, "search")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -9,12 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from moe_train import fairseq_compat
+from moe_train.errors import ConfigError
+from moe_train.kernels.decoder.program import WeightFormat
 from moe_train.layers.batch_context import BatchContext, BatchInfo, RoutingSettings, batch_context
 from moe_train.layers.block import Records, start_losses
 from moe_train.layers.linear import linear
 from moe_train.layers.stack import DecoderStack, EncoderStack
 from moe_train.models.decoder_state import DecoderState, repeat_rows, select_rows
 from moe_train.models.embedding import TokenEmbedding, Vocabulary
+from moe_train.models.packed_decoder import PackedDecoder, PackedState
 from moe_train.models.routed import ModelParts, RoutedModel
 
 fairseq_compat.apply()
@@ -22,6 +26,8 @@ fairseq_compat.apply()
 from fairseq.models import FairseqEncoder, FairseqEncoderDecoderModel, FairseqIncrementalDecoder  # noqa: E402
 
 EncoderOut = dict[str, Any]
+
+_log = logging.getLogger(__name__)
 
 _STATE = "moe_train.decoder_state"
 _INITIAL_POSITIONS = 32
@@ -263,6 +269,23 @@ class TransformerModel(RoutedModel, FairseqEncoderDecoderModel):  # type: ignore
         """Encoder, decoder, and the output product."""
         return ModelParts(self.encoder.stack, self.decoder.stack, 0.0, 2.0 * self.output_weight.numel())
 
+    def pack_decoder(self, weights: WeightFormat) -> PackedDecoder | None:
+        """The decoder for a search, with its present weights in a format; None if its kernels cannot be used here.
+
+        Raises:
+            ConfigError: the model is on a GPU, and the format is not ``fp32``.
+        """
+        if PackedDecoder.supports(self.decoder):
+            return PackedDecoder(self.decoder, weights)
+        if weights != "fp32":
+            if self.output_weight.device.type != "cpu":
+                what = f"search.weights={weights} is for CPUs, and the model is on {self.output_weight.device}"
+                raise ConfigError(what, remedy="set search.weights=fp32")
+            _log.warning(
+                "search.weights=%s needs a CPU with AMX and a C compiler; the search uses fp32 instead", weights
+            )
+        return None
+
     def start_decoding(self, encoder_out: EncoderOut, beam: int, max_length: int) -> DecoderState:
         """A state for ``beam`` hypotheses per sentence, with ``max_length`` positions allocated.
 
@@ -270,8 +293,10 @@ class TransformerModel(RoutedModel, FairseqEncoderDecoderModel):  # type: ignore
         """
         return self.decoder.start(encoder_out, beam, max_length)  # type: ignore[no-any-return]
 
-    def decode_step(self, tokens: Tensor, state: DecoderState) -> Tensor:
+    def decode_step(self, tokens: Tensor, state: DecoderState | PackedState) -> Tensor:
         """Decodes one position: tokens [N], the last token of every hypothesis → logits [N, V]."""
+        if isinstance(state, PackedState):
+            return state.decode(tokens)
         features, _ = self.decoder.step(tokens, state)
         return self.output_layer(features.squeeze(1))
 

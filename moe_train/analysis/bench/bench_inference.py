@@ -2,8 +2,7 @@
 
 THOR (Zuo et al., ICLR 2022) draws one expert per token or sentence, so that it has the FLOPs of the dense model, with
 the rows of each sparse layer divided over E weights. The models alternate within a round, so that other load of the
-machine affects all of them. Searches of random models would end at random: the end symbol gets a very low logit, so
-that all hypotheses have the same length.
+machine affects all of them. Searches of random models would end at random: all hypotheses get the same length.
 """
 
 from __future__ import annotations
@@ -24,7 +23,6 @@ from moe_train.routing import routing_config
 
 INFERENCE_MODES = ("sentence", "token")
 _PAD, _EOS, _UNK, _FIRST = 1, 2, 3, 4
-_LOW_LOGIT = -1e4
 
 
 @dataclass(frozen=True)
@@ -136,15 +134,8 @@ def _forward(model: TransformerModel, work: DecodingWorkload) -> Callable[[], ob
 def _search(model: TransformerModel, work: DecodingWorkload) -> Callable[[], object]:
     given = _batch(work)
     given["prev_output_tokens"] = torch.full((work.sentences, 1), _EOS)
-    step = model.decode_step
-
-    def endless(tokens: Tensor, state: Any) -> Tensor:
-        logits = step(tokens, state)
-        logits[:, _EOS] = _LOW_LOGIT
-        return logits
-
-    model.decode_step = endless  # type: ignore[method-assign]
-    config = SearchConfig(beam=work.beam, max_length_ratio=1e-9, max_length_offset=work.steps)
+    limits = {"max_length_ratio": 0.0, "max_length_offset": work.steps, "min_length": work.steps}
+    config = SearchConfig(beam=work.beam, **limits)  # type: ignore[arg-type]
     search = BeamSearch(model, NumberedWords(work.vocabulary), config)
     return lambda: search(given)
 

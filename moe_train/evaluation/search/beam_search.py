@@ -10,6 +10,7 @@ longest length follows from the sentence's own source length, not from the batch
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,6 +21,7 @@ from moe_train.config import SearchConfig
 from moe_train.errors import CheckpointError, ConfigError
 from moe_train.evaluation.search.hypotheses import Finished, Hypotheses
 from moe_train.evaluation.search.topk import Candidates, best_candidates, log_probabilities
+from moe_train.kernels.decoder import best_continuations
 from moe_train.routing.context import RankReduction
 
 
@@ -45,10 +47,10 @@ class DecodableModel(Protocol):
     def encoder(self) -> Any:
         """Called with ``net_input`` except ``prev_output_tokens``."""
 
-    def start_decoding(self, encoder_out: Any, beam: int, max_length: int) -> ReorderableState:
-        """A state of B·beam rows for at most ``max_length`` steps."""
+    def start_decoding(self, encoder_out: Any, beam: int, max_length: int) -> Any:
+        """A :class:`ReorderableState` of B·beam rows for at most ``max_length`` steps."""
 
-    def decode_step(self, tokens: Tensor, state: ReorderableState) -> Tensor:
+    def decode_step(self, tokens: Tensor, state: Any) -> Tensor:
         """Next symbols' logits [N, V] after tokens [N]; the search may overwrite them."""
 
     def max_decoder_positions(self) -> int:
@@ -89,7 +91,8 @@ class BeamSearch:
     """Finds translations of a batch.
 
     Args:
-        model: see :class:`DecodableModel`; set to eval mode during the search.
+        model: see :class:`DecodableModel`; set to eval mode during the search. Its decoder's weights may be packed here
+            for all searches.
         dictionary: the target dictionary.
         config: beam, penalties, shortest and longest length.
         group: the ranks over which the model's experts are divided. They search at the same time; a rank that is done
@@ -97,7 +100,7 @@ class BeamSearch:
             of tokens. None: the whole model is on this rank.
 
     Raises:
-        ConfigError: ``search.min_length`` is beyond the model's positions.
+        ConfigError: ``search.min_length`` is beyond the model's positions, or ``search.weights`` does not fit.
     """
 
     def __init__(
@@ -115,6 +118,7 @@ class BeamSearch:
                 remedy=f"set search.min_length to {positions - 1} or less",
             )
         self.beam = min(config.beam, len(dictionary) - 1)
+        self._packed = self._pack()
 
     @torch.no_grad()
     def __call__(self, net_input: Mapping[str, Any]) -> Hypotheses:
@@ -142,7 +146,8 @@ class BeamSearch:
         finished = Finished(sentences, self.beam, max(longest, 1), self.pad, device)
         if sentences == 0 and self.group is None:
             return finished.sorted()
-        state = self.model.start_decoding(self.model.encoder(**net_input), self.beam, longest + prefix.shape[1])
+        start = self._packed.start_decoding if self._packed else self.model.start_decoding
+        state = start(self._encode(net_input), self.beam, longest + prefix.shape[1])
         inputs = self._force(prefix, state)
         beams = self._start(sentences, limit, longest, device)
         step = 0
@@ -153,6 +158,12 @@ class BeamSearch:
             step += 1
         return finished.sorted()
 
+    def _encode(self, net_input: Mapping[str, Any]) -> Any:
+        """The encoder's output, computed in bf16 unless the weights are fp32."""
+        half = self._packed is not None and self.config.weights != "fp32"
+        with torch.autocast("cpu", torch.bfloat16) if half else nullcontext():
+            return self.model.encoder(**net_input)
+
     def _any_unfinished(self, beams: _Beams) -> bool:
         """Whether any rank has sentences that are not done."""
         if self.group is None:
@@ -161,7 +172,7 @@ class BeamSearch:
 
     def _step(self, logits: Tensor, beams: _Beams, finished: Finished, state: ReorderableState, step: int) -> Tensor:
         """Extends, finishes and reorders the beams; returns the tokens [N'] to feed next."""
-        candidates = self._candidates(log_probabilities(logits), beams, step)
+        candidates = self._candidates(logits, beams, step)
         kept = self._finish(candidates, beams, finished, step)
         if kept is not None:
             beams.sentence, beams.limit = beams.sentence[kept], beams.limit[kept]
@@ -180,6 +191,16 @@ class BeamSearch:
         limit = lengths * self.config.max_length_ratio + self.config.max_length_offset
         return limit.clamp(min=shortest, max=room).long()  # before the conversion: a huge number would overflow
 
+    def _pack(self) -> Any:
+        """The model's decoder with packed weights; None if it has none, or its kernels cannot be used here."""
+        if pack := getattr(self.model, "pack_decoder", None):
+            return pack(self.config.weights)
+        if self.config.weights != "fp32":
+            raise ConfigError(
+                f"this model cannot search with search.weights={self.config.weights}", remedy="set search.weights=fp32"
+            )
+        return None
+
     def _force(self, prefix: Tensor, state: ReorderableState) -> Tensor:
         """Feeds all but the last forced token; returns the last, [N]."""
         columns = prefix.repeat_interleave(self.beam, dim=0).unbind(1)
@@ -194,22 +215,36 @@ class BeamSearch:
         tokens = torch.full((sentences, self.beam, longest + 1), self.pad, dtype=torch.int64, device=device)
         return _Beams(torch.arange(sentences, device=device), scores, tokens, limit, frozenset(limit.tolist()))
 
-    def _candidates(self, log_probs: Tensor, beams: _Beams, step: int) -> Candidates:
-        log_probs[:, self.pad] = -torch.inf
-        log_probs[:, self.unk] -= self.config.unk_penalty
-        if step < self.config.min_length:
-            log_probs[:, self.eos] = -torch.inf
-        if step in beams.stops:
-            rows = (beams.limit == step).repeat_interleave(self.beam)
-            ends = log_probs[rows, self.eos]
-            log_probs[rows] = -torch.inf
-            log_probs[rows, self.eos] = ends
-        candidates = best_candidates(log_probs, beams.scores, 2 * self.beam)
-        if bool(candidates.score.isnan().any()):
+    def _candidates(self, logits: Tensor, beams: _Beams, step: int) -> Candidates:
+        must_end = beams.limit == step if step in beams.stops else None
+        may_end = step >= self.config.min_length
+        if best_continuations.is_supported(logits):
+            symbols = logits.shape[1], self.beam, 2 * self.beam, self.pad, self.unk, self.eos
+            choice = best_continuations.Choice(*symbols, self.config.unk_penalty, may_end)
+            *found, finite = best_continuations.search(logits, beams.scores, must_end, choice)
+            candidates = Candidates(*found)
+        else:
+            log_probs = self._mask(log_probabilities(logits), must_end, may_end)
+            candidates = best_candidates(log_probs, beams.scores, 2 * self.beam)
+            finite = not bool(candidates.score.isnan().any())
+        if not finite:
             raise CheckpointError(
                 "the model's output is not a number", remedy="choose an earlier checkpoint: the training diverged"
             )
         return candidates
+
+    def _mask(self, log_probs: Tensor, must_end: Tensor | None, may_end: bool) -> Tensor:
+        """Log-probabilities without the symbols that may not follow; overwrites them."""
+        log_probs[:, self.pad] = -torch.inf
+        log_probs[:, self.unk] -= self.config.unk_penalty
+        if not may_end:
+            log_probs[:, self.eos] = -torch.inf
+        if must_end is not None:
+            rows = must_end.repeat_interleave(self.beam)
+            ends = log_probs[rows, self.eos]
+            log_probs[rows] = -torch.inf
+            log_probs[rows, self.eos] = ends
+        return log_probs
 
     def _finish(self, candidates: Candidates, beams: _Beams, finished: Finished, step: int) -> Tensor | None:
         """Collects hypotheses that end; returns the sentences [S'] that continue, or None if all do."""

@@ -1,4 +1,4 @@
-/* Conversion of 32 bfloat16 numbers to fp32 and back. */
+/* Conversion of 32 bfloat16 numbers to fp32 and back, and e^x. */
 #ifndef MOE_TRAIN_BF16_H
 #define MOE_TRAIN_BF16_H
 
@@ -21,5 +21,22 @@ INLINE __m512 high_half(__m512i x) { return widen(_mm512_extracti64x4_epi64(x, 1
 
 /* To the nearest, ties to even; numbers below the smallest normal one (1e-38) become 0. */
 INLINE __m512i narrow(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
+
+/* e^x for x <= 0 in fp32, relative error below 2e-7; NaN stays NaN. x = n ln 2 + r with |r| <= ln 2 / 2, and the
+ * polynomial of Cephes' expf for e^r. */
+INLINE __m512 exponential(__m512 x) {
+    x = _mm512_max_ps(_mm512_set1_ps(-110), x); /* the second operand if it is NaN; e^-110 is 0 in fp32 */
+    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
+    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+    __m512 p = _mm512_set1_ps(1.9875691500e-4f);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
+    p = _mm512_fmadd_ps(p, _mm512_mul_ps(r, r), _mm512_add_ps(r, _mm512_set1_ps(1)));
+    return _mm512_scalef_ps(p, n);
+}
 
 #endif

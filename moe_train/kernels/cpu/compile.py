@@ -27,7 +27,7 @@ from moe_train.kernels.cpu.cpu_info import processor_flags
 
 SWITCH = "MOE_TRAIN_KERNELS"  # "off" (or 0, no, false) disables the kernels
 
-_REQUIRED_FLAGS = ("avx512f", "avx512bw", "avx512vl", "avx512_bf16", "amx_tile", "amx_bf16")
+_REQUIRED_FLAGS = ("avx512f", "avx512bw", "avx512vl", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8")
 _FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-pthread", "-mprefer-vector-width=512")
 _FLAG_OPTIONS = tuple("-m" + unit.replace("_", "-").replace("avx512-", "avx512") for unit in _REQUIRED_FLAGS)
 _HEADERS = Path(__file__).parent
@@ -79,7 +79,7 @@ def _compiler() -> tuple[str, ...] | None:
 
 def _warn(why: str) -> None:
     _log.warning(
-        "bf16 experts on this CPU use torch's products instead of the faster C kernels: %s. "
+        "bf16 and beam search on this CPU use torch's operators instead of the faster C kernels: %s. "
         "Install gcc 11 or newer; %s=off silences this.",
         why,
         SWITCH,

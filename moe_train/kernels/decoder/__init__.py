@@ -1,0 +1,1 @@
+"""Kernels of beam search on CPUs: a decoder's step, and the best continuations."""
