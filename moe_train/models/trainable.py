@@ -36,8 +36,9 @@ class TrainableModel(nn.Module):
         """Sets the seed of random routing."""
 
     def after_update(self, statistics: Mapping[int, RoutingStatistics]) -> None:
-        """Called after each applied update.
+        """Called after each update.
 
         Args:
-            statistics: number of a sparse block → its routing statistics, summed over micro-batches and ranks.
+            statistics: number of a sparse block → its routing statistics, summed over micro-batches and ranks; zeros
+                where the update was not applied.
         """

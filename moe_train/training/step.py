@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from moe_train.parallel.traffic import TrafficCounters, on_device
 from moe_train.training.data_loader import move
-from moe_train.training.engines import Engine, StepOutcome
-from moe_train.training.metrics.log_lines import MetricSums, total
+from moe_train.training.engines import Engine, StepOutcome, StepResult
+from moe_train.training.metrics.log_lines import Layout, MetricSums, total
 from moe_train.training.runtime.signals import StopSignals
 from moe_train.training.runtime.world import World
 
@@ -45,6 +45,42 @@ class UpdateReport:
 
 
 @dataclass(frozen=True)
+class PendingReport:
+    """The report of an update that the device may still be computing.
+
+    Attributes:
+        update: its number, counted from 1.
+        lr: its learning rate.
+        layout: names and shapes of the metrics.
+        sizes: how many numbers are of the step, of flags, of traffic and of the metrics.
+        numbers: all of them, in the host's memory.
+        copied: after it the copy is complete; None: it is.
+    """
+
+    update: int
+    lr: float
+    layout: Layout
+    sizes: tuple[int, ...]
+    numbers: Tensor
+    copied: torch.cuda.Event | None
+    world: World
+
+    def read(self) -> UpdateReport:
+        """Waits for the device; without ``seconds``."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        step, flags, sent, values = self.numbers.split(self.sizes)
+        grad_norm, applied = step.tolist()
+        *not_finite, stops = flags.tolist()
+        size, rank = self.world.size, self.world.rank
+        ranks = tuple(number for number in range(size) if not_finite[number])
+        experts = tuple(number for number in range(size) if not_finite[size + number])
+        outcome = StepOutcome(grad_norm, bool(applied), rank not in ranks, rank not in experts)
+        traffic = TrafficCounters.of_numbers(sent.tolist())
+        return UpdateReport(MetricSums(self.layout, values), outcome, ranks or experts, stops > 0, 0.0, traffic)
+
+
+@dataclass(frozen=True)
 class TrainStep:
     """Computes updates. torch's generators are seeded for every micro-batch.
 
@@ -58,13 +94,19 @@ class TrainStep:
     counters: TrafficCounters = field(default_factory=TrafficCounters)
 
     def run(self, update: int, samples: list[Sample], lr: float, signals: StopSignals) -> UpdateReport:
+        """:meth:`start`, and waits for the device."""
+        begun = time.monotonic()
+        report = self.start(update, samples, lr, signals).read()
+        return dataclasses.replace(report, seconds=time.monotonic() - begun)
+
+    def start(self, update: int, samples: list[Sample], lr: float, signals: StopSignals) -> PendingReport:
         """Computes the update that follows ``update`` finished ones.
 
         Args:
             samples: this rank's rows of each micro-batch.
             signals: of this process; read at the end of the update.
         """
-        started, device = time.monotonic(), self.world.device
+        device = self.world.device
         self.engine.module.set_num_updates(update)
         own = on_device([sample["ntokens"] for sample in samples], device)
         tokens = self.world.sum(own)  # target tokens of each micro-batch over all ranks
@@ -79,33 +121,41 @@ class TrainStep:
                     loss, _, logging = self.criterion(self.engine.model, moved)
                 self.engine.backward(loss / total_tokens.to(loss.dtype))
                 parts.append(MetricSums.of(logging, device))
-        outcome = self.engine.step(lr)
-        sums, report = self._reduce(total(parts), outcome, signals.received is not None)
-        if outcome.applied:
-            self.engine.module.after_update(sums.routing())
-        return dataclasses.replace(report, seconds=time.monotonic() - started)
+        result = self.engine.step(lr)
+        sums, flags, sent = self._reduce(total(parts), result, signals.received is not None)
+        counted = sums.values.where(result.applied, 0.0)  # routers adapt to applied updates only
+        self.engine.module.after_update(MetricSums(sums.layout, counted).routing())
+        step = torch.stack((result.grad_norm.double(), result.applied.double()))
+        parts_read = (step, flags, sent, sums.values)
+        numbers, copied = to_host(torch.cat(parts_read))
+        sizes = tuple(map(len, parts_read))
+        return PendingReport(update + 1, lr, sums.layout, sizes, numbers, copied, self.world)
 
-    def _reduce(self, sums: MetricSums, outcome: StepOutcome, stop: bool) -> tuple[MetricSums, UpdateReport]:
-        """Sums metrics, flags of each rank's gradients, the stop flag and traffic over ranks, and reads them.
+    def _reduce(self, sums: MetricSums, result: StepResult, stop: bool) -> tuple[MetricSums, Tensor, Tensor]:
+        """Sums metrics, flags of each rank's gradients, the stop flag and traffic over ranks.
 
-        One all-reduce (two where a metric is a maximum) and one transfer to the host.
+        One all-reduce, or two where a metric is a maximum.
 
         Returns:
-            The metrics of all ranks on the device, and the report, without ``seconds``.
+            The metrics, the flags [2 · ranks + 1] and the traffic of all ranks, on the device.
         """
-        size, device = self.world.size, self.world.device
-        own = [0.0] * (2 * size) + [float(stop)]
-        own[self.world.rank], own[size + self.world.rank] = float(not outcome.clean), float(not outcome.experts_clean)
-        parts = [on_device(own, device), self.counters.take(device), sums.values]
-        sizes = [len(part) for part in parts]
-        flags, sent, values = self.world.sum(torch.cat(parts)).split(sizes)
-        sums = sums.with_values(values, self.world.max(sums.values) if sums.has_maxima else values)
-        flags, sent, values = torch.cat((flags, sent, sums.values)).cpu().split(sizes)  # the one host sync
-        *not_finite, stops = flags.tolist()
-        ranks = tuple(rank for rank in range(size) if not_finite[rank])
-        experts = tuple(rank for rank in range(size) if not_finite[size + rank])
-        traffic = TrafficCounters.of_numbers(sent.tolist())
-        return sums, UpdateReport(MetricSums(sums.layout, values), outcome, ranks or experts, stops > 0, 0.0, traffic)
+        size, rank, device = self.world.size, self.world.rank, self.world.device
+        flags = torch.zeros(2 * size + 1, dtype=torch.float64, device=device)
+        flags[rank], flags[size + rank] = result.clean.logical_not(), result.experts_clean.logical_not()
+        flags[2 * size].fill_(float(stop))
+        parts = [flags, self.counters.take(device), sums.values]
+        flags, sent, values = self.world.sum(torch.cat(parts)).split([len(part) for part in parts])
+        return sums.with_values(values, self.world.max(sums.values) if sums.has_maxima else values), flags, sent
+
+
+def to_host(values: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """A copy in the host's memory that is complete after the event; None: it is complete."""
+    if not values.is_cuda:
+        return values.cpu(), None
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+    return host, event
 
 
 def seed_generators(*parts: int) -> None:

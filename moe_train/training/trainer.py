@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,7 +27,7 @@ from moe_train.training.run.run_folder import RunFolder
 from moe_train.training.run.run_info import Account
 from moe_train.training.runtime.signals import StopRequested, StopSignals
 from moe_train.training.runtime.world import World
-from moe_train.training.step import TrainStep, UpdateReport
+from moe_train.training.step import PendingReport, TrainStep, UpdateReport
 from moe_train.training.validation import Validator
 
 ValidateBleu = Callable[[nn.Module, Callable[[], None]], Mapping[str, float]]
@@ -78,6 +80,9 @@ class Trainer:
     traffic: TrafficCounters = field(default_factory=TrafficCounters)
     counted: int = 0
     flops: float | None = None
+    _unread: PendingReport | None = None
+    _begun: float = 0.0
+    _seconds: float = 0.0
 
     def run(self) -> RunOutcome:
         """Trains until the last update, until patience is spent, or until a stop signal; saves a checkpoint."""
@@ -88,7 +93,7 @@ class Trainer:
                 report = self.update()
                 every, last = self.config.training.validation.every_updates, self.config.training.max_updates
                 self.state.pending = self.state.update % every == 0 or self.state.update == last
-                status = self._validate_and_save_if_due(report.stop)
+                status = self._validate_and_save_if_due(report is not None and report.stop)
             status = status or "finished"
             self._finish(status)
         return RunOutcome(status, self.state.update, self.state.best, self.state.best_update)
@@ -99,15 +104,43 @@ class Trainer:
         self.data_loader.close()
         self.writer.close()
 
-    def update(self) -> UpdateReport:
-        """Computes the next update, and writes a log line if one is due."""
+    @property
+    def late(self) -> bool:
+        """Whether an update's report is read when the next update has been started, so that a GPU never waits."""
+        return self.world.device.type == "cuda"
+
+    def update(self) -> UpdateReport | None:
+        """Computes the next update, and writes a log line if one is due.
+
+        Returns:
+            The last report that was read; None: none has been. If :attr:`late`, it is that of the update before, unless
+            a log line, a validation or a checkpoint is due.
+        """
         training, done = self.config.training, self.state.update
         self.world.progress.mark("reading samples", done + 1)
         plan, samples = self.data_loader.get(done, last=done + 1 >= training.max_updates)
         lr = learning_rate(training.schedule, training.optimizer.lr, training.max_updates, done + 1, self.ends)
         self.world.progress.mark("computing the update")
-        report = self.train_step.run(done, samples, lr, self.signals)
+        self._begun = time.monotonic()
+        before, self._unread = self._unread, self.train_step.start(done, samples, lr, self.signals)
         self.state.update, self.state.epoch = done + 1, plan.epoch
+        report = self._read(before) if before is not None else None
+        every = (training.log_every, training.validation.every_updates, training.checkpoint.every_updates)
+        if not self.late or done + 1 == training.max_updates or any((done + 1) % number == 0 for number in every):
+            report = self._settle() or report
+        self._lap()
+        self.console.advance(self.state.update)
+        return report
+
+    def _settle(self) -> UpdateReport | None:
+        """Reads the report of the last update, if it has not been."""
+        pending, self._unread = self._unread, None
+        return self._read(pending) if pending is not None else None
+
+    def _read(self, pending: PendingReport) -> UpdateReport:
+        training, report = self.config.training, pending.read()
+        self._lap()
+        report, self._seconds = dataclasses.replace(report, seconds=self._seconds), 0.0
         applied = report.outcome.applied
         self.interval.add(report.sums, report.outcome.grad_norm if applied else None, report.seconds, report.traffic)
         self.traffic, self.counted = self.traffic + report.traffic, self.counted + 1
@@ -117,14 +150,18 @@ class Trainer:
             ranks = ", ".join(map(str, report.blocking_ranks)) or "none alone, only their sum"
             raise TrainingError(
                 f"{training.nonfinite_limit} updates in a row had a gradient that is not finite; "
-                f"the last was update {self.state.update}, rank {ranks}",
+                f"the last was update {pending.update}, rank {ranks}",
                 remedy="lower training.optimizer.lr or lengthen the warm-up, try training.precision=bf16 or fp32, "
                 "and look for empty or broken sentences; the last checkpoint is from before",
             )
-        if self.state.update % training.log_every == 0 or self.state.update == training.max_updates:
-            self._log(lr)
-        self.console.advance(self.state.update)
+        if pending.update % training.log_every == 0 or pending.update == training.max_updates:
+            self._log(pending.lr)
         return report
+
+    def _lap(self) -> None:
+        """Adds the time since the last call to that of the next report."""
+        before, self._begun = self._begun, time.monotonic()
+        self._seconds += self._begun - before
 
     def _log(self, lr: float) -> None:
         line = {"update": self.state.update, "epoch": self.state.epoch, **self.interval.line(), "lr": lr}
@@ -188,6 +225,8 @@ class Trainer:
 
     def _save(self) -> None:
         self.world.progress.mark("saving a checkpoint")
+        self._begun = time.monotonic()
+        self._settle()
         self.state.interval = self.interval.to_json()
         self.checkpoints.save(self.state)
         if self.world.main and self.traffic.counted:

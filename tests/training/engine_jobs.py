@@ -124,7 +124,7 @@ def run(case: Case) -> Result:
                 bad = update == case.poison and world.rank == 0 and number == 0
                 engine.backward(loss * float("inf") if bad else loss)
                 total += loss.detach()
-        outcome = engine.step(lr=0.05)
+        outcome = engine.step(lr=0.05).read()
         losses.append(float(world.sum(total)))
         norms.append(outcome.grad_norm)
         applied.append(outcome.applied)

@@ -24,6 +24,8 @@ from moe_train.training import RunFolder, RunOutcome, train
 from moe_train.training.checkpoint.run_state import RunState
 from moe_train.training.checkpoint.store import CheckpointStore, load_model
 from moe_train.training.early_stopping import patience_spent, update_best
+from moe_train.training.step import PendingReport, UpdateReport
+from moe_train.training.trainer import Trainer
 from tests.training.toy import EXPERTS, ToyModel, ToyTask, toy_config
 from tests.training.toy_run import Trouble, assert_same_bits, final_tensors, lines, start
 
@@ -192,7 +194,34 @@ def test_a_fp16_overflow_is_skipped_and_lowers_the_scale(tmp_path: Path) -> None
     assert state["engine"]["precision"]["scale"] == 65536.0 / 4 and state["skipped_in_row"] == 2
 
 
-def test_updates_without_a_finite_gradient_are_skipped_then_end_the_run(tmp_path: Path) -> None:
+def test_reports_that_are_read_an_update_late_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU. A signal in update 6 is seen, and stops the run, after update 7, whose report is unread then."""
+    keys = {"log_every": 5, "validation": {"every_updates": 4}, "checkpoint": {"every_updates": 9}}
+    config = toy_config(max_updates=11, precision="fp16", **keys)
+    go(config, tmp_path / "soon")
+    read, delays = Trainer._read, []
+
+    def noted(trainer: Trainer, pending: PendingReport) -> UpdateReport:
+        delays.append(trainer.state.update - pending.update)
+        return read(trainer, pending)
+
+    monkeypatch.setattr(Trainer, "late", True)
+    monkeypatch.setattr(Trainer, "_read", noted)
+    signal_in_6 = {"rank": 0, "update": 5, "what": "term", "where": "computing"}
+    stopped = go(config, tmp_path / "late", Trouble(config, 0, signal_in_6, 0.0))
+    assert (stopped.status, stopped.update) == ("interrupted", 7)
+    assert go(config, tmp_path / "late").status == "finished"
+    assert delays == [1, 1, 1, 0, 0, 1, 0, 0, 0, 0, 0]
+    assert_same_bits(final_tensors(tmp_path / "soon"), final_tensors(tmp_path / "late"))
+    for name in ("train.jsonl", "valid.jsonl"):
+        assert lines(tmp_path / "soon", name) == lines(tmp_path / "late", name)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_updates_without_a_finite_gradient_are_skipped_then_end_the_run(
+    late: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Trainer, "late", late)
     config = toy_config(max_updates=9, log_every=1, nonfinite_limit=3)
     task = Trouble(config, 0, {"rank": 0, "update": 2, "what": "infinite"}, 0.0)
     with pytest.raises(TrainingError, match=r"3 updates in a row.*update 5, rank 0.*training\.optimizer\.lr"):

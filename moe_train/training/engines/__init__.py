@@ -3,6 +3,15 @@
 from __future__ import annotations
 
 from moe_train.training.engines import ddp, deepspeed
-from moe_train.training.engines.base import Engine, EngineInputs, StepOutcome, build_engine, register_engine
+from moe_train.training.engines.base import Engine, EngineInputs, StepOutcome, StepResult, build_engine, register_engine
 
-__all__ = ["Engine", "EngineInputs", "StepOutcome", "build_engine", "ddp", "deepspeed", "register_engine"]
+__all__ = [
+    "Engine",
+    "EngineInputs",
+    "StepOutcome",
+    "StepResult",
+    "build_engine",
+    "ddp",
+    "deepspeed",
+    "register_engine",
+]

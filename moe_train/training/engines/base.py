@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -35,6 +36,27 @@ class StepOutcome:
     experts_clean: bool = True
 
 
+@dataclass(frozen=True)
+class StepResult:
+    """A :class:`StepOutcome` on the device, as 0-dim tensors, so that nothing waits for the device."""
+
+    grad_norm: Tensor
+    applied: Tensor
+    clean: Tensor
+    experts_clean: Tensor
+
+    @classmethod
+    def of(cls, outcome: StepOutcome, device: torch.device) -> StepResult:
+        """From numbers of the host."""
+        return cls(*(torch.full((), value, device=device) for value in dataclasses.astuple(outcome)))
+
+    def read(self) -> StepOutcome:
+        """Waits for the device."""
+        values = (self.grad_norm, self.applied, self.clean, self.experts_clean)
+        norm, *flags = torch.stack([value.double() for value in values]).tolist()
+        return StepOutcome(norm, *map(bool, flags))
+
+
 class Engine(Protocol):
     """Owns the optimizer, the precision and the reduction of gradients over ranks.
 
@@ -55,7 +77,7 @@ class Engine(Protocol):
     def backward(self, loss: Tensor) -> None:
         """Adds the gradients of this rank's share of the loss; the sum over ranks is what the update descends."""
 
-    def step(self, lr: float) -> StepOutcome:
+    def step(self, lr: float) -> StepResult:
         """Clips, steps where all ranks' gradients are finite, and clears the gradients."""
 
     def optimizer_tensors(self) -> Mapping[str, Mapping[str, Tensor]]:

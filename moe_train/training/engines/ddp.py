@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -22,13 +21,13 @@ from moe_train.parallel.gradients import (
 )
 from moe_train.training.engines.base import (
     EngineInputs,
-    StepOutcome,
+    StepResult,
     load_named_optimizer_tensors,
     named_optimizer_tensors,
     register_engine,
 )
 from moe_train.training.optim.optimizer import build_optimizer
-from moe_train.training.optim.precision import ComputeWeights, Precision
+from moe_train.training.optim.precision import ComputeWeights, Precision, scaled_step
 
 
 class LocalPeaks:
@@ -124,28 +123,30 @@ class DdpEngine:
             self._precision.scale(loss * self._world.size).backward()
         self._weights.collect_gradients()
 
-    def step(self, lr: float) -> StepOutcome:
-        """One optimizer step, or none where any rank's gradient is not finite."""
+    def step(self, lr: float) -> StepResult:
+        """One optimizer step, or none where any rank's gradient is not finite. Waits for the device only where the
+        optimizer must (:func:`scaled_step`).
+        """
         parameters = list(self.module.parameters())
         if self._divided:
             self._expert_peaks.look(p.grad for p in parameters if is_expert(p) and p.grad is not None)
             reduce_expert_gradients(parameters, self._layout, divide_by=self._world.size)
-        self._precision.unscale(self._optimizer)
-        norm = self._norm(parameters)
-        own = torch.isfinite(norm) if self._wrapper is None else self._peaks.all_finite(norm.device)
-        results = torch.stack((norm.double(), own.double(), self._expert_peaks.all_finite(norm.device).double()))
-        grad_norm, clean, experts_clean = results.tolist()  # the one host sync of a step
-        finite = math.isfinite(grad_norm)
-        if finite:
-            if self._clip_norm > 0:
-                nn.utils.clip_grads_with_norm_(parameters, self._clip_norm, norm)
-            for group in self._optimizer.param_groups:
-                group["lr"] = lr
-            self._optimizer.step()
-            self._weights.expire()
-        self._precision.after_step(finite)
+        norm, divisor = self._norm(parameters), self._precision.loss_scale
+        if divisor is not None:
+            norm = norm / divisor
+        applied = torch.isfinite(norm)
+        clean = applied if self._wrapper is None else self._peaks.all_finite(norm.device)
+        if self._clip_norm > 0:  # as torch's clip_grads_with_norm_: the factor is clip_norm / (norm + 1e-6), at most 1
+            excess = ((norm + 1e-6) / self._clip_norm).clamp(min=1.0)
+            divisor = excess if divisor is None else divisor * excess
+        found_inf = applied.logical_not().float()
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        scaled_step(self._optimizer, divisor, found_inf)
+        self._weights.expire()
+        self._precision.after_step(found_inf)
         self._optimizer.zero_grad(set_to_none=True)
-        return StepOutcome(grad_norm, finite, bool(clean), bool(experts_clean))
+        return StepResult(norm, applied, clean, self._expert_peaks.all_finite(norm.device))
 
     def _norm(self, parameters: list[nn.Parameter]) -> Tensor:
         """2-norm of the whole model's gradient, 0-dim, the same on all ranks; not finite if any gradient is not."""

@@ -22,6 +22,7 @@ from moe_train.parallel.gradients import gradient_norm, is_expert
 from moe_train.training.engines.base import (
     EngineInputs,
     StepOutcome,
+    StepResult,
     load_named_optimizer_tensors,
     named_optimizer_tensors,
     register_engine,
@@ -95,13 +96,13 @@ class DeepSpeedEngine:
         """Adds the gradients of this rank's share."""
         self._engine.backward(loss * self._world.size)
 
-    def step(self, lr: float) -> StepOutcome:
+    def step(self, lr: float) -> StepResult:
         """One optimizer step, or none where any rank's gradient is not finite."""
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         clean, experts_clean = self._watch.all_finite(), self._expert_watch.all_finite()
         norm, applied = self._sharded_step() if self._sharded else self._whole_step()
-        return StepOutcome(norm, applied, clean, experts_clean)
+        return StepResult.of(StepOutcome(norm, applied, clean, experts_clean), self._world.device)
 
     def _sharded_step(self) -> tuple[float, bool]:
         """ZeRO 1 and 2 take the norm over all shards, clip by it, and skip on all ranks where it is not finite."""

@@ -19,16 +19,20 @@ _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 class Precision:
     """``fp32``; ``bf16`` = autocast; ``fp16`` = autocast and dynamic loss scaling. Parameters stay fp32 in all of them.
 
-    Only :meth:`after_step` changes the loss scale, by a result that all ranks share, so it is the same on every rank.
+    The loss scale and its counter are on the device. Only :meth:`after_step` changes them, by a result that all ranks
+    share, so they are the same on every rank.
 
     Attributes:
         half: the 16-bit type of products; None: fp32.
+        loss_scale: what the loss is multiplied by, 0-dim fp32; None: nothing.
     """
 
     def __init__(self, name: str, device: torch.device) -> None:
         self.name, self.half = name, _HALF.get(name)
         self._device = device
-        self._scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
+        self.loss_scale = torch.full((), 2.0**16, device=device) if name == "fp16" else None
+        self._growth_tracker = torch.zeros((), dtype=torch.int32, device=device)  # updates since the last change
+        self._growth, self._backoff, self._growth_interval = 2.0, 0.5, 2000
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The context of forward passes."""
@@ -36,33 +40,38 @@ class Precision:
 
     def scale(self, loss: Tensor) -> Tensor:
         """The scaled loss, to call backward on."""
-        return self._scaler.scale(loss)
+        return loss if self.loss_scale is None else loss * self.loss_scale
 
-    def unscale(self, optimizer: torch.optim.Optimizer) -> None:
-        """Divides the gradients by the loss scale."""
-        self._scaler.unscale_(optimizer)
+    def after_step(self, found_inf: Tensor) -> None:
+        """Lowers the loss scale after an overflow on any rank, and raises it after many updates without one.
 
-    def after_step(self, finite: bool) -> None:
-        """Lowers the loss scale after an overflow on any rank, and raises it after many updates without one."""
-        if not self._scaler.is_enabled():
-            return
-        if finite:
-            self._scaler.update()
-            return
-        state = self._scaler.state_dict()
-        lowered = state["scale"] * state["backoff_factor"]
-        # update() reads this rank's overflow only; the scale must not differ between ranks.
-        self._scaler.update(lowered)
-        self._scaler.load_state_dict({**state, "scale": lowered, "_growth_tracker": 0})
+        Args:
+            found_inf: 1.0 after an overflow, else 0.0; 0-dim fp32.
+        """
+        if self.loss_scale is not None:
+            torch._amp_update_scale_(
+                self.loss_scale, self._growth_tracker, found_inf, self._growth, self._backoff, self._growth_interval
+            )
 
     def state(self) -> dict[str, Any]:
-        """Plain numbers for ``state.json``; empty outside fp16."""
-        return dict(self._scaler.state_dict())
+        """Plain numbers for ``state.json``; empty outside fp16. Waits for the device."""
+        if self.loss_scale is None:
+            return {}
+        return {
+            "scale": float(self.loss_scale),
+            "growth_factor": self._growth,
+            "backoff_factor": self._backoff,
+            "growth_interval": self._growth_interval,
+            "_growth_tracker": int(self._growth_tracker),
+        }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """The inverse of :meth:`state`."""
-        if self._scaler.is_enabled() and state:
-            self._scaler.load_state_dict(dict(state))
+        if self.loss_scale is not None and state:
+            self.loss_scale.fill_(float(state["scale"]))
+            self._growth_tracker.fill_(int(state["_growth_tracker"]))
+            self._growth, self._backoff = float(state["growth_factor"]), float(state["backoff_factor"])
+            self._growth_interval = int(state["growth_interval"])
 
 
 class ComputeWeights:
@@ -171,6 +180,28 @@ class ComputeWeights:
             parameter.grad = self._sums[parameter] = total
         self._reduced.update(copies)
         return flat
+
+
+def scaled_step(optimizer: torch.optim.Optimizer, divisor: Tensor | None, found_inf: Tensor) -> None:
+    """One step with the gradients divided by ``divisor``; none if ``found_inf`` is not 0.
+
+    torch's fused Adam divides and skips inside its kernel, without a pass of its own and without a wait for the device.
+    For other optimizers, and for fp64, gradients are divided before the step, and the host reads ``found_inf``.
+
+    Args:
+        divisor: 0-dim; None: 1.
+        found_inf: 0-dim fp32.
+    """
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    fused = getattr(optimizer, "_step_supports_amp_scaling", False)
+    if fused and all(gradient.dtype == torch.float32 for gradient in gradients):
+        optimizer.grad_scale = divisor  # type: ignore[attr-defined]
+        optimizer.found_inf = found_inf  # type: ignore[attr-defined]
+        optimizer.step()
+    elif not found_inf.tolist():
+        if divisor is not None and gradients:
+            torch._foreach_div_(gradients, divisor)
+        optimizer.step()
 
 
 def _computing_modules(module: nn.Module) -> Iterator[nn.Module]:

@@ -10,13 +10,14 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moe_train.config import EngineConfig, TrainingConfig, build
+from moe_train.config import EngineConfig, OptimizerConfig, TrainingConfig, build
 from moe_train.kernels.cross_entropy import fused_label_smoothed_nll
 from moe_train.layers.feed_forward import FeedForward
 from moe_train.layers.transformer import Norm
 from moe_train.models import TransformerModel
 from moe_train.training.engines import Engine, EngineInputs, build_engine
-from moe_train.training.optim.precision import ComputeWeights
+from moe_train.training.optim.optimizer import build_optimizer
+from moe_train.training.optim.precision import ComputeWeights, scaled_step
 from moe_train.training.runtime.world import World
 from tests.distributed.world import Worlds
 from tests.models.helpers import PAD, sentences, small_model
@@ -175,3 +176,24 @@ def test_checkpoints_hold_fp32_and_load_in_any_precision(tmp_path: Path, first: 
         assert resumed.losses == whole.losses[4:]
     assert resumed.losses == pytest.approx(whole.losses[4:], rel=0.02)
     assert len([name for name in saved.tensors if "fc1_weight.@" in name]) == EXPERTS
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_scaled_step_is_a_step_with_divided_gradients_or_none(name: str, dtype: torch.dtype) -> None:
+    """Fused kernels and those that are not."""
+    config = OptimizerConfig(name=name, lr=0.1)  # type: ignore[arg-type]
+    ours, want = nn.Linear(3, 2).to(dtype), nn.Linear(3, 2).to(dtype)
+    want.load_state_dict(ours.state_dict())
+    pairs = list(zip(ours.parameters(), want.parameters(), strict=True))
+    optimizers = [build_optimizer(module, config) for module in (ours, want)]
+    for update, found_inf in enumerate((1.0, 0.0, 1.0, 0.0)):
+        for p, q in pairs:
+            q.grad = torch.randn_like(p)
+            p.grad = torch.full_like(p, float("nan")) if found_inf else 8 * q.grad
+        divisor = torch.tensor(float("nan") if found_inf else 8.0)
+        scaled_step(optimizers[0], divisor, torch.tensor(found_inf))
+        if not found_inf:
+            optimizers[1].step()
+        for p, q in pairs:
+            assert torch.equal(p, q), update
