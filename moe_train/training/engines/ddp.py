@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from moe_train.parallel.gradients import (
-    expert_square_sum,
-    ignore_experts_in_ddp,
-    is_expert,
-    reduce_expert_gradients,
-)
+from moe_train.parallel.gradients import LocalNorms, expert_square_sum, ignore_experts_in_ddp, is_expert
+from moe_train.parallel.replica_gradients import ReplicaGradients
 from moe_train.training.engines.base import (
     EngineInputs,
     StepResult,
@@ -28,22 +23,6 @@ from moe_train.training.engines.base import (
 )
 from moe_train.training.optim.optimizer import build_optimizer
 from moe_train.training.optim.precision import ComputeWeights, Precision, scaled_step
-
-
-class LocalPeaks:
-    """Largest absolute gradients before they are reduced; afterwards a NaN is on every rank."""
-
-    def __init__(self) -> None:
-        self._peaks: list[Tensor] = []
-
-    def look(self, gradients: Iterable[Tensor]) -> None:
-        """Records the peak of each, without a host sync."""
-        self._peaks += [torch.linalg.vector_norm(gradient, float("inf")) for gradient in gradients]
-
-    def all_finite(self, device: torch.device) -> Tensor:
-        """Whether all gradients since the last call were finite, 0-dim on ``device``."""
-        peaks, self._peaks = self._peaks, []
-        return torch.isfinite(torch.stack(peaks)).all() if peaks else torch.ones((), dtype=torch.bool, device=device)
 
 
 def _keep_buffers() -> dict[str, Any]:
@@ -56,9 +35,9 @@ def _keep_buffers() -> dict[str, Any]:
 class DdpEngine:
     """See :class:`moe_train.training.engines.base.Engine`. With one process there is no wrapper.
 
-    DDP averages over ranks while the loss is a sum of shares, so :meth:`backward` multiplies by the number of ranks. If
-    experts are divided over ranks, DDP ignores them: backward has given them the gradients of their whole group, and
-    they are summed over replicas and divided by the number of ranks.
+    The loss is a sum of shares, so gradients are summed over ranks, in DDP's communication hook. If experts are divided
+    over ranks, DDP ignores them: backward has given them the gradients of their whole group, and
+    :class:`ReplicaGradients` sums them over replicas.
 
     In bf16 and fp16 the modules compute with 16-bit copies of the parameters (:class:`ComputeWeights`), whose gradients
     are added up over micro-batches and ranks in fp32.
@@ -72,7 +51,8 @@ class DdpEngine:
         self._precision = Precision(inputs.training.precision, inputs.world.device)
         self._optimizer = build_optimizer(inputs.module, inputs.training.optimizer)
         self._weights = ComputeWeights(inputs.module, self._precision.half)
-        self._peaks, self._expert_peaks = LocalPeaks(), LocalPeaks()
+        self._norms = LocalNorms()
+        self._experts = self._over_replicas(inputs.config.bucket_mb << 20) if self._divided else None
         self._wrapper = self._wrap(inputs) if inputs.world.size > 1 else None
         self.model: nn.Module = self._wrapper or self.module
 
@@ -97,14 +77,21 @@ class DdpEngine:
         wrapper.register_comm_hook(dist.group.WORLD, hook)
         return wrapper
 
+    def _over_replicas(self, bucket_bytes: int) -> ReplicaGradients:
+        """Buckets in about the order in which backward computes the gradients."""
+        group = self._layout.replica_group
+        assert group is not None
+        experts = [p for p in reversed(list(self.module.parameters())) if is_expert(p)]
+        gradients = ReplicaGradients({self._weights.leaf(p): p for p in experts}, group, bucket_bytes)
+        self._weights.keep_sums_in(gradients.views)
+        return gradients
+
     def _reduce(self, group: dist.ProcessGroup, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-        """DDP's communication hook: records the peak, then averages in fp32."""
-        if not self._weights.has(bucket):
-            self._peaks.look([bucket.buffer()])
-            return allreduce_hook(group, bucket)
-        buffer, sums = bucket.buffer(), self._weights.fp32_sums(bucket)
-        self._peaks.look([sums])
-        reduced = dist.all_reduce(sums.div_(self._world.size), group=group, async_op=True)
+        """DDP's communication hook: records the norm, then sums in fp32."""
+        buffer = bucket.buffer()
+        sums = self._weights.fp32_sums(bucket) if self._weights.has(bucket) else buffer
+        self._norms.look([sums])
+        reduced = dist.all_reduce(sums, group=group, async_op=True)
         return reduced.get_future().then(lambda _: buffer)  # type: ignore[union-attr, no-any-return]
 
     @contextmanager
@@ -114,13 +101,15 @@ class DdpEngine:
             yield
 
     def accumulate(self, last: bool) -> AbstractContextManager[Any]:
-        """DDP reduces in the last micro-batch only."""
+        """Gradients are reduced in the last micro-batch only."""
+        if self._experts is not None:
+            self._experts.last = last
         return nullcontext() if last or self._wrapper is None else self._wrapper.no_sync()
 
     def backward(self, loss: Tensor) -> None:
         """Adds the gradients of this rank's share."""
         with self._weights.in_use():  # recomputed activations need the same weights
-            self._precision.scale(loss * self._world.size).backward()
+            self._precision.scale(loss).backward()
         self._weights.collect_gradients()
 
     def step(self, lr: float) -> StepResult:
@@ -128,14 +117,13 @@ class DdpEngine:
         optimizer must (:func:`scaled_step`).
         """
         parameters = list(self.module.parameters())
-        if self._divided:
-            self._expert_peaks.look(p.grad for p in parameters if is_expert(p) and p.grad is not None)
-            reduce_expert_gradients(parameters, self._layout, divide_by=self._world.size)
+        if self._experts is not None:
+            self._experts.finish()
         norm, divisor = self._norm(parameters), self._precision.loss_scale
         if divisor is not None:
             norm = norm / divisor
         applied = torch.isfinite(norm)
-        clean = applied if self._wrapper is None else self._peaks.all_finite(norm.device)
+        clean = applied if self._wrapper is None else self._norms.all_finite(norm.device)
         if self._clip_norm > 0:  # as torch's clip_grads_with_norm_: the factor is clip_norm / (norm + 1e-6), at most 1
             excess = ((norm + 1e-6) / self._clip_norm).clamp(min=1.0)
             divisor = excess if divisor is None else divisor * excess
@@ -146,7 +134,8 @@ class DdpEngine:
         self._weights.expire()
         self._precision.after_step(found_inf)
         self._optimizer.zero_grad(set_to_none=True)
-        return StepResult(norm, applied, clean, self._expert_peaks.all_finite(norm.device))
+        experts_clean = clean if self._experts is None else self._experts.norms.all_finite(norm.device)
+        return StepResult(norm, applied, clean, experts_clean)
 
     def _norm(self, parameters: list[nn.Parameter]) -> Tensor:
         """2-norm of the whole model's gradient, 0-dim, the same on all ranks; not finite if any gradient is not."""

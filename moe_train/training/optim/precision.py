@@ -101,6 +101,14 @@ class ComputeWeights:
         self._versions: list[int] = []
         self._active = False
 
+    def leaf(self, parameter: nn.Parameter) -> nn.Parameter:
+        """The tensor whose gradient backward computes for a parameter: its copy, or itself."""
+        return self._copies.get(parameter, parameter)
+
+    def keep_sums_in(self, memory: Mapping[nn.Parameter, Tensor]) -> None:
+        """Gives the memory of the fp32 gradients of some parameters."""
+        self._sums.update({parameter: view for parameter, view in memory.items() if parameter in self._copies})
+
     @contextmanager
     def in_use(self) -> Iterator[None]:
         """The modules compute with the copies."""
