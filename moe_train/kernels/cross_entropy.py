@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moe_train.kernels.cpu import smoothed_loss
-from moe_train.kernels.cpu.matmul import linear, linear_into
+from moe_train.kernels.cpu import amx_linear, smoothed_loss
+from moe_train.kernels.cpu.huge_pages import empty
+from moe_train.kernels.cpu.matmul import linear_into
 
 _NONE = -100  # no row has this target
 
@@ -172,18 +173,28 @@ class _FusedLabelSmoothedNll(torch.autograd.Function):
         nll = torch.zeros_like(loss)
         grad_features = torch.empty_like(features) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=kind) if ctx.needs_input_grad[1] else None
-        differentiated = any(ctx.needs_input_grad)
+        differentiated, amx = any(ctx.needs_input_grad), amx_linear.is_supported(features)
+        rows = min(rows, features.shape[0]) or 1
+        logits = empty((rows, weight.shape[0]), features)
         for start in range(0, features.shape[0], rows):
             x, chunk_target = features[start : start + rows], target[start : start + rows]
-            logits = linear(x, weight.t(), None)
-            chunk_loss, chunk_nll, gradient = _loss_and_gradient(logits, chunk_target, eps, ignore, differentiated)
+            chunk = logits[: x.shape[0]]
+            if amx:
+                amx_linear.product(x, weight.t(), out=chunk)
+            else:
+                linear_into(chunk, x, weight.t())
+            chunk_loss, chunk_nll, gradient = _loss_and_gradient(chunk, chunk_target, eps, ignore, differentiated)
             loss += chunk_loss
             nll += chunk_nll
             if gradient is None:
                 continue
-            if grad_features is not None:
+            if grad_features is not None and amx:
+                amx_linear.product(gradient, weight, out=grad_features[start : start + rows])
+            elif grad_features is not None:
                 linear_into(grad_features[start : start + rows], gradient, weight)
-            if grad_weight is not None:
+            if grad_weight is not None and amx:
+                amx_linear.product(gradient.t(), x, out=grad_weight)
+            elif grad_weight is not None:
                 _add_product_(grad_weight, gradient, x)
         ctx.grad_features, ctx.grad_weight = grad_features, grad_weight
         ctx.mark_non_differentiable(nll)

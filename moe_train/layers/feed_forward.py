@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from moe_train.kernels.cpu.dropout import dropout
 from moe_train.layers.batch_context import BatchContext
 from moe_train.layers.block import Block, RoutingRecord
-from moe_train.layers.linear import linear
+from moe_train.layers.linear import feed_forward, linear
 from moe_train.layers.registry import BlockInputs, register_kind
 from moe_train.routing.base import RoutingConfig
 
@@ -29,11 +29,13 @@ class FeedForward(Block):
 
     def forward(self, x: Tensor, context: BatchContext | None = None) -> tuple[Tensor, RoutingRecord | None]:
         """x [..., d] → (y [..., d], None)."""
-        relu = self.activation == "relu"
+        relu, dropped = self.activation == "relu", self.dropout and self.training
+        if relu and not dropped:
+            return feed_forward(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias), None
         h = linear(x, self.fc1.weight, self.fc1.bias, relu)
         if not relu:
             h = F.gelu(h)
-        if self.dropout and self.training:
+        if dropped:
             h = dropout(h, self.dropout)
         return linear(h, self.fc2.weight, self.fc2.bias), None
 

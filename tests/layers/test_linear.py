@@ -1,4 +1,4 @@
-"""The oneDNN product equals F.linear, and is not used where it is not faster."""
+"""The products of oneDNN and of the C kernel equal F.linear, and are not used where they are not faster."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from moe_train.kernels.cpu import amx_linear
 from moe_train.layers import linear as module
-from moe_train.layers.linear import linear
+from moe_train.layers.linear import feed_forward, linear
 
 
 @pytest.fixture
@@ -53,3 +54,29 @@ def test_other_types_and_autocast_use_torch() -> None:
     assert linear(x.bfloat16(), weight.bfloat16()).dtype == torch.bfloat16
     with torch.autocast("cpu", torch.bfloat16):
         assert linear(x, weight).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("relu", [False, True])
+def test_bf16_with_gradients_goes_through_the_c_kernel(bias: bool, relu: bool) -> None:
+    if not amx_linear.is_supported(torch.zeros(1, dtype=torch.bfloat16)):
+        pytest.skip("no matrix units (AMX) here, or no C compiler")
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(3, 7, 40), (48, 40), (48,), (40, 48), (40,)]
+    inputs = [torch.randn(*shape, generator=generator).bfloat16().requires_grad_() for shape in shapes]
+    wide = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    x, w1, b1, *_ = inputs
+    y, expected = linear(x, w1, b1 if bias else None, relu), F.linear(wide[0], wide[1], wide[2] if bias else None)
+    assert "Amx" in type(y.grad_fn.next_functions[0][0]).__name__  # type: ignore[union-attr]
+    _check(y, expected.relu() if relu else expected, inputs[: 2 + bias], wide[: 2 + bias])
+    hidden = F.linear(wide[0], wide[1], wide[2]).relu()
+    _check(feed_forward(*inputs), F.linear(hidden, wide[3], wide[4]), inputs, wide)  # type: ignore[arg-type]
+    with torch.no_grad():
+        torch.testing.assert_close(feed_forward(*inputs), feed_forward(*inputs))  # type: ignore[arg-type]
+
+
+def _check(y: torch.Tensor, want: torch.Tensor, inputs: list[torch.Tensor], wide: list[torch.Tensor]) -> None:
+    along = torch.randn(y.shape).bfloat16()
+    got = [y, *torch.autograd.grad(y, inputs, along)]
+    for one, right in zip(got, [want, *torch.autograd.grad(want, wide, along.double())], strict=True):
+        assert one.dtype == torch.bfloat16 and (one - right).norm() < 0.01 * right.norm()

@@ -45,6 +45,9 @@ typedef struct {
     float *sums; /* [columns], the sums over rows are added to it */
     int relu;
     int fresh; /* non-temporal stores: it is not read soon */
+    float *wide;   /* the result is added to this fp32 matrix, with the same places, and nothing else is done */
+    float *blocks; /* one block of 32 x 32 sums after another, if K is divided over several products; else NULL */
+    int begun, unfinished; /* of these products: there was one before; there is one more */
 } Result;
 
 INLINE long blocks(long n) { return (n + BLOCK - 1) / BLOCK; }
@@ -168,16 +171,24 @@ INLINE void fetch(Ahead next, long k) {
         _mm_prefetch((const char *)(next.at + k * next.step + i * next.stride), _MM_HINT_T1);
 }
 
-/* One block of 32 x 32 sums, from a panel of A and one of B; only the first 16 rows of A if the others are zero.
+/* One block of 32 x 32 sums, from a panel of A and one of B; only the first 16 rows of A if the others are zero. `begun`:
+ * the products are added to the sums.
  *
  * Each tile is loaded again as soon as its last product is issued: if another hardware thread shares the unit and the
  * caches, products and loads overlap less otherwise (a sixth faster there, the same elsewhere). */
-INLINE void multiply(const char *a, const char *b, long deep, int whole, float *sums, Ahead next) {
+INLINE void multiply(const char *a, const char *b, long deep, int whole, float *sums, int begun, Ahead next) {
     __asm__ volatile("" ::: "memory"); /* the compiler does not know that tile loads read memory */
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    if (begun) {
+        _tile_loadd(0, sums, 4 * BLOCK);
+        _tile_loadd(1, sums + 16, 4 * BLOCK);
+        _tile_loadd(2, sums + 16 * BLOCK, 4 * BLOCK);
+        _tile_loadd(3, sums + 16 * BLOCK + 16, 4 * BLOCK);
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    }
     _tile_loadd(4, a, 64);
     _tile_loadd(6, b, 64);
     _tile_loadd(7, b + TILE, 64);
@@ -211,6 +222,14 @@ INLINE void add_to(float *sums, __mmask32 mask, __m512 low, __m512 high) {
     __mmask16 mask_low = (__mmask16)mask, mask_high = (__mmask16)(mask >> 16);
     _mm512_mask_storeu_ps(sums, mask_low, _mm512_add_ps(_mm512_maskz_loadu_ps(mask_low, sums), low));
     _mm512_mask_storeu_ps(sums + 16, mask_high, _mm512_add_ps(_mm512_maskz_loadu_ps(mask_high, sums + 16), high));
+}
+
+/* Adds the block with index (down, across) to an fp32 matrix. */
+INLINE void finish_wide(const Result *c, long down, long across, const float *block) {
+    __mmask32 mask = first(c->columns - across * BLOCK);
+    float *at = c->wide + down * c->down + across * c->across;
+    for (long i = 0; i < min_of(c->rows - down * BLOCK, BLOCK); i++, block += BLOCK, at += c->stride)
+        add_to(at, mask, _mm512_load_ps(block), _mm512_load_ps(block + 16));
 }
 
 /* Writes the block with index (down, across). */
@@ -284,8 +303,14 @@ static void product(const Operand *held, const Operand *passing, const Result *c
                     const char *one = stay + j * panel, *other = pass + i * panel;
                     Ahead next = ahead(passing, x + group + i, j, count);
                     int whole = c->rows - down * BLOCK > BLOCK / 2;
-                    multiply(held->left ? one : other, held->left ? other : one, deep, whole, sums, next);
-                    finish(c, down, across, sums);
+                    float *block = c->blocks ? c->blocks + (down * blocks(c->columns) + across) * PATCH : sums;
+                    multiply(held->left ? one : other, held->left ? other : one, deep, whole, block, c->begun, next);
+                    if (c->unfinished) continue;
+                    if (c->wide) {
+                        finish_wide(c, down, across, block);
+                    } else {
+                        finish(c, down, across, block);
+                    }
                 }
             }
         }

@@ -3,44 +3,12 @@
  * X [n, d], W1 [d, h], b1 [h], W2 [h, d], b2 [d]. `hidden` [n, h] are the rows between the products; they are kept from
  * forward to backward in patches, n and h padded to multiples of 32. Called by moe_train/kernels/cpu/amx_mlp.py.
  */
-#include <pthread.h>
-#include <stdlib.h>
-#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "amx_matrix.h"
+#include "amx_workspace.h"
 
-enum { ASK_FOR_UNIT = 0x1023, TILE_DATA = 18, LARGE_PAGE = 2 << 20, KEPT = 32 << 20, NO_MEMORY = 1 };
-
-/* Workspace of this thread, kept between calls up to KEPT bytes, since a new one has to map its pages again. */
-static __thread char *own_workspace;
-static __thread long own_size;
-static pthread_key_t workspace_key; /* frees the workspace when the thread ends */
-
-__attribute__((constructor)) static void prepare(void) { pthread_key_create(&workspace_key, free); }
-
-static void keep(char *workspace, long size) {
-    free(own_workspace);
-    own_workspace = workspace;
-    own_size = workspace ? size : 0;
-    pthread_setspecific(workspace_key, workspace);
-}
-
-static char *workspace_of(long size) {
-    if (size > own_size) {
-        size = (size + LARGE_PAGE - 1) / LARGE_PAGE * LARGE_PAGE;
-        keep(0, 0);
-        keep(aligned_alloc(LARGE_PAGE, size), size);
-        if (own_workspace) madvise(own_workspace, size, MADV_HUGEPAGE);
-    }
-    return own_workspace;
-}
-
-static void release(void) {
-    _tile_release();
-    if (own_size > KEPT) keep(0, 0);
-}
+enum { ASK_FOR_UNIT = 0x1023, TILE_DATA = 18 };
 
 /* Requests permission to use the matrix unit, for the process and all threads started later. 0: permitted. */
 int moe_request_amx(void) { return (int)syscall(SYS_arch_prctl, ASK_FOR_UNIT, TILE_DATA); }
