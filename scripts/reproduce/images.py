@@ -10,6 +10,7 @@ Soft MoE as many slots as patches, so that all have the FLOPs of the dense model
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,14 +107,15 @@ def main() -> None:
     """Trains, evaluates, writes ``images.json`` and ``images.md``."""
     options = parsed(parser(__doc__ or "", "/usr/share/datasets/fashion-mnist", 3, BUDGETS), BUDGETS)
     study = Study("images", "Images: Soft MoE against sparse and dense, at equal FLOPs", COLUMNS, CLAIMS, options)
+    study.data = Path(options.data).name
     study.notes.append("dropped: tokens of 256 validation images that no expert processes, mean over sparse layers")
     study.notes.append(
         "of the 16 slots 15 make 90 % of a token's output where mixes are uniform, 1 where they are hard choices"
     )
     for seed in range(1, options.seeds + 1):
         for variant in wanted(VARIANTS, options.only):
-            folder = study.train(f"{variant.name}-s{seed}", [*common(options, seed), *variant.overrides])
-            study.note(variant.name, seed, folder, *measure_run(study, folder))
+            words = [*common(options, seed), *variant.overrides]
+            study.cell(variant.name, seed, words, partial(measure_run, study))
 
 
 def common(options: Any, seed: int) -> list[str]:

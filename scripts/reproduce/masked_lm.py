@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,8 @@ def main() -> None:
     options.add_argument("--fine-tune-updates", type=int, default=200, help="updates of a fine-tuning (default: 200)")
     given = parsed(options, BUDGETS)
     title = "Masked language models: X-MoE against Switch and dense"
-    study = Study("masked_lm", title, COLUMNS, CLAIMS, given, more=along_training)
+    data = f"{DataFolder.open(given.data).fingerprint}, {Path(given.texts).name}"
+    study = Study("masked_lm", title, COLUMNS, CLAIMS, given, data, more=along_training)
     study.notes.append("a token's class, for the collapse, is the expert it is routed to; means over sparse layers")
     study.notes.append(
         f"to compare with perplexities: each language's own unigrams have {unigrams(given):.0f}, a mean as theirs"
@@ -120,19 +122,24 @@ def main() -> None:
     chosen = wanted(VARIANTS, given.only)
     for seed in range(1, given.seeds + 1):
         for variant in chosen:
-            folder = study.train(f"{variant.name}-s{seed}", [*pre_training(given, seed), *variant.overrides])
-            measures, details = pre_trained(study, folder)
-            study.note(variant.name, seed, folder, measures, details)
-            for suffix in ("", "_frozen") if variant.name != "dense" else ("",):
-                tuned = study.train(
-                    f"{variant.name}{suffix}-tuned-s{seed}", tuning(given, seed, folder, variant, suffix)
-                )
-                found, more = transferred(study, tuned, suffix)
-                measures, details = {**measures, **found}, {**details, f"transfer{suffix}": more}
-                study.note(variant.name, seed, folder, measures, details)
+            words = [*pre_training(given, seed), *variant.overrides]
+            study.cell(variant.name, seed, words, partial(pre_trained_and_tuned, study, variant, seed))
     for variant in chosen:
         if variant.name != "dense" and given.seeds > 1:
             consistency(study, variant, given)
+
+
+def pre_trained_and_tuned(
+    study: Study, variant: Variant, seed: int, folder: Path
+) -> tuple[dict[str, float | None], dict[str, Any]]:
+    """Measures of a language model, and of its fine-tunings with free and with frozen routing."""
+    measures, details = pre_trained(study, folder)
+    for suffix in ("", "_frozen") if variant.name != "dense" else ("",):
+        words = tuning(study.options, seed, folder, variant, suffix)
+        tuned = study.train(f"{variant.name}{suffix}-tuned-s{seed}", words)
+        found, more = transferred(study, tuned, suffix)
+        measures, details = {**measures, **found}, {**details, f"transfer{suffix}": more}
+    return measures, details
 
 
 def unigrams(options: Any) -> float:
@@ -263,6 +270,8 @@ def transferred(study: Study, folder: Path, suffix: str) -> tuple[dict[str, floa
 def consistency(study: Study, variant: Variant, options: Any) -> None:
     """Fine-tunes the first seed's model with every seed; notes the similarity of expert loads in English."""
     start = study.folder(f"{variant.name}-s1")
+    if "consistency" in study.runs[start.name]["measures"]:
+        return
     tuned = [study.folder(f"{variant.name}-tuned-s1")]
     for seed in range(2, options.seeds + 1):
         tuned.append(study.train(f"{variant.name}-again-s{seed}", tuning(options, seed, start, variant, "")))

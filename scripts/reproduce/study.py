@@ -1,38 +1,44 @@
 """Common part of the comparisons: trains and evaluates runs once, and tabulates them with the claims of papers.
 
-A finished run is not trained again, an interrupted one resumes; so every comparison can be interrupted and continued
-with the same command. Results are written after every run, with all runs so far.
+A run is written to the results as soon as it is measured, under a key of its settings, its data, the hash of the code
+and whether the processor has matrix units. A run that the results hold with the same key is not trained again, on any
+machine; an interrupted one resumes where its folder is. So a comparison can be stopped at any moment and continued with
+the same command, and several of the same command may run side by side: each takes runs that no other one holds.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import platform
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from locks import held, locked
 from measures import Mean, Verdict, rounded, spread
 from page import markdown
 
+import moe_train
 from moe_train.analysis.probe.probing import probe_run
 from moe_train.config import build
 from moe_train.config.evaluation import EvaluateConfig
 from moe_train.evaluation.evaluate_split import evaluate
 from moe_train.evaluation.measure_task import evaluate_task
 from moe_train.evaluation.result_files import ResultFiles, part_name
+from moe_train.kernels.cpu.cpu_info import processor_flags
 from moe_train.training.checkpoint.checksums import replace_text
 from moe_train.training.run.run_folder import INFO, RunFolder
 from moe_train.training.run.run_info import commit, versions
 
 Measures = Mapping[str, float | None]
+Measure = Callable[[Path], tuple[Measures, Any]]
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,12 @@ class Budget:
     items: int
     takes: str
 
+    @property
+    def tokens_per_update(self) -> int:
+        """As the overrides set it."""
+        found = [word.partition("=")[2] for word in self.words if word.startswith("training.tokens_per_update=")]
+        return int(found[-1])
+
 
 @dataclass(frozen=True)
 class Claim:
@@ -75,23 +87,83 @@ class Claim:
     measured: Callable[[Mapping[str, Mapping[str, Mean]]], tuple[str, Verdict]]
 
 
+def code_hash() -> str:
+    """Hash of the committed package and its configs, with ``-dirty`` if their files were changed.
+
+    It does not change with commits of results, documents or scripts.
+    """
+    root = Path(moe_train.__file__).resolve().parents[1]
+    where = ("moe_train", "configs")
+    trees = _git(root, "rev-parse", *(f"HEAD:{name}" for name in where))
+    changed = _git(root, "status", "--porcelain", "--", *where)
+    return hashlib.sha256(trees.encode()).hexdigest()[:12] + ("-dirty" if changed else "")
+
+
+def _git(root: Path, *words: str) -> str:
+    return subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True).stdout.strip()
+
+
 @dataclass
 class Study:
-    """A comparison: its runs by name, with their measures."""
+    """A comparison: its runs by name, with their measures.
+
+    Attributes:
+        data: what identifies the data in the key of a run, such as a folder's fingerprint.
+        runs: all runs that the results hold; other processes may add to them.
+        more: further lines of the page, from the runs.
+    """
 
     name: str
     title: str
     columns: tuple[tuple[str, str], ...]  # measure -> heading
     claims: tuple[Claim, ...]
     options: argparse.Namespace
+    data: str = ""
     runs: dict[str, dict[str, Any]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     commit: str | None = field(default_factory=commit)  # before the first file of results changes the tree
-    more: Callable[[Mapping[str, Mapping[str, Any]]], list[str]] = lambda _: []  # further lines of the page, from runs
+    code: str = field(default_factory=code_hash)
+    more: Callable[[Mapping[str, Mapping[str, Any]]], list[str]] = lambda _: []
+
+    @property
+    def path(self) -> Path:
+        """The JSON file of the results."""
+        return Path(self.options.results) / f"{self.name}.json"
 
     def folder(self, run: str) -> Path:
         """The folder of a run."""
         return Path(self.options.runs) / self.name / run
+
+    def cell(self, variant: str, seed: int, words: Sequence[str], measure: Measure) -> None:
+        """Trains and measures the run of a variant and a seed, unless the results have it or another process holds it.
+
+        Args:
+            words: all overrides of the run.
+            measure: run folder → measures and details.
+        """
+        run = f"{variant}-s{seed}"
+        key = self.key(words)
+        if self.found(run, key):
+            return
+        with held(self.folder(run).with_name(f"{run}.lock")) as free:
+            if free and not self.found(run, key):
+                folder = self.train(run, words)
+                self.note(variant, seed, folder, *measure(folder), key=key)
+
+    def key(self, words: Sequence[str]) -> dict[str, Any]:
+        """What a run's numbers depend on: settings, data, code, and the kind of processor."""
+        settings = sorted(word for word in words if not word.startswith(("data=", "training.threads=")))
+        return {
+            "settings": [*settings, *self.options.more],
+            "data": self.data,
+            "code": self.code,
+            "matrix_units": "amx_bf16" in processor_flags(),
+        }
+
+    def found(self, run: str, key: Mapping[str, Any]) -> bool:
+        """Whether the results hold a run with a key; reads the results."""
+        self.runs = stored_runs(self.path)
+        return self.runs.get(run, {}).get("key") == key
 
     def train(self, run: str, overrides: Sequence[str]) -> Path:
         """Trains a run unless it is finished; returns its folder."""
@@ -101,11 +173,11 @@ class Study:
             return folder
         words = [*overrides, f"hydra.run.dir={folder}", *self.options.more]
         print(f"== {self.name}: {run}", flush=True)
-        started = time.monotonic()
-        done = subprocess.run([sys.executable, "-m", "moe_train.commands.train", *words], check=False)
-        _add_seconds(folder, time.monotonic() - started)
-        if done.returncode:
-            raise SystemExit(f"{run} ended with code {done.returncode}; the same command resumes")
+        process = subprocess.Popen([sys.executable, "-m", "moe_train.commands.train", *words])
+        _, status, used = os.wait4(process.pid, 0)
+        _add_seconds(folder, used.ru_utime + used.ru_stime)
+        if code := os.waitstatus_to_exitcode(status):
+            raise SystemExit(f"{run} ended with code {code}; the same command resumes")
         return folder
 
     def evaluate(self, folder: Path, split: str = "test", max_sentences: int = 0, **keys: Any) -> dict[str, Any]:
@@ -126,12 +198,15 @@ class Study:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return content
 
-    def note(self, variant: str, seed: int, folder: Path, measures: Measures, details: Any = None) -> None:
+    def note(
+        self, variant: str, seed: int, folder: Path, measures: Measures, details: Any = None, key: Any = None
+    ) -> None:
         """Adds the measures of a run, and writes the results so far."""
         info = RunFolder(folder).info
-        self.runs[folder.name] = {
+        entry = {
             "variant": variant,
             "seed": seed,
+            "key": key,
             "measures": {name: value for name, value in measures.items() if value is not None},
             "updates": info.get("update"),
             "parameters": info.get("parameters"),
@@ -141,15 +216,19 @@ class Study:
             "seconds": _seconds(folder),
             "details": details,
         }
-        self.write()
+        with locked(self.path):
+            self.runs = {**stored_runs(self.path), folder.name: entry}
+            self.write()
 
     def add(self, run: str, measures: Measures, details: Mapping[str, Any] | None = None) -> None:
         """Adds further measures to a run that was noted before."""
-        entry = self.runs[run]
-        entry["measures"] |= {name: value for name, value in measures.items() if value is not None}
-        if details:
-            entry["details"] = {**(entry["details"] or {}), **details}
-        self.write()
+        with locked(self.path):
+            self.runs = stored_runs(self.path)
+            entry = self.runs[run]
+            entry["measures"] |= {name: value for name, value in measures.items() if value is not None}
+            if details:
+                entry["details"] = {**(entry["details"] or {}), **details}
+            self.write()
 
     def means(self) -> dict[str, dict[str, Mean]]:
         """Variant -> measure -> mean over seeds."""
@@ -170,8 +249,6 @@ class Study:
 
     def write(self) -> None:
         """Writes ``NAME.json`` and ``NAME.md`` to the results folder."""
-        folder = Path(self.options.results)
-        folder.mkdir(parents=True, exist_ok=True)
         content = {
             "comparison": self.name,
             "title": self.title,
@@ -184,8 +261,15 @@ class Study:
             "notes": self.notes,
             "runs": {name: {**run, "details": rounded(run["details"])} for name, run in self.runs.items()},
         }
-        replace_text(folder / f"{self.name}.json", json.dumps(content, indent=1, sort_keys=True) + "\n")
-        replace_text(folder / f"{self.name}.md", markdown(content, self.columns, self.more(self.runs)))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(self.path, json.dumps(content, indent=1, sort_keys=True) + "\n")
+        replace_text(self.path.with_suffix(".md"), markdown(content, self.columns, self.more(self.runs)))
+
+
+def stored_runs(path: Path) -> dict[str, dict[str, Any]]:
+    """The runs of a results file that have a key; none without the file."""
+    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"runs": {}}
+    return {name: run for name, run in content["runs"].items() if run.get("key")}
 
 
 def _outdated(path: Path, folder: Path) -> bool:
@@ -211,7 +295,7 @@ def plain_word(word: str) -> str:
 
 def machine() -> dict[str, Any]:
     """Processor, cores, memory and device; no names."""
-    processor = platform.processor() or platform.machine()
+    processor = platform.machine()
     cpu = Path("/proc/cpuinfo")
     if cpu.is_file():
         models = [
@@ -230,7 +314,9 @@ def parser(description: str, data: str, seeds: int, budgets: Mapping[str, Budget
     options.add_argument("--data", default=data, help=f"the data (default: {data})")
     options.add_argument("--runs", default="outputs/reproduce", help="where run folders go")
     options.add_argument("--results", default="results", help="where the JSON and Markdown files go")
-    options.add_argument("--seeds", type=int, default=seeds, help=f"seeds 1 to N (default: {seeds})")
+    options.add_argument(
+        "--seeds", type=int, default=seeds, help=f"seeds 1 to N (default: {seeds or 'those of the stage'})"
+    )
     options.add_argument("--updates", type=int, help="updates of a run (default: the budget's)")
     options.add_argument("--threads", type=int, default=0, help="CPU threads (default: all cores)")
     options.add_argument("--only", default="", help="these variants only, by name, separated by commas")

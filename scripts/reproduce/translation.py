@@ -1,41 +1,51 @@
-"""The claims of THOR, SMoE and SAM in small: translation in six languages at equal active compute, BLEU by tier.
+"""Claims of THOR, SMoE and SAM: translation in six languages at equal active compute, BLEU by direction and tier.
 
-    python scripts/reproduce/translation.py --data data-bin/parallel15 --seeds 2
-    python scripts/reproduce/translation.py --data data-bin/parallel15 --budget small --threads 1
+    python scripts/reproduce/translation.py --data data-bin/six --stage a      # balance weights
+    python scripts/reproduce/translation.py --data data-bin/six --stage b      # the claims, three seeds
+    python scripts/reproduce/translation.py --data data-bin/six --stage c      # further strategies, one seed
+    python scripts/reproduce/translation.py --data data-bin/six --stage d      # numbers of experts, one seed
+    python scripts/reproduce/translation.py --data data-bin/six --budget small --threads 1
     python scripts/reproduce/translation.py --data data-bin/parallel15 --budget gpu --languages all --name on_gpu
 
 Experts are narrower where a token uses several, so that all models have the FLOPs of the dense one: half the width for
 top-2, 1.5 passes of two for SMoE's two strata of top-2, and 1/k of the width with k times as many experts for SAM.
-THOR's second pass adds training time only; its ablation has one expert (R-Drop). The small budget translates only into
-English. Models trained for so short a time hardly translate, so every claim is also tested with the loss on held-out
-text, which has far less noise than BLEU.
+THOR's second pass adds training FLOPs, which the learning curves count; its ablation has one expert (R-Drop). The full
+and the small budget translate into English only. A claim is decided by the rule in ``decision_rule.py``, from what BLEU
+needs of every test line (``results/NAME/RUN.npz``: lengths and counts of n-grams, no text).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from measures import Verdict, above
+import numpy as np
+from decision_rule import Counts, Decision, decide, line_counts, mean_bleu, sentence_error
 from omegaconf import OmegaConf
-from study import Budget, Claim, Study, Variant, parsed, parser, read_lines, wanted
+from study import Budget, Study, Variant, parsed, parser, read_lines, stored_runs, wanted
 
-from moe_train.analysis.report.compare import compare
 from moe_train.analysis.report.load_runs import read_runs
+from moe_train.data.folder import DataFolder
 from moe_train.evaluation.result_files import part_name
 
 MODELS = Path(__file__).parents[2] / "configs" / "model"
 LANGUAGES = ("de", "fr", "ru", "zh", "tr", "ar")  # two of each tier of the shared corpus
+VALIDATIONS = 10  # points of a learning curve
+BALANCE_WEIGHTS = ("0.001", "0.01", "0.1")
 BUDGETS = {
     "full": Budget(
-        updates=2500,
+        updates=8000,
         words=(
-            *("training.tokens_per_update=4096", "training.optimizer.lr=0.003", "training.schedule.warmup_updates=200"),
+            *("training.tokens_per_update=2048", "training.optimizer.lr=0.003", "training.schedule.warmup_updates=200"),
             *("model=tiny", "model.embed_dim=192", "model.ffn_dim=768", "model.dropout=0.05"),
+            "training.precision=bf16",
         ),
-        items=150,
-        takes="about half an hour each on two cores, THOR's twice that",
+        items=0,
+        takes="into English only, one to three hours each on one core",
     ),
     "small": Budget(
         updates=700,
@@ -59,26 +69,55 @@ BUDGETS = {
 }
 
 
+def experts(width: int, strategy: str, count: int, share: int, *more: str) -> tuple[str, ...]:
+    """Overrides of ``count`` experts of ``width / share``."""
+    return (f"routing={strategy}", f"routing.num_experts={count}", f"routing.expert_ffn_dim={width // share}", *more)
+
+
 def variants(width: int) -> tuple[Variant, ...]:
-    """All variants, with the active compute of a dense feed-forward of ``width``."""
-
-    def experts(strategy: str, count: int, share: int, *more: str) -> tuple[str, ...]:
-        dim = f"routing.expert_ffn_dim={width // share}"
-        return (f"routing={strategy}", f"routing.num_experts={count}", dim, *more)
-
+    """Those of the claims, with the active compute of a dense feed-forward of ``width``."""
+    of = partial(experts, width)
     return (
         Variant("dense", ("routing=dense",)),
-        Variant("switch", experts("switch", 8, 1)),
-        Variant("top_2", experts("top_k", 16, 2, "routing.top_k=2")),
-        Variant("smoe", experts("smoe", 24, 3, "routing.strata=[12,12]", "routing.top_k=2")),
-        Variant("sam_1", experts("sam", 8, 1, "routing.num_groups=4", "routing.top_k=1")),
-        Variant("sam_2", experts("sam", 16, 2, "routing.num_groups=4", "routing.top_k=2")),
-        Variant("sam_4", experts("sam", 32, 4, "routing.num_groups=4", "routing.top_k=4")),
-        Variant("thor", experts("thor", 8, 1)),
-        Variant("thor_1", experts("thor", 1, 1)),
+        Variant("switch", of("switch", 8, 1)),
+        Variant("top_2", of("top_k", 16, 2, "routing.top_k=2")),
+        Variant("smoe", of("smoe", 24, 3, "routing.strata=[12,12]", "routing.top_k=2")),
+        Variant("sam_1", of("sam", 8, 1, "routing.num_groups=4", "routing.top_k=1")),
+        Variant("sam_2", of("sam", 16, 2, "routing.num_groups=4", "routing.top_k=2")),
+        Variant("sam_4", of("sam", 32, 4, "routing.num_groups=4", "routing.top_k=4")),
+        Variant("thor", of("thor", 8, 1)),
+        Variant("thor_1", of("thor", 1, 1)),
     )
 
 
+def further_variants(width: int) -> tuple[Variant, ...]:
+    """Strategies without a claim of their own here. Two route the encoder only, with top-2 in the decoder."""
+    of = partial(experts, width)
+    return (
+        Variant("hash", of("hash", 8, 1)),
+        Variant("random", of("random", 8, 1)),
+        Variant("xmoe", of("xmoe", 8, 1)),
+        Variant("smoe_3", of("smoe", 24, 4, "routing.strata=[8,8,8]", "routing.top_k=2")),
+        Variant("expert_choice", of("expert_choice", 16, 2)),
+        Variant("soft_moe", of("soft_moe", 8, 1)),
+    )
+
+
+def sizes(width: int) -> tuple[Variant, ...]:
+    """Switch and SMoE with other numbers of experts; SMoE's are a third as wide and count three for one of Switch's."""
+    of = partial(experts, width)
+    more = (4, 16, 32)
+    return (
+        *(Variant(f"switch_{n}", of("switch", n, 1)) for n in more),
+        *(Variant(f"smoe_{n}", of("smoe", n, 3, f"routing.strata=[{n // 2},{n // 2}]")) for n in (4, 8, *more[1:])),
+    )
+
+
+STAGES: Mapping[str, tuple[Callable[[int], tuple[Variant, ...]], int]] = {  # variants and seeds
+    "b": (variants, 3),
+    "c": (further_variants, 1),
+    "d": (sizes, 1),
+}
 VARIANTS = variants(768)
 COLUMNS = (
     ("bleu", "BLEU, all"),
@@ -88,61 +127,140 @@ COLUMNS = (
     ("chrf", "chrF++"),
     ("copy", "chrF++ of the source as it is"),
     ("loss", "valid nll"),
-    ("better", "directions better than Switch (p < 0.05)"),
-    ("worse", "worse"),
+    ("training_flops", "training FLOPs"),
     ("words_per_second", "words/s (training)"),
 )
 
 
-def _above(one: str, other: str, paper: str, says: str) -> Claim:
-    """The claim that one variant has a higher BLEU than another."""
+@dataclass(frozen=True)
+class Contrast:
+    """The claim of a paper that a variant is above another one."""
 
-    def measured(means: Any) -> tuple[str, Verdict]:
-        text, agrees = above(one, means[one]["bleu"], other, means[other]["bleu"], ".2f")
-        return f"{text} (valid nll {means[one]['loss'].text('.3f')} and {means[other]['loss'].text('.3f')})", agrees
+    paper: str
+    says: str
+    one: str
+    other: str
 
-    return Claim(paper, says, (one, other), measured)
-
-
-def _more_is_better(means: Any) -> tuple[str, Verdict]:
-    scores, losses = ([means[f"sam_{k}"][measure] for k in (1, 2, 4)] for measure in ("bleu", "loss"))
-    both = (", ".join(f"{value:.{digits}f}" for value in values) for values, digits in ((scores, 2), (losses, 3)))
-    _, last_above_first = above("4", scores[2], "1", scores[0], ".2f")
-    return "k = 1, 2, 4: {} BLEU (valid nll {})".format(*both), last_above_first and scores[0] < scores[1] < scores[2]
+    @property
+    def needs(self) -> tuple[str, str]:
+        """The variants it compares."""
+        return self.one, self.other
 
 
 CLAIMS = (
-    _above("thor", "switch", "THOR, abstract", "above Switch (2 BLEU in multilingual translation)"),
-    _above("thor", "thor_1", "THOR, our ablation", "above one expert with the same loss (R-Drop)"),
-    _above("smoe", "top_2", "SMoE, tables 1 to 3", "above top-2 (0.4 to 1.0 BLEU)"),
-    _above("smoe", "switch", "SMoE, table 1", "above Switch (0.9 BLEU)"),
-    _above("switch", "dense", "SMoE, table 1", "Switch above dense (2.1 BLEU)"),
-    Claim("SAM, abstract", "more active experts are better", ("sam_1", "sam_2", "sam_4"), _more_is_better),
-    _above("sam_4", "switch", "SAM, abstract", "above Switch"),
+    Contrast("SMoE, table 1", "Switch above dense (2.1 BLEU)", "switch", "dense"),
+    Contrast("SMoE, table 1", "SMoE above Switch (0.9 BLEU)", "smoe", "switch"),
+    Contrast("SMoE, tables 1 to 3", "SMoE above top-2 (0.4 to 1.0 BLEU)", "smoe", "top_2"),
+    Contrast("THOR, abstract", "THOR above Switch (2 BLEU in multilingual translation)", "thor", "switch"),
+    Contrast("THOR, our ablation", "THOR above one expert with the same loss (R-Drop)", "thor", "thor_1"),
+    Contrast("SAM, abstract", "two experts of a group above one", "sam_2", "sam_1"),
+    Contrast("SAM, abstract", "four experts of a group above two", "sam_4", "sam_2"),
+    Contrast("SAM, abstract", "SAM above Switch", "sam_4", "switch"),
 )
+
+
+@dataclass
+class TranslationStudy(Study):
+    """A study whose claims are decided from the counts of every test line."""
+
+    contrasts: Sequence[Contrast] = field(default=CLAIMS)
+
+    def counts_file(self, run: str) -> Path:
+        """What BLEU needs of every test line of a run, by direction."""
+        return self.path.with_suffix("") / f"{run}.npz"
+
+    def counts(self, variant: str) -> dict[int, list[Counts]]:
+        """Seed → counts of each direction, sorted by name."""
+        found = {}
+        for name, run in self.runs.items():
+            if run["variant"] == variant:
+                with np.load(self.counts_file(name), allow_pickle=False) as stored:
+                    found[run["seed"]] = [stored[direction].astype(np.int64) for direction in sorted(stored)]
+        return found
+
+    def outcomes(self) -> list[dict[str, Any]]:
+        """Each claim with its decision; ``open`` where runs are missing."""
+        return [self._outcome(contrast) for contrast in self.contrasts]
+
+    def _outcome(self, contrast: Contrast) -> dict[str, Any]:
+        said = {"paper": contrast.paper, "says": contrast.says}
+        ones, others = (self.counts(variant) for variant in contrast.needs)
+        seeds = sorted({*ones} & {*others})
+        if not seeds:
+            return {**said, "measured": "not all runs are there yet", "agrees": "open"}
+        decision = compared([ones[seed] for seed in seeds], [others[seed] for seed in seeds], len(self.contrasts))
+        losses = (self.means()[variant]["loss"].text(".3f") for variant in contrast.needs)
+        measured = "{}; valid nll {} and {}".format(decision.text(), *losses)
+        if decision.remedy:
+            measured += f"; {decision.remedy}"
+        return {**said, "measured": measured, "agrees": decision.outcome, "decision": asdict(decision)}
+
+
+def compared(ones: Sequence[Sequence[Counts]], others: Sequence[Sequence[Counts]], claims: int) -> Decision:
+    """The decision on two models from the counts by seed and direction."""
+    effects = [mean_bleu(one) - mean_bleu(other) for one, other in zip(ones, others, strict=True)]
+    return decide(effects, sentence_error(ones, others), claims)
 
 
 def main() -> None:
     """Trains, translates, compares; writes ``translation.json`` and ``translation.md``."""
-    options = parser(__doc__ or "", "data-bin/parallel15", 2, BUDGETS)
+    options = parser(__doc__ or "", "data-bin/six", 0, BUDGETS)
+    options.add_argument("--stage", choices=("a", *STAGES), default="b", help="of the full budget (default: b)")
     options.add_argument("--languages", default=",".join(LANGUAGES), help="with English; all: those of the data")
     options.add_argument("--max-sentences", type=int, help="of each test direction (0: all; default: the budget's)")
     options.add_argument("--name", default="translation", help="of the results, where several are kept")
     given = parsed(options, BUDGETS)
+    if given.stage == "a":
+        balance(given)
+        return
     items = given.size.items if given.max_sentences is None else given.max_sentences
-    study = Study(given.name, "Translation: THOR, SMoE and SAM against Switch, top-2 and dense", COLUMNS, CLAIMS, given)
-    study.notes.append("at equal active compute; THOR trains with two passes over each batch")
-    study.notes.append(
-        f"{items or 'all'} test sentences a direction, beam 4; paired bootstrap against the same seed's Switch"
+    study = TranslationStudy(
+        given.name, "Translation: THOR, SMoE and SAM against Switch, top-2 and dense", COLUMNS, (), given
     )
-    for seed in range(1, given.seeds + 1):
-        done: list[Path] = []
-        for variant in wanted(variants(width(given)), given.only):
-            folder = study.train(f"{variant.name}-s{seed}", [*common(given, seed), *variant.overrides])
-            study.evaluate(folder, max_sentences=items, search={"beam": 4})
-            done.append(folder)
-            study.note(variant.name, seed, folder, scores(folder, part_name(max_sentences=items)))
-        _note_significance(study, done, seed, part_name(max_sentences=items))
+    study.data = DataFolder.open(given.data).fingerprint
+    study.notes.append("at equal active compute; THOR trains with two passes over each batch")
+    study.notes.append(f"{items or 'all'} test sentences a direction, beam 4; claims decided by decision_rule.py")
+    make, seeds = STAGES[given.stage]
+    weights = chosen_weights(study.path.with_name("balance.json")) if given.budget == "full" else {}
+    for seed in range(1, (given.seeds or seeds) + 1):
+        for variant in wanted(make(width(given)), given.only):
+            words = [*common(given, seed), *variant.overrides, *weights.get(variant.name.split("_")[0], ())]
+            study.cell(variant.name, seed, words, partial(measure_run, study, items))
+
+
+def balance(options: Any) -> None:
+    """Trains every strategy with a balance loss with three weights of it, on a quarter of the tokens."""
+    title = "Weight of the balance loss, by held-out loss"
+    study = Study("balance", title, (("loss", "valid nll"), ("peak", "largest load over the mean")), (), options)
+    study.data = DataFolder.open(options.data).fingerprint
+    options.updates //= 4
+    strategies = [*variants(width(options)), *further_variants(width(options))]
+    for variant in wanted([v for v in strategies if v.name in ("switch", "top_2", "smoe", "sam_2", "xmoe")], ""):
+        for weight in BALANCE_WEIGHTS:
+            words = [*common(options, 1), *variant.overrides, f"routing.balance_weight={weight}"]
+            study.cell(f"{variant.name}_{weight}", 1, words, balance_measures)
+
+
+def balance_measures(folder: Path) -> tuple[dict[str, float | None], Any]:
+    """Held-out loss, and how uneven the load is at the end."""
+    loads = read_lines(folder / "train.jsonl")[-1]["load_max_over_mean"]
+    values = [value for layer in loads.values() for value in (layer if isinstance(layer, list) else [layer])]
+    return {"loss": read_lines(folder / "valid.jsonl")[-1]["nll_loss"], "peak": statistics.fmean(values)}, None
+
+
+def chosen_weights(path: Path) -> dict[str, tuple[str, ...]]:
+    """Strategy → override with the balance weight of the lowest held-out loss.
+
+    Raises:
+        SystemExit: the runs of stage a are not all there.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for run in stored_runs(path).values():
+        name, _, weight = run["variant"].rpartition("_")
+        found.setdefault(name.split("_")[0], {})[weight] = run["measures"]["loss"]
+    if len(found) < 5 or any(len(losses) < len(BALANCE_WEIGHTS) for losses in found.values()):
+        raise SystemExit(f"{path} has not all balance weights yet: run --stage a first")
+    return {name: (f"routing.balance_weight={min(losses, key=losses.__getitem__)}",) for name, losses in found.items()}
 
 
 def width(options: Any) -> int:
@@ -154,49 +272,55 @@ def width(options: Any) -> int:
 def common(options: Any, seed: int) -> list[str]:
     """Overrides of all runs."""
     names = options.languages.split(",")
-    both = [f"{code}-en" for code in names] + [f"en-{code}" for code in names if options.budget != "small"]
+    both = [f"{code}-en" for code in names] + [f"en-{code}" for code in names if options.budget == "gpu"]
     directions = "" if options.languages == "all" else ",".join(both)
+    shown = 50 if options.budget == "small" else 0
     return [
         *(f"data={options.data}", f"seed={seed}", f"task.directions=[{directions}]", *options.size.words),
         *("training.schedule.name=linear", "training.temperature=2"),
         *(f"training.max_updates={options.updates}", f"training.threads={options.threads}"),
-        *("training.checkpoint.keep=1", f"training.checkpoint.every_updates={max(1, options.updates // 2)}"),
-        *("training.validation.max_sentences=50", f"training.validation.every_updates={max(1, options.updates // 3)}"),
+        *("training.checkpoint.keep=1", f"training.checkpoint.every_updates={max(1, options.updates // VALIDATIONS)}"),
+        f"training.validation.max_sentences={shown}",
+        f"training.validation.every_updates={max(1, options.updates // VALIDATIONS)}",
     ]
 
 
-def scores(folder: Path, part: str) -> dict[str, float | None]:
-    """BLEU and chrF++ on average and by tier, and the speed of training.
-
-    Args:
-        part: of the test split, which was evaluated.
-    """
-    (run,) = read_runs([folder], part=part)
+def measure_run(study: TranslationStudy, items: int, folder: Path) -> tuple[dict[str, float | None], Any]:
+    """BLEU and chrF++ on average and by tier, held-out loss, speed; the learning curve; writes the counts of lines."""
+    study.evaluate(folder, max_sentences=items, search={"beam": 4})
+    (run,) = read_runs([folder], part=part_name(max_sentences=items))
     results = run.results
     assert results is not None
+    counts = {}
+    for direction, scored in results.directions.items():
+        counts[direction] = line_counts(*run.files.outputs(direction).read(), scored.tokenizer).astype(np.uint16)
+    path = study.counts_file(folder.name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(path, **counts)
     average = results.average()
     tiers = {
         f"bleu {name}": results.average(members).bleu for name, members in results.groups.items() if "resource" in name
     }
-    copied = results.average(baseline="copy").chrf
-    quality = {"bleu": average.bleu, "chrf": average.chrf, "copy": copied, **tiers}
-    last = read_lines(folder / "valid.jsonl")[-1]
-    return {**quality, "loss": last["nll_loss"], "words_per_second": run.words_per_second}
-
-
-def _note_significance(study: Study, folders: Sequence[Path], seed: int, part: str) -> None:
-    """Paired bootstrap of every run against Switch of the same seed."""
-    baseline = next((folder for folder in folders if folder.name == f"switch-s{seed}"), None)
-    if baseline is None:
-        return
-    runs = {run.path: run for run in read_runs(list(folders), part=part)}
-    reports = list(runs.values())
-    found = compare(reports, runs[baseline.resolve()], samples=1000, significance=0.05)
-    for report in reports:
-        directions = list(report.results.directions) if report.results is not None else []
-        count = found.count(report.name, directions)
-        if count is not None:
-            study.add(report.path.name, {"better": float(count.better), "worse": float(count.worse)})
+    per_token = 3 * float(run.info["flops_per_token"]) * (run.passes or 1)  # forward and backward of every pass
+    tokens = study.options.size.tokens_per_update
+    curve = [
+        {"tokens": line["update"] * tokens, "flops": line["update"] * tokens * per_token, "nll": line["nll_loss"]}
+        for line in run.valid
+    ]
+    measures: dict[str, float | None] = {
+        "bleu": average.bleu,
+        "chrf": average.chrf,
+        "copy": results.average(baseline="copy").chrf,
+        **tiers,
+        "loss": run.valid[-1]["nll_loss"],
+        "training_flops": curve[-1]["flops"],
+        "words_per_second": run.words_per_second,
+    }
+    by_direction = {
+        name: {**asdict(found.scores), "copy_chrf": found.baselines["copy"].chrf}
+        for name, found in results.directions.items()
+    }
+    return measures, {"directions": by_direction, "curve": curve}
 
 
 if __name__ == "__main__":
