@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from moe_train.routing.context import LocalReduction, RankReduction, RoutingContext
 
@@ -56,14 +58,33 @@ class BatchContext:
     def pack(self, x: Tensor) -> Tensor:
         """[B, S, d] → rows of the real tokens, [T, d]."""
         flat = x.reshape(self.batch * self.length, x.shape[-1])
-        return flat if self.real is None else flat.index_select(0, self.real)
+        return flat if self.real is None else _Pack.apply(flat, self.real)  # type: ignore[no-untyped-call]
 
     def unpack(self, rows: Tensor) -> Tensor:
         """[T, d] → [B, S, d], zero at padding."""
         if self.real is None:
             return rows.view(self.batch, self.length, rows.shape[-1])
-        flat = rows.new_zeros(self.batch * self.length, rows.shape[-1]).index_copy(0, self.real, rows)
+        flat = _spread(rows, self.real, self.batch * self.length)
         return flat.view(self.batch, self.length, rows.shape[-1])
+
+
+class _Pack(torch.autograd.Function):
+    """Selects rows that all differ, so that the gradient is a copy; that of ``index_select`` adds row by row."""
+
+    @staticmethod
+    def forward(ctx: Any, flat: Tensor, real: Tensor) -> Tensor:
+        ctx.real, ctx.size = real, flat.shape[0]
+        return flat.index_select(0, real)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _spread(grad, ctx.real, ctx.size), None
+
+
+def _spread(rows: Tensor, places: Tensor, size: int) -> Tensor:
+    """[size, d]: the rows [T, d] at their places, zero elsewhere."""
+    return rows.new_zeros(size, rows.shape[-1]).index_copy_(0, places, rows)
 
 
 def indices_of(mask: Tensor, count: int | None) -> Tensor:

@@ -207,6 +207,8 @@ def _row_dot_products(grad: Tensor, values: Tensor, row: Tensor, token: Tensor) 
 
 def _sum(values: Tensor, weight: Tensor | None, rows: RowIndex, dtype: torch.dtype) -> Tensor:
     """[T, d]: (weighted) sum of each token's rows of values [N, d], accumulated in at least fp32, rounded to dtype."""
+    if rows.token_start is None and weight is not None and dtype == values.dtype and segment_sum.is_supported(values):
+        return segment_sum.weighted_sums(values, rows.by_token, None, weight)
     if rows.token_start is None:
         moved = values.index_select(0, rows.by_token)
         return (moved if weight is None else weight.to(_accumulation_dtype(values)).unsqueeze(1) * moved).to(dtype)

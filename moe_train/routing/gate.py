@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moe_train.kernels.cpu import gate_scores
+
 Initialiser = Callable[[Tensor], Any]
 
 
@@ -68,6 +70,8 @@ class LinearGate(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Scores [T, E], fp32 (fp64 for fp64), of x [T, d]."""
+        if gate_scores.is_supported(x, self.weight):
+            return gate_scores.scores(x, self.weight, self.bias)
         dtype = routing_dtype(x)
         with full_precision(x):
             bias = None if self.bias is None else self.bias.to(dtype)

@@ -104,5 +104,7 @@ def test_positions_and_context_of_padded_batches() -> None:
     assert (routing.seed, routing.update, routing.training, routing.num_sentences) == (9, 5, True, 2)
     x = torch.randn(2, 3, 4)
     assert torch.equal(context.unpack(context.pack(x)), x.masked_fill(padding[..., None], 0))
+    wide = x.double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda given: context.unpack(context.pack(given).square()), (wide,))
     evaluated = batch_context(padding, (2, 3), RoutingSettings(seed=9, update=5), info)
     assert evaluated.routing.update == 0

@@ -6,15 +6,16 @@
 #include "bf16.h"
 
 /* out [T, d]: for each token t the sum over p of weight[p] times row ids[p] of values, p from start[t] to before
- * start[t + 1], which is `total` for the last of all T tokens. weight: NULL if all are 1. */
+ * start[t + 1], which is `total` for the last of all T tokens. start: NULL if token t has row t only. weight: NULL if
+ * all are 1. */
 void moe_weighted_sums(bf16 *out, const bf16 *values, const int64_t *ids, const int64_t *start, const float *weight,
                        long tokens, long total, long from, long upto, long d) {
     for (long t = from; t < upto; t++) {
-        long end = t + 1 < tokens ? start[t + 1] : total;
+        long begin = start ? start[t] : t, end = !start ? t + 1 : t + 1 < tokens ? start[t + 1] : total;
         for (long c = 0; c < d; c += WIDTH) {
             __mmask32 mask = first(d - c);
             __m512 low = _mm512_setzero_ps(), high = _mm512_setzero_ps();
-            for (long p = start[t]; p < end; p++) {
+            for (long p = begin; p < end; p++) {
                 __m512i x = load(mask, values + ids[p] * d + c);
                 __m512 w = _mm512_set1_ps(weight ? weight[p] : 1);
                 low = _mm512_fmadd_ps(w, low_half(x), low);

@@ -22,20 +22,21 @@ def is_supported(like: Tensor) -> bool:
     return library_for(like, _SOURCE) is not None
 
 
-def weighted_sums(values: Tensor, ids: Tensor, starts: Tensor, weight: Tensor | None) -> Tensor:
+def weighted_sums(values: Tensor, ids: Tensor, starts: Tensor | None, weight: Tensor | None) -> Tensor:
     """[T, d]: row t is the weighted sum of the rows ``ids[starts[t]:starts[t + 1]]`` of values, accumulated in fp32.
 
     Args:
         values: [N, d] bf16.
         ids: [P] int64.
-        starts: [T] int64.
+        starts: [T] int64; None: one id for each row of the result.
         weight: [P] fp32, weight of each id; None: all 1.
     """
-    _check_ids(ids, starts)
-    values, ids, starts = values.contiguous(), ids.contiguous(), starts.contiguous()
+    _check_ids(ids, *(() if starts is None else (starts,)))
+    values, ids, starts = values.contiguous(), ids.contiguous(), None if starts is None else starts.contiguous()
     weight = None if weight is None else weight.float().contiguous()
-    out = values.new_empty(starts.shape[0], values.shape[1])
-    _run("moe_weighted_sums", (out, values, ids, starts, weight), (starts.shape[0], ids.shape[0]), *out.shape)
+    sums = ids.shape[0] if starts is None else starts.shape[0]
+    out = values.new_empty(sums, values.shape[1])
+    _run("moe_weighted_sums", (out, values, ids, starts, weight), (sums, ids.shape[0]), *out.shape)
     return out
 
 

@@ -36,6 +36,12 @@ def test_weighted_sums(sizes: list[int], dim: int, weighted: bool, seed: int) ->
     assert ((found - wanted).abs() <= EPS / 2 * wanted.abs() + 1e-6 * largest).all()
 
 
+def test_one_row_each() -> None:
+    values, ids, weight = draw(0, 9, 40), torch.randperm(9), torch.rand(9)
+    found = segment_sum.weighted_sums(values, ids, None, weight)
+    assert torch.equal(found, (weight[:, None] * values[ids].float()).to(torch.bfloat16))
+
+
 @given(st.lists(st.integers(0, 3), max_size=12), st.integers(0, 4), st.integers(1, 150), st.integers(0, 99))
 def test_weighted_sums_grad(tokens: list[int], padding: int, dim: int, seed: int) -> None:
     """Rows in any order; content and token of padding rows are not used."""
