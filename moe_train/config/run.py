@@ -145,7 +145,7 @@ class SearchConfig:
         unk_penalty: subtracted from the log-probability of the unknown word; values below 0 favour it.
         batch_tokens: source tokens per batch.
         weights: type of the weights while searching. ``bf16`` and ``int8`` are for CPUs with matrix units; the encoder
-            then computes in bf16. Sparse blocks of the decoder and all other numbers stay fp32.
+            then computes in bf16. Routers, norms and sums stay fp32.
     """
 
     beam: Annotated[int, Range(above=0, most=10_000)] = 5

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from moe_train.experts import ExpertPool
+from moe_train.experts.packed_pool import PackedPool
 from moe_train.layers.batch_context import BatchContext
 from moe_train.layers.block import Block, RoutingRecord
 from moe_train.layers.feed_forward import FeedForward
@@ -31,6 +32,7 @@ class SparseLayer(Block):
         self.pool = pool
         self.shared = shared
         self.layer = layer
+        self.packed: PackedPool | None = None  # in a search, in place of the pool
         self.owns_norm = pool.spec.norm
 
     def forward(self, x: Tensor, context: BatchContext) -> tuple[Tensor, RoutingRecord | None]:
@@ -43,6 +45,9 @@ class SparseLayer(Block):
 
     def _experts(self, tokens: Tensor, assignment: Assignment) -> Tensor:
         """[T, d]: sum over each token's experts and the shared expert, which may overlap with the all-to-alls."""
+        if self.packed is not None:
+            y = self.packed(tokens, assignment)
+            return y if self.shared is None else y.add(self.shared(tokens)[0])
         pending = self.pool.start(tokens, assignment)
         if self.shared is None:
             return self.pool.finish(pending)

@@ -1,7 +1,7 @@
 """Step-by-step decoding by C kernels, with weights packed once: fp32, bf16 or int8, on CPUs with matrix units.
 
 Products, norms and attention of a step are one call (kernels/decoder/decoder.c); sparse blocks are called between parts
-of it, as they are. Without the kernels :class:`TransformerModel` decodes by torch's operators.
+of it. Without the kernels :class:`TransformerModel` decodes by torch's operators.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from moe_train.experts.packed_pool import PackedPool
 from moe_train.kernels.decoder.program import (
     PackedWeight,
     Program,
@@ -21,8 +22,9 @@ from moe_train.kernels.decoder.program import (
     is_supported,
     pack,
 )
-from moe_train.layers.batch_context import BatchInfo, RoutingSettings, batch_context
+from moe_train.layers.batch_context import BatchContext, BatchInfo, RoutingSettings, batch_context
 from moe_train.layers.feed_forward import FeedForward
+from moe_train.layers.sparse import SparseLayer
 from moe_train.layers.transformer import BlockResidual, DecoderLayer, Norm, Residual
 from moe_train.models.decoder_state import repeat_rows, select_rows
 
@@ -45,6 +47,9 @@ class _Layer:
         self.feed_forward: tuple[PackedWeight, PackedWeight] | None = None
         if isinstance(block, FeedForward) and block.activation == "relu" and residual is not None:
             self.feed_forward = pack(block.fc1.weight, format), pack(block.fc2.weight, format)
+        blocks = [part.block for part in (layer.feed_forward, layer.inserted) if part is not None]
+        sparse = [block for block in blocks if isinstance(block, SparseLayer) and PackedPool.supports(block.pool)]
+        self.pools = {block: PackedPool(block.pool, format) for block in sparse}
 
 
 class PackedDecoder:
@@ -52,13 +57,14 @@ class PackedDecoder:
 
     Args:
         decoder: in fp32 on the CPU.
-        format: of the weights of its products; embeddings, norms, sparse blocks and all rows are fp32.
+        format: of the weights of its products and of experts, unless they are divided over ranks; all else is fp32.
     """
 
     def __init__(self, decoder: TransformerDecoder, format: WeightFormat) -> None:
         self.decoder, self.settings, self.format = decoder, decoder.settings, format
         self.layers = [_Layer(layer, format) for layer in decoder.stack.layers if isinstance(layer, DecoderLayer)]
         self.output = pack(decoder.output_weight, format)
+        self.pools = {block: pool for layer in self.layers for block, pool in layer.pools.items()}
 
     @staticmethod
     def supports(decoder: TransformerDecoder) -> bool:
@@ -79,6 +85,7 @@ class PackedState:
 
     def __init__(self, packed: PackedDecoder, encoder_out: Any, beam: int, max_length: int) -> None:
         self._settings: RoutingSettings = packed.settings
+        self._pools = packed.pools
         self._info: BatchInfo = repeat_rows(encoder_out["info"], beam)
         x = torch.as_tensor(encoder_out["encoder_out"][0])
         padding = encoder_out["encoder_padding_mask"]
@@ -122,9 +129,20 @@ class PackedState:
                     token_ids=tokens.view(-1, 1),
                     start=self._state.position,
                 )
-            self._x[:rows] = part(self._x[:rows].unsqueeze(1), context)[0].squeeze(1)
+            self._x[:rows] = self._call(part, self._x[:rows].unsqueeze(1), context).squeeze(1)
         self._state.position += 1
         return self._logits[:rows]
+
+    def _call(self, part: BlockResidual, x: Tensor, context: BatchContext) -> Tensor:
+        """The block on x [N, 1, d], with packed experts where it has them."""
+        block = part.block
+        if not isinstance(block, SparseLayer) or block not in self._pools:
+            return part(x, context)[0]  # type: ignore[no-any-return]
+        block.packed = self._pools[block]
+        try:
+            return part(x, context)[0]  # type: ignore[no-any-return]
+        finally:
+            block.packed = None
 
     def reorder(self, rows: Tensor) -> None:
         """As :meth:`DecoderState.reorder`, but sentences keep their order."""

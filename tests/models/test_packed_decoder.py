@@ -11,6 +11,7 @@ from torch import Tensor
 from moe_train.config import ModelConfig, SearchConfig
 from moe_train.errors import ConfigError
 from moe_train.evaluation.search.beam_search import BeamSearch
+from moe_train.experts import packed_pool
 from moe_train.kernels.decoder.program import WeightFormat, is_supported
 from moe_train.models import build_model
 from moe_train.models.encoder_decoder import TransformerModel
@@ -88,8 +89,17 @@ def test_same_logits_as_torch(weights: WeightFormat, norm_order: str, activation
 
 @needs_kernels
 @pytest.mark.parametrize("strategy", sorted(set(registered_strategies()) - {"dense", "expert_choice", "soft_moe"}))
-def test_same_logits_with_sparse_blocks(strategy: str) -> None:
+@pytest.mark.parametrize("packs_experts", [True, False])
+def test_same_logits_with_sparse_blocks(strategy: str, packs_experts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed_pool, "MOST_BYTES", 2**30 if packs_experts else 0)
     assert difference(model_of(strategy), "fp32") < TOLERANCE["fp32"]
+
+
+@needs_kernels
+@pytest.mark.parametrize("weights", ["bf16", "int8"])
+def test_routing_is_the_same_in_all_formats(weights: WeightFormat) -> None:
+    """Experts are packed too; THOR's draws do not depend on rows, so logits stay close."""
+    assert difference(model_of("thor"), weights) < TOLERANCE[weights]
 
 
 @needs_kernels

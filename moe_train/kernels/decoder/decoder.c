@@ -153,8 +153,8 @@ static void embed(const Stage *g, const State *s, long from, long upto) {
 
 /* Parts into which a stage is divided, of `units` panels, rows or sentences. */
 static long units_of(const Stage *g, const State *s) {
-    long rows = s->sentences * s->beam;
-    return g->kind == PRODUCT ? (g->outputs + STRIP - 1) / STRIP : g->kind == EMBED || g->kind == NORM ? rows : s->sentences;
+    if (g->kind == PRODUCT) return (g->outputs + STRIP - 1) / STRIP;
+    return g->kind == EMBED || g->kind == NORM ? s->sentences * s->beam : s->sentences;
 }
 
 static void run_part(const Stage *g, const State *s, const float *x, const float *scales, long from, long upto) {
@@ -218,4 +218,20 @@ long moe_continue(State *s, const long *rows, long sentences, int32_t *old, char
     }
     s->sentences = sentences;
     return sentences;
+}
+
+/* y [rows, d] = relu(x W1^T + b1) W2^T + b2 of one expert. `hidden` [rows, h] and what moe_run_stages has are scratch. */
+void moe_run_expert(const Stage *first, const Stage *second, long rows, const float *x, float *hidden, float *y, char *scratch,
+                    float *scales) {
+    Stage stages[2] = {*first, *second};
+    stages[0].from = x;
+    stages[0].to = hidden;
+    stages[1].from = hidden;
+    stages[1].to = y;
+    if (first->format != FP32) configure();
+    for (int i = 0; i < 2; i++) {
+        const float *ready = prepare(stages + i, rows, scratch, scales, 0);
+        run_product(stages + i, rows, ready, scales, 0, units_of(stages + i, 0));
+    }
+    if (first->format != FP32) _tile_release();
 }

@@ -12,7 +12,8 @@
 #include "amx_matrix.h"
 
 enum { FP32, BF16, INT8 };
-enum { STRIP = 32, GROUP = 12 }; /* outputs of a panel; rows that fp32 computes at a time: 24 of 32 registers hold sums */
+/* Outputs of a panel; rows that fp32 computes at a time (24 of 32 registers hold sums); inputs fetched ahead. */
+enum { STRIP = 32, GROUP = 12, AHEAD = 12 };
 
 /* Where a product is written: y [rows, outputs] = relu(x W^T scale + bias), or added to y. */
 typedef struct {
@@ -44,6 +45,8 @@ INLINE void strip(const float *x, long stride, const float *w, long inputs, cons
     for (int r = 0; r < rows; r++) low[r] = high[r] = _mm512_setzero_ps();
     for (long k = 0; k < inputs; k++, w += STRIP) {
         __m512 one = _mm512_load_ps(w), two = _mm512_load_ps(w + 16);
+        _mm_prefetch((const char *)(w + AHEAD * STRIP), _MM_HINT_T0);
+        _mm_prefetch((const char *)(w + AHEAD * STRIP + 16), _MM_HINT_T0);
 #pragma GCC unroll 12
         for (int r = 0; r < rows; r++) {
             __m512 a = _mm512_set1_ps(x[r * stride + k]);

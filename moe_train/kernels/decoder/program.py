@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Literal
 
@@ -120,16 +121,11 @@ class Program:
         self._add(
             "product",
             norm,
-            format=_FORMATS.index(weight.format),
-            inputs=weight.inputs,
-            outputs=weight.outputs,
             source=source,
             to=to,
-            weight=weight.values,
-            bias=bias,
-            scale=weight.scale,
             relu=int(relu),
             add=int(add),
+            **_of_weight(weight, bias),
         )
 
     def normalise(self, x: Tensor, norm: torch.nn.LayerNorm) -> None:
@@ -148,13 +144,8 @@ class Program:
     def _add(self, kind: str, norm: torch.nn.LayerNorm | None = None, **fields: Tensor | float | None) -> None:
         if norm is not None:
             fields |= {"norm": norm.weight.detach(), "shift": norm.bias.detach(), "eps": norm.eps}
-        stage = Stage(kind=_KINDS.index(kind))
-        for name, value in fields.items():
-            if isinstance(value, Tensor):
-                self._kept.append(value)
-            if value is not None:
-                setattr(stage, name, value.data_ptr() if isinstance(value, Tensor) else value)
-        self._stages.append(stage)
+        self._kept += [value for value in fields.values() if isinstance(value, Tensor)]
+        self._stages.append(_stage(kind, **fields))
 
     def run(self, state: State) -> None:
         """Runs all stages, in torch's number of threads where that pays."""
@@ -187,6 +178,75 @@ class Program:
         return (Stage * len(self._stages))(*self._stages), scratch, (ctypes.c_long * (2 * len(self._stages)))()
 
 
+def _stage(kind: str, **fields: Tensor | float | None) -> Stage:
+    stage = Stage(kind=_KINDS.index(kind))
+    for name, value in fields.items():
+        if value is not None:
+            setattr(stage, name, value.data_ptr() if isinstance(value, Tensor) else value)
+    return stage
+
+
+def _of_weight(weight: PackedWeight, bias: Tensor | None) -> dict[str, Tensor | float | None]:
+    shape = {"format": _FORMATS.index(weight.format), "inputs": weight.inputs, "outputs": weight.outputs}
+    return {**shape, "weight": weight.values, "scale": weight.scale, "bias": bias}
+
+
+class PackedExperts:
+    """Feed-forwards of E experts with ReLU.
+
+    Args:
+        first, second: weights of each expert, [h, d] and [d, h].
+        first_bias, second_bias: [E, h] and [E, d], contiguous; None: no biases.
+    """
+
+    def __init__(
+        self,
+        first: Sequence[PackedWeight],
+        first_bias: Tensor | None,
+        second: Sequence[PackedWeight],
+        second_bias: Tensor | None,
+    ) -> None:
+        self._kept = first, first_bias, second, second_bias
+        self._dim, self._hidden = first[0].inputs, first[0].outputs
+        self._stages = [
+            (_stage("product", relu=1, **_of_weight(one, b1)), _stage("product", **_of_weight(two, b2)))
+            for one, two, b1, b2 in zip(
+                first,
+                second,
+                first_bias if first_bias is not None else [None] * len(first),
+                second_bias if second_bias is not None else [None] * len(first),
+                strict=True,
+            )
+        ]
+
+    def run(self, x: Tensor, counts: Sequence[int]) -> Tensor:
+        """x [N, d] in the order of experts, ``counts[e]`` rows each → y [N, d]."""
+        y, dim = torch.empty_like(x), self._dim
+        starts = [0, *accumulate(counts)]
+        largest = -(-max(counts) // _ROW_BLOCK) * _ROW_BLOCK
+        widest = -(-max(dim, self._hidden) // 64) * 64
+
+        def work(experts: Iterable[int]) -> None:
+            scratch = torch.empty(largest * (widest + self._hidden + 1))
+            hidden = scratch.data_ptr() + 4 * largest * widest
+            for expert in experts:
+                offset = 4 * dim * starts[expert]
+                first, second = self._stages[expert]
+                _library().moe_run_expert(
+                    ctypes.byref(first),
+                    ctypes.byref(second),
+                    counts[expert],
+                    x.data_ptr() + offset,
+                    hidden,
+                    y.data_ptr() + offset,
+                    scratch.data_ptr(),
+                    hidden + 4 * largest * self._hidden,
+                )
+
+        parallel_for(work, counts, 4.0 * dim * self._hidden)
+        return y
+
+
 def continue_hypotheses(state: State, rows: Tensor | None, sentences: int) -> None:
     """Hypothesis i continues the former ``rows[i]``, int64 [sentences · beam] (None: itself), and gets a free slot.
 
@@ -211,6 +271,8 @@ def _library() -> ctypes.CDLL:
     assert found is not None and amx_mlp.is_supported(half)  # which asks for the matrix unit
     found.moe_run_stages.argtypes = [_pointer, _pointer, _size, _pointer, _pointer, _pointer, _pointer]
     found.moe_run_stages.restype = None
+    found.moe_run_expert.argtypes = [_pointer, _pointer, _size, *[_pointer] * 5]
+    found.moe_run_expert.restype = None
     found.moe_continue.argtypes = [_pointer, _pointer, _size, _pointer, _pointer]
     found.moe_continue.restype = _size
     return found

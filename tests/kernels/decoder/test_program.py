@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from moe_train.kernels.cpu import thread_pool
 from moe_train.kernels.decoder.program import (
+    PackedExperts,
     Program,
     State,
     WeightFormat,
@@ -120,3 +121,24 @@ def test_rows_of_different_sentences_are_refused() -> None:
     for rows in ([0, 2, 3, 3], [2, 3, 0, 1]):
         with pytest.raises(ValueError, match="beams of one sentence"):
             continue_hypotheses(state, torch.tensor(rows), 2)
+
+
+@given(
+    st.lists(st.integers(0, 40), min_size=1, max_size=5).filter(any),
+    st.integers(1, 80),
+    st.integers(1, 80),
+    st.sampled_from(["fp32", "bf16", "int8"]),
+    st.booleans(),
+)
+def test_experts(counts: list[int], dim: int, hidden: int, kind: WeightFormat, biased: bool) -> None:
+    experts = len(counts)
+    x, w1, w2 = draw(1, sum(counts), dim), draw(2, experts, hidden, dim), draw(3, experts, dim, hidden)
+    b1, b2 = (draw(4, experts, hidden), draw(5, experts, dim)) if biased else (None, None)
+    found = PackedExperts([pack(w, kind) for w in w1], b1, [pack(w, kind) for w in w2], b2).run(x, counts)
+    wanted, scale = [], []
+    for e, rows in enumerate(x.split(counts)):
+        inner = F.relu(F.linear(rows, w1[e], None if b1 is None else b1[e]))
+        wanted.append(F.linear(inner, w2[e], None if b2 is None else b2[e]))
+        most = F.linear(rows.abs(), w1[e].abs()) + (0 if b1 is None else b1[e].abs())
+        scale.append(F.linear(most, w2[e].abs()) + 1)
+    assert ((found - torch.cat(wanted)).abs() <= 3 * TOLERANCE[kind] * torch.cat(scale)).all()
