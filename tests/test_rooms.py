@@ -33,7 +33,7 @@ ROOMS = (
 )
 # Sub-folders of a room in the order of CONTRIBUTING.md; "." are the room's own files. A room's __init__ may import all.
 SUBFOLDERS = {
-    "kernels": ("cpu", "decoder", "."),
+    "kernels": ("cpu", "decoder", "triton", "."),
     "routing": (".", "strategies"),
     "data": ("text", ".", "corpora", "cleaning", "images", "prepare"),
     "tasks": (".", "translation"),
@@ -177,10 +177,15 @@ def test_no_module_imports_itself_by_way_of_others(root: Path) -> None:
 
 @pytest.mark.parametrize("room", TORCH_ONLY)
 def test_rooms_for_torch_alone_import_nothing_else(root: Path, room: str) -> None:
-    allowed = {*sys.stdlib_module_names, "torch", "moe_train"}
+    """Triton is optional: only its folder imports it, and only device_kernels.py imports from that folder."""
+    torch_alone = {*sys.stdlib_module_names, "torch", "moe_train"}
     for path in (root / "moe_train" / room).rglob("*.py"):
-        packages = {module.split(".")[0] for module in imports(path.read_text(encoding="utf-8"))}
+        modules = set(imports(path.read_text(encoding="utf-8")))
+        allowed = torch_alone | {"triton"} if path.parent.name == "triton" else torch_alone
+        packages = {module.split(".")[0] for module in modules}
         assert packages <= allowed, f"{path}: {packages - allowed}"
+        if path.name != "device_kernels.py":
+            assert not any(module.startswith("moe_train.kernels.triton") for module in modules), path
 
 
 def test_the_check_sees_what_it_should() -> None:

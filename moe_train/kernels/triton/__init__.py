@@ -1,0 +1,1 @@
+"""Triton kernels of the sparse layer. Only :mod:`moe_train.kernels.device_kernels` imports them: triton is optional."""
