@@ -169,7 +169,10 @@ class SearchConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """The whole config of ``moe-train``. ``routing`` is a mapping, since its dataclass depends on the strategy."""
+    """The whole config of ``moe-train``. ``routing`` is a mapping, since its dataclass depends on the strategy.
+
+    ``kernels``: Triton kernels of sparse layers (:mod:`moe_train.kernels.device_kernels`).
+    """
 
     data: str
     seed: Seed = 1
@@ -184,6 +187,7 @@ class RunConfig:
     resume: Literal["auto", "never", "must", "missing"] = "auto"
     evaluate: Literal["test", "valid"] | None = None
     data_verify: DataVerify = "once"
+    kernels: Literal["auto", "torch", "triton"] = "auto"
 
     def __post_init__(self) -> None:
         check.numbers(self, "")

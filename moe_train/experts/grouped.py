@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from moe_train.experts.hidden_layer import HiddenLayer
 from moe_train.experts.row_plan import RowPlan
+from moe_train.experts.spec import Activation
 
 _BYTES = 16  # on a GPU the strides of a grouped product must be multiples of this
 
@@ -28,8 +29,7 @@ def grouped_feed_forward(
     """
     dim, (d, h) = rows.shape[1], (_missing_columns(width, rows) for width in w1.shape[1:])
     rows, w1, w2 = _zero_padded(rows, d), _zero_padded(w1, h, d), _zero_padded(w2, d, h)
-    hidden = _add_bias(F.grouped_mm(rows, w1, offs=plan.ends), _zero_padded(b1, h), plan)
-    hidden = F.relu(hidden) if hidden_layer.activation == "relu" else F.gelu(hidden)
+    hidden = _activate(F.grouped_mm(rows, w1, offs=plan.ends), _zero_padded(b1, h), plan, hidden_layer.activation)
     hidden = F.dropout(hidden, hidden_layer.dropout)
     return _add_bias(F.grouped_mm(hidden, w2, offs=plan.ends), _zero_padded(b2, d), plan)[:, :dim]
 
@@ -50,7 +50,18 @@ def _zero_padded(numbers: Tensor | None, columns: int, rows: int = 0) -> Tensor 
     return F.pad(numbers, (0, columns, 0, rows) if rows else (0, columns))
 
 
+def _activate(rows: Tensor, bias: Tensor | None, plan: RowPlan, activation: Activation) -> Tensor:
+    kernels = plan.index.kernels
+    if kernels.uses("activation", rows):
+        return kernels.bias_activation(rows, bias, plan.row_expert, plan.ends, activation)
+    rows = _add_bias(rows, bias, plan)
+    return F.relu(rows) if activation == "relu" else F.gelu(rows)
+
+
 def _add_bias(rows: Tensor, bias: Tensor | None, plan: RowPlan) -> Tensor:
+    kernels = plan.index.kernels
+    if bias is not None and kernels.uses("activation", rows):
+        return kernels.bias_activation(rows, bias, plan.row_expert, plan.ends, "none")
     return rows if bias is None else _AddBias.apply(rows, bias, plan)  # type: ignore[no-untyped-call]
 
 

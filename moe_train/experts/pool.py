@@ -18,6 +18,7 @@ from moe_train.experts.mlp import choose_backend, run_experts
 from moe_train.experts.parameters import StackedFeedForward, initialise
 from moe_train.experts.row_plan import plan_rows
 from moe_train.experts.spec import ExpertSpec
+from moe_train.kernels.device_kernels import TORCH, DeviceKernels
 from moe_train.parallel.dispatch import Dispatch, LocalDispatch, Received, start_dispatch
 from moe_train.parallel.fixed_dispatch import start_fixed_dispatch
 from moe_train.parallel.layout import ExpertLayout
@@ -44,7 +45,7 @@ class ExpertPool(nn.Module):
     """E experts over all ranks; this rank's local experts are stacked.
 
     Each parameter has the attributes ``expert = True`` (set in :mod:`moe_train.experts.parameters`) and ``expert_ids``,
-    the global ids of its rows.
+    the global ids of its rows. ``kernels`` are the Triton kernels in use.
 
     Args:
         spec: shape of one expert.
@@ -55,6 +56,8 @@ class ExpertPool(nn.Module):
     Raises:
         ConfigError: E cannot be divided evenly over the layout's ranks.
     """
+
+    kernels: DeviceKernels = TORCH
 
     def __init__(
         self,
@@ -156,6 +159,7 @@ class ExpertPool(nn.Module):
             backend.max_padding,
             load=load,
             per_token=received.per_token,
+            kernels=self.kernels,
         )
         out = run_experts(permute_rows(rows, plan.index), plan, self._stacks, self.training, backend)
         return unpermute_rows(out, weight, plan.index, dtype)

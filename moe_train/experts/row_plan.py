@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from moe_train.kernels.device_kernels import TORCH, DeviceKernels
 from moe_train.parallel.permute import RowIndex, count_ids
 
 
@@ -69,6 +70,7 @@ def plan_rows(
     *,
     load: Tensor | None = None,
     per_token: int = 0,
+    kernels: DeviceKernels = TORCH,
 ) -> RowPlan:
     """Sorts pairs by expert.
 
@@ -84,7 +86,12 @@ def plan_rows(
             (with ``counts`` only).
         load: [E], number of pairs of each expert, if known on the device.
         per_token: k if pair p is known to belong to token p // k, for all p; 0: not known.
+        kernels: the Triton kernels in use, for the rows too.
     """
+    if counts is None and align == 1 and kernels.uses("order", expert):
+        found = kernels.sort_by_expert(expert, num_experts + 1)
+        index = RowIndex.of_pairs(found.order, found.position, token, num_tokens, per_token, kernels)
+        return RowPlan(index, found.ends[:num_experts], (), found.sorted_expert, load is not None)
     pairs = token.shape[0]
     sorted_expert, order = expert.sort(stable=True)
     sorted_row = torch.arange(pairs, device=token.device)
@@ -105,5 +112,5 @@ def plan_rows(
         row_pair = torch.full((total,), pairs, device=token.device).scatter_(0, sorted_row, order)
     pair_row = torch.empty_like(order).scatter_(0, order, sorted_row)
     ends = padded[:num_experts].cumsum(0, dtype=torch.int32)
-    index = RowIndex.of_pairs(row_pair, pair_row, token, num_tokens, per_token)
+    index = RowIndex.of_pairs(row_pair, pair_row, token, num_tokens, per_token, kernels)
     return RowPlan(index, ends, rows, sorted_expert if exact else None, reaches_end)

@@ -11,8 +11,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from moe_train.experts import ExpertPool
+from moe_train.kernels.device_kernels import DeviceKernels
 from moe_train.layers.batch_context import BatchContext
 from moe_train.routing.balance_losses import WorldSums
+from moe_train.routing.base import Router
 from moe_train.routing.context import RankReduction
 from moe_train.routing.types import AuxiliaryLoss, RouterLoss, Routing, RoutingStatistics
 
@@ -97,6 +100,12 @@ class Block(nn.Module):
     def forward(self, x: Tensor, context: BatchContext) -> tuple[Tensor, RoutingRecord | None]:
         """See the class."""
         raise NotImplementedError
+
+    def set_kernels(self, kernels: DeviceKernels) -> None:
+        """Sets the Triton kernels that router and experts use."""
+        for part in self.modules():
+            if isinstance(part, (Router, ExpertPool)):
+                part.kernels = kernels
 
     def observe(self, x: Tensor, context: BatchContext, record: RoutingRecord) -> Observation:
         """The router's inputs in a forward on x [B, S, d] that returned ``record``."""

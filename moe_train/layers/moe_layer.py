@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from moe_train.kernels.device_kernels import DeviceKernels
 from moe_train.layers.batch_context import BatchInfo, RoutingSettings, batch_context
 from moe_train.layers.block import RoutingRecord
 from moe_train.layers.registry import BlockInputs, build_block
@@ -75,6 +76,10 @@ class MoELayer(nn.Module):
     def set_ranks(self, ranks: RankReduction) -> None:
         """Sets the reductions over the ranks that share the micro-batch."""
         self.settings.ranks = ranks
+
+    def set_kernels(self, kernels: DeviceKernels) -> None:
+        """Sets the Triton kernels in use (:func:`moe_train.kernels.device_kernels.select_kernels`)."""
+        self.block.set_kernels(kernels)
 
     def forward(
         self,

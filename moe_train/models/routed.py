@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from moe_train.kernels.device_kernels import DeviceKernels
 from moe_train.layers.batch_context import RoutingSettings
 from moe_train.layers.block import Block
 from moe_train.layers.stack import DecoderStack, EncoderStack
@@ -67,6 +68,12 @@ class RoutedModel(TrainableModel):
         """Sets whether each layer's activations are recomputed in backward instead of kept."""
         for stack in stacks(self):
             stack.recompute = recompute
+
+    def set_kernels(self, kernels: DeviceKernels) -> None:
+        """Sets the Triton kernels that sparse layers use."""
+        for block in self.modules():
+            if isinstance(block, Block):
+                block.set_kernels(kernels)
 
 
 def block_names(model: nn.Module) -> dict[int, str]:

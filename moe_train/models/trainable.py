@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from torch import nn
 
+from moe_train.kernels.device_kernels import DeviceKernels
 from moe_train.routing.context import RankReduction
 from moe_train.routing.types import RoutingStatistics
 
@@ -31,6 +32,9 @@ class TrainableModel(nn.Module):
 
     def set_recompute(self, recompute: bool) -> None:
         """Sets whether activations are recomputed in the backward pass instead of kept."""
+
+    def set_kernels(self, kernels: DeviceKernels) -> None:
+        """Sets the Triton kernels that sparse layers use."""
 
     def set_seed(self, seed: int) -> None:
         """Sets the seed of random routing."""

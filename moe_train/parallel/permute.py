@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from moe_train.kernels.cpu import segment_sum
 from moe_train.kernels.cpu.huge_pages import empty
+from moe_train.kernels.device_kernels import TORCH, DeviceKernels
 
 _HALF = (torch.bfloat16, torch.float16)
 _CHUNK_ELEMENTS = 262144  # elements converted at a time, so that their fp32 copies stay in cache
@@ -34,6 +35,8 @@ class RowIndex:
         by_token: [P] int64, rows sorted by token, without padding.
         token_start: [T] int64, start of each token's rows in ``by_token``; None: pair t is known to belong to token t,
             for all t, so that sums are copies.
+        per_token: k if every token is known to have k rows; 0: not known.
+        kernels: the Triton kernels in use.
     """
 
     row_token: Tensor
@@ -41,6 +44,8 @@ class RowIndex:
     pair_row: Tensor
     by_token: Tensor
     token_start: Tensor | None
+    per_token: int = 0
+    kernels: DeviceKernels = TORCH
 
     @classmethod
     def of_tokens(cls, row_token: Tensor, num_tokens: int) -> RowIndex:
@@ -50,7 +55,13 @@ class RowIndex:
 
     @classmethod
     def of_pairs(
-        cls, row_pair: Tensor, pair_row: Tensor, token: Tensor, num_tokens: int, per_token: int = 0
+        cls,
+        row_pair: Tensor,
+        pair_row: Tensor,
+        token: Tensor,
+        num_tokens: int,
+        per_token: int = 0,
+        kernels: DeviceKernels = TORCH,
     ) -> RowIndex:
         """From both maps between rows and pairs, and the token [P] of each pair.
 
@@ -62,12 +73,12 @@ class RowIndex:
         if not per_token and _is_identity(token, num_tokens):
             per_token = 1
         if per_token == 1:
-            return cls(pair, row_pair, pair_row, pair_row, None)
+            return cls(pair, row_pair, pair_row, pair_row, None, 1, kernels)
         if per_token:
             start = torch.arange(0, pairs, per_token, device=token.device)
-            return cls(pair // per_token, row_pair, pair_row, pair_row, start)
+            return cls(pair // per_token, row_pair, pair_row, pair_row, start, per_token, kernels)
         row_token = token[pair] if pairs else torch.zeros_like(pair)
-        return cls(row_token, row_pair, pair_row, *_rows_by_token(pair_row, token, num_tokens))
+        return cls(row_token, row_pair, pair_row, *_rows_by_token(pair_row, token, num_tokens), 0, kernels)
 
 
 def count_ids(ids: Tensor, size: int) -> Tensor:
@@ -161,6 +172,8 @@ class _Unpermute(torch.autograd.Function):
 
 def _gather_tokens(x: Tensor, rows: RowIndex) -> Tensor:
     """x [T, d] → [N, d]. With T = 0 all rows are padding, and zero."""
+    if x.shape[0] and rows.kernels.uses("gather", x):
+        return rows.kernels.gather(x, rows.row_token)
     return x.index_select(0, rows.row_token) if x.shape[0] else x.new_zeros(rows.row_token.shape[0], x.shape[1])
 
 
@@ -174,6 +187,8 @@ def _unpermute_gradients(grad: Tensor, values: Tensor, weight: Tensor, rows: Row
     if grad.shape[0] == 0:
         return torch.zeros_like(values), torch.zeros_like(weight)
     grad = grad.contiguous()
+    if rows.kernels.uses("combine", values):
+        return rows.kernels.weighted_sums_grad(grad, values, weight, rows.row_token, rows.row_pair)
     if grad.dtype == values.dtype == torch.bfloat16 and segment_sum.is_supported(values):
         grad_values, grad_weight = segment_sum.weighted_sums_grad(grad, values, weight, rows.row_token, rows.row_pair)
         return grad_values, grad_weight.to(weight.dtype)
@@ -207,12 +222,14 @@ def _row_dot_products(grad: Tensor, values: Tensor, row: Tensor, token: Tensor) 
 
 def _sum(values: Tensor, weight: Tensor | None, rows: RowIndex, dtype: torch.dtype) -> Tensor:
     """[T, d]: (weighted) sum of each token's rows of values [N, d], accumulated in at least fp32, rounded to dtype."""
-    if rows.token_start is None and weight is not None and dtype == values.dtype and segment_sum.is_supported(values):
-        return segment_sum.weighted_sums(values, rows.by_token, None, weight)
+    by = weight if weight is None or rows.by_token is rows.pair_row else weight[rows.row_pair[rows.by_token]]
+    if rows.kernels.uses("combine", values):
+        return rows.kernels.weighted_sums(values, rows.by_token, rows.token_start, by, dtype, rows.per_token)
+    if rows.token_start is None and by is not None and dtype == values.dtype and segment_sum.is_supported(values):
+        return segment_sum.weighted_sums(values, rows.by_token, None, by)
     if rows.token_start is None:
         moved = values.index_select(0, rows.by_token)
-        return (moved if weight is None else weight.to(_accumulation_dtype(values)).unsqueeze(1) * moved).to(dtype)
-    by = weight if weight is None or rows.by_token is rows.pair_row else weight[rows.row_pair[rows.by_token]]
+        return (moved if by is None else by.to(_accumulation_dtype(values)).unsqueeze(1) * moved).to(dtype)
     if dtype == values.dtype == torch.bfloat16 and segment_sum.is_supported(values):
         return segment_sum.weighted_sums(values, rows.by_token, rows.token_start, by)
     return _segment_sums(values, rows.by_token, rows.token_start, by, dtype)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from moe_train.config import check
 from moe_train.config.check import NonNegativeFloat, PositiveInt, Range
 from moe_train.errors import ConfigError
+from moe_train.kernels.device_kernels import TORCH, DeviceKernels
 from moe_train.routing.context import RoutingContext
 from moe_train.routing.expected_load import ExpectedChoices
 from moe_train.routing.types import Routing, RoutingStatistics
@@ -124,10 +125,14 @@ class Router(nn.Module):
     Class attributes:
         layer_kind: the layer that combines it with the experts.
         causal: False if an output depends on later tokens, which is not allowed in a decoder.
+
+    Attributes:
+        kernels: the Triton kernels in use.
     """
 
     layer_kind: ClassVar[LayerKind] = "sparse"
     causal: ClassVar[bool] = True
+    kernels: DeviceKernels = TORCH
 
     def __init__(self, config: RoutingConfig, inputs: RouterInputs) -> None:
         super().__init__()

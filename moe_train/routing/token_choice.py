@@ -85,10 +85,12 @@ class RouterScores:
     Attributes:
         logits: [T, E].
         probabilities: [T, E], used by the balance loss.
+        counts: [k, E] int64, how often each expert is the first, the second … choice; None: not counted yet.
     """
 
     logits: Tensor
     probabilities: Tensor
+    counts: Tensor | None = None
 
 
 class TokenChoiceRouter(Router):
@@ -101,6 +103,20 @@ class TokenChoiceRouter(Router):
 
     config: TokenChoiceConfig
     capacity_rounding: Rounding = "result"
+
+    def softmax_top_k(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Softmax of logits [T, E], and the k best experts of each token, the best first.
+
+        Returns:
+            probabilities [T, E], weights [T, k], choices [T, k], and counts as in :class:`RouterScores`.
+        """
+        if self.kernels.uses_top_k(logits):
+            return self.kernels.softmax_top_k(logits, k)
+        probabilities = torch.softmax(logits, dim=-1)
+        if k == 1:
+            return probabilities, *probabilities.max(dim=-1, keepdim=True), None
+        choices = best_experts(probabilities.detach(), k)
+        return probabilities, probabilities.gather(1, choices), choices, None
 
     def build_routing(
         self,
@@ -126,7 +142,7 @@ class TokenChoiceRouter(Router):
             weights = normalised(weights, kept)
         if self.config.expert_output_masking:
             weights = mask_outputs(weights, self.config.expert_output_masking, context)
-        counts = count_choices(choices, self.num_experts)
+        counts = count_choices(choices, self.num_experts) if scores.counts is None else scores.counts
         requested = counts[0] if len(counts) == 1 else counts.sum(0)
         statistics = count_statistics(choices, kept, self.num_experts, scores.probabilities, requested=requested)
         # Only first choices count in the balance loss.

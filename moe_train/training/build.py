@@ -13,6 +13,7 @@ from rich.markup import escape
 
 from moe_train.config import RunConfig
 from moe_train.errors import TrainingError
+from moe_train.kernels.device_kernels import select_kernels
 from moe_train.models.routed import block_names
 from moe_train.models.trainable import TrainableModel
 from moe_train.parallel.peer_check import check_peers
@@ -29,6 +30,7 @@ from moe_train.training.metrics.console_logger import ConsoleLogger
 from moe_train.training.metrics.log_lines import MetricInterval
 from moe_train.training.metrics.writers import MetricWriter
 from moe_train.training.optim.schedule_extension import run_ends
+from moe_train.training.preflight import check_kernels
 from moe_train.training.run.heartbeat import heartbeat
 from moe_train.training.run.resolve_layout import build_layout, layout_warnings, pictures
 from moe_train.training.run.run_folder import ALIVE, RunFolder, config_digest
@@ -112,6 +114,8 @@ def build_trainer(
             f"{type(task).__name__}.build_model must return a {base}, and returns a {type(module).__name__}"
         )
     module.set_recompute(config.training.recompute)
+    check_kernels(config.kernels, gpus=int(world.device.type == "cuda"))
+    module.set_kernels(select_kernels(config.kernels, world.device))
     module.set_ranks(ranks)
     first_store = CheckpointStore(folder.checkpoints, world)
     if config.training.init_from is not None and not first_store.broadcast_from_rank0(first_store.updates):

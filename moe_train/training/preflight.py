@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from moe_train.config import RunConfig
+from moe_train.config import LaunchConfig, RunConfig
 from moe_train.config.placement import place
+from moe_train.errors import ConfigError
+from moe_train.kernels.device_kernels import KernelMode, unavailable
 from moe_train.parallel.layout import ExpertLayout
 from moe_train.parallel.layout_plan import LayoutPlan
 from moe_train.routing import decoder_config, routing_config
@@ -27,12 +29,35 @@ def check_run(config: RunConfig, data: TaskData, plan: LayoutPlan) -> None:
     """
     check_routing(config)
     find_loggers(config.training.loggers)
+    check_kernels(config.kernels, _gpus(config.launch))
     if config.engine.name == "deepspeed":
         check_deepspeed(config)
     build_task(config, data).check_data()
     # On the meta device the model takes no memory, and raises all its errors about the config.
     with torch.device("meta"):
         build_task(config, data).build_model(ExpertLayout(plan))
+
+
+def check_kernels(mode: KernelMode, gpus: int) -> None:
+    """Refuses ``kernels=triton`` where Triton's kernels cannot run.
+
+    Args:
+        gpus: number of GPUs that the run uses.
+
+    Raises:
+        ConfigError: says why.
+    """
+    if mode == "triton" and (reason := unavailable(gpus)):
+        raise ConfigError(
+            f"kernels=triton cannot run here: {reason}",
+            remedy="set kernels=auto or kernels=torch",
+        )
+
+
+def _gpus(launch: LaunchConfig) -> int:
+    """GPUs that a run on this host uses; under torchrun or srun each rank checks its own device later."""
+    count = 0 if launch.device == "cpu" else torch.cuda.device_count()
+    return 0 if launch.device == "auto" and count < launch.processes else count
 
 
 def check_routing(config: RunConfig) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from moe_train.routing.base import RouterInputs, RoutingConfig
@@ -49,9 +48,8 @@ class SwitchRouter(TokenChoiceRouter):
         if self.config.jitter:
             x = jitter(x, self.config.jitter, context)
         logits = self.gate(x)
-        probabilities = torch.softmax(logits, dim=-1)
-        weights, choices = probabilities.max(dim=-1, keepdim=True)
-        return self.build_routing(RouterScores(logits, probabilities), choices, weights, context)
+        probabilities, weights, choices, counts = self.softmax_top_k(logits, 1)
+        return self.build_routing(RouterScores(logits, probabilities, counts), choices, weights, context)
 
     @classmethod
     def experts_per_token(cls, config: RoutingConfig) -> float:

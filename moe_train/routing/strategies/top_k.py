@@ -122,17 +122,21 @@ class TopKRouter(TokenChoiceRouter):
         clean = logits = self.gate(x)
         if self.config.score_noise:
             logits = score_noise(clean, self.config.score_noise, context)
-        scores = self.scores(logits)
-        selection = scores.detach() if self.balancing_bias is None else scores.detach() + self.balancing_bias
-        choices = select(selection, logits.detach(), self.config.top_k, self.policy(context), context)
-        weights = scores.gather(1, choices)
-        if self.policy(context) == "random":
-            choices = skip_second(choices, weights.detach(), self.config.normalise, context)
+        counts, policy = None, self.policy(context)
+        if self.config.scores == "softmax" and self.balancing_bias is None and policy != "sampling":
+            scores, weights, choices, counts = self.softmax_top_k(logits, self.config.top_k)
+        else:
+            scores = self.scores(logits)
+            selection = scores.detach() if self.balancing_bias is None else scores.detach() + self.balancing_bias
+            choices = select(selection, logits.detach(), self.config.top_k, policy, context)
+            weights = scores.gather(1, choices)
+        if policy == "random":
+            choices, counts = skip_second(choices, weights.detach(), self.config.normalise, context), None
         probabilities = scores if logits is clean else self.scores(clean)
         if self.config.scores == "sigmoid":
             probabilities = normalised(probabilities, None)
         routing = self.build_routing(
-            RouterScores(clean, probabilities), choices, weights, context, self.config.normalise
+            RouterScores(clean, probabilities, counts), choices, weights, context, self.config.normalise
         )
         further = self.variation_losses(RouterScores(clean, probabilities), logits, context)
         return dataclasses.replace(routing, losses={**routing.losses, **further})
