@@ -137,9 +137,11 @@ def step(layer: MoELayer, x: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
 def distance(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
     """The largest error of any tensor, over that tensor's norm or a thousandth of the largest one's."""
     assert ours.keys() == theirs.keys()
-    norms = {name: float(value.float().norm()) for name, value in theirs.items()}
+    norms = {name: float(value.detach().float().norm()) for name, value in theirs.items()}
     floor = 1e-3 * max(norms.values())
-    return max(float((ours[n].float() - theirs[n].float()).norm()) / max(norms[n], floor) for n in theirs)
+    return max(
+        float((ours[n].detach().float() - theirs[n].detach().float()).norm()) / max(norms[n], floor) for n in theirs
+    )
 
 
 def exchange_checks(sizes: Sizes, device: str) -> Iterator[Check]:
