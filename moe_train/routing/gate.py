@@ -70,7 +70,7 @@ class LinearGate(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Scores [T, E], fp32 (fp64 for fp64), of x [T, d]."""
-        if gate_scores.is_supported(x, self.weight):
+        if x.dtype == torch.bfloat16 and gate_scores.is_supported(x, self.weight):
             return gate_scores.scores(x, self.weight, self.bias)
         dtype = routing_dtype(x)
         with full_precision(x):

@@ -9,10 +9,11 @@ from tests.distributed.world import Worlds
 from tests.parallel.token_path import token_path
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_token_passes_few_files_and_all_to_alls(dtype: torch.dtype, worlds: Worlds) -> None:
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 23), (torch.bfloat16, 24)], ids=str)
+def test_a_token_passes_few_files_and_all_to_alls(dtype: torch.dtype, most: int, worlds: Worlds) -> None:
+    """The files of ``kernels=`` included, and in bf16 a kernel of the gate beside those of experts and sums of rows."""
     found = worlds(2).run(token_path, dtype)[0]
     inside = [file for file in found.files if file.startswith(("parallel/", "experts/"))]
     assert len(inside) <= 10, inside
-    assert len(found.files) <= 22, found.files
+    assert len(found.files) <= most, found.files
     assert found.forward <= 4 and found.backward <= 3, found
