@@ -21,7 +21,7 @@ from moe_train.experts.loop import LoopedFeedForward
 from moe_train.experts.parameters import StackedFeedForward
 from moe_train.experts.row_plan import RowPlan
 from moe_train.experts.spec import Activation
-from moe_train.kernels.cpu import amx_mlp, few_rows
+from moe_train.kernels.cpu import amx_mlp
 from moe_train.kernels.cpu.matmul import max_padding_for_batched, row_alignment
 
 
@@ -87,23 +87,9 @@ def feed_forward(rows: Tensor, plan: RowPlan, stack: StackedFeedForward, trainin
         return grouped_feed_forward(rows, w1, b1, w2, b2, plan, hidden)
     if backend.name == "amx":
         return amx_feed_forward(rows, w1, b1, w2, b2, plan, hidden)
-    if not torch.is_grad_enabled() and few_rows.is_supported(rows, plan.rows):
-        return few_rows_feed_forward(rows, w1, b1, w2, b2, plan, hidden)
     if plan.even:
         return BatchedFeedForward.apply(rows, w1, b1, w2, b2, hidden)  # type: ignore[no-any-return, no-untyped-call]
     return LoopedFeedForward.apply(rows, w1, b1, w2, b2, plan, hidden)  # type: ignore[no-any-return, no-untyped-call]
-
-
-def few_rows_feed_forward(
-    rows: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, plan: RowPlan, hidden_layer: HiddenLayer
-) -> Tensor:
-    """As :class:`LoopedFeedForward`, without gradients, for few fp32 rows per expert, as a step of a search has."""
-    relu = hidden_layer.activation == "relu"
-    hidden = few_rows.linear(rows, w1, b1, plan.rows, relu)
-    if not relu:
-        hidden = F.gelu(hidden)
-    hidden = hidden_layer.apply_dropout(hidden, hidden_layer.sample_dropout(rows, w1.shape[2]))
-    return few_rows.linear(hidden, w2, b2, plan.rows)
 
 
 def expert_norm(rows: Tensor, plan: RowPlan, stack: StackedFeedForward) -> Tensor:

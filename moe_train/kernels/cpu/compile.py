@@ -37,12 +37,12 @@ _TIMEOUT = 120
 _log = logging.getLogger(__name__)
 
 
-def library_for(like: Tensor, source: Path, dtype: torch.dtype = torch.bfloat16) -> ctypes.CDLL | None:
-    """The library of a C file if ``like`` has this type, is on the CPU, and torch's operators are not traced.
+def library_for(like: Tensor, source: Path) -> ctypes.CDLL | None:
+    """The library of a C file if it can be used for ``like``: bf16, on the CPU, and torch's operators are not traced.
 
     FLOP counters and compilers that trace torch's operators must see them.
     """
-    if like.dtype != dtype or like.device.type != "cpu":
+    if like.dtype != torch.bfloat16 or like.device.type != "cpu":
         return None
     if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
         return None
