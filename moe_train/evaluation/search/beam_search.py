@@ -11,18 +11,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from moe_train.config import SearchConfig
 from moe_train.errors import CheckpointError, ConfigError
-from moe_train.evaluation.search.hypotheses import Finished, Hypotheses
+from moe_train.evaluation.search.hypotheses import Beams, Finished, Hypotheses
+from moe_train.evaluation.search.kernel_steps import KernelSteps
 from moe_train.evaluation.search.topk import Candidates, best_candidates, log_probabilities
-from moe_train.kernels.decoder import best_continuations
+from moe_train.kernels.decoder.best_continuations import is_supported
 from moe_train.routing.context import RankReduction
+
+T = TypeVar("T")
 
 
 class ReorderableState(Protocol):
@@ -70,21 +72,6 @@ class SpecialSymbols(Protocol):
         """Number of the symbol for unknown words."""
 
     def __len__(self) -> int: ...
-
-
-@dataclass
-class _Beams:
-    """State of a search: S sentences that are not done, k beams each.
-
-    ``sentence`` [S] rows of the batch, ``scores`` [S, k], ``tokens`` [S, k, room], ``limit`` [S] longest lengths;
-    ``stops`` are all values of ``limit``, on the host, so that most steps need no synchronisation.
-    """
-
-    sentence: Tensor
-    scores: Tensor
-    tokens: Tensor
-    limit: Tensor
-    stops: frozenset[int]
 
 
 class BeamSearch:
@@ -149,12 +136,19 @@ class BeamSearch:
         start = self._packed.start_decoding if self._packed else self.model.start_decoding
         state = start(self._encode(net_input), self.beam, longest + prefix.shape[1])
         inputs = self._force(prefix, state)
-        beams = self._start(sentences, limit, longest, device)
-        step = 0
+        beams, step = self._start(sentences, limit, longest, device), 0
+        kernels, by_kernels = KernelSteps(beams, finished, self.config, self.pad, self.unk, self.eos), False
         while self._any_unfinished(beams):
             logits = self.model.decode_step(inputs, state)
-            if beams.sentence.numel():
-                inputs = self._step(logits, beams, finished, state, step)
+            if before := beams.sentence.numel():
+                by_kernels = is_supported(logits) if step == 0 else by_kernels
+                if by_kernels:
+                    rows, inputs = self._checked(kernels.run(logits, step))
+                else:
+                    rows, inputs = self._step(logits, beams, finished, step)
+                changed = self.beam > 1 or beams.sentence.numel() < before
+                if changed and (rows.numel() or self.group is not None):
+                    state.reorder(rows)
             step += 1
         return finished.sorted()
 
@@ -164,24 +158,30 @@ class BeamSearch:
         with torch.autocast("cpu", torch.bfloat16) if half else nullcontext():
             return self.model.encoder(**net_input)
 
-    def _any_unfinished(self, beams: _Beams) -> bool:
+    def _any_unfinished(self, beams: Beams) -> bool:
         """Whether any rank has sentences that are not done."""
         if self.group is None:
             return beams.sentence.numel() > 0
         return bool(self.group.max(torch.tensor(beams.sentence.numel(), device=beams.sentence.device)) > 0)
 
-    def _step(self, logits: Tensor, beams: _Beams, finished: Finished, state: ReorderableState, step: int) -> Tensor:
-        """Extends, finishes and reorders the beams; returns the tokens [N'] to feed next."""
+    def _step(self, logits: Tensor, beams: Beams, finished: Finished, step: int) -> tuple[Tensor, Tensor]:
+        """Extends, finishes and reorders the beams; returns what :meth:`KernelSteps.run` does."""
         candidates = self._candidates(logits, beams, step)
         kept = self._finish(candidates, beams, finished, step)
         if kept is not None:
             beams.sentence, beams.limit = beams.sentence[kept], beams.limit[kept]
             beams.tokens = beams.tokens[kept]
             candidates = candidates.select(kept)
-        rows = self._advance(candidates, beams, step, kept)
-        if (self.beam > 1 or kept is not None) and (rows.numel() or self.group is not None):
-            state.reorder(rows)
-        return beams.tokens[:, :, step].reshape(-1)
+        return self._advance(candidates, beams, step, kept), beams.tokens[:, :, step].reshape(-1)
+
+    @staticmethod
+    def _checked(found: T | None) -> T:
+        """The result of a step if there is one."""
+        if found is None:
+            raise CheckpointError(
+                "the model's output is not a number", remedy="choose an earlier checkpoint: the training diverged"
+            )
+        return found
 
     def _limits(self, src_tokens: Tensor, prefix: int) -> Tensor:
         """[B] longest hypothesis of each sentence, end symbol not counted."""
@@ -208,30 +208,18 @@ class BeamSearch:
             self.model.decode_step(column, state)
         return columns[-1]
 
-    def _start(self, sentences: int, limit: Tensor, longest: int, device: torch.device) -> _Beams:
+    def _start(self, sentences: int, limit: Tensor, longest: int, device: torch.device) -> Beams:
         # All beams are equal at the start, so only the first one is used at the first step.
         scores = torch.full((sentences, self.beam), -torch.inf, device=device)
         scores[:, 0] = 0.0
         tokens = torch.full((sentences, self.beam, longest + 1), self.pad, dtype=torch.int64, device=device)
-        return _Beams(torch.arange(sentences, device=device), scores, tokens, limit, frozenset(limit.tolist()))
+        return Beams(torch.arange(sentences, device=device), scores, tokens, limit, frozenset(limit.tolist()))
 
-    def _candidates(self, logits: Tensor, beams: _Beams, step: int) -> Candidates:
+    def _candidates(self, logits: Tensor, beams: Beams, step: int) -> Candidates:
         must_end = beams.limit == step if step in beams.stops else None
-        may_end = step >= self.config.min_length
-        if best_continuations.is_supported(logits):
-            symbols = logits.shape[1], self.beam, 2 * self.beam, self.pad, self.unk, self.eos
-            choice = best_continuations.Choice(*symbols, self.config.unk_penalty, may_end)
-            *found, finite = best_continuations.search(logits, beams.scores, must_end, choice)
-            candidates = Candidates(*found)
-        else:
-            log_probs = self._mask(log_probabilities(logits), must_end, may_end)
-            candidates = best_candidates(log_probs, beams.scores, 2 * self.beam)
-            finite = not bool(candidates.score.isnan().any())
-        if not finite:
-            raise CheckpointError(
-                "the model's output is not a number", remedy="choose an earlier checkpoint: the training diverged"
-            )
-        return candidates
+        log_probs = self._mask(log_probabilities(logits), must_end, may_end=step >= self.config.min_length)
+        candidates = best_candidates(log_probs, beams.scores, 2 * self.beam)
+        return self._checked(None if bool(candidates.score.isnan().any()) else candidates)
 
     def _mask(self, log_probs: Tensor, must_end: Tensor | None, may_end: bool) -> Tensor:
         """Log-probabilities without the symbols that may not follow; overwrites them."""
@@ -246,7 +234,7 @@ class BeamSearch:
             log_probs[rows, self.eos] = ends
         return log_probs
 
-    def _finish(self, candidates: Candidates, beams: _Beams, finished: Finished, step: int) -> Tensor | None:
+    def _finish(self, candidates: Candidates, beams: Beams, finished: Finished, step: int) -> Tensor | None:
         """Collects hypotheses that end; returns the sentences [S'] that continue, or None if all do."""
         first = (slice(None), slice(self.beam))
         ended = (candidates.token[first] == self.eos) & (candidates.score[first] > -torch.inf)
@@ -258,7 +246,7 @@ class BeamSearch:
         done = (finished.count[beams.sentence] >= self.beam) | (beams.limit <= step)
         return (~done).nonzero().squeeze(1) if bool(done.any()) else None
 
-    def _advance(self, candidates: Candidates, beams: _Beams, step: int, kept: Tensor | None) -> Tensor:
+    def _advance(self, candidates: Candidates, beams: Beams, step: int, kept: Tensor | None) -> Tensor:
         """Makes the k best candidates that do not end the new beams; returns the old rows [N'] that they continue."""
         ends = candidates.token == self.eos
         order = ends.to(torch.int8).argsort(dim=1, stable=True)[:, : self.beam]

@@ -1,4 +1,4 @@
-"""Finished hypotheses of a batch, collected in tensors, without a Python loop over sentences."""
+"""Hypotheses of a batch in tensors, those that continue and finished ones, without a Python loop over sentences."""
 
 from __future__ import annotations
 
@@ -30,6 +30,21 @@ class Hypotheses:
     def best_scores(self) -> list[float]:
         """Its score, nats per token where the length penalty is 1."""
         return [float(s) for s in self.scores[:, 0].tolist()]
+
+
+@dataclass
+class Beams:
+    """State of a search: S sentences that are not done, k beams each.
+
+    ``sentence`` [S] rows of the batch, ``scores`` [S, k], ``tokens`` [S, k, room], ``limit`` [S] longest lengths;
+    ``stops`` are all values of ``limit``, on the host, so that most steps need no synchronisation.
+    """
+
+    sentence: Tensor
+    scores: Tensor
+    tokens: Tensor
+    limit: Tensor
+    stops: frozenset[int]
 
 
 class Finished:

@@ -1,9 +1,10 @@
-/* The best continuations at a step of beam search, from logits. Called by moe_train/kernels/decoder/best_continuations.py.
+/* A step of beam search: the best continuations from logits, and the beams that follow. Called by moe_train/kernels/decoder/best_continuations.py.
  *
  * torch's operators for the same pass over the [N, V] numbers six times. Here a row is read twice: for its largest numbers,
  * block by block, and for the sum of exponentials; then only blocks that can hold a candidate are searched.
  */
 #include <math.h>
+#include <string.h>
 
 #include "bf16.h"
 
@@ -93,4 +94,48 @@ long moe_best_continuations(float *logits, const float *scores, const char *must
         }
     }
     return sound;
+}
+
+/* Hypotheses that have ended, and those that continue. */
+typedef struct {
+    long beam, eos, step, room, length; /* room: of `tokens`; length: of `ended_tokens` */
+    float divisor;                           /* of the scores of hypotheses that end now */
+    long *sentence, *limit;                  /* [sentences] row in `ended_*`, longest length */
+    float *scores;                           /* [sentences, beam] */
+    long *tokens;                            /* [sentences, beam, room] */
+    long *ended_tokens, *ended_lengths;      /* [rows, beam, length], [rows, beam] */
+    float *ended_scores;
+    long *ended_count; /* [rows] */
+} Tables;
+
+/* Takes the candidates [sentences, 2 beam] of a step: hypotheses that end are kept, sentences that are done leave, and the
+ * others move forward in all tables. rows [beam of the sentences that stay]: the former hypothesis that each continues;
+ * next: its new symbol. `old` [beam, room] is scratch. Returns the number of sentences that stay. */
+long moe_advance_beams(Tables *b, const float *score, const long *token, const long *beam, long sentences, long *rows,
+                       long *next, long *old) {
+    long k = b->beam, size = b->step * sizeof(long), kept = 0;
+    for (long s = 0; s < sentences; s++, score += 2 * k, token += 2 * k, beam += 2 * k) {
+        long row = b->sentence[s], *count = b->ended_count + row, *from = b->tokens + s * k * b->room;
+        for (long i = 0; i < k && *count < k; i++) {
+            if (token[i] != b->eos || !(score[i] > -INFINITY)) continue;
+            long at = row * k + (*count)++;
+            memcpy(b->ended_tokens + at * b->length, from + beam[i] * b->room, size);
+            b->ended_lengths[at] = b->step;
+            b->ended_scores[at] = score[i] / b->divisor;
+        }
+        if (*count >= k || b->limit[s] <= b->step) continue;
+        for (long j = 0; j < k; j++) memcpy(old + j * b->room, from + j * b->room, size);
+        long *to = b->tokens + kept * k * b->room, j = 0;
+        for (int ends = 0; ends < 2; ends++) /* if too few continue, the others get -infinity */
+            for (long i = 0; i < 2 * k && j < k; i++) {
+                if ((token[i] == b->eos) != ends) continue;
+                memcpy(to + j * b->room, old + beam[i] * b->room, size);
+                to[j * b->room + b->step] = next[kept * k + j] = token[i];
+                b->scores[kept * k + j] = ends ? -INFINITY : score[i];
+                rows[kept * k + j++] = s * k + beam[i];
+            }
+        b->sentence[kept] = row;
+        b->limit[kept++] = b->limit[s];
+    }
+    return kept;
 }

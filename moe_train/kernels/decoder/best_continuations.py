@@ -1,4 +1,4 @@
-"""The best continuations at a step of beam search by a C kernel (best_continuations.c)."""
+"""A step of beam search by C kernels (best_continuations.c): the best continuations, and the beams that follow."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class Choice(ctypes.Structure):
 
 
 def is_supported(logits: Tensor) -> bool:
-    """Whether the kernel can be used for these logits in this process."""
+    """Whether the kernels can be used for logits of this type and device in this process."""
     half = logits.new_empty(0, dtype=torch.bfloat16)
-    return logits.dtype == torch.float32 and logits.is_contiguous() and library_for(half, _SOURCE) is not None
+    return logits.dtype == torch.float32 and library_for(half, _SOURCE) is not None
 
 
 def search(
@@ -53,7 +53,7 @@ def search(
     token, beam = torch.empty(2, sentences, choice.count, dtype=torch.int64).unbind(0)
     ends = None if must_end is None else must_end.data_ptr()
     sound: list[int] = []
-    function, blocks = _function(), -(-choice.vocabulary // _BLOCK)
+    function, blocks = _functions().moe_best_continuations, -(-choice.vocabulary // _BLOCK)
 
     def call(start: int, end: int) -> None:
         largest = torch.empty(blocks)
@@ -65,10 +65,38 @@ def search(
     return score, token, beam, all(sound)
 
 
+class Tables(ctypes.Structure):
+    """``Tables`` of best_continuations.c: hypotheses that continue, and those that have ended."""
+
+    _fields_ = [
+        *((name, _size) for name in ("beam", "eos", "step", "room", "length")),
+        ("divisor", ctypes.c_float),
+        *((name, _pointer) for name in ("sentence", "limit", "scores", "tokens")),
+        *((name, _pointer) for name in ("ended_tokens", "ended_lengths", "ended_scores", "ended_count")),
+    ]
+
+
+def advance(tables: Tables, found: tuple[Tensor, Tensor, Tensor], sentences: int) -> tuple[int, Tensor, Tensor]:
+    """Takes the candidates of a step (score, token and beam [sentences, 2 k]) into the tables.
+
+    Returns:
+        The number of sentences S' that are not done, which now come first in the tables; the former hypothesis that
+        each of theirs continues, and its new symbol, [S' · k] int64 each.
+    """
+    rows, following = torch.empty(2, sentences * tables.beam, dtype=torch.int64).unbind(0)
+    old = torch.empty(tables.beam * tables.room, dtype=torch.int64)
+    tensors = (tensor.data_ptr() for tensor in (*found, rows, following, old))
+    score, token, beam, *others = tensors
+    kept = _functions().moe_advance_beams(ctypes.byref(tables), score, token, beam, sentences, *others)
+    return kept, rows[: kept * tables.beam], following[: kept * tables.beam]
+
+
 @functools.cache
-def _function() -> ctypes._NamedFuncPointer:
+def _functions() -> ctypes.CDLL:
     found = library_for(torch.empty(0, dtype=torch.bfloat16), _SOURCE)
     assert found is not None
-    function = found.moe_best_continuations
-    function.argtypes, function.restype = [_pointer] * 8 + [_size] * 2, _size
-    return function
+    found.moe_best_continuations.argtypes = [_pointer] * 8 + [_size] * 2
+    found.moe_best_continuations.restype = _size
+    found.moe_advance_beams.argtypes = [*[_pointer] * 4, _size, *[_pointer] * 3]
+    found.moe_advance_beams.restype = _size
+    return found
