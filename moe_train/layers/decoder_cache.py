@@ -101,10 +101,13 @@ class DecoderCache:
         """
         parents = rows.view(-1, self.beam)
         sentences = parents // self.beam
-        if not bool((sentences == sentences[:, :1]).all()):
-            raise ValueError("the beams of one sentence must continue hypotheses of one sentence")
         kept = sentences[:, 0]
-        moved = kept.shape[0] != self.batch or not torch.equal(kept, torch.arange(self.batch, device=kept.device))
+        together = (sentences == kept.unsqueeze(1)).all()
+        places = torch.arange(kept.shape[0], device=kept.device)
+        is_sound, stay = torch.stack((together, (kept == places).all())).tolist()  # one read of a GPU
+        if not is_sound:
+            raise ValueError("the beams of one sentence must continue hypotheses of one sentence")
+        moved = kept.shape[0] != self.batch or not stay
         if moved:
             self._select(kept)
         if self.beam > 1:

@@ -147,8 +147,8 @@ class PackedState:
     def reorder(self, rows: Tensor) -> None:
         """As :meth:`DecoderState.reorder`, but sentences keep their order."""
         self._order = rows if self._order is None else self._order[rows]
-        if rows.shape[0] != self._state.sentences * self._state.beam:
-            self._info = select_rows(self._info, rows)
+        if len(self._parts) > 1 and rows.shape[0] != self._state.sentences * self._state.beam:
+            self._info = select_rows(self._info, rows)  # which blocks between programs use
 
     def _build(self, packed: PackedDecoder, memory: list[Tensor], rows: int) -> list[Program | BlockResidual]:
         """The step: programs, and blocks that are called between them."""

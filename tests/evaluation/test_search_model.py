@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from moe_train.config import ModelConfig, SearchConfig
+from moe_train.evaluation.search import beam_search
 from moe_train.evaluation.search.beam_search import BeamSearch
 from moe_train.models import build_model
 from moe_train.routing import Router, Routing, RoutingContext, routing_config
@@ -132,3 +136,27 @@ def test_in_company_a_search_without_sentences_goes_on() -> None:
     Others.left = 12
     assert BeamSearch(built, WORDS, config, Others())(batch([4, 4])).best() == alone
     assert len(steps) == 11 and steps[0] == 6 and steps[-1] == 0
+
+
+def test_two_reads_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, which torch's path is for, the host waits for each; none has ended and the cache is not compacted."""
+    built, data, steps = model("dense"), batch([9] * 3), 7
+    reads: list[str] = []
+    monkeypatch.setattr(beam_search, "is_supported", lambda _: False)
+    monkeypatch.setattr(type(built), "pack_decoder", lambda *_: None)
+
+    def note(value: Tensor, name: str, original: Any, *given: Any, **keys: Any) -> Any:
+        reads.append(name)
+        return original(value, *given, **keys)
+
+    for name in ("tolist", "__bool__", "item", "nonzero"):
+        original = getattr(Tensor, name)
+        monkeypatch.setattr(Tensor, name, functools.partialmethod(note, name, original))
+
+    def count(longest: int) -> int:
+        limits = {"max_length_ratio": 0.0, "max_length_offset": longest, "min_length": longest}
+        reads.clear()
+        BeamSearch(built, WORDS, SearchConfig(beam=4, **limits))(data)  # type: ignore[arg-type]
+        return len(reads)
+
+    assert count(steps) - count(steps - 1) == 2

@@ -218,8 +218,7 @@ class BeamSearch:
     def _candidates(self, logits: Tensor, beams: Beams, step: int) -> Candidates:
         must_end = beams.limit == step if step in beams.stops else None
         log_probs = self._mask(log_probabilities(logits), must_end, may_end=step >= self.config.min_length)
-        candidates = best_candidates(log_probs, beams.scores, 2 * self.beam)
-        return self._checked(None if bool(candidates.score.isnan().any()) else candidates)
+        return best_candidates(log_probs, beams.scores, 2 * self.beam)
 
     def _mask(self, log_probs: Tensor, must_end: Tensor | None, may_end: bool) -> Tensor:
         """Log-probabilities without the symbols that may not follow; overwrites them."""
@@ -238,7 +237,9 @@ class BeamSearch:
         """Collects hypotheses that end; returns the sentences [S'] that continue, or None if all do."""
         first = (slice(None), slice(self.beam))
         ended = (candidates.token[first] == self.eos) & (candidates.score[first] > -torch.inf)
-        if bool(ended.any()):
+        is_broken, some_end = torch.stack((candidates.score.isnan().any(), ended.any())).tolist()  # one read of a GPU
+        self._checked(None if is_broken else candidates)
+        if some_end:
             scores = candidates.score[first] / (step + 1) ** self.config.length_penalty
             finished.add(beams.sentence, ended, candidates.beam[first], scores, beams.tokens[:, :, :step])
         elif step not in beams.stops:
