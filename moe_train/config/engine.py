@@ -17,8 +17,8 @@ class EngineConfig:
     Attributes:
         name: ``ddp`` (torch's DistributedDataParallel) or ``deepspeed`` (ZeRO).
         bucket_mb: gradients are reduced in buckets of about this size.
-        zero_stage: ZeRO stage of DeepSpeed. 0: nothing is sharded; 1: the optimizer's state is sharded over the ranks;
-            2: the reduced gradients too.
+        zero_stage: ZeRO stage. 0: nothing is sharded; 1: the optimizer's state is sharded over the ranks; 2, DeepSpeed
+            only: the reduced gradients too.
         offload_optimizer: DeepSpeed keeps the optimizer's state, and its step, on the host.
     """
 
@@ -37,9 +37,9 @@ class EngineConfig:
             )
         if self.zero_stage not in (0, 1, 2):
             raise ConfigError(f"'engine.zero_stage' cannot be {self.zero_stage}", remedy="choose 0, 1 or 2")
-        if self.name != "deepspeed" and (self.zero_stage or self.offload_optimizer):
+        if self.name != "deepspeed" and (self.zero_stage > 1 or self.offload_optimizer):
             raise ConfigError(
-                f"engine.zero_stage and engine.offload_optimizer are keys of DeepSpeed, not of engine '{self.name}'",
+                f"engine.zero_stage=2 and engine.offload_optimizer need DeepSpeed, not engine '{self.name}'",
                 remedy="add engine=deepspeed",
             )
         if self.offload_optimizer and not self.zero_stage:

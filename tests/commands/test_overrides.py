@@ -98,7 +98,7 @@ def test_a_sweep_without_end_is_refused(words: list[str]) -> None:
         ("routing.strata=[4,4]", "unknown key 'routing.strata': it belongs to routing=smoe. .*choose routing=smoe"),
         ("routing.top_k=2", "it belongs to routing=sam, routing=smoe, routing=top_k"),
         ("routing.k=2", r"key 'routing.k': 'routing.top_k' belongs to routing=sam, routing=smoe, routing=top_k"),
-        ("engine.zero_stage=1", "it belongs to engine=deepspeed"),
+        ("engine.offload_optimizer=true", "it belongs to engine=deepspeed"),
         ("seed.x=3", "'seed' is a value, not a group"),
         ("training.zzz=1", r"unknown key 'training\.zzz'.*known in training: .*max_updates"),
         ("seed", "cannot read 'seed'"),

@@ -77,7 +77,8 @@ def memory_plan(
         over = [n if sharding.zero_stage >= stage else 1 for _, n in parts]
         return sum(count * per_parameter / n for (count, _), n in zip(parts, over, strict=True))
 
-    master = 4 if sharding.zero_stage else 0  # ZeRO's flat copy of the parameters that a rank updates
+    # DeepSpeed's flat copy of the parameters that a rank updates
+    master = 4 if sharding.zero_stage and sharding.name == "deepspeed" else 0
     optimizer = 0.0 if sharding.offload else held(1, sharding.optimizer_bytes + master)
     casts = 2.0 * (shape.dense_parameters + experts) if work.precision != "fp32" else 0.0
     return MemoryPlan(

@@ -175,10 +175,13 @@ def gradient_seconds(
     """Reduction of fp32 gradients by rings.
 
     Rings of dense parameters span the world, those of experts their replicas; the latter share the links between nodes.
+    With ZeRO-1 of engine ddp parameters are sent after an all-reduce; DeepSpeed reduces a gradient to one rank only.
     With ZeRO-3 every micro-batch gathers 16-bit parameters twice and scatters their gradients once.
     """
     nodes = plan.world // min(plan.ranks_per_node, plan.world)
     moved = 2 * 4 if sharding.zero_stage < 3 else 3 * 2 * work.micro_batches
+    if sharding.name == "ddp" and sharding.zero_stage == 1:
+        moved += 4
     experts = shape.expert_parameters / plan.expert_parallel
     world = tuple(range(plan.world))
     total = 0.0

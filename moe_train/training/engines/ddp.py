@@ -23,6 +23,7 @@ from moe_train.training.engines.base import (
 )
 from moe_train.training.optim.optimizer import build_optimizer
 from moe_train.training.optim.precision import ComputeWeights, Precision, scaled_step
+from moe_train.training.optim.sharded_step import ShardedStep
 
 
 def _keep_buffers() -> dict[str, Any]:
@@ -40,7 +41,8 @@ class DdpEngine:
     :class:`ReplicaGradients` sums them over replicas.
 
     In bf16 and fp16 the modules compute with 16-bit copies of the parameters (:class:`ComputeWeights`), whose gradients
-    are added up over micro-batches and ranks in fp32.
+    are added up over micro-batches and ranks in fp32. With ``zero_stage`` 1 each parameter is stepped by one of the
+    ranks that share it (:class:`ShardedStep`).
     """
 
     def __init__(self, inputs: EngineInputs) -> None:
@@ -49,10 +51,14 @@ class DdpEngine:
         self._divided = inputs.layout.plan.expert_parallel > 1
         self._clip_norm = inputs.training.clip_norm
         self._precision = Precision(inputs.training.precision, inputs.world.device)
-        self._optimizer = build_optimizer(inputs.module, inputs.training.optimizer)
+        sharded = inputs.config.zero_stage > 0 and inputs.world.size > 1
+        bucket_bytes = inputs.config.bucket_mb << 20
+        self._shards = ShardedStep(inputs.module, inputs.layout, bucket_bytes) if sharded else None
+        only = None if self._shards is None else self._shards.own
+        self._optimizer = build_optimizer(inputs.module, inputs.training.optimizer, only)
         self._weights = ComputeWeights(inputs.module, self._precision.half)
         self._norms = LocalNorms()
-        self._experts = self._over_replicas(inputs.config.bucket_mb << 20) if self._divided else None
+        self._experts = self._over_replicas(bucket_bytes) if self._divided else None
         self._wrapper = self._wrap(inputs) if inputs.world.size > 1 else None
         self.model: nn.Module = self._wrapper or self.module
 
@@ -131,9 +137,11 @@ class DdpEngine:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         scaled_step(self._optimizer, divisor, found_inf)
+        if self._shards is not None:
+            self._shards.exchange()
         self._weights.expire()
         self._precision.after_step(found_inf)
-        self._optimizer.zero_grad(set_to_none=True)
+        self.module.zero_grad(set_to_none=True)
         experts_clean = clean if self._experts is None else self._experts.norms.all_finite(norm.device)
         return StepResult(norm, applied, clean, experts_clean)
 
@@ -144,7 +152,7 @@ class DdpEngine:
         return (norm.square() + expert_square_sum(parameters, self._layout)).sqrt() if self._divided else norm
 
     def optimizer_tensors(self) -> Mapping[str, Mapping[str, Tensor]]:
-        """Parameter name → Adam's moments and the like."""
+        """Parameter name → Adam's moments and the like, of the parameters that this rank steps."""
         return named_optimizer_tensors(self.module, self._optimizer)
 
     def load_optimizer_tensors(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:

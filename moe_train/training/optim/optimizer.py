@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 import torch
 from torch import nn
@@ -14,9 +14,18 @@ Groups = list[dict[str, object]]
 _BUILDERS: dict[str, Callable[[Groups, OptimizerConfig], torch.optim.Optimizer]] = {}
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """The optimizer over all trainable parameters of ``model``, in the groups of :func:`parameter_groups`."""
-    return _BUILDERS[config.name](parameter_groups(model, config.weight_decay, config.decay), config)
+def build_optimizer(
+    model: nn.Module, config: OptimizerConfig, only: Container[nn.Parameter] | None = None
+) -> torch.optim.Optimizer:
+    """The optimizer over all trainable parameters of ``model``, in the groups of :func:`parameter_groups`.
+
+    Args:
+        only: parameters to take; a group may then be empty. None: all.
+    """
+    groups = parameter_groups(model, config.weight_decay, config.decay)
+    if only is not None:
+        groups = [{**group, "params": [p for p in group["params"] if p in only]} for group in groups]  # type: ignore[attr-defined]
+    return _BUILDERS[config.name](groups, config)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, decay: Decay = "matrices") -> Groups:

@@ -119,6 +119,7 @@ def test_states_are_divided_as_zero_says() -> None:
     assert states[1].optimizer == pytest.approx(12 * (dense / 16 + held / 2))
     assert states[2].gradients == pytest.approx(4 * (dense / 16 + held / 2))
     assert states[1].gradients == states[0].gradients
+    assert only(layout=layout, engine={"zero_stage": 1}).memory.optimizer == pytest.approx(8 * (dense / 16 + held / 2))
     assert (
         only(layout=layout, engine={"name": "deepspeed", "zero_stage": 1, "offload_optimizer": True}).memory.optimizer
         == 0
@@ -196,7 +197,7 @@ def test_4096_ranks_are_planned_without_any() -> None:
     [
         ({"layout": {"expert_parallel": 3}}, "does not divide"),
         ({"world": 12, "experts": 12}, "whole nodes"),
-        ({"engine": {"zero_stage": 1}}, "DeepSpeed"),
+        ({"engine": {"zero_stage": 2}}, "DeepSpeed"),
         ({"engine": {"name": "deepspeed", "zero_stage": 3}}, "zero_stage"),
         ({"batch": {"load": [1.0, 2.0]}}, "16 experts"),
     ],
