@@ -1,4 +1,4 @@
-"""Multi-head attention over torch's scaled_dot_product_attention, batch first.
+"""Multi-head attention over torch's scaled_dot_product_attention, or in training on a CPU over a C kernel; batch first.
 
 There is no key bias: it adds the same number to all scores of a query, which softmax cancels. Its true gradient is
 zero, and Adam would only add noise to it.
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from moe_train.kernels.cpu import attention_kernel
 from moe_train.layers.linear import linear
 
 # All but cuDNN's, which plans on the host for each new shape: 9 ms per call and again in backward on an H200, where the
@@ -65,6 +66,18 @@ class _Attention(nn.Module):
                 attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
         return linear(attended.transpose(1, 2).flatten(2), self.out.weight, self.out.bias)
 
+    def attend_packed(self, packed: tuple[Tensor, ...], mask: Tensor | None, causal: bool = False) -> Tensor:
+        """:meth:`attend` for what the projections give: ([B, S, 3d],), or ([B, S, d], [B, K, 2d])."""
+        query, key = packed[0], packed[-1]
+        by_key = mask is None or mask.shape == (key.shape[0], 1, 1, key.shape[1])
+        dropped = self.dropout and self.training
+        if torch.is_grad_enabled() and by_key and not dropped and attention_kernel.is_supported(query, key):
+            mask = None if mask is None else mask.flatten(1)
+            attended: Tensor = _PackedAttention.apply(mask, causal, self.heads, *packed)  # type: ignore[no-untyped-call]
+            return linear(attended, self.out.weight, self.out.bias)
+        q, k, v = (part for x in packed for part in _split(x, x.shape[-1] // self.dim, self.heads))
+        return self.attend(q, k, v, mask, causal)
+
 
 class SelfAttention(_Attention):
     """Self-attention; query, key and value are computed in one product."""
@@ -75,13 +88,15 @@ class SelfAttention(_Attention):
 
     def project(self, x: Tensor) -> tuple[Tensor, ...]:
         """x [B, S, d] → query, key, value, each [B, H, S, d/H]."""
+        return _split(self._project(x), 3, self.heads)
+
+    def _project(self, x: Tensor) -> Tensor:
         bias = torch.cat((self.query_bias, torch.zeros_like(self.query_bias), self.value_bias))
-        return _split(linear(x, self.qkv_weight, bias), 3, self.heads)
+        return linear(x, self.qkv_weight, bias)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
         """x [B, S, d] → [B, S, d]. ``causal``: position i attends to 0 .. i only (then ``mask`` must be None)."""
-        q, k, v = self.project(x)
-        return self.attend(q, k, v, mask, causal)
+        return self.attend_packed((self._project(x),), mask, causal)
 
 
 class CrossAttention(_Attention):
@@ -94,17 +109,22 @@ class CrossAttention(_Attention):
 
     def project_query(self, x: Tensor) -> Tensor:
         """x [B, S, d] → [B, H, S, d/H]."""
-        return _split(linear(x, self.query_weight, self.query_bias), 1, self.heads)[0]
+        return _split(self._project_query(x), 1, self.heads)[0]
+
+    def _project_query(self, x: Tensor) -> Tensor:
+        return linear(x, self.query_weight, self.query_bias)
 
     def project_memory(self, memory: Tensor) -> tuple[Tensor, ...]:
         """memory [B, K, d] → key, value, each [B, H, K, d/H]."""
+        return _split(self._project_memory(memory), 2, self.heads)
+
+    def _project_memory(self, memory: Tensor) -> Tensor:
         bias = torch.cat((torch.zeros_like(self.value_bias), self.value_bias))
-        return _split(linear(memory, self.key_value_weight, bias), 2, self.heads)
+        return linear(memory, self.key_value_weight, bias)
 
     def forward(self, x: Tensor, memory: Tensor, mask: Tensor | None = None) -> Tensor:
         """x [B, S, d] over memory [B, K, d] → [B, S, d]; ``mask`` [B, 1, 1, K], true = visible."""
-        keys, values = self.project_memory(memory)
-        return self.attend(self.project_query(x), keys, values, mask)
+        return self.attend_packed((self._project_query(x), self._project_memory(memory)), mask)
 
 
 def _prefers_fp32_backward(q: Tensor, k: Tensor, dropout: float) -> bool:
@@ -117,6 +137,36 @@ def _prefers_fp32_backward(q: Tensor, k: Tensor, dropout: float) -> bool:
         and q.numel() > 0
         and 0 < k.shape[2] <= _MAX_KEYS_FOR_FP32_BACKWARD
     )
+
+
+class _PackedAttention(torch.autograd.Function):
+    """The C kernel on projections as they are: [B, S, 3d], or [B, S, d] and [B, K, 2d]."""
+
+    @staticmethod
+    def forward(ctx: Any, mask: Tensor | None, causal: bool, heads: int, *packed: Tensor) -> Tensor:
+        ctx.causal, ctx.heads = causal, heads
+        out, log_sums = attention_kernel.attend(*_parts(packed), mask, causal, heads)
+        ctx.save_for_backward(mask, out, log_sums, *packed)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        mask, out, log_sums, *packed = ctx.saved_tensors
+        into = tuple(map(torch.empty_like, packed))
+        attention_kernel.gradients(
+            _parts(into), grad, out, log_sums, _parts(tuple(packed)), mask, ctx.causal, ctx.heads
+        )
+        return None, None, None, *into
+
+
+def _parts(packed: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Views of query, key and value, [B, .., d]."""
+    if len(packed) == 1:
+        query, key, value = packed[0].chunk(3, -1)
+        return query, key, value
+    key, value = packed[1].chunk(2, -1)
+    return packed[0], key, value
 
 
 class _Fp32Backward(torch.autograd.Function):

@@ -53,8 +53,8 @@ int moe_linear(bf16 *y, float *wide, const bf16 *a, const bf16 *b, const bf16 *b
     return 0;
 }
 
-/* sums [columns] = the sums over the rows of x. */
-void moe_column_sums(float *sums, const bf16 *x, long rows, long columns, long stride) {
+/* to [columns] = the sums over the rows of x; `sums` [columns] is used for them. */
+void moe_column_sums(bf16 *to, float *sums, const bf16 *x, long rows, long columns, long stride) {
     for (long c = 0; c < columns; c += WIDTH) {
         __mmask32 mask = first(columns - c);
         _mm512_mask_storeu_ps(sums + c, (__mmask16)mask, _mm512_setzero_ps());
@@ -72,5 +72,10 @@ void moe_column_sums(float *sums, const bf16 *x, long rows, long columns, long s
             }
             add_to(sums + c, mask, low, high);
         }
+    }    for (long c = 0; c < columns; c += WIDTH) {
+        __mmask32 mask = first(columns - c);
+        __m512 low = _mm512_maskz_loadu_ps((__mmask16)mask, sums + c);
+        __m512 high = _mm512_maskz_loadu_ps((__mmask16)(mask >> 16), sums + c + 16);
+        _mm512_mask_storeu_epi16(to + c, mask, narrow(low, high));
     }
 }

@@ -84,8 +84,9 @@ def column_sums(x: Tensor) -> Tensor:
     sums = x.new_empty(x.shape[1], dtype=torch.float32)
     if x.stride(1) != 1:
         x = x.contiguous()
-    _functions()["moe_column_sums"](sums.data_ptr(), x.data_ptr(), *x.shape, x.stride(0))
-    return sums.to(x.dtype)
+    rounded = torch.empty_like(sums, dtype=x.dtype)
+    _functions()["moe_column_sums"](rounded.data_ptr(), sums.data_ptr(), x.data_ptr(), *x.shape, x.stride(0))
+    return rounded
 
 
 def _stored(x: Tensor) -> tuple[Tensor, bool, int]:
@@ -118,5 +119,5 @@ def _functions() -> Mapping[str, Callable[..., int]]:
     pointer, size = ctypes.c_void_p, ctypes.c_long
     linear, sums = kernels.moe_linear, kernels.moe_column_sums
     linear.argtypes = [pointer] * 6 + [size] * 8
-    sums.argtypes, sums.restype = [pointer] * 2 + [size] * 3, None
+    sums.argtypes, sums.restype = [pointer] * 3 + [size] * 3, None
     return {"moe_linear": linear, "moe_column_sums": sums}

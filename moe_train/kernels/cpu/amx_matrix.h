@@ -143,7 +143,7 @@ INLINE long extent(const Operand *o) { return blocks(runs_down(o) ? o->rows : o-
 INLINE long depth(const Operand *o) { return blocks(runs_down(o) ? o->columns : o->rows); }  /* pairs of tiles in one */
 
 /* Packs panels from .. upto - 1, in memory order. */
-static void pack(char *to, const Operand *o, long from, long upto) {
+static inline void pack(char *to, const Operand *o, long from, long upto) {
     long deep = depth(o);
     if (runs_down(o)) {
         for (long x = from; x < upto; x++)
@@ -285,7 +285,7 @@ INLINE long workspace_of_product(const Operand *held, const Operand *passing) {
 }
 
 /* A B, with A held and B passing, or the other way round. `workspace` is aligned to 64 bytes. */
-static void product(const Operand *held, const Operand *passing, const Result *c, char *workspace) {
+static inline void product(const Operand *held, const Operand *passing, const Result *c, char *workspace) {
     long deep = depth(held), panel = deep * PAIR, step = held_panels(held), group = passing_panels(passing);
     float *sums = (float *)workspace;
     char *of_held = workspace + SUMS, *of_passing = of_held + (held->packed ? 0 : step * panel);
@@ -318,7 +318,7 @@ static void product(const Operand *held, const Operand *passing, const Result *c
 }
 
 /* Configures eight tiles of 16 rows of 64 bytes; undone by _tile_release. */
-static void configure(void) {
+static inline void configure(void) {
     struct {
         uint8_t palette, start, reserved[14];
         uint16_t width[16];

@@ -34,7 +34,7 @@ static char *workspace_of(long size) {
     return own_workspace;
 }
 
-static void release(void) {
+static inline void release(void) {
     _tile_release();
     if (own_size > KEPT) keep(0, 0);
 }

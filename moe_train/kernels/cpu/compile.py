@@ -37,12 +37,13 @@ _TIMEOUT = 120
 _log = logging.getLogger(__name__)
 
 
-def library_for(like: Tensor, source: Path) -> ctypes.CDLL | None:
+def library_for(like: Tensor, source: Path, *further_types: torch.dtype) -> ctypes.CDLL | None:
     """The library of a C file if it can be used for ``like``: bf16, on the CPU, and torch's operators are not traced.
 
-    FLOP counters and compilers that trace torch's operators must see them.
+    ``further_types``: types that it takes besides bf16. FLOP counters and compilers that trace torch's operators must
+    see them.
     """
-    if like.dtype != torch.bfloat16 or like.device.type != "cpu":
+    if like.dtype not in (torch.bfloat16, *further_types) or like.device.type != "cpu":
         return None
     if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
         return None

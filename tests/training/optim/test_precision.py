@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_train.config import EngineConfig, OptimizerConfig, TrainingConfig, build
+from moe_train.kernels.cpu import amx_linear
 from moe_train.kernels.cross_entropy import fused_label_smoothed_nll
 from moe_train.layers.feed_forward import FeedForward
 from moe_train.layers.transformer import Norm
@@ -61,12 +62,20 @@ class Casts(TorchDispatchMode):
         return result
 
 
-def test_one_cast_of_all_weights_an_update_and_few_of_activations_a_micro_batch() -> None:
-    """Both embeddings and their gradients; the output matrix, the probabilities and their gradient in the loss.
+@pytest.mark.parametrize("kernels", [False, True])
+def test_one_cast_of_all_weights_an_update_and_few_of_activations_a_micro_batch(
+    kernels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both embeddings and their gradients, and the output matrix.
 
-    On a CPU also eight in the backward pass of each of the six attentions, which is fp32 there.
+    On a CPU without the C kernels also the probabilities and their gradient in the loss, and eight in the backward pass
+    of each of the six attentions, which is fp32 there.
     """
-    engine, few = engine_of(small_model("dense")), 7 + 6 * 8
+    if kernels and not amx_linear.is_supported(torch.zeros(1, dtype=torch.bfloat16)):
+        pytest.skip("no matrix units (AMX) here, or no C compiler")
+    if kernels:  # though operators are traced
+        monkeypatch.setattr("moe_train.kernels.cpu.compile._get_current_dispatch_mode", lambda: None)
+    engine, few = engine_of(small_model("dense")), 5 if kernels else 7 + 6 * 8
     for casts_of_weights in (1, 0):
         with Casts() as casts:
             micro_batch(engine)
