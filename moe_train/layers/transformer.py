@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_train.kernels.cpu.dropout import dropout
+from moe_train.kernels.cpu.dropout import add_dropout
 from moe_train.layers.attention import CrossAttention, SelfAttention
 from moe_train.layers.batch_context import BatchContext
 from moe_train.layers.block import Block, Records
@@ -57,9 +57,8 @@ class Residual(nn.Module):
 
     def leave(self, x: Tensor, y: Tensor) -> Tensor:
         """Adds f's output y to x, both [..., d]."""
-        if self.dropout and self.training:
-            y = dropout(y, self.dropout)
-        return x + y if self.pre else self.norm(x + y)
+        total = add_dropout(x, y, self.dropout, self.training)
+        return total if self.pre else self.norm(total)
 
 
 class BlockResidual(nn.Module):
@@ -79,7 +78,7 @@ class BlockResidual(nn.Module):
             return y, records
         if self.residual:
             return self.residual.leave(x, y), records
-        return x + dropout(y, self.dropout, self.training), records
+        return add_dropout(x, y, self.dropout, self.training), records
 
 
 class EncoderLayer(nn.Module):

@@ -1,4 +1,4 @@
-/* Conversion of 32 bfloat16 numbers to fp32 and back, and e^x. */
+/* 32 bfloat16 numbers as fp32 ones and back, rows of either type, and e^x. */
 #ifndef MOE_TRAIN_BF16_H
 #define MOE_TRAIN_BF16_H
 
@@ -37,6 +37,31 @@ INLINE __m512 exponential(__m512 x) {
     p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
     p = _mm512_fmadd_ps(p, _mm512_mul_ps(r, r), _mm512_add_ps(r, _mm512_set1_ps(1)));
     return _mm512_scalef_ps(p, n);
+}
+
+typedef struct {
+    __m512 low, high;
+} Pair;
+
+/* 32 numbers of a row, bfloat16 if `half`, else fp32; `end` where the mask is 0. */
+INLINE Pair load_pair(const char *row, long v, __mmask32 mask, int half, float end) {
+    __mmask16 low = (__mmask16)mask, high = (__mmask16)(mask >> 16);
+    __m512 other = _mm512_set1_ps(end);
+    if (half) {
+        __m512i x = load(mask, (const bf16 *)row + v);
+        return (Pair){_mm512_mask_mov_ps(other, low, low_half(x)), _mm512_mask_mov_ps(other, high, high_half(x))};
+    }
+    const float *at = (const float *)row + v;
+    return (Pair){_mm512_mask_loadu_ps(other, low, at), _mm512_mask_loadu_ps(other, high, at + 16)};
+}
+
+INLINE void store_pair(char *row, long v, __mmask32 mask, int half, Pair x) {
+    if (half) {
+        _mm512_mask_storeu_epi16((bf16 *)row + v, mask, narrow(x.low, x.high));
+    } else {
+        _mm512_mask_storeu_ps((float *)row + v, (__mmask16)mask, x.low);
+        _mm512_mask_storeu_ps((float *)row + v + 16, (__mmask16)(mask >> 16), x.high);
+    }
 }
 
 #endif

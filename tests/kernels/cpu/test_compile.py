@@ -109,7 +109,7 @@ def test_switched_off_and_on_other_processors_nothing_is_said(
 
 
 @needs_compiler
-@pytest.mark.parametrize("name", ["amx_linear", "amx_mlp", "attention", "segment_sum", "smoothed_loss"])
+@pytest.mark.parametrize("name", ["amx_linear", "amx_mlp", "attention", "dropout", "segment_sum", "smoothed_loss"])
 def test_the_kernels_compile_without_a_warning(name: str, tmp_path: Path) -> None:
     """On any x86-64 machine with a compiler that knows the unit, whether the processor has it or not."""
     if platform.machine() != "x86_64":

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from moe_train.kernels.cpu.dropout import dropout
+from moe_train.kernels.cpu import dropout as module
+from moe_train.kernels.cpu.dropout import add_dropout, dropout
 
 
 @pytest.mark.parametrize("p", [0.05, 0.1, 0.3, 0.5, 0.9])
@@ -57,3 +58,26 @@ def test_all_may_go_and_types_stay() -> None:
     assert dropout(torch.ones(6), 1.0).eq(0).all()
     assert dropout(torch.ones(0, 8), 0.5).shape == (0, 8)
     assert dropout(torch.ones(64, dtype=torch.bfloat16), 0.5).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(0, 5), (1, 1), (3, 31), (2, 7, 33), (300, 1000)])
+def test_the_c_kernel_drops_what_torch_drops(
+    shape: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In fp32 bit for bit, sum of the residual connection and gradients included; bf16 is rounded once."""
+    x, y, along = (torch.randn(shape, generator=torch.Generator().manual_seed(i)).to(dtype) for i in range(3))
+    x.requires_grad_(), y.requires_grad_()
+    found = []
+    for kernel in (True, False):
+        with monkeypatch.context() as patch:
+            if not kernel:
+                patch.setattr(module, "library_for", lambda *_: None)
+            torch.manual_seed(5)
+            total, alone = add_dropout(x, y, 0.3), dropout(y, 0.2)
+            gradients = torch.autograd.grad(total, (x, y), along, retain_graph=True)
+            found.append((total, alone, *gradients, *torch.autograd.grad(alone, y, along)))
+    error = 0.0 if dtype == torch.float32 else 2**-6
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=error, atol=error)
+    assert torch.equal(add_dropout(x, y, 0.3, training=False), x + y)
