@@ -185,7 +185,8 @@ def measure(trainer: Any, setting: Setting) -> Results:
     for _ in range(rounds):
         words, start = 0.0, time.perf_counter()
         for _ in range(each):
-            sums = trainer.update().sums.scalars()  # has waited for the device
+            report = trainer.update()  # waits for the update before; on a CPU for this one
+            sums = report.sums.scalars()
             words += sums["ntokens"]
             losses.append(sums["loss"] / sums["ntokens"])
         speeds.append(words / (time.perf_counter() - start))
