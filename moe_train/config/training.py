@@ -122,6 +122,7 @@ class TrainingConfig:
         precision: ``fp32``, ``bf16`` or ``fp16`` (with loss scaling); routers stay in fp32.
         recompute: recompute each layer's activations in the backward pass to save memory.
         temperature: directions are sampled in proportion to size^(1/temperature).
+        compile: ``router``: ``torch.compile`` of routers and row plans.
         nonfinite_limit: this many consecutive updates with a non-finite gradient end the run (0 and 1: the first one).
         threads: CPU threads per process (0: OMP_NUM_THREADS, else cores divided by the processes on this host).
         loggers: further loggers in addition to JSON lines and TensorBoard, by the names that plug-ins have registered.
@@ -136,6 +137,7 @@ class TrainingConfig:
     clip_norm: NonNegativeFloat = 1.0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     recompute: bool = False
+    compile: Literal["none", "router"] = "none"
     nonfinite_limit: NonNegativeInt = 20
     log_every: PositiveInt = 50
     threads: Threads = 0

@@ -75,7 +75,12 @@ class ExpertPool(nn.Module):
         self.sublayers = nn.ModuleList(StackedFeedForward(spec, len(self.expert_ids)) for _ in range(spec.sublayers))
         for parameter in self.parameters():
             parameter.expert_ids = self.expert_ids  # type: ignore[attr-defined]
+        self._plan_rows = plan_rows
         self.reset_parameters()
+
+    def compile_plan(self, backend: str) -> None:
+        """Compiles the row plan of grouped products with ``torch.compile``."""
+        self._plan_rows = torch.compile(plan_rows, dynamic=True, backend=backend)
 
     def reset_parameters(self) -> None:
         """Initialises all local experts; expert e gets the same weights under any layout."""
@@ -149,7 +154,8 @@ class ExpertPool(nn.Module):
             if counts is None:
                 load = count_ids(expert, num_local) if load is None else load
                 counts = self.layout.counters.read(load)
-        plan = plan_rows(
+        # Counts on the host are other constants in every batch: no plan of them is compiled.
+        plan = (self._plan_rows if counts is None else plan_rows)(
             row_of_pair,
             expert,
             rows.shape[0],

@@ -107,6 +107,14 @@ class Block(nn.Module):
             if isinstance(part, (Router, ExpertPool)):
                 part.kernels = kernels
 
+    def compile_routing(self, backend: str) -> None:
+        """Compiles router and row plan, once for all shapes and updates."""
+        for part in self.modules():
+            if isinstance(part, Router):
+                part.compile(dynamic=True, backend=backend)
+            elif isinstance(part, ExpertPool):
+                part.compile_plan(backend)
+
     def observe(self, x: Tensor, context: BatchContext, record: RoutingRecord) -> Observation:
         """The router's inputs in a forward on x [B, S, d] that returned ``record``."""
         return Observation(context.pack(x))

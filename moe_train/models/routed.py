@@ -75,6 +75,20 @@ class RoutedModel(TrainableModel):
             if isinstance(block, Block):
                 block.set_kernels(kernels)
 
+    def compile_routing(self, backend: str = "inductor") -> None:
+        """Compiles routers and row plans with ``torch.compile``; the exchange and the experts stay as they are.
+
+        torch's settings for shapes that depend on data are switched on for the process: with drops the number of pairs
+        is one.
+        """
+        from torch._dynamo import config  # takes seconds
+
+        config.capture_dynamic_output_shape_ops = True
+        config.capture_scalar_outputs = True
+        for block in self.modules():
+            if isinstance(block, Block):
+                block.compile_routing(backend)
+
 
 def block_names(model: nn.Module) -> dict[int, str]:
     """Position of each sparse block by its number: ``encoder layer 1``; layers are numbered from 0, as in the config.

@@ -36,6 +36,9 @@ class TrainableModel(nn.Module):
     def set_kernels(self, kernels: DeviceKernels) -> None:
         """Sets the Triton kernels that sparse layers use."""
 
+    def compile_routing(self, backend: str = "inductor") -> None:
+        """Compiles routers and row plans with ``torch.compile``."""
+
     def set_seed(self, seed: int) -> None:
         """Sets the seed of random routing."""
 

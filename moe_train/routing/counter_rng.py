@@ -72,17 +72,23 @@ def counter_hash(context: RoutingContext, stream: int, *, per: str = "token") ->
     """
     if per not in ("token", "sentence", "position", "batch"):
         raise ValueError(f"draws are per token, sentence, position or batch, not per {per!r}")
-    coordinates = (context.seed, context.update, context.layer, stream)
+    coordinates = (context.seed, context.update, context.layer, stream, *((0,) if context.first_pass else ()))
     state: Tensor | int
-    if context.first_pass:
-        state = hash_numbers(*coordinates, 0)
+    if torch.compiler.is_compiling():  # as tensors: the hash of a number that changes would be traced bit by bit
+        state = torch.zeros((), dtype=torch.int64, device=context.pass_index.device)
+        for coordinate in coordinates:
+            state = combine(state, coordinate)
     else:
-        state = combine(hash_numbers(*coordinates), context.pass_index)
+        state = hash_numbers(*coordinates)
+    if not context.first_pass:
+        state = combine(state, context.pass_index)
     if per in ("token", "sentence"):
         state = combine(state, context.sentence_uid)
     if per in ("token", "position"):
         state = combine(state, context.position)
-    return state if isinstance(state, Tensor) else torch.full_like(context.pass_index, state)
+    if not isinstance(state, Tensor):
+        return torch.full_like(context.pass_index, state)
+    return state.expand_as(context.pass_index)
 
 
 def counter_uniform(context: RoutingContext, stream: int, width: int = 1, *, per: str = "token") -> Tensor:

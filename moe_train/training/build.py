@@ -30,7 +30,7 @@ from moe_train.training.metrics.console_logger import ConsoleLogger
 from moe_train.training.metrics.log_lines import MetricInterval
 from moe_train.training.metrics.writers import MetricWriter
 from moe_train.training.optim.schedule_extension import run_ends
-from moe_train.training.preflight import check_kernels
+from moe_train.training.preflight import check_compiler, check_kernels
 from moe_train.training.run.heartbeat import heartbeat
 from moe_train.training.run.resolve_layout import build_layout, layout_warnings, pictures
 from moe_train.training.run.run_folder import ALIVE, RunFolder, config_digest
@@ -116,6 +116,9 @@ def build_trainer(
     module.set_recompute(config.training.recompute)
     check_kernels(config.kernels, gpus=int(world.device.type == "cuda"))
     module.set_kernels(select_kernels(config.kernels, world.device))
+    if config.training.compile == "router":
+        check_compiler(gpus=int(world.device.type == "cuda"))
+        module.compile_routing()
     module.set_ranks(ranks)
     first_store = CheckpointStore(folder.checkpoints, world)
     if config.training.init_from is not None and not first_store.broadcast_from_rank0(first_store.updates):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import shutil
+
 import torch
 
 from moe_train.config import LaunchConfig, RunConfig
@@ -30,6 +34,8 @@ def check_run(config: RunConfig, data: TaskData, plan: LayoutPlan) -> None:
     check_routing(config)
     find_loggers(config.training.loggers)
     check_kernels(config.kernels, _gpus(config.launch))
+    if config.training.compile != "none":
+        check_compiler(_gpus(config.launch))
     if config.engine.name == "deepspeed":
         check_deepspeed(config)
     build_task(config, data).check_data()
@@ -51,6 +57,25 @@ def check_kernels(mode: KernelMode, gpus: int) -> None:
         raise ConfigError(
             f"kernels=triton cannot run here: {reason}",
             remedy="set kernels=auto or kernels=torch",
+        )
+
+
+def check_compiler(gpus: int) -> None:
+    """Refuses ``training.compile`` where ``torch.compile`` cannot generate code.
+
+    Args:
+        gpus: number of GPUs that the run uses.
+
+    Raises:
+        ConfigError: says what is missing.
+    """
+    names = (os.environ["CXX"],) if os.environ.get("CXX") else ("g++", "clang++")
+    missing = None if any(map(shutil.which, names)) else f"a C++ compiler ({', '.join(names)})"
+    if gpus and importlib.util.find_spec("triton") is None:
+        missing = "Triton"
+    if missing:
+        raise ConfigError(
+            f"training.compile needs {missing}, which is not here", remedy="install it, or set training.compile=none"
         )
 
 

@@ -35,7 +35,7 @@ LOG = logging.getLogger("moe_train")
 _INFO_KINDS: Mapping[str, type] = {"status": str, "update": int, "sessions": list}
 # Keys that may differ between the sessions of one run: they change where it runs, how long, and what it keeps.
 FREE = ("launch", "layout", "engine", "resume", "search", "data", "data_verify", "evaluate", "kernels")
-FREE_TRAINING = ("max_updates", "threads", "checkpoint", "schedule.extend", "loggers", "log_every")
+FREE_TRAINING = ("max_updates", "threads", "checkpoint", "schedule.extend", "loggers", "log_every", "compile")
 
 
 @dataclass(frozen=True)
