@@ -151,7 +151,7 @@ class Program:
         """Runs all stages, in torch's number of threads where that pays."""
         if not self._stages or not state.sentences:
             return
-        stages, scratch, progress = self._ready()
+        stages, scratch, progress = self._ready
         state.threads = len(scratch)
         ctypes.memset(progress, 0, ctypes.sizeof(progress))
 
@@ -164,10 +164,10 @@ class Program:
         rows = state.sentences * state.beam
         parallel_for(work, [rows] * len(scratch), self._flops / len(scratch))
 
-    @functools.lru_cache(maxsize=1)  # noqa: B019
+    @functools.cached_property
     def _ready(self) -> tuple[ctypes.Array[Stage], list[tuple[Tensor, int, int, int]], ctypes.Array[ctypes.c_long]]:
         """The stages as an array, each thread's scratch memory with its addresses, and the counters."""
-        widest = -(-max(max(stage.inputs, stage.outputs) for stage in self._stages) // 64) * 64
+        widest = -(-max(stage.inputs for stage in self._stages) // 64) * 64
         rows = -(-self._rows // _ROW_BLOCK) * _ROW_BLOCK
         scratch = []
         for _ in range(torch.get_num_threads()):
