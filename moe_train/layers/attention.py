@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from moe_train.kernels.cpu import attention_kernel
+from moe_train.kernels.varlen import Sequences
 from moe_train.layers.linear import linear
 
 # All but cuDNN's, which plans on the host for each new shape: 9 ms per call and again in backward on an H200, where the
@@ -29,7 +30,9 @@ _MAX_KEYS_FOR_FP32_BACKWARD = 128
 
 
 def _split(projected: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
-    """[B, S, parts · d] → ``parts`` views [B, H, S, d / H]."""
+    """[B, S, parts · d] → ``parts`` views [B, H, S, d / H]; packed rows [R, parts · d] → [R, H, d / H]."""
+    if projected.dim() == 2:
+        return tuple(projected.unflatten(1, (parts, heads, -1)).unbind(1))
     batch, length, width = projected.shape
     return projected.view(batch, length, parts, heads, width // (parts * heads)).permute(2, 0, 3, 1, 4).unbind(0)
 
@@ -78,6 +81,20 @@ class _Attention(nn.Module):
         q, k, v = (part for x in packed for part in _split(x, x.shape[-1] // self.dim, self.heads))
         return self.attend(q, k, v, mask, causal)
 
+    def attend_rows(
+        self, q: Tensor, k: Tensor, v: Tensor, queries: Sequences, keys: Sequences, causal: bool = False
+    ) -> Tensor:
+        """q [R, H, d/H], k and v [K, H, d/H] → [R, d]; each query sequence attends to the key sequence of its number.
+
+        Raises:
+            ValueError: there is dropout, for which there is no kernel.
+        """
+        if self.dropout and self.training:
+            raise ValueError("attention over packed rows has no dropout: set model.attention_dropout=0")
+        starts, longest = (queries.starts, keys.starts), (queries.longest, keys.longest)
+        attended = queries.attend(q, k, v, *starts, *longest, window_size=(-1, 0) if causal else (-1, -1))
+        return linear(attended.flatten(1), self.out.weight, self.out.bias)
+
 
 class SelfAttention(_Attention):
     """Self-attention; query, key and value are computed in one product."""
@@ -94,8 +111,13 @@ class SelfAttention(_Attention):
         bias = torch.cat((self.query_bias, torch.zeros_like(self.query_bias), self.value_bias))
         return linear(x, self.qkv_weight, bias)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-        """x [B, S, d] → [B, S, d]. ``causal``: position i attends to 0 .. i only (then ``mask`` must be None)."""
+    def forward(self, x: Tensor, mask: Tensor | Sequences | None = None, causal: bool = False) -> Tensor:
+        """x [B, S, d] → [B, S, d], or with sequences as ``mask`` packed rows [R, d] → [R, d].
+
+        ``causal``: position i attends to 0 .. i only (then ``mask`` must be no tensor).
+        """
+        if isinstance(mask, Sequences):
+            return self.attend_rows(*self.project(x), mask, mask, causal)
         return self.attend_packed((self._project(x),), mask, causal)
 
 
@@ -122,8 +144,16 @@ class CrossAttention(_Attention):
         bias = torch.cat((torch.zeros_like(self.value_bias), self.value_bias))
         return linear(memory, self.key_value_weight, bias)
 
-    def forward(self, x: Tensor, memory: Tensor, mask: Tensor | None = None) -> Tensor:
-        """x [B, S, d] over memory [B, K, d] → [B, S, d]; ``mask`` [B, 1, 1, K], true = visible."""
+    def forward(
+        self, x: Tensor, memory: Tensor, mask: Tensor | Sequences | None = None, queries: Sequences | None = None
+    ) -> Tensor:
+        """x [B, S, d] over memory [B, K, d] → [B, S, d]; ``mask`` [B, 1, 1, K], true = visible.
+
+        Packed rows: x [R, d] with ``queries``, memory [K, d] with its sequences as ``mask``.
+        """
+        if isinstance(mask, Sequences):
+            assert queries is not None
+            return self.attend_rows(self.project_query(x), *self.project_memory(memory), queries, mask)
         return self.attend_packed((self._project_query(x), self._project_memory(memory)), mask)
 
 

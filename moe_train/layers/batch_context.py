@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moe_train.kernels.varlen import Sequences, VarlenAttention, sequences
 from moe_train.routing.context import LocalReduction, RankReduction, RoutingContext
 
 
@@ -29,7 +32,9 @@ class RoutingSettings:
 
 @dataclass(frozen=True)
 class BatchContext:
-    """A batch of B sentences of S columns.
+    """A batch of B sentences of S columns, which layers get as x [B, S, d] or as packed rows [R, d].
+
+    Packed rows are the T real tokens in the order of ``real``, and R - T further rows, whose content has no meaning.
 
     Attributes:
         batch: B.
@@ -37,6 +42,7 @@ class BatchContext:
         real: [T] int64, flat indices (row · S + column) of the tokens that are not padding; None if all are real.
         padding: [B, S] bool, True at padding; None if there is none.
         routing: context of the T real tokens, for routers.
+        packed: the sentences of packed rows; None: x is [B, S, d].
     """
 
     batch: int
@@ -44,6 +50,7 @@ class BatchContext:
     real: Tensor | None
     padding: Tensor | None
     routing: RoutingContext
+    packed: Sequences | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -51,21 +58,58 @@ class BatchContext:
         return self.batch, self.length
 
     @property
-    def attention_mask(self) -> Tensor | None:
-        """[B, 1, 1, S] bool, True where a key is visible; None if all are."""
+    def visible(self) -> Tensor | Sequences | None:
+        """[B, 1, 1, S] bool, True where a key is visible; None if all are; of packed rows, their sequences."""
+        if self.packed is not None:
+            return self.packed
         return None if self.padding is None else ~self.padding[:, None, None, :]
 
     def pack(self, x: Tensor) -> Tensor:
-        """[B, S, d] → rows of the real tokens, [T, d]."""
+        """x [B, S, d] or [R, d] → rows of the real tokens, [T, d]."""
+        if self.packed is not None:
+            return x[: self.routing.sentence.shape[0]]
         flat = x.reshape(self.batch * self.length, x.shape[-1])
         return flat if self.real is None else _Pack.apply(flat, self.real)  # type: ignore[no-untyped-call]
 
     def unpack(self, rows: Tensor) -> Tensor:
-        """[T, d] → [B, S, d], zero at padding."""
+        """[T, d] → the form of x, [B, S, d] or [R, d], zero at padding and in further rows."""
+        if self.packed is not None:
+            return F.pad(rows, (0, 0, 0, self.packed.rows - rows.shape[0]))
         if self.real is None:
             return rows.view(self.batch, self.length, rows.shape[-1])
         flat = _spread(rows, self.real, self.batch * self.length)
         return flat.view(self.batch, self.length, rows.shape[-1])
+
+    def replace(self, x: Tensor, rows: Tensor) -> Tensor:
+        """x [B, S, d] or [R, d] with other rows [T, d] of the real tokens."""
+        if self.packed is not None:
+            return torch.cat((rows, x[rows.shape[0] :]))
+        flat = rows if self.real is None else x.reshape(-1, x.shape[-1]).index_copy(0, self.real, rows)
+        return flat.view(x.shape)
+
+    def packed_for(self, x: Tensor, attention: VarlenAttention | None) -> BatchContext:
+        """The context of packed rows if ``attention`` takes rows like x [B, S, d], else this one."""
+        if attention is None or x.dtype not in attention.types:
+            return self
+        if self.padding is None:
+            lengths = torch.full((self.batch,), self.length, device=x.device)
+        else:
+            lengths = (~self.padding).sum(1)
+        packed = sequences(lengths, self.length, self.routing.sentence.shape[0], attention.attend)
+        return dataclasses.replace(self, packed=packed)
+
+    @property
+    def padded(self) -> BatchContext:
+        """The context of x [B, S, d]."""
+        return dataclasses.replace(self, packed=None)
+
+    def enter(self, x: Tensor) -> Tensor:
+        """x [B, S, d] → the form that the layers get."""
+        return x if self.packed is None else self.unpack(self.padded.pack(x))
+
+    def leave(self, x: Tensor) -> Tensor:
+        """The form that the layers get → x [B, S, d]."""
+        return x if self.packed is None else self.padded.unpack(self.pack(x))
 
 
 class _Pack(torch.autograd.Function):

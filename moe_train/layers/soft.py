@@ -33,7 +33,8 @@ class SoftLayer(Block):
         self.owns_norm = pool.spec.norm
 
     def forward(self, x: Tensor, context: BatchContext) -> tuple[Tensor, RoutingRecord | None]:
-        """x [B, S, d] → (y [B, S, d], its record); padding gets 0."""
+        """x [B, S, d] → (y [B, S, d], its record); padding gets 0. Packed rows are unpacked to mix per sentence."""
+        x = context.leave(x)
         mixes = self.router.mixes(x, context.padding)
         with full_precision(x):
             slots = mixes.dispatch.transpose(1, 2) @ zero_padding(x, context.padding).to(mixes.dispatch.dtype)
@@ -43,11 +44,11 @@ class SoftLayer(Block):
         with full_precision(x):
             y = mixes.combine @ outputs.to(mixes.combine.dtype)
         statistics = mix_statistics(mixes, routing.statistics.load, context)
-        return y.to(x.dtype), RoutingRecord(self.layer, {}, statistics)
+        return context.enter(y.to(x.dtype)), RoutingRecord(self.layer, {}, statistics)
 
     def observe(self, x: Tensor, context: BatchContext, record: RoutingRecord) -> Observation:
         """Router inputs, with both mixes."""
-        mixes = self.router.mixes(x, context.padding)
+        mixes = self.router.mixes(context.leave(x), context.padding)
         return Observation(context.pack(x), mixes=(mixes.dispatch, mixes.combine))
 
 

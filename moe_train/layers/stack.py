@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from moe_train.kernels.varlen import Sequences, VarlenAttention
 from moe_train.layers.batch_context import BatchContext
 from moe_train.layers.block import Records
 from moe_train.layers.decoder_cache import DecoderCache
@@ -16,13 +17,19 @@ from moe_train.layers.transformer import DecoderLayer, EncoderLayer, LayerShape,
 
 
 class _Stack(nn.Module):
-    """Layers in order, with a final norm if the layers are pre-norm."""
+    """Layers in order, with a final norm if the layers are pre-norm.
+
+    Attributes:
+        recompute: whether each layer's activations are recomputed in backward instead of kept.
+        varlen: attention over packed rows, with which the model packs batches that it takes; None: it packs none.
+    """
 
     def __init__(self, shape: LayerShape, layers: Sequence[nn.Module]) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.norm = Norm(shape.dim) if shape.norm_order == "pre" else nn.Identity()
         self.recompute = False
+        self.varlen: VarlenAttention | None = None
 
     def _call(self, function: Callable[..., tuple[Tensor, Records]], *arguments: Any) -> tuple[Tensor, Records]:
         if self.recompute and torch.is_grad_enabled():
@@ -37,7 +44,7 @@ class EncoderStack(_Stack):
         super().__init__(shape, layers)
 
     def forward(self, x: Tensor, context: BatchContext) -> tuple[Tensor, Records]:
-        """x [B, S, d] → (x [B, S, d], records of all sparse blocks in order)."""
+        """x [B, S, d], or packed rows → (x in the same form, records of all sparse blocks in order)."""
         records: Records = ()
         for layer in self.layers:
             x, more = self._call(layer, x, context)
@@ -52,9 +59,12 @@ class DecoderStack(_Stack):
         super().__init__(shape, layers)
 
     def forward(
-        self, x: Tensor, memory: Tensor, memory_mask: Tensor | None, context: BatchContext
+        self, x: Tensor, memory: Tensor, memory_mask: Tensor | Sequences | None, context: BatchContext
     ) -> tuple[Tensor, Records]:
-        """x [B, T, d], memory [B, S, d], memory_mask [B, 1, 1, S] (true = visible) → (x [B, T, d], records)."""
+        """x [B, T, d], memory [B, S, d], memory_mask [B, 1, 1, S] (true = visible) → (x [B, T, d], records).
+
+        Or packed rows of both, with the memory's sequences as ``memory_mask``.
+        """
         records: Records = ()
         for layer in self.layers:
             x, more = self._call(layer, x, memory, memory_mask, context)

@@ -55,9 +55,8 @@ class StratifiedLayer(Block):
         """x [B, S, d] → (x after all passes [B, S, d], the record); padding is not changed."""
         routing = context.routing.at_layer(self.layer)
         rows, passes = self.passes(context.pack(x), routing)
-        flat = rows if context.real is None else x.reshape(-1, x.shape[-1]).index_copy(0, context.real, rows)
         losses = self.router.block_losses(passes)
-        return flat.view(x.shape), RoutingRecord(self.layer, losses, sum_passes(passes), tuple(passes))
+        return context.replace(x, rows), RoutingRecord(self.layer, losses, sum_passes(passes), tuple(passes))
 
     def observe(self, x: Tensor, context: BatchContext, record: RoutingRecord) -> Observation:
         """Inputs of the first gate (after its norm), and the passes of each token."""

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_train.kernels.cpu.dropout import add_dropout
+from moe_train.kernels.varlen import Sequences
 from moe_train.layers.attention import CrossAttention, SelfAttention
 from moe_train.layers.batch_context import BatchContext
 from moe_train.layers.block import Block, Records
@@ -92,8 +93,8 @@ class EncoderLayer(nn.Module):
         self.inserted = None if inserted is None else BlockResidual(shape, inserted)
 
     def forward(self, x: Tensor, context: BatchContext) -> tuple[Tensor, Records]:
-        """x [B, S, d] → (x [B, S, d], records)."""
-        h = self.self_attention(self.attention_residual.enter(x), mask=context.attention_mask)
+        """x [B, S, d] → (x [B, S, d], records), or packed rows [R, d] if the context has their sequences."""
+        h = self.self_attention(self.attention_residual.enter(x), context.visible)
         return self.after_attention(self.attention_residual.leave(x, h), context)
 
     def after_attention(self, x: Tensor, context: BatchContext) -> tuple[Tensor, Records]:
@@ -114,12 +115,15 @@ class DecoderLayer(EncoderLayer):
         self.cross_residual = Residual(shape)
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, memory: Tensor, memory_mask: Tensor | None, context: BatchContext
+        self, x: Tensor, memory: Tensor, memory_mask: Tensor | Sequences | None, context: BatchContext
     ) -> tuple[Tensor, Records]:
-        """x [B, S, d] over memory [B, K, d] → (x, records). The target must be padded on the right only."""
-        h = self.self_attention(self.attention_residual.enter(x), causal=True)
+        """x [B, S, d] over memory [B, K, d] → (x, records). The target must be padded on the right only.
+
+        Packed rows: both [R, d] and [K, d], with the memory's sequences as ``memory_mask``.
+        """
+        h = self.self_attention(self.attention_residual.enter(x), context.packed, causal=True)
         x = self.attention_residual.leave(x, h)
-        h = self.cross_attention(self.cross_residual.enter(x), memory, memory_mask)
+        h = self.cross_attention(self.cross_residual.enter(x), memory, memory_mask, context.packed)
         return self.after_attention(self.cross_residual.leave(x, h), context)
 
     def step(self, x: Tensor, cache: DecoderCache, layer: int, context: BatchContext) -> tuple[Tensor, Records]:

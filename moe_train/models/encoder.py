@@ -49,9 +49,12 @@ class _Encodes(RoutedModel):
         tgt_lang: Tensor | None,
         pass_index: Tensor | None,
         real_tokens: Sequence[int],
+        keep_packed: bool = False,
     ) -> EncoderOut:
         """src_tokens [B, S] → output of :class:`TransformerEncoder`."""
-        encoded: EncoderOut = self.encoder(src_tokens, None, sentence_uid, src_lang, tgt_lang, pass_index, real_tokens)
+        encoded: EncoderOut = self.encoder(
+            src_tokens, None, sentence_uid, src_lang, tgt_lang, pass_index, real_tokens, keep_packed=keep_packed
+        )
         return {**encoded, "routing": start_losses(encoded["routing"], self.settings.ranks)}
 
 
@@ -85,12 +88,15 @@ class MaskedLanguageModel(_Encodes):
             real_tokens: number of tokens that are not padding, where it is known: the host then does not wait for it.
 
         Returns:
-            logits [B, S, V] or features [B, S, d], and ``{"routing": records}``.
+            logits [B, S, V] or features [B, S, d], and ``{"routing": records}``. With packed rows ``features_only``
+            gives features [N, d] of the N real tokens, and ``rows`` their places among the B · S (None: N = B · S).
         """
-        encoded = self.encode(src_tokens, sentence_uid, src_lang, tgt_lang, pass_index, real_tokens)
+        encoded = self.encode(src_tokens, sentence_uid, src_lang, tgt_lang, pass_index, real_tokens, features_only)
         x = encoded["encoder_out"][0]
         features = self.norm(F.gelu(linear(x, self.dense.weight, self.dense.bias)))
         extra = {"routing": encoded["routing"]}
+        if (context := encoded["packed"]) is not None:
+            return context.pack(features), {**extra, "rows": context.real}
         return (features if features_only else self.output_layer(features)), extra
 
     @property

@@ -53,21 +53,29 @@ class TransformerEncoder(FairseqEncoder):  # type: ignore[misc]
         tgt_lang: Tensor | None = None,
         pass_index: Tensor | None = None,
         real_tokens: Sequence[int] = (),
+        keep_packed: bool = False,
     ) -> EncoderOut:
         """Encodes src_tokens [B, S], padded on either side.
+
+        Args:
+            keep_packed: return packed rows if the layers had them.
 
         Returns:
             fairseq's dictionary of lists of tensors, batch first: ``encoder_out`` [B, S, d], ``encoder_padding_mask``
             [B, S] (True at padding; the list is empty if there is none); also the sentences' metadata ``info``,
-            ``routing``, the records of the encoder's sparse blocks, and ``real_tokens`` for the decoder.
+            ``routing``, the records of the encoder's sparse blocks, ``real_tokens`` for the decoder, and ``packed``:
+            where ``encoder_out`` is packed rows [R, d] the context, else None.
         """
         info = BatchInfo(sentence_uid, tgt_lang, pass_index)
         context = self.context(src_tokens, info, real_tokens[0] if real_tokens else None)
         x = self.embed(src_tokens, padding=context.padding)
-        x, records = self.stack(x, context)
+        context = context.packed_for(x, self.stack.varlen)
+        x, records = self.stack(context.enter(x), context)
+        if not keep_packed:
+            x, context = context.leave(x), context.padded
         mask = [] if context.padding is None else [context.padding]
         found = {"encoder_out": [x], "encoder_padding_mask": mask, "info": info, "routing": records}
-        return {**found, "real_tokens": real_tokens}
+        return {**found, "real_tokens": real_tokens, "packed": None if context.packed is None else context}
 
     def context(self, src_tokens: Tensor, info: BatchInfo, real_tokens: int | None = None) -> BatchContext:
         """Context of the batch for the layers."""
@@ -135,6 +143,13 @@ class TransformerDecoder(FairseqIncrementalDecoder):  # type: ignore[misc]
         self, prev_output_tokens: Tensor, encoder_out: EncoderOut, incremental_state: None = None
     ) -> tuple[Tensor, dict[str, Any]]:
         """prev_output_tokens [B, T], padded on the right → ([B, T, d], {"routing": records of encoder and decoder})."""
+        x, extra, context = self.extract_in_context(prev_output_tokens, encoder_out)
+        return context.leave(x), extra
+
+    def extract_in_context(
+        self, prev_output_tokens: Tensor, encoder_out: EncoderOut
+    ) -> tuple[Tensor, dict[str, Any], BatchContext]:
+        """As :meth:`extract_features`, with the context of the target; packed rows where the memory is packed."""
         real_tokens = encoder_out.get("real_tokens")
         context = batch_context(
             self.embed.padding(prev_output_tokens),
@@ -147,9 +162,13 @@ class TransformerDecoder(FairseqIncrementalDecoder):  # type: ignore[misc]
             device=prev_output_tokens.device,
         )
         memory, mask = _memory(encoder_out)
-        x, records = self.stack(self.embed(prev_output_tokens), memory, mask, context)
+        x = self.embed(prev_output_tokens)
+        if (source := encoder_out.get("packed")) is not None:
+            memory, mask = encoder_out["encoder_out"][0], source.packed
+            context = context.packed_for(x, self.stack.varlen)
+        x, records = self.stack(context.enter(x), memory, mask, context)
         records = start_losses(encoder_out["routing"] + records, self.settings.ranks)
-        return x, {"routing": records, "attn": [None]}
+        return x, {"routing": records, "attn": [None]}, context
 
     def output_layer(self, features: Tensor) -> Tensor:
         """features [..., d] → logits [..., V]."""
@@ -232,29 +251,19 @@ class TransformerModel(RoutedModel, FairseqEncoderDecoderModel):  # type: ignore
 
         Returns:
             logits [B, T, V], or [P, V], or features of as many rows; and ``{"routing": records, encoder first,
-            "attn": [None]}``.
+            "attn": [None]}``. With packed rows ``features_only`` gives features [N, d] of the N real tokens, and
+            ``rows`` says where they stand among the B · T positions (None: N = B · T).
         """
-        features, extra = self.forward_features(
-            src_tokens, src_lengths, prev_output_tokens, sentence_uid, src_lang, tgt_lang, pass_index, real_tokens
+        encoder_out = self.encoder(
+            src_tokens, src_lengths, sentence_uid, src_lang, tgt_lang, pass_index, real_tokens, keep_packed=True
         )
+        features, extra, context = self.decoder.extract_in_context(prev_output_tokens, encoder_out)
+        if features_only and logits_at is None and context.packed is not None:
+            return context.pack(features), {**extra, "rows": context.real}
+        features = context.leave(features)
         if logits_at is not None:
             features = features.view(-1, features.shape[-1]).index_select(0, logits_at)
         return features if features_only else self.output_layer(features), extra
-
-    def forward_features(
-        self,
-        src_tokens: Tensor,
-        src_lengths: Tensor | None,
-        prev_output_tokens: Tensor,
-        sentence_uid: Tensor | None = None,
-        src_lang: Tensor | None = None,
-        tgt_lang: Tensor | None = None,
-        pass_index: Tensor | None = None,
-        real_tokens: Sequence[int] = (),
-    ) -> tuple[Tensor, dict[str, Any]]:
-        """As :meth:`forward`, but returns the features [B, T, d], the input of :meth:`output_layer`."""
-        encoder_out = self.encoder(src_tokens, src_lengths, sentence_uid, src_lang, tgt_lang, pass_index, real_tokens)
-        return self.decoder.extract_features(prev_output_tokens, encoder_out)  # type: ignore[no-any-return]
 
     def output_layer(self, features: Tensor) -> Tensor:
         """features [..., d] → logits [..., V]."""

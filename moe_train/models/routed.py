@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from moe_train.kernels.device_kernels import DeviceKernels
+from moe_train.kernels.varlen import VarlenAttention
 from moe_train.layers.batch_context import RoutingSettings
 from moe_train.layers.block import Block
 from moe_train.layers.stack import DecoderStack, EncoderStack
@@ -88,6 +89,11 @@ class RoutedModel(TrainableModel):
         for block in self.modules():
             if isinstance(block, Block):
                 block.compile_routing(backend)
+
+    def set_packed(self, attention: VarlenAttention | None) -> None:
+        """Sets the attention over packed rows, with which text batches that it takes are packed."""
+        for stack in stacks(self):
+            stack.varlen = attention
 
 
 def block_names(model: nn.Module) -> dict[int, str]:

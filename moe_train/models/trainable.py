@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch import nn
 
 from moe_train.kernels.device_kernels import DeviceKernels
+from moe_train.kernels.varlen import VarlenAttention
 from moe_train.routing.context import RankReduction
 from moe_train.routing.types import RoutingStatistics
 
@@ -38,6 +39,9 @@ class TrainableModel(nn.Module):
 
     def compile_routing(self, backend: str = "inductor") -> None:
         """Compiles routers and row plans with ``torch.compile``."""
+
+    def set_packed(self, attention: VarlenAttention | None) -> None:
+        """Sets the attention over packed rows, the tokens of a batch without padding; None: batches are padded."""
 
     def set_seed(self, seed: int) -> None:
         """Sets the seed of random routing."""

@@ -88,7 +88,10 @@ class MoELabelSmoothedCrossEntropy(FairseqCriterion):  # type: ignore[misc]
         known = known_counts(inner, sample, passes)
         features, extra = model(**repeat_batch(sample["net_input"], passes), **known, features_only=True)
         count = passes * sample["real_targets"] if "real_targets" in sample else None
-        features, target = non_padding_rows(features, sample["target"].repeat(passes, 1), self.padding_idx, count)
+        target = sample["target"].repeat(passes, 1)
+        if (rows := extra.get("rows")) is not None:  # features of real tokens only
+            target = target.view(-1).index_select(0, rows)
+        features, target = non_padding_rows(features, target, self.padding_idx, count)
         parts = self._cross_entropy(inner, features, target, passes)
         return with_routing_losses(parts.pop("loss"), parts, extra["routing"], sample, model.training)
 
@@ -202,7 +205,7 @@ def known_counts(model: nn.Module, sample: Sample, passes: int) -> dict[str, lis
 
 
 def non_padding_rows(features: Tensor, target: Tensor, pad: int, count: int | None = None) -> tuple[Tensor, Tensor]:
-    """features [B, T, d] and target [B, T] → the rows of real tokens, [N, d] and [N]; ``count`` is N, if known."""
+    """features [.., d] and target [..] → the rows of real tokens, [N, d] and [N]; ``count`` is N, if known."""
     flat, target = features.reshape(-1, features.shape[-1]), target.reshape(-1)
     rows = indices_of(target.ne(pad), count)
     if rows.numel() == target.numel():

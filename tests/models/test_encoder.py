@@ -14,6 +14,7 @@ from moe_train.errors import ConfigError
 from moe_train.models.accounting import account
 from moe_train.models.encoder import build_masked_language_model, build_text_classifier
 from moe_train.routing import registered_strategies, routing_config
+from tests.kernels.by_sentence import BY_SENTENCE
 from tests.models.helpers import PAD, Words, routing_keys
 
 SMALL: dict[str, Any] = {
@@ -48,6 +49,18 @@ def test_the_output_is_the_embedding() -> None:
     features, _ = model(TOKENS, features_only=True)
     torch.testing.assert_close(model(TOKENS)[0], features @ model.encoder.embed.tokens.weight.t())
     assert model.output_weight is model.encoder.embed.tokens.weight
+
+
+@pytest.mark.parametrize("name", ["switch", "soft_moe"])
+def test_packed_rows_give_the_features_of_real_tokens(name: str) -> None:
+    model = language_model(keys(name)).double().eval()
+    padded, _ = model(TOKENS, features_only=True)
+    model.set_packed(BY_SENTENCE)
+    features, extra = model(TOKENS, features_only=True)
+    real = TOKENS.ne(PAD)
+    assert extra["rows"].tolist() == real.view(-1).nonzero().squeeze(1).tolist()
+    torch.testing.assert_close(features, padded[real], rtol=0, atol=1e-12)
+    torch.testing.assert_close(model(TOKENS)[0][real], model.output_layer(features), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("pooling", ["mean", "first"])
