@@ -121,6 +121,8 @@ class TrainingConfig:
         clip_norm: gradients are clipped to this norm (0: no clipping).
         precision: ``fp32``, ``bf16`` or ``fp16`` (with loss scaling); routers stay in fp32.
         recompute: recompute each layer's activations in the backward pass to save memory.
+        packed: compute text models on the tokens of a batch without padding. ``auto``: where it can be done, on GPUs
+            in bf16 or fp16 without ``model.attention_dropout``; true: refuse to train where it cannot.
         temperature: directions are sampled in proportion to size^(1/temperature).
         compile: ``router``: ``torch.compile`` of routers and row plans.
         nonfinite_limit: this many consecutive updates with a non-finite gradient end the run (0 and 1: the first one).
@@ -138,6 +140,7 @@ class TrainingConfig:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     recompute: bool = False
     compile: Literal["none", "router"] = "none"
+    packed: Literal["auto", True, False] = False
     nonfinite_limit: NonNegativeInt = 20
     log_every: PositiveInt = 50
     threads: Threads = 0

@@ -30,6 +30,7 @@ from moe_train.training.metrics.console_logger import ConsoleLogger
 from moe_train.training.metrics.log_lines import MetricInterval
 from moe_train.training.metrics.writers import MetricWriter
 from moe_train.training.optim.schedule_extension import run_ends
+from moe_train.training.packed_rows import packed_attention
 from moe_train.training.preflight import check_compiler, check_kernels
 from moe_train.training.run.heartbeat import heartbeat
 from moe_train.training.run.resolve_layout import build_layout, layout_warnings, pictures
@@ -119,6 +120,7 @@ def build_trainer(
     if config.training.compile == "router":
         check_compiler(gpus=int(world.device.type == "cuda"))
         module.compile_routing()
+    module.set_packed(packed_attention(config, world.device))
     module.set_ranks(ranks)
     first_store = CheckpointStore(folder.checkpoints, world)
     if config.training.init_from is not None and not first_store.broadcast_from_rank0(first_store.updates):

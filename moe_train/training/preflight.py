@@ -18,6 +18,7 @@ from moe_train.routing import decoder_config, routing_config
 from moe_train.tasks import TaskData, build_task
 from moe_train.training.engines.deepspeed_library import check_deepspeed
 from moe_train.training.metrics.logger_registry import find_loggers
+from moe_train.training.packed_rows import check_packed
 
 
 def check_run(config: RunConfig, data: TaskData, plan: LayoutPlan) -> None:
@@ -32,6 +33,7 @@ def check_run(config: RunConfig, data: TaskData, plan: LayoutPlan) -> None:
         DataError: data that the task cannot use, or that lacks what the config asks for.
     """
     check_routing(config)
+    check_packed(config)
     find_loggers(config.training.loggers)
     check_kernels(config.kernels, _gpus(config.launch))
     if config.training.compile != "none":
