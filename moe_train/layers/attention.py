@@ -117,7 +117,8 @@ class SelfAttention(_Attention):
         ``causal``: position i attends to 0 .. i only (then ``mask`` must be no tensor).
         """
         if isinstance(mask, Sequences):
-            return self.attend_rows(*self.project(x), mask, mask, causal)
+            q, k, v = self.project(x)
+            return self.attend_rows(q, k, v, mask, mask, causal)
         return self.attend_packed((self._project(x),), mask, causal)
 
 
@@ -153,7 +154,8 @@ class CrossAttention(_Attention):
         """
         if isinstance(mask, Sequences):
             assert queries is not None
-            return self.attend_rows(self.project_query(x), *self.project_memory(memory), queries, mask)
+            keys, values = self.project_memory(memory)
+            return self.attend_rows(self.project_query(x), keys, values, queries, mask)
         return self.attend_packed((self._project_query(x), self._project_memory(memory)), mask)
 
 
