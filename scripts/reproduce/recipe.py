@@ -41,6 +41,7 @@ BASE = {
     "model.embed_dim": "192",
     "model.ffn_dim": "768",
     "model.dropout": "0.05",
+    "model.attention_dropout": "0",  # on CPUs attention without it is a C kernel
     "training.precision": "bf16",
     "training.tokens_per_update": "2048",
     "training.schedule.name": "linear",

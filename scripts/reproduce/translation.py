@@ -42,7 +42,7 @@ BUDGETS = {
         words=(
             *("training.tokens_per_update=2048", "training.optimizer.lr=0.003", "training.schedule.warmup_updates=200"),
             *("model=tiny", "model.embed_dim=192", "model.ffn_dim=768", "model.dropout=0.05"),
-            "training.precision=bf16",
+            *("model.attention_dropout=0", "training.precision=bf16"),
         ),
         items=0,
         takes="into English only, one to three hours each on one core",

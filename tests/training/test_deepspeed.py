@@ -170,7 +170,7 @@ def config(**keys: Any) -> RunConfig:
     [
         ({"name": "deepspeed", "zero_stage": 3}, "ZeRO 3.*zero_stage=2"),
         ({"name": "deepspeed", "zero_stage": 4}, "cannot be 4"),
-        ({"name": "ddp", "zero_stage": 1}, "Add engine=deepspeed"),
+        ({"name": "ddp", "zero_stage": 2}, "need DeepSpeed"),
         ({"name": "deepspeed", "zero_stage": 0, "offload_optimizer": True}, "needs ZeRO"),
     ],
 )
