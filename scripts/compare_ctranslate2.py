@@ -17,13 +17,13 @@ import argparse
 import json
 import math
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from compare_fairseq import CLOCKS
 from rich.console import Console
 from rich.table import Table
 
@@ -36,7 +36,6 @@ from moe_train.evaluation.search.beam_search import BeamSearch
 from moe_train.models.to_ctranslate2 import write_ctranslate2
 from moe_train.tasks import build_task
 
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 SIZES = {"tiny": (2, 224, 896, 4), "base": (6, 512, 2048, 8)}  # layers, width, hidden width, heads: configs/model
 OURS, THEIRS = ("fp32", "bf16", "int8"), ("float32", "int8")
 CLOSE = 1e-3  # scores of different hypotheses that count as equal, in nats per token

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from locks import held
 from measures import Verdict, above
 from study import Budget, Claim, Study, Variant, parsed, parser, wanted
 
@@ -268,16 +269,21 @@ def transferred(study: Study, folder: Path, suffix: str) -> tuple[dict[str, floa
 
 
 def consistency(study: Study, variant: Variant, options: Any) -> None:
-    """Fine-tunes the first seed's model with every seed; notes the similarity of expert loads in English."""
-    start = study.folder(f"{variant.name}-s1")
-    if "consistency" in study.runs[start.name]["measures"]:
-        return
-    tuned = [study.folder(f"{variant.name}-tuned-s1")]
-    for seed in range(2, options.seeds + 1):
-        tuned.append(study.train(f"{variant.name}-again-s{seed}", tuning(options, seed, start, variant, "")))
-    tests = [study.evaluate(folder, max_sentences=options.size.items)["routing"]["en"]["load"] for folder in tuned]
-    by_layer = {layer: inter_run_consistency([torch.tensor(load[layer]) for load in tests]) for layer in tests[0]}
-    study.add(start.name, {"consistency": statistics.fmean(by_layer.values())}, {"consistency": by_layer})
+    """Fine-tunes the first seed's model with every seed; notes the similarity of expert loads in English.
+
+    Where the results hold the run and its folder is gone, as on a fresh clone, the run is trained again.
+    """
+    run = f"{variant.name}-s1"
+    with held(study.folder(run).with_name(f"{run}.lock")) as free:
+        noted = study.runs.get(run)
+        if not free or noted is None or "consistency" in noted["measures"]:
+            return
+        start = study.train(run, [*pre_training(options, 1), *variant.overrides])
+        names = [f"{variant.name}-{'again' if seed > 1 else 'tuned'}-s{seed}" for seed in range(1, options.seeds + 1)]
+        tuned = [study.train(name, tuning(options, n, start, variant, "")) for n, name in enumerate(names, 1)]
+        tests = [study.evaluate(folder, max_sentences=options.size.items)["routing"]["en"]["load"] for folder in tuned]
+        by_layer = {layer: inter_run_consistency([torch.tensor(load[layer]) for load in tests]) for layer in tests[0]}
+        study.add(run, {"consistency": statistics.fmean(by_layer.values())}, {"consistency": by_layer})
 
 
 def _mean(layers: dict[str, dict[str, Any]], name: str) -> float | None:

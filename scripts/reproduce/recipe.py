@@ -17,25 +17,22 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from locks import held, locked
-from study import machine, plain_word, read_lines
+from study import has_matrix_units, machine, plain_word, read_lines, run_module
+from translation import LANGUAGES
 
 from moe_train.data.folder import DataFolder
-from moe_train.kernels.cpu.cpu_info import processor_flags
 from moe_train.tasks.indexed_dataset import SentenceFile
 from moe_train.training.checkpoint.checksums import replace_text
 from moe_train.training.run.run_folder import RunFolder
 from moe_train.training.run.run_info import commit
 
-LANGUAGES = ("de", "fr", "ru", "zh", "tr", "ar")
 BASE = {
     "model": "tiny",
     "model.embed_dim": "192",
@@ -53,7 +50,6 @@ BASE = {
 SHORT, LONG = 10, 60  # updates of the two runs that measure the CPU time of an update
 
 _WIDE = {"model.embed_dim": "256", "model.ffn_dim": "1024"}
-_FAST = {"training.optimizer.lr": "0.005"}
 ROUNDS: dict[int, dict[str, dict[str, str]]] = {
     10: {
         "base": {},
@@ -66,7 +62,7 @@ ROUNDS: dict[int, dict[str, dict[str, str]]] = {
             "training.schedule.warmup_updates": "100",
         },
         "lr 0.0015": {"training.optimizer.lr": "0.0015"},
-        "lr 0.005": _FAST,
+        "lr 0.005": {"training.optimizer.lr": "0.005"},
         "dropout 0": {"model.dropout": "0"},
         "no label smoothing": {"training.label_smoothing": "0"},
         "width 128": {"model.embed_dim": "128", "model.ffn_dim": "512"},
@@ -113,7 +109,7 @@ def candidate(given: argparse.Namespace, name: str, settings: dict[str, str], ch
         "settings": settings,
         "minutes": given.minutes,
         "data": folder.fingerprint,
-        "matrix_units": "amx_bf16" in processor_flags(),
+        "matrix_units": has_matrix_units(),
     }
     if any(all(entry[key] == value for key, value in identity.items()) for entry in results(given.results)):
         return
@@ -156,7 +152,7 @@ def prepared(given: argparse.Namespace, size: str) -> Path:
         directions = ",".join(f"{code}-en" for code in LANGUAGES)
         words = ["corpus=text", f"corpus.path={given.text}", f"corpus.languages=[{','.join(LANGUAGES)},en]"]
         words += ["corpus.decontaminate=true", f"directions=[{directions}]", f"vocabulary.size={size}", f"out={out}"]
-        run_module("moe_train.commands.prepare", words)
+        command_seconds("moe_train.commands.prepare", words)
     return out
 
 
@@ -190,20 +186,19 @@ def update_seconds(folder: Path, words: Sequence[str]) -> float:
 def trained(folder: Path, words: Sequence[str]) -> float:
     """Trains a run from nothing; CPU seconds of the process and its children."""
     shutil.rmtree(folder, ignore_errors=True)
-    return run_module("moe_train.commands.train", [*words, f"hydra.run.dir={folder}"])
+    return command_seconds("moe_train.commands.train", [*words, f"hydra.run.dir={folder}"])
 
 
-def run_module(module: str, words: Sequence[str]) -> float:
+def command_seconds(module: str, words: Sequence[str]) -> float:
     """Runs a command of the package; its CPU seconds.
 
     Raises:
         SystemExit: it failed.
     """
-    process = subprocess.Popen([sys.executable, "-m", module, *words])
-    _, status, used = os.wait4(process.pid, 0)
-    if code := os.waitstatus_to_exitcode(status):
+    code, seconds = run_module(module, words)
+    if code:
         raise SystemExit(f"{module} ended with code {code}")
-    return used.ru_utime + used.ru_stime
+    return seconds
 
 
 def bits_per_character(folder: DataFolder, measured: dict[str, Any]) -> float:

@@ -29,6 +29,7 @@ import moe_train
 from moe_train.analysis.probe.probing import probe_run
 from moe_train.config import build
 from moe_train.config.evaluation import EvaluateConfig
+from moe_train.data.text.lines import sha256
 from moe_train.evaluation.evaluate_split import evaluate
 from moe_train.evaluation.measure_task import evaluate_task
 from moe_train.evaluation.result_files import ResultFiles, part_name
@@ -88,19 +89,25 @@ class Claim:
 
 
 def code_hash() -> str:
-    """Hash of the committed package and its configs, with ``-dirty`` if their files were changed.
-
-    It does not change with commits of results, documents or scripts.
-    """
+    """Hash of the package and its configs, which decide a run's numbers; scripts, documents and results do not."""
     root = Path(moe_train.__file__).resolve().parents[1]
-    where = ("moe_train", "configs")
-    trees = _git(root, "rev-parse", *(f"HEAD:{name}" for name in where))
-    changed = _git(root, "status", "--porcelain", "--", *where)
-    return hashlib.sha256(trees.encode()).hexdigest()[:12] + ("-dirty" if changed else "")
+    found = hashlib.sha256()
+    for pattern in ("moe_train/**/*.py", "moe_train/**/*.[ch]", "configs/**/*.yaml"):
+        for path in sorted(root.glob(pattern)):
+            found.update(f"{path.relative_to(root)} {sha256(path)}\n".encode())
+    return found.hexdigest()[:12]
 
 
-def _git(root: Path, *words: str) -> str:
-    return subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True).stdout.strip()
+def has_matrix_units() -> bool:
+    """Whether kernels for AMX are used, which round differently from torch's products."""
+    return "amx_bf16" in processor_flags()
+
+
+def run_module(module: str, words: Sequence[str]) -> tuple[int, float]:
+    """Runs a command of the package; its exit code, and the CPU seconds of its process and all that it started."""
+    process = subprocess.Popen([sys.executable, "-m", module, *words])
+    _, status, used = os.wait4(process.pid, 0)
+    return os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime
 
 
 @dataclass
@@ -157,7 +164,7 @@ class Study:
             "settings": [*settings, *self.options.more],
             "data": self.data,
             "code": self.code,
-            "matrix_units": "amx_bf16" in processor_flags(),
+            "matrix_units": has_matrix_units(),
         }
 
     def found(self, run: str, key: Mapping[str, Any]) -> bool:
@@ -173,10 +180,9 @@ class Study:
             return folder
         words = [*overrides, f"hydra.run.dir={folder}", *self.options.more]
         print(f"== {self.name}: {run}", flush=True)
-        process = subprocess.Popen([sys.executable, "-m", "moe_train.commands.train", *words])
-        _, status, used = os.wait4(process.pid, 0)
-        _add_seconds(folder, used.ru_utime + used.ru_stime)
-        if code := os.waitstatus_to_exitcode(status):
+        code, seconds = run_module("moe_train.commands.train", words)
+        _add_seconds(folder, seconds)
+        if code:
             raise SystemExit(f"{run} ended with code {code}; the same command resumes")
         return folder
 

@@ -36,6 +36,7 @@ MODELS = Path(__file__).parents[2] / "configs" / "model"
 LANGUAGES = ("de", "fr", "ru", "zh", "tr", "ar")  # two of each tier of the shared corpus
 VALIDATIONS = 10  # points of a learning curve
 BALANCE_WEIGHTS = ("0.001", "0.01", "0.1")
+BALANCED = ("switch", "top_2", "smoe", "sam_2", "xmoe")  # variants whose weight is searched, for all of a strategy
 BUDGETS = {
     "full": Budget(
         updates=8000,
@@ -236,7 +237,7 @@ def balance(options: Any) -> None:
     study.data = DataFolder.open(options.data).fingerprint
     options.updates //= 4
     strategies = [*variants(width(options)), *further_variants(width(options))]
-    for variant in wanted([v for v in strategies if v.name in ("switch", "top_2", "smoe", "sam_2", "xmoe")], ""):
+    for variant in (v for v in strategies if v.name in BALANCED):
         for weight in BALANCE_WEIGHTS:
             words = [*common(options, 1), *variant.overrides, f"routing.balance_weight={weight}"]
             study.cell(f"{variant.name}_{weight}", 1, words, balance_measures)
@@ -259,7 +260,7 @@ def chosen_weights(path: Path) -> dict[str, tuple[str, ...]]:
     for run in stored_runs(path).values():
         name, _, weight = run["variant"].rpartition("_")
         found.setdefault(name.split("_")[0], {})[weight] = run["measures"]["loss"]
-    if len(found) < 5 or any(len(losses) < len(BALANCE_WEIGHTS) for losses in found.values()):
+    if len(found) < len(BALANCED) or any(len(losses) < len(BALANCE_WEIGHTS) for losses in found.values()):
         raise SystemExit(f"{path} has not all balance weights yet: run --stage a first")
     return {name: (f"routing.balance_weight={min(losses, key=losses.__getitem__)}",) for name, losses in found.items()}
 
