@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,13 +20,10 @@ _MIN_ONEDNN_FLOPS_IN_SEARCH = 4e7  # the steps of a search repeat the same shape
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, relu: bool = False) -> Tensor:
     """x [..., k], weight [m, k], bias [m] → [..., m]."""
-    if _uses_onednn(x, weight):
-        rows = x.reshape(-1, x.shape[-1])
-        y: Tensor = _Linear.apply(rows, weight, bias, relu)  # type: ignore[no-untyped-call]
-        return y.view(*x.shape[:-1], weight.shape[0])
-    if _uses_amx(x, weight):
-        y = _AmxLinear.apply(x.reshape(-1, x.shape[-1]), weight, bias, relu)  # type: ignore[no-untyped-call]
-        return y.view(*x.shape[:-1], weight.shape[0])
+    function = _OneDnnLinear if _uses_onednn(x, weight) else _AmxLinear if _uses_amx(x, weight) else None
+    if function is not None:
+        rows: Tensor = function.apply(x.reshape(-1, x.shape[-1]), weight, bias, relu)  # type: ignore[no-untyped-call]
+        return rows.view(*x.shape[:-1], weight.shape[0])
     y = F.linear(x, weight, bias)
     # ReLU's backward needs only its output, so it may overwrite its input.
     return F.relu(y, inplace=True) if relu else y
@@ -53,44 +52,57 @@ def _uses_onednn(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-class _Linear(torch.autograd.Function):
+@dataclass(frozen=True)
+class _Products:
+    """How a layer's products are computed. ``product``: of [n, k] and [k, m], plus a bias [m], with optional ReLU."""
+
+    product: Callable[..., Tensor]
+    weight_grad: Callable[[Tensor, Tensor], Tensor]  # of grad^T [m, n] and x [n, k]
+    column_sums: Callable[[Tensor], Tensor]
+
+
+_ONEDNN = _Products(onednn_linear, torch.mm, lambda grad: grad.sum(0))
+_AMX = _Products(amx_linear.product, amx_linear.product, amx_linear.column_sums)
+
+
+def _forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool, products: _Products) -> Tensor:
+    y = products.product(x, weight.t(), bias, relu)
+    ctx.save_for_backward(x, weight, y if relu else None)
+    ctx.has_bias, ctx.products = bias is not None, products
+    return y
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    x, weight, y = ctx.saved_tensors
+    products: _Products = ctx.products
+    if y is not None:
+        grad = torch.ops.aten.threshold_backward(grad, y, 0)
+    grad_x = products.product(grad, weight, None) if ctx.needs_input_grad[0] else None
+    grad_weight = products.weight_grad(grad.t(), x) if ctx.needs_input_grad[1] else None
+    grad_bias = products.column_sums(grad) if ctx.has_bias and ctx.needs_input_grad[2] else None
+    return grad_x, grad_weight, grad_bias, None
+
+
+class _OneDnnLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
-        y = onednn_linear(x, weight.t(), bias, relu)
-        ctx.save_for_backward(x, weight, y if relu else None)
-        ctx.has_bias = bias is not None
-        return y
+        return _forward(ctx, x, weight, bias, relu, _ONEDNN)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        x, weight, y = ctx.saved_tensors
-        if y is not None:
-            grad = torch.ops.aten.threshold_backward(grad, y, 0)
-        grad_x = onednn_linear(grad, weight, None) if ctx.needs_input_grad[0] else None
-        grad_weight = grad.t() @ x if ctx.needs_input_grad[1] else None
-        grad_bias = grad.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
-        return grad_x, grad_weight, grad_bias, None
+        return _backward(ctx, grad)
 
 
 class _AmxLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
-        y = amx_linear.product(x, weight.t(), bias, relu)
-        ctx.save_for_backward(x, weight, y if relu else None)
-        ctx.has_bias = bias is not None
-        return y
+        return _forward(ctx, x, weight, bias, relu, _AMX)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        x, weight, y = ctx.saved_tensors
-        if y is not None:
-            grad = torch.ops.aten.threshold_backward(grad, y, 0)
-        grad_x = amx_linear.product(grad, weight) if ctx.needs_input_grad[0] else None
-        grad_weight = amx_linear.product(grad.t(), x) if ctx.needs_input_grad[1] else None
-        grad_bias = amx_linear.column_sums(grad) if ctx.has_bias and ctx.needs_input_grad[2] else None
-        return grad_x, grad_weight, grad_bias, None
+        return _backward(ctx, grad)
 
 
 class _AmxFeedForward(torch.autograd.Function):
