@@ -89,7 +89,7 @@ class ReplicaGradients:
 
     def _start(self) -> None:
         bucket = self._buckets[self._started]
-        self.norms.look([bucket.flat])
+        self.norms.record([bucket.flat])
         bucket.work = dist.all_reduce(bucket.flat, group=self._group, async_op=True)
         self._started += 1
 
@@ -98,7 +98,7 @@ class ReplicaGradients:
         if not self._buckets:
             for parameter in filter(lambda p: p.requires_grad, self._parameters.values()):
                 parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                self.norms.look([parameter.grad])
+                self.norms.record([parameter.grad])
         for bucket in self._buckets[self._started :]:
             for leaf in bucket.leaves:
                 self._settle(leaf)

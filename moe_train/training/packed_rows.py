@@ -15,8 +15,8 @@ def packed_attention(config: RunConfig, device: torch.device) -> VarlenAttention
     Raises:
         ConfigError: ``training.packed=true`` where it cannot be done.
     """
+    check_packed(config)
     if config.training.packed is False or obstacle_in(config):
-        check_packed(config)
         return None
     head_dim = config.model.embed_dim // config.model.num_heads
     attention = torch_varlen(device, head_dim)

@@ -96,7 +96,7 @@ class DdpEngine:
         """DDP's communication hook: records the norm, then sums in fp32."""
         buffer = bucket.buffer()
         sums = self._weights.fp32_sums(bucket) if self._weights.has(bucket) else buffer
-        self._norms.look([sums])
+        self._norms.record([sums])
         reduced = dist.all_reduce(sums, group=group, async_op=True)
         return reduced.get_future().then(lambda _: buffer)  # type: ignore[union-attr, no-any-return]
 

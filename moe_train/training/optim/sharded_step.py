@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from moe_train.parallel.gradients import in_buckets, is_expert
 from moe_train.parallel.layout import ExpertLayout
 
-_MOST_FLYING = 3
+_MOST_PENDING = 3  # broadcasts
 
 
 class ShardedStep:
@@ -49,7 +49,7 @@ class ShardedStep:
     @torch.no_grad()
     def exchange(self) -> None:
         """Sends what this rank has stepped, and takes what others have; a few buckets at a time."""
-        flying: deque[tuple[dist.Work, Tensor, list[nn.Parameter]]] = deque()
+        pending: deque[tuple[dist.Work, Tensor, list[nn.Parameter]]] = deque()
         for group, sender, parameters in self._sent:
             own, first = sender == dist.get_rank(), parameters[0].detach()
             if len(parameters) == 1 and first.is_contiguous():
@@ -60,14 +60,14 @@ class ShardedStep:
                 flat = first.new_empty(sum(parameter.numel() for parameter in parameters))
             work = dist.broadcast(flat, src=sender, group=group, async_op=True)
             assert work is not None
-            flying.append((work, flat, [] if own or flat is first else parameters))
-            if len(flying) > _MOST_FLYING:
-                _arrived(*flying.popleft())
-        for arriving in flying:
-            _arrived(*arriving)
+            pending.append((work, flat, [] if own or flat is first else parameters))
+            if len(pending) > _MOST_PENDING:
+                _receive(*pending.popleft())
+        for arrival in pending:
+            _receive(*arrival)
 
 
-def _arrived(work: dist.Work, flat: Tensor, parameters: Sequence[nn.Parameter]) -> None:
+def _receive(work: dist.Work, flat: Tensor, parameters: Sequence[nn.Parameter]) -> None:
     work.wait()
     if parameters:
         parts = flat.split([parameter.numel() for parameter in parameters])
