@@ -69,16 +69,16 @@ class _Attention(nn.Module):
                 attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
         return linear(attended.transpose(1, 2).flatten(2), self.out.weight, self.out.bias)
 
-    def attend_packed(self, packed: tuple[Tensor, ...], mask: Tensor | None, causal: bool = False) -> Tensor:
+    def attend_projections(self, projected: tuple[Tensor, ...], mask: Tensor | None, causal: bool = False) -> Tensor:
         """:meth:`attend` for what the projections give: ([B, S, 3d],), or ([B, S, d], [B, K, 2d])."""
-        query, key = packed[0], packed[-1]
+        query, key = projected[0], projected[-1]
         by_key = mask is None or mask.shape == (key.shape[0], 1, 1, key.shape[1])
         dropped = self.dropout and self.training
         if torch.is_grad_enabled() and by_key and not dropped and attention_kernel.is_supported(query, key):
             mask = None if mask is None else mask.flatten(1)
-            attended: Tensor = _PackedAttention.apply(mask, causal, self.heads, *packed)  # type: ignore[no-untyped-call]
+            attended: Tensor = _PackedAttention.apply(mask, causal, self.heads, *projected)  # type: ignore[no-untyped-call]
             return linear(attended, self.out.weight, self.out.bias)
-        q, k, v = (part for x in packed for part in _split(x, x.shape[-1] // self.dim, self.heads))
+        q, k, v = (part for x in projected for part in _split(x, x.shape[-1] // self.dim, self.heads))
         return self.attend(q, k, v, mask, causal)
 
     def attend_rows(
@@ -119,7 +119,7 @@ class SelfAttention(_Attention):
         if isinstance(mask, Sequences):
             q, k, v = self.project(x)
             return self.attend_rows(q, k, v, mask, mask, causal)
-        return self.attend_packed((self._project(x),), mask, causal)
+        return self.attend_projections((self._project(x),), mask, causal)
 
 
 class CrossAttention(_Attention):
@@ -156,7 +156,7 @@ class CrossAttention(_Attention):
             assert queries is not None
             keys, values = self.project_memory(memory)
             return self.attend_rows(self.project_query(x), keys, values, queries, mask)
-        return self.attend_packed((self._project_query(x), self._project_memory(memory)), mask)
+        return self.attend_projections((self._project_query(x), self._project_memory(memory)), mask)
 
 
 def _prefers_fp32_backward(q: Tensor, k: Tensor, dropout: float) -> bool:
@@ -175,30 +175,30 @@ class _PackedAttention(torch.autograd.Function):
     """The C kernel on projections as they are: [B, S, 3d], or [B, S, d] and [B, K, 2d]."""
 
     @staticmethod
-    def forward(ctx: Any, mask: Tensor | None, causal: bool, heads: int, *packed: Tensor) -> Tensor:
+    def forward(ctx: Any, mask: Tensor | None, causal: bool, heads: int, *projected: Tensor) -> Tensor:
         ctx.causal, ctx.heads = causal, heads
-        out, log_sums = attention_kernel.attend(*_parts(packed), mask, causal, heads)
-        ctx.save_for_backward(mask, out, log_sums, *packed)
+        out, log_sums = attention_kernel.attend(*_parts(projected), mask, causal, heads)
+        ctx.save_for_backward(mask, out, log_sums, *projected)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        mask, out, log_sums, *packed = ctx.saved_tensors
-        into = tuple(map(torch.empty_like, packed))
+        mask, out, log_sums, *projected = ctx.saved_tensors
+        into = tuple(map(torch.empty_like, projected))
         attention_kernel.gradients(
-            _parts(into), grad, out, log_sums, _parts(tuple(packed)), mask, ctx.causal, ctx.heads
+            _parts(into), grad, out, log_sums, _parts(tuple(projected)), mask, ctx.causal, ctx.heads
         )
         return None, None, None, *into
 
 
-def _parts(packed: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+def _parts(projected: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
     """Views of query, key and value, [B, .., d]."""
-    if len(packed) == 1:
-        query, key, value = packed[0].chunk(3, -1)
+    if len(projected) == 1:
+        query, key, value = projected[0].chunk(3, -1)
         return query, key, value
-    key, value = packed[1].chunk(2, -1)
-    return packed[0], key, value
+    key, value = projected[1].chunk(2, -1)
+    return projected[0], key, value
 
 
 class _Fp32Backward(torch.autograd.Function):
