@@ -10,12 +10,15 @@ import torch
 
 def markdown(content: Mapping[str, Any], columns: Sequence[tuple[str, str]], more: Sequence[str] = ()) -> str:
     """The results as a page: claims and measured values, a row per variant, ``more``, command and machine."""
-    lines = [f"# {content['title']}", "", "| paper | claim | measured here | agrees |", "|---|---|---|---|"]
+    lines = [f"# {content['title']}", ""]
+    if content["claims"]:
+        lines += ["| paper | claim | measured here | agrees |", "|---|---|---|---|"]
     for claim in content["claims"]:
         agrees = "**no**" if claim["agrees"] == "no" else claim["agrees"]
         lines.append(f"| {claim['paper']} | {claim['says']} | {claim['measured']} | {agrees} |")
     shown = [(m, head) for m, head in columns if any(m in found for found in content["summary"].values())]
-    lines += ["", "Mean ± standard deviation over seeds.", ""]
+    lines += [""] if content["claims"] else []
+    lines += ["Mean ± standard deviation over seeds.", ""]
     lines += [f"| variant | seeds | {' | '.join(head for _, head in shown)} |", "|---|---:|" + "---:|" * len(shown)]
     for variant, found in content["summary"].items():
         seeds = max(len(entry["values"]) for entry in found.values())

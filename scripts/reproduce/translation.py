@@ -271,34 +271,43 @@ def width(options: Any) -> int:
     return int(given.get("model.ffn_dim") or OmegaConf.load(MODELS / f"{given['model']}.yaml").ffn_dim)
 
 
-def common(options: Any, seed: int) -> list[str]:
+def common(options: Any, seed: int, validations: int = VALIDATIONS) -> list[str]:
     """Overrides of all runs."""
     names = options.languages.split(",")
     both = [f"{code}-en" for code in names] + [f"en-{code}" for code in names if options.budget == "gpu"]
     directions = "" if options.languages == "all" else ",".join(both)
     shown = 50 if options.budget == "small" else 0
+    often = max(1, options.updates // validations)
     return [
         *(f"data={options.data}", f"seed={seed}", f"task.directions=[{directions}]", *options.size.words),
         *("training.schedule.name=linear", "training.temperature=2"),
         *(f"training.max_updates={options.updates}", f"training.threads={options.threads}"),
-        *("training.checkpoint.keep=1", f"training.checkpoint.every_updates={max(1, options.updates // VALIDATIONS)}"),
+        *("training.checkpoint.keep=1", f"training.checkpoint.every_updates={often}"),
         f"training.validation.max_sentences={shown}",
-        f"training.validation.every_updates={max(1, options.updates // VALIDATIONS)}",
+        f"training.validation.every_updates={often}",
     ]
 
 
 def measure_run(study: TranslationStudy, items: int, folder: Path) -> tuple[dict[str, float | None], Any]:
-    """BLEU and chrF++ on average and by tier, held-out loss, speed; the learning curve; writes the counts of lines."""
-    study.evaluate(folder, max_sentences=items, search={"beam": 4})
+    """The scores of a run; writes the counts of its test lines, from which claims are decided."""
+    found = measure_scores(study, items, folder)
     (run,) = read_runs([folder], part=part_name(max_sentences=items))
-    results = run.results
-    assert results is not None
+    assert run.results is not None
     counts = {}
-    for direction, scored in results.directions.items():
+    for direction, scored in run.results.directions.items():
         counts[direction] = line_counts(*run.files.outputs(direction).read(), scored.tokenizer).astype(np.uint16)
     path = study.counts_file(folder.name)
     path.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(path, **counts)
+    return found
+
+
+def measure_scores(study: Study, items: int, folder: Path) -> tuple[dict[str, float | None], Any]:
+    """BLEU and chrF++ on average and by tier, held-out loss, speed; by direction; the learning curve."""
+    study.evaluate(folder, max_sentences=items, search={"beam": 4})
+    (run,) = read_runs([folder], part=part_name(max_sentences=items))
+    results = run.results
+    assert results is not None
     average = results.average()
     tiers = {
         f"bleu {name}": results.average(members).bleu for name, members in results.groups.items() if "resource" in name

@@ -126,3 +126,28 @@ def test_a_run_that_the_results_hold_is_not_trained_again(
     key = study.key(["seed=1", "data=/here", "training.threads=2"])
     assert key == study.key(["data=/there", "seed=1"]) and key != study.key(["seed=2"])
     assert not study.found("switch-s1", key) and study.found("switch-s1", content["runs"]["switch-s1"]["key"])
+
+
+@pytest.mark.processes
+def test_a_call_on_a_gpu_ends_in_time_and_the_next_one_goes_on(
+    load: Any, tiny_data: DataFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    on_gpu = load("on_gpu")
+
+    def called(minutes: str) -> str:
+        words = [
+            *("on_gpu.py", "--data", str(tiny_data.path), "--budget", "small", "--updates", "2", "--threads", "1"),
+            *("--only", "dense", "--max-sentences", "2", "--minutes", minutes, "--rounds", "1"),
+            *("--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")),
+        ]
+        monkeypatch.setattr(sys, "argv", words)
+        on_gpu.main()
+        return capfd.readouterr().out
+
+    assert "stopped before dense of 2 updates: the same command goes on" in called("0.5")
+    assert not (tmp_path / "results").exists()
+    assert "finished at update 2" in called("5")
+    (path,) = (tmp_path / "results").glob("*.json")
+    assert json.loads(path.read_text())["runs"]["dense-s1"]["measures"]["bleu"] >= 0
+    shutil.rmtree(tmp_path / "runs")
+    assert called("0.5") == ""
