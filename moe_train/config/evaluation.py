@@ -45,7 +45,8 @@ class EvaluateConfig:
             ``flores200`` (spBLEU) …
         out: the folder for scores and outputs (null: the run folder).
         metrics: further metrics in addition to BLEU and chrF++, by the names that plug-ins have registered.
-        seed: seed of the baseline that shuffles outputs between sentences.
+        examples: print this many sentences with reference and translation, drawn at random over the directions.
+        seed: seed of the examples and of the baseline that shuffles outputs between sentences.
         expert_parallel: processes over which the experts of a layer are divided (1: every process holds all of them),
             independent of the layout of the training.
         routing, draw_seed: as in :class:`Inference`.
@@ -61,6 +62,7 @@ class EvaluateConfig:
     tokenizer: Literal["auto", "13a", "intl", "char", "flores101", "flores200"] = "auto"
     out: str | None = None
     metrics: tuple[str, ...] = ()
+    examples: NonNegativeInt = 0
     seed: Seed = 1
     expert_parallel: Annotated[int, Range(above=0, most=2**20)] = 1
     routing: Mapping[str, Any] = field(default_factory=dict)

@@ -25,6 +25,7 @@ from moe_train.evaluation.long_lines import cut_note
 from moe_train.evaluation.result_files import ResultFiles, part_name, writable_folder, writing
 from moe_train.evaluation.routed_tokens import describe_sum
 from moe_train.evaluation.scoring.bleu_chrf import AUTO, Scorer, require_tokenizer
+from moe_train.evaluation.scoring.examples import Lines, draw_examples
 from moe_train.evaluation.scoring.further_metrics import find_metrics, measure_with
 from moe_train.evaluation.scoring.results import DirectionResult, Results, read_results
 from moe_train.evaluation.translator import BatchResult, EncodedLines, Translation, encode
@@ -185,11 +186,13 @@ def _results(
     speed: dict[str, Any],
 ) -> Results:
     directions: dict[str, DirectionResult] = {}
+    outputs: dict[str, Lines] = {}
     signatures: dict[str, Any] = {"bleu": {}, "chrf": ""}
     notes: list[str] = []
     for entry, lines in zip(held, translations, strict=True):
         scorer = Scorer(entry.direction.split("-")[1], config.tokenizer)
         texts = [t.text for t in lines]
+        outputs[entry.direction] = (entry.sources, entry.references, texts)
         metrics, failed = _further_metrics(config, entry, texts)
         scored = _score(scorer, entry, texts, config.seed, entry.direction not in run.trained)
         directions[entry.direction] = replace(scored, metrics=metrics)
@@ -206,6 +209,7 @@ def _results(
         notes=list(dict.fromkeys(notes)),
         command=sys.argv,
         versions=versions(),
+        examples=draw_examples(outputs, config.examples, config.seed),
     )
 
 

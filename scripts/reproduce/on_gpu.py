@@ -3,7 +3,7 @@
     python scripts/reproduce/on_gpu.py --data data-bin/parallel15 --results results/gpu
 
 Every strategy trains the same number of tokens, first those of the first round, then longer. A call begins no run that
-would go beyond --minutes, judged by the longest one so far; the next call, on a fresh machine too, goes on with what
+would go beyond --minutes, judged by the longest one so far; the next call, on a fresh machine too, continues with what
 the results do not hold. Of a machine that is lost only the JSON files are needed, one of each round. On a CPU,
 --budget small tries the same in a few minutes.
 """
@@ -74,7 +74,7 @@ def main() -> None:
                 continue
             begun = time.monotonic()
             if begun + longest > end:
-                print(f"stopped before {variant.name} of {given.updates} updates: the same command goes on")
+                print(f"stopped before {variant.name} of {given.updates} updates: the same command continues")
                 return
             study.cell(variant.name, 1, words, partial(measure_scores, study, items))
             longest = max(longest, time.monotonic() - begun)

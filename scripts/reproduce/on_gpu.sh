@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All strategies on one GPU, in calls of at most nine minutes; the same call goes on where the last one stopped. Two calls
+# All strategies on one GPU, in calls of at most nine minutes; the same call continues where the last one stopped. Two calls
 # give the table of the first round, further calls longer runs.
 #
 #   scripts/reproduce/on_gpu.sh --data DATA [--results DIR] [--minutes 8.5]

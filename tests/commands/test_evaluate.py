@@ -27,8 +27,9 @@ def evaluate(*words: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.processes
 def test_the_table_and_the_files(run_folder: Path, tmp_path: Path) -> None:
-    done = evaluate(f"run={run_folder}", "directions=[en-de,ja-en]", "max_sentences=10", folder=tmp_path)
+    done = evaluate(f"run={run_folder}", "directions=[en-de,ja-en]", "max_sentences=10", "examples=3", folder=tmp_path)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n  reference    ") == done.stdout.count("\n  translation  ") == 3
     for word in ("en-de", "ja-en", "average (2)", "chrF++", "shuffled", "copy", "tok:13a"):
         assert word in done.stdout
     assert "20/20 sentences" in done.stderr

@@ -144,7 +144,7 @@ def test_a_call_on_a_gpu_ends_in_time_and_the_next_one_goes_on(
         on_gpu.main()
         return capfd.readouterr().out
 
-    assert "stopped before dense of 2 updates: the same command goes on" in called("0.5")
+    assert "stopped before dense of 2 updates: the same command continues" in called("0.5")
     assert not (tmp_path / "results").exists()
     assert "finished at update 2" in called("5")
     (path,) = (tmp_path / "results").glob("*.json")

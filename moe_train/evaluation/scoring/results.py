@@ -13,6 +13,7 @@ from moe_train.data.text.pairs import is_pair
 from moe_train.errors import DataError
 from moe_train.evaluation.scoring.averages import group_directions, mean
 from moe_train.evaluation.scoring.bleu_chrf import CorpusScores
+from moe_train.evaluation.scoring.examples import Example
 from moe_train.evaluation.scoring.further_metrics import TAKEN
 from moe_train.utils.json_files import finite, read_object
 
@@ -87,6 +88,7 @@ class Results:
         decoding: sentences, tokens, words, seconds, words per second, processes, and routing statistics, of the last
             evaluation.
         notes: remarks on the scores for the reader.
+        examples: sentences to print.
     """
 
     settings: Mapping[str, Any]
@@ -97,6 +99,7 @@ class Results:
     notes: Sequence[str] = ()
     command: Sequence[str] = ()
     versions: Mapping[str, str] | None = None
+    examples: Sequence[Example] = ()
 
     def average(self, names: Sequence[str] | None = None, baseline: str | None = None) -> CorpusScores:
         """The mean over directions (all by default) of the model's scores, or of a baseline's."""
@@ -150,6 +153,7 @@ class Results:
             "notes": list(self.notes),
             "command": list(self.command),
             "versions": dict(self.versions or {}),
+            **({"examples": [entry.to_json() for entry in self.examples]} if self.examples else {}),
         }
 
     @classmethod
@@ -161,7 +165,8 @@ class Results:
         """
         _check(content)
         directions = {name: DirectionResult.from_json(entry) for name, entry in content["directions"].items()}
-        return cls(directions=directions, **{name: content[name] for name in _KINDS})
+        examples = [Example.from_json(entry) for entry in content.get("examples", [])]
+        return cls(directions=directions, examples=examples, **{name: content[name] for name in _KINDS})
 
     def to_text(self) -> str:
         """The file's content."""

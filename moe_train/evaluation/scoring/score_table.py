@@ -11,6 +11,7 @@ from rich.text import Text
 
 from moe_train.evaluation.scoring.averages import tier_of
 from moe_train.evaluation.scoring.bleu_chrf import CorpusScores
+from moe_train.evaluation.scoring.examples import example_text
 from moe_train.evaluation.scoring.results import BASELINES, Results
 
 
@@ -62,7 +63,7 @@ def _cells(scores: list[CorpusScores]) -> list[str]:
 
 
 def score_summary(results: Results) -> Group:
-    """The table, sacrebleu's signatures, notes and the speed of decoding."""
+    """The table, sacrebleu's signatures, notes, the speed of decoding, and examples."""
     signatures = [f"BLEU    {signature}" for signature in results.signatures["bleu"].values()]
     signatures.append(f"chrF++  {results.signatures['chrf']}")
     speed = results.decoding
@@ -72,7 +73,8 @@ def score_summary(results: Results) -> Group:
         f"decoded {speed['sentences']:,} sentences, {speed['words_per_second']:,.0f} words/s "
         f"({speed['tokens_per_second']:,.0f} tokens/s), {speed['processes']} process(es)",
     ]
-    return Group(score_table(results), Text("\n".join(lines)))
+    examples = [Text(), example_text(results.examples)] if results.examples else []
+    return Group(score_table(results), Text("\n".join(lines)), *examples)
 
 
 def print_scores(results: Results, console: Console) -> None:
