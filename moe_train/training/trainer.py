@@ -25,6 +25,7 @@ from moe_train.training.metrics.writers import MetricWriter
 from moe_train.training.optim.lr_schedule import RunEnd, learning_rate
 from moe_train.training.run.run_folder import RunFolder
 from moe_train.training.run.run_info import Account
+from moe_train.training.runtime.garbage_collection import PeriodicCollection
 from moe_train.training.runtime.signals import StopRequested, StopSignals
 from moe_train.training.runtime.world import World
 from moe_train.training.step import PendingReport, TrainStep, UpdateReport
@@ -86,11 +87,12 @@ class Trainer:
 
     def run(self) -> RunOutcome:
         """Trains until the last update, until patience is spent, or until a stop signal; saves a checkpoint."""
-        with self.signals, self.console:
+        with self.signals, self.console, PeriodicCollection() as garbage:
             # After a signal between the last update and its validation, the validation comes first.
             status = self._validate_and_save_if_due(stop=False) if self.state.pending else ""
             while not status and self.state.update < self.config.training.max_updates:
                 report = self.update()
+                garbage.after_update(self.state.update)
                 every, last = self.config.training.validation.every_updates, self.config.training.max_updates
                 self.state.pending = self.state.update % every == 0 or self.state.update == last
                 status = self._validate_and_save_if_due(report is not None and report.stop)
