@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from moe_train.kernels.cpu.adam import total_norm
 from moe_train.parallel.gradients import LocalNorms, expert_square_sum, ignore_experts_in_ddp, is_expert
 from moe_train.parallel.replica_gradients import ReplicaGradients
 from moe_train.training.engines.base import (
@@ -21,6 +22,7 @@ from moe_train.training.engines.base import (
     named_optimizer_tensors,
     register_engine,
 )
+from moe_train.training.optim.one_pass_adam import one_pass_adam
 from moe_train.training.optim.optimizer import build_optimizer
 from moe_train.training.optim.precision import ComputeWeights, Precision, scaled_step
 from moe_train.training.optim.sharded_step import ShardedStep
@@ -41,8 +43,9 @@ class DdpEngine:
     :class:`ReplicaGradients` sums them over replicas.
 
     In bf16 and fp16 the modules compute with 16-bit copies of the parameters (:class:`ComputeWeights`), whose gradients
-    are added up over micro-batches and ranks in fp32. With ``zero_stage`` 1 each parameter is stepped by one of the
-    ranks that share it (:class:`ShardedStep`).
+    are added up over micro-batches and ranks in fp32. On CPUs with matrix units Adam reads the gradients of a single
+    micro-batch of one process in 16 bits, and writes the copies (:class:`OnePassAdam`). With ``zero_stage`` 1 each
+    parameter is stepped by one of the ranks that share it (:class:`ShardedStep`).
     """
 
     def __init__(self, inputs: EngineInputs) -> None:
@@ -57,6 +60,8 @@ class DdpEngine:
         only = None if self._shards is None else self._shards.own
         self._optimizer = build_optimizer(inputs.module, inputs.training.optimizer, only)
         self._weights = ComputeWeights(inputs.module, self._precision.half)
+        self._one_pass = one_pass_adam(self._optimizer, self._weights)
+        self._last = False
         self._norms = LocalNorms()
         self._experts = self._over_replicas(bucket_bytes) if self._divided else None
         self._wrapper = self._wrap(inputs) if inputs.world.size > 1 else None
@@ -108,6 +113,7 @@ class DdpEngine:
 
     def accumulate(self, last: bool) -> AbstractContextManager[Any]:
         """Gradients are reduced in the last micro-batch only."""
+        self._last = last
         if self._experts is not None:
             self._experts.last = last
         return nullcontext() if last or self._wrapper is None else self._wrapper.no_sync()
@@ -116,7 +122,7 @@ class DdpEngine:
         """Adds the gradients of this rank's share."""
         with self._weights.in_use():  # recomputed activations need the same weights
             self._precision.scale(loss).backward()
-        self._weights.collect_gradients()
+        self._weights.collect_gradients(keep=self._last and self._wrapper is None and self._one_pass is not None)
 
     def step(self, lr: float) -> StepResult:
         """One optimizer step, or none where any rank's gradient is not finite. Waits for the device only where the
@@ -136,19 +142,28 @@ class DdpEngine:
         found_inf = applied.logical_not().float()
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        scaled_step(self._optimizer, divisor, found_inf)
+        if self._one_pass is None:
+            scaled_step(self._optimizer, divisor, found_inf)
+            self._weights.expire()
+        else:
+            self._one_pass.step(divisor, found_inf)
         if self._shards is not None:
             self._shards.exchange()
-        self._weights.expire()
+            self._weights.expire()
         self._precision.after_step(found_inf)
         self.module.zero_grad(set_to_none=True)
+        self._weights.clear_gradients()
         experts_clean = clean if self._experts is None else self._experts.norms.all_finite(norm.device)
         return StepResult(norm, applied, clean, experts_clean)
 
     def _norm(self, parameters: list[nn.Parameter]) -> Tensor:
         """2-norm of the whole model's gradient, 0-dim, the same on all ranks; not finite if any gradient is not."""
-        own = [p.grad for p in parameters if p.grad is not None and not (self._divided and is_expert(p))]
-        norm = nn.utils.get_total_norm(own) if own else torch.zeros(())
+        leaves = [self._weights.gradient(p) for p in parameters if not (self._divided and is_expert(p))]
+        own = [gradient for gradient in leaves if gradient is not None]
+        if self._one_pass is not None and own:
+            norm = total_norm([gradient.contiguous() for gradient in own])
+        else:
+            norm = nn.utils.get_total_norm(own) if own else torch.zeros(())
         return (norm.square() + expert_square_sum(parameters, self._layout)).sqrt() if self._divided else norm
 
     def optimizer_tensors(self) -> Mapping[str, Mapping[str, Tensor]]:

@@ -105,6 +105,15 @@ class ComputeWeights:
         """The tensor whose gradient backward computes for a parameter: its copy, or itself."""
         return self._copies.get(parameter, parameter)
 
+    @property
+    def has_bf16_copies(self) -> bool:
+        """Whether there are copies, in bf16."""
+        return any(copy.dtype == torch.bfloat16 for copy in self._parameters)
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        """The gradient of a parameter: its own in fp32, or that of its copy if it was kept in 16 bits."""
+        return self.leaf(parameter).grad if parameter.grad is None else parameter.grad
+
     def keep_sums_in(self, memory: Mapping[nn.Parameter, Tensor]) -> None:
         """Gives the memory of the fp32 gradients of some parameters."""
         self._sums.update({parameter: view for parameter, view in memory.items() if parameter in self._copies})
@@ -138,8 +147,14 @@ class ComputeWeights:
             self._versions = versions
 
     @torch.no_grad()
-    def collect_gradients(self) -> None:
-        """Adds the copies' gradients of a micro-batch to the parameters' fp32 gradients, and clears them."""
+    def collect_gradients(self, keep: bool = False) -> None:
+        """Adds the copies' gradients of a micro-batch to the parameters' fp32 gradients, and clears them.
+
+        Args:
+            keep: leaves them where they are if there are no others to add them to (:meth:`gradient` has both).
+        """
+        if keep and all(parameter.grad is None for parameter in self._copies):
+            return
         first: list[tuple[Tensor, Tensor]] = []  # fp32 gradient, and what it gets from this micro-batch
         later: list[tuple[Tensor, Tensor]] = []
         for parameter, copy in self._copies.items():
@@ -157,6 +172,11 @@ class ComputeWeights:
             torch._foreach_copy_([total for total, _ in first], [gradient for _, gradient in first])
         if later:
             torch._foreach_add_([total for total, _ in later], [gradient for _, gradient in later])
+
+    def clear_gradients(self) -> None:
+        """Clears the gradients of copies that were kept."""
+        for copy in self._parameters:
+            copy.grad = None
 
     def has(self, bucket: dist.GradBucket) -> bool:
         """Whether a bucket of DistributedDataParallel has gradients of copies; it has one type."""
