@@ -87,6 +87,7 @@ class ExportConfig:
         run, checkpoint, data, data_verify: as in :class:`EvaluateConfig`.
         out: the directory; it must not exist, or be empty.
         shard_mb: maximum size of a file of tensors, unless one tensor is larger.
+        dense: THOR: write the dense model of one expert of each layer (``routing.inference=fixed``).
     """
 
     run: str
@@ -95,6 +96,7 @@ class ExportConfig:
     data: str | None = None
     data_verify: DataVerify = "once"
     shard_mb: PositiveFloat = 5000.0
+    dense: bool = False
 
     def __post_init__(self) -> None:
         check.numbers(self, "")

@@ -24,17 +24,20 @@ from torch import Tensor
 
 import moe_train
 from moe_train.config import to_mapping
-from moe_train.config.evaluation import ExportConfig
+from moe_train.config.evaluation import ExportConfig, Inference
 from moe_train.data.folder import DataFolder
 from moe_train.data.manifest import describe_files
 from moe_train.errors import ConfigError
 from moe_train.evaluation.export_readme import readme
-from moe_train.evaluation.loading import LoadedRun, open_run
+from moe_train.evaluation.loading import LoadedRun, OpenedRun, open_run
+from moe_train.layers import FeedForward
+from moe_train.models.accounting import sparse_blocks
+from moe_train.routing.inference_overrides import evaluation_values
 from moe_train.training.checkpoint import checksums
 from moe_train.training.checkpoint.state_dict import model_tensors
 from moe_train.training.checkpoint.store import STATE, read_state
 from moe_train.training.run.run_data import RunData
-from moe_train.training.run.run_folder import CONFIG
+from moe_train.training.run.run_folder import CONFIG, RunFolder
 from moe_train.training.run.run_folder import EXPORTED_DATA as DATA
 from moe_train.utils.replace_folder import replacing_folder
 
@@ -51,7 +54,7 @@ def export_run(config: ExportConfig) -> Path:
     """
     out = Path(config.out)
     _check_free(out)
-    run = open_run(config.run, config.checkpoint, config.data, verify=config.data_verify).load()
+    run = _dense_run(config) if config.dense else _opened(config).load()
     try:
         with replacing_folder(out) as replacement:
             _check_free(out)
@@ -62,6 +65,35 @@ def export_run(config: ExportConfig) -> Path:
         where = str(getattr(error, "filename", None) or out)
         raise ConfigError(what, where, "check disk space and permissions, or set another folder: out=…") from error
     return out
+
+
+def _opened(config: ExportConfig, inference: Inference | None = None) -> OpenedRun:
+    return open_run(config.run, config.checkpoint, config.data, inference, verify=config.data_verify)
+
+
+def _dense_run(config: ExportConfig) -> LoadedRun:
+    """The run with one expert of each layer, as a run of ``routing=dense``.
+
+    Raises:
+        ConfigError: a token's expert depends on the token, or the model with one expert is no dense one of its config.
+    """
+    strategy = RunFolder.open(config.run).config.routing
+    if "inference" not in evaluation_values(strategy):
+        raise ConfigError(
+            f"with routing={strategy['name']} the tokens have different experts, which no dense model has",
+            "dense=true",
+            "it is for routing=thor, whose experts are trained to agree",
+        )
+    run = _opened(config, Inference({"inference": "fixed"})).load()
+    widths = {part.fc1.out_features for part in run.model.modules() if isinstance(part, FeedForward)}
+    if sparse_blocks(run.model) or len(widths) > 1:
+        raise ConfigError(
+            "the model with one expert of each layer is not one that routing=dense builds",
+            "dense=true",
+            "it needs experts of one width, model.ffn_dim, in place of feed-forwards, in encoder and decoder alike",
+        )
+    model = dataclasses.replace(run.config.model, ffn_dim=widths.pop())
+    return dataclasses.replace(run, config=dataclasses.replace(run.config, routing={"name": "dense"}, model=model))
 
 
 def _check_free(out: Path) -> None:

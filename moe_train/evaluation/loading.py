@@ -14,6 +14,8 @@ from moe_train.config import RunConfig
 from moe_train.config.evaluation import Inference
 from moe_train.config.run import DataVerify
 from moe_train.errors import CheckpointError, ConfigError, DataError, LaunchError, first_line, located
+from moe_train.models.fixed_experts import fix_experts
+from moe_train.models.routed import RoutedModel
 from moe_train.parallel.layout import ExpertLayout
 from moe_train.routing.inference_overrides import changed, check_draw_seed, evaluation_values
 from moe_train.tasks import build_task, open_data
@@ -91,6 +93,8 @@ class OpenedRun:
         load_model(self.checkpoint, model)
         if self.inference.draw_seed is not None:
             model.set_seed(self.inference.draw_seed)
+        if isinstance(model, RoutedModel):
+            fix_experts(model)
         model.to(device).eval()
         return LoadedRun(**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}, model=model)
 

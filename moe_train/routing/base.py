@@ -143,6 +143,15 @@ class Router(nn.Module):
         """Routes x [T, d]. Scores are computed in at least fp32."""
         raise NotImplementedError
 
+    def fixed_expert(self, seed: int, layer: int) -> int | None:
+        """The expert that every token of a layer has at inference, with weight 1; None: it differs between tokens.
+
+        Args:
+            seed: of the draws at inference.
+            layer: number of the block in the model.
+        """
+        return None
+
     def after_update(self, statistics: RoutingStatistics) -> None:
         """Called once per optimizer update with statistics summed over all ranks, to adapt to loads."""
 

@@ -44,10 +44,10 @@ def test_thor_beside_the_dense_model_in_both_tasks_and_ways(bench: object) -> No
     words = ["--model", "tiny", "--sentences", "1", "3", "--length", "5", "--steps", "3", "--vocabulary", "60"]
     figures, page = bench("inference", *words)  # type: ignore[operator]
     found = [(row["sentences"], row["task"], row["inference"]) for row in figures["rows"]]
-    ways = [("forward", "sentence"), ("forward", "token"), ("search", "sentence"), ("search", "token")]
+    ways = [(task, mode) for task in ("forward", "search") for mode in ("fixed", "sentence", "token")]
     assert found == [(n, *mode) for n in (1, 3) for mode in ways]
     assert all(row["ratio"] > 0 and set(row["milliseconds"]) == {"dense", "thor"} for row in figures["rows"])
-    assert page.count("\n| ") == 9
+    assert page.count("\n| ") == 13
 
 
 def test_all_searches_of_a_comparison_are_equally_long(monkeypatch: pytest.MonkeyPatch) -> None:

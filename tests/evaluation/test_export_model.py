@@ -16,13 +16,14 @@ from safetensors import safe_open
 
 from moe_train.commands.export import main
 from moe_train.config import SearchConfig
-from moe_train.config.evaluation import EvaluateConfig, ExportConfig
+from moe_train.config.evaluation import EvaluateConfig, ExportConfig, Inference
 from moe_train.data.folder import DataFolder
 from moe_train.errors import CheckpointError, ConfigError
 from moe_train.evaluation.evaluate_split import evaluate
 from moe_train.evaluation.export_model import INDEX, export_run
 from moe_train.evaluation.loading import LoadedRun, load_run
 from moe_train.evaluation.translator import Translator
+from moe_train.models.accounting import sparse_blocks
 from moe_train.training.checkpoint.init_from import initialise_from
 from moe_train.training.checkpoint.state_dict import model_tensors
 from moe_train.utils.replace_folder import replacing_folder
@@ -150,3 +151,21 @@ def test_the_command(made: Path, exported: Path, tmp_path: Path, monkeypatch: py
     assert [path.name for path in tmp_path.glob("out/*.safetensors")] == ["model.safetensors"]
     with pytest.raises(ConfigError, match=r"exists already.*Set another folder: out="):
         export_run(ExportConfig(str(made), str(exported)))
+
+
+def test_thor_as_a_dense_model(tmp_path: Path, tiny_data: DataFolder) -> None:
+    """It translates as the run does with one expert of each layer, and is smaller."""
+    thor = make_run(tmp_path / "thor", tiny_data, "thor")
+    out = export_run(ExportConfig(str(thor), str(tmp_path / "dense"), dense=True))
+    loaded = load_run(out)
+    assert loaded.config.routing == {"name": "dense"} and not list(sparse_blocks(loaded.model))
+    want = outputs(load_run(thor, inference=Inference({"inference": "fixed"})))
+    assert any(want) and outputs(loaded) == want
+    whole = export_run(ExportConfig(str(thor), str(tmp_path / "whole")))
+    assert sum(p.stat().st_size for p in out.iterdir()) < sum(p.stat().st_size for p in whole.iterdir())
+
+
+def test_only_thor_can_be_written_as_a_dense_model(made: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="the tokens have different experts"):
+        export_run(ExportConfig(str(made), str(tmp_path / "out"), dense=True))
+    assert not (tmp_path / "out").exists()

@@ -1,8 +1,9 @@
 """Measures inference time of THOR and of the dense model of equal size: a forward pass, and a beam search.
 
 THOR (Zuo et al., ICLR 2022) draws one expert per token or sentence, so that it has the FLOPs of the dense model, with
-the rows of each sparse layer divided over E weights. The models alternate within a round, so that other load of the
-machine affects all of them. Searches of random models would end at random: all hypotheses get the same length.
+the rows of each sparse layer divided over E weights; or one expert of a layer serves everything. The models alternate
+within a round, so that other load of the machine affects all of them. Searches of random models would end at random:
+all hypotheses get the same length.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from torch import Tensor
 from moe_train.config import ModelConfig, SearchConfig
 from moe_train.evaluation.search.beam_search import BeamSearch
 from moe_train.models import TransformerModel, build_model
+from moe_train.models.fixed_experts import fix_experts
 from moe_train.routing import routing_config
 
-INFERENCE_MODES = ("sentence", "token")
+INFERENCE_MODES = ("fixed", "sentence", "token")
 _PAD, _EOS, _UNK, _FIRST = 1, 2, 3, 4
 
 
@@ -50,7 +52,8 @@ class InferenceRow:
 
     Attributes:
         task: ``forward`` (encoder and decoder over whole sentences) or ``search`` (a beam search).
-        inference: ``sentence``: all its tokens share an expert; ``token``: each draws its own.
+        inference: ``fixed``: one expert of each layer for everything; ``sentence``: all its tokens share an expert;
+            ``token``: each draws its own.
         milliseconds: median times of ``dense`` and ``thor``.
         ratio: THOR's time over the dense model's: the median over rounds of the ratio within a round.
     """
@@ -112,6 +115,7 @@ def _build(config: ModelConfig, routing: Mapping[str, Any], work: DecodingWorklo
     words = NumberedWords(work.vocabulary)
     built = build_model(config, routing_config(routing), words, words, seed=1)
     assert isinstance(built, TransformerModel)
+    fix_experts(built)
     return built.eval()
 
 

@@ -17,13 +17,13 @@ from torch import Tensor
 from moe_train.routing.base import ExpertPlacement, Router, RouterInputs, RoutingConfig
 from moe_train.routing.constant_routing import constant_routing
 from moe_train.routing.context import RoutingContext
-from moe_train.routing.counter_rng import counter_integer
+from moe_train.routing.counter_rng import counter_integer, hash_numbers
 from moe_train.routing.expected_load import ExpectedChoices
 from moe_train.routing.noise import EXPERT, PARTNER
 from moe_train.routing.registry import register
 from moe_train.routing.types import Routing
 
-Inference = Literal["token", "sentence", "position", "ensemble"]
+Inference = Literal["token", "sentence", "position", "fixed", "ensemble"]
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,9 @@ class ThorConfig(RoutingConfig):
         pair: the experts of the two passes are ``distinct`` (the paper), or ``independent`` draws, which may be equal
             (the official code).
         inference: one expert per ``token`` or ``sentence`` (the paper's Dispatch(t) and Dispatch(s)), or per
-            ``position`` (the official code's Dispatch(s): all sentences share the expert of a position); ``ensemble``
-            averages the outputs of all experts.
+            ``position`` (the official code's Dispatch(s): all sentences share the expert of a position); ``fixed``: one
+            expert of each layer for everything, drawn once from the seed, so that the model is a dense one (not in the
+            paper; training makes the experts agree); ``ensemble`` averages the outputs of all experts.
     """
 
     evaluation_keys: ClassVar[tuple[str, ...]] = ("inference",)
@@ -76,7 +77,14 @@ class ThorRouter(Router):
         if not context.training and self.config.inference == "ensemble":
             all_experts = torch.arange(self.num_experts, device=x.device).expand(x.shape[0], -1)
             return constant_routing(x, all_experts, self.num_experts, weight=1 / self.num_experts)
+        if not context.training and (fixed := self.fixed_expert(context.seed, context.layer)) is not None:
+            expert = torch.full((x.shape[0], 1), fixed, device=x.device)
+            return constant_routing(x, expert, self.num_experts)
         return constant_routing(x, self.drawn(context).unsqueeze(1), self.num_experts)
+
+    def fixed_expert(self, seed: int, layer: int) -> int | None:
+        """With ``inference=fixed`` the expert of a layer, independent of the update."""
+        return hash_numbers(seed, layer, EXPERT) % self.num_experts if self.config.inference == "fixed" else None
 
     def drawn(self, context: RoutingContext) -> Tensor:
         """The expert [T] of each token, uniformly distributed in every pass."""

@@ -138,6 +138,19 @@ def test_tokens_draw_independently_where_asked() -> None:
     assert ((counts - expected) ** 2 / expected).sum().item() < 37.7  # 0.999 quantile, 15 degrees of freedom
 
 
+def test_a_fixed_expert_depends_on_seed_and_layer_only() -> None:
+    router = make_router("thor", inference="fixed", num_experts=4)
+    contexts = [batch_context([20] * 3, update=u, layer=n, seed=s) for u in (0, 9) for n in range(40) for s in (1, 2)]
+    choices = [router(tokens(60), context).choices for context in contexts]
+    assert all(len(found.unique()) == 1 for found in choices)
+    first = [int(found[0, 0]) for found in choices]
+    assert first[:80] == first[80:], "not on the update"
+    assert set(first[::2]) == {0, 1, 2, 3} and first[::2] != first[1::2]
+    assert first == [router.fixed_expert(context.seed, context.layer) for context in contexts]
+    training = router(tokens(60), batch_context([20] * 3, training=True, update=3)).choices
+    assert len(training.unique()) == 1 and make_router("thor").fixed_expert(1, 0) is None
+
+
 def test_the_official_sentence_level_is_a_position_level() -> None:
     router = make_router("thor", inference="position", num_experts=4)
     choices = router(tokens(60), batch_context([20] * 3)).choices.view(3, 20)
