@@ -29,12 +29,17 @@ class TaskConfig:
         directions: train on these only, e.g. ``[en-de, de-en]`` (empty: all directions of the data folder).
         source_tag, target_tag: language tag at the start of the source and of the decoder's input: ``source``,
             ``target`` or ``none`` (NLLB: ``source`` and ``target``; SMoE's scripts: ``target`` and ``target``).
+        source_tag_place: ``start``, before the sentence, or ``end``, after its end symbol.
+        target_tag_place: ``start``, in place of the end symbol that the decoder reads first, or ``after_end``, as the
+            next symbol (M2M-100, NLLB); then the tag is a target token too.
     """
 
     name: str = "translation"
     directions: tuple[str, ...] = ()
     source_tag: Literal["source", "target", "none"] = "target"
     target_tag: Literal["source", "target", "none"] = "none"
+    source_tag_place: Literal["start", "end"] = "start"
+    target_tag_place: Literal["start", "after_end"] = "start"
 
     def __post_init__(self) -> None:
         if "target" not in (self.source_tag, self.target_tag) and len(self.directions) != 1:

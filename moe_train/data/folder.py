@@ -14,7 +14,7 @@ from moe_train.data.text.languages import offer_direction
 from moe_train.data.text.lines import read_lines, reading, sha256
 from moe_train.data.text.pairs import MASK, SPLITS, Pair, Sides, parse_sides, tag
 from moe_train.data.text.tokenizer import Tokenizer
-from moe_train.data.text.vocabulary import dictionary_size, load_dictionary
+from moe_train.data.text.vocabulary import dictionary_size, load_dictionary, read_piece_ids
 from moe_train.data.verification import InputFiles, sha256_of_files
 from moe_train.errors import DataError, did_you_mean
 
@@ -148,7 +148,7 @@ class DataFolder:
         path = self.path / "dict.txt"
         dictionary = load_dictionary(path)
         self._check_entries(path, len(dictionary))
-        for symbol in (*map(tag, self.languages), MASK):
+        for symbol in (*map(tag, self.languages), *([] if self.manifest.ids_by_name else [MASK])):
             if symbol not in dictionary.indices:
                 raise self._damaged(path.name, f"the dictionary has no '{symbol}'")
         return dictionary
@@ -161,6 +161,8 @@ class DataFolder:
     @cached_property
     def _tokenizer(self) -> Tokenizer:
         tokenizer = Tokenizer(self.path / "spm.model")
+        if self.manifest.ids_by_name:
+            return Tokenizer(tokenizer.path, read_piece_ids(self.path / "dict.txt", tokenizer))
         self._check_entries(tokenizer.path, dictionary_size(tokenizer, self.languages))
         return tokenizer
 

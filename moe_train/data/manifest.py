@@ -17,6 +17,7 @@ from moe_train.utils.json_files import entry, file_digests, read_object
 
 FILE = "manifest.json"
 FORMAT = 1
+BY_NAME = "by_name"  # settings.vocabulary.ids of an imported vocabulary
 _MAX_VOCABULARY = 1 << 31  # ids have 32 bits
 
 
@@ -49,6 +50,12 @@ class Manifest:
     versions: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     format: int = FORMAT
+
+    @property
+    def ids_by_name(self) -> bool:
+        """Whether dict.txt has an order of its own, as an imported vocabulary has; else ids follow from the pieces."""
+        vocabulary = self.settings.get("vocabulary")
+        return isinstance(vocabulary, Mapping) and vocabulary.get("ids") == BY_NAME
 
     def write(self, folder: Path) -> None:
         """Writes the manifest; equal content gives equal bytes."""

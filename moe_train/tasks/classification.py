@@ -21,7 +21,6 @@ from moe_train.data.folder import DataFolder
 from moe_train.data.labelled import LabelledFile, LabelledTexts
 from moe_train.data.length_buckets import batch_by_length
 from moe_train.data.text.languages import find_english, find_same
-from moe_train.data.text.tokenizer import OFFSET
 from moe_train.errors import ConfigError, DataError
 from moe_train.models.encoder import build_text_classifier
 from moe_train.models.trainable import TrainableModel
@@ -194,8 +193,9 @@ class ClassificationTask(TrainingTask):
         entries, room = self.dictionary, min(self.keys.max_tokens, self.config.model.max_positions) - 2
         known = self.vocabulary.languages
         texts = [text for file in files for text in file.texts]
-        cut = self.vocabulary.tokenizer().encode_batch(texts)
-        items = [[entries.bos(), *(p + OFFSET for p in pieces[:room]), entries.eos()] for pieces in cut]
+        tokenizer = self.vocabulary.tokenizer()
+        cut = tokenizer.encode_batch(texts)
+        items = [[entries.bos(), *tokenizer.to_ids(pieces[:room]), entries.eos()] for pieces in cut]
         lengths = np.array([len(item) for item in items], np.int64)
         english = find_english(known)
         codes = [

@@ -16,7 +16,7 @@ from moe_train.data.batching import BatchSettings, Indices, WorldBatches
 from moe_train.data.folder import DataFolder
 from moe_train.data.length_buckets import batch_by_length
 from moe_train.data.text.pairs import tag
-from moe_train.errors import ConfigError
+from moe_train.errors import ConfigError, DataError
 from moe_train.models.encoder import build_masked_language_model
 from moe_train.models.trainable import TrainableModel
 from moe_train.tasks.base import Sample, TrainingTask
@@ -75,6 +75,9 @@ class LanguageModelTask(TrainingTask):
     def masking(self) -> Masking:
         """What may be masked, and by what."""
         entries = self.dictionary
+        if self.folder.manifest.ids_by_name:
+            what = "the vocabulary is that of an imported translation model, in which pieces and tags have any order"
+            raise DataError(what, str(self.folder.path), "prepare the text with a vocabulary of its own")
         first_tag = min(entries.index(tag(language)) for language in self.folder.languages)
         return Masking(self.keys, entries.index("<mask>"), entries.pad(), entries.nspecial, first_tag)
 

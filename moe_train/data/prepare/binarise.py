@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moe_train.data.text.tokenizer import EOS, OFFSET, Tokenizer
+from moe_train.data.text.tokenizer import EOS, Tokenizer
 from moe_train.fairseq_compat import apply
 from moe_train.utils.process_map import blocks
 
@@ -47,7 +47,7 @@ def binarise(
         encoded = tokenizer.encode_batch(batch, threads)
         flat = np.fromiter(chain.from_iterable(encoded), dtype=np.int64)
         counts += np.bincount(flat, minlength=len(counts))
-        for ids in _with_end(flat + OFFSET, encoded):
+        for ids in _with_end(tokenizer.to_ids(flat), encoded):
             builder.add_item(ids)
         sentences += len(batch)
         advance(len(batch))

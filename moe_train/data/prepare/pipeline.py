@@ -94,7 +94,7 @@ class _Preparation:
         tokenizer = self._tokenizer(selections)
         counts = self._write(selections, given, tokenizer)
         shutil.rmtree(work)
-        self._write_manifest(selections, counts, overlap, dictionary_size(tokenizer, self.plan.languages))
+        self._write_manifest(selections, counts, overlap, self._entries(tokenizer))
 
     def _clean(self, work: Path) -> list[CleanedText]:
         rules = self.config.corpus.cleaning
@@ -105,17 +105,25 @@ class _Preparation:
         path, settings = self.folder / "spm.model", self.config.vocabulary
         if self.reuse:
             shutil.copyfile(self.reuse / "spm.model", path)
-            return Tokenizer(path)
+            return Tokenizer(path, DataFolder.open(self.reuse).tokenizer().ids)
         with self.progress.stage("learning the vocabulary", total=1) as advance:
             train_sentencepiece(sample_sentences(selections, settings, self.config.seed), settings, path)
             advance(1)
         return Tokenizer(path)
 
+    def _entries(self, tokenizer: Tokenizer) -> int:
+        """Entries of the dictionary."""
+        if self.reuse:
+            return DataFolder.open(self.reuse).manifest.vocabulary
+        return dictionary_size(tokenizer, self.plan.languages)
+
     def _write(
         self, selections: Sequence[Selection], given: Sequence[HeldOut], tokenizer: Tokenizer
     ) -> dict[str, dict[str, int]]:
         with self.progress.stage("binarising") as advance:
-            writer = FolderWriter(self.folder, tokenizer, self.plan.languages, self.threads, advance)
+            writer = FolderWriter(
+                self.folder, tokenizer, self.plan.languages, self._entries(tokenizer), self.threads, advance
+            )
             for selection in selections:
                 text, sides = selection.text, selection.text.sides
                 writer.add_training(sides, *(text.lines(language, selection.train) for language in sides))

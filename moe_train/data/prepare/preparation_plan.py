@@ -11,7 +11,7 @@ from moe_train.config import to_mapping
 from moe_train.config.corpus import PrepareConfig
 from moe_train.data.corpora import CorpusText, read_corpus
 from moe_train.data.folder import DataFolder
-from moe_train.data.manifest import FILE, Manifest
+from moe_train.data.manifest import BY_NAME, FILE, Manifest
 from moe_train.data.stage_progress import Progress
 from moe_train.data.text.languages import find_same
 from moe_train.data.text.lines import sha256
@@ -136,7 +136,10 @@ def _settings(config: PrepareConfig) -> dict[str, Any]:
     settings = {key: value for key, value in to_mapping(config).items() if key not in _IGNORED}
     settings["corpus"] = {key: value for key, value in settings["corpus"].items() if key not in _IGNORED_OF_CORPUS}
     if config.vocabulary.reuse:
-        settings["vocabulary"]["reuse"] = DataFolder.open(config.vocabulary.reuse).manifest.files["spm.model"]["sha256"]
+        reused = DataFolder.open(config.vocabulary.reuse).manifest
+        settings["vocabulary"]["reuse"] = reused.files["spm.model"]["sha256"]
+        if reused.ids_by_name:
+            settings["vocabulary"]["ids"] = BY_NAME
     return settings
 
 

@@ -13,7 +13,7 @@ from moe_train.data.stage_progress import Advance
 from moe_train.data.text.lines import write_lines
 from moe_train.data.text.pairs import SPLITS, Sides
 from moe_train.data.text.tokenizer import Tokenizer
-from moe_train.data.text.vocabulary import dictionary_size, write_dictionary
+from moe_train.data.text.vocabulary import write_dictionary
 
 
 class FolderWriter:
@@ -22,15 +22,22 @@ class FolderWriter:
     Args:
         folder: the new data folder.
         languages: those of the dictionary's tags, in order.
+        entries: of the dictionary.
         threads: native threads that encode.
         advance: called with the number of sentences written since the last call.
     """
 
     def __init__(
-        self, folder: Path, tokenizer: Tokenizer, languages: Sequence[str], threads: int, advance: Advance
+        self,
+        folder: Path,
+        tokenizer: Tokenizer,
+        languages: Sequence[str],
+        entries: int,
+        threads: int,
+        advance: Advance,
     ) -> None:
         self.folder, self.tokenizer, self.languages = folder, tokenizer, tuple(languages)
-        self.threads, self.advance = threads, advance
+        self.entries, self.threads, self.advance = entries, threads, advance
         self.counts: dict[str, dict[str, int]] = {split: {} for split in SPLITS}
         self.frequencies = np.zeros(len(tokenizer), dtype=np.int64)
         (folder / "raw").mkdir(exist_ok=True)
@@ -48,8 +55,7 @@ class FolderWriter:
 
     def _binarise(self, split: str, sides: Sides, language: str, lines: Iterable[str]) -> np.ndarray:
         prefix = self.folder / f"{split}.{sides.file(language)}"
-        entries = dictionary_size(self.tokenizer, self.languages)
-        sentences, pieces = binarise(lines, prefix, self.tokenizer, entries, self.threads, self.advance)
+        sentences, pieces = binarise(lines, prefix, self.tokenizer, self.entries, self.threads, self.advance)
         self.counts[split][sides.name] = sentences
         return pieces
 

@@ -6,6 +6,7 @@ import io
 import re
 import tempfile
 from collections.abc import Iterable, Sequence
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from moe_train.config.corpus import VocabularyConfig
 from moe_train.data.text.lines import reading
 from moe_train.data.text.normalisation import rules
 from moe_train.data.text.pairs import MASK, tag
-from moe_train.data.text.tokenizer import Tokenizer
+from moe_train.data.text.tokenizer import UNK, Tokenizer
 from moe_train.errors import DataError
 from moe_train.fairseq_compat import apply
 
@@ -123,6 +124,19 @@ def write_dictionary(path: Path, tokenizer: Tokenizer, languages: Sequence[str],
         )
     with path.open("w", encoding="utf-8", newline="\n") as stream:
         stream.writelines(f"{symbol} {count}\n" for symbol, count in entries)
+
+
+def read_piece_ids(path: Path, tokenizer: Tokenizer) -> list[int]:
+    """Dictionary id of each piece, by the names in a ``dict.txt`` of any order; a piece that it lacks is unknown.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    with reading(path):
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    symbols = [line.rpartition(" ")[0] for line in lines if line]
+    ids = dict(zip(("<s>", "<pad>", "</s>", "<unk>", *symbols), count(), strict=False))
+    return [ids.get(piece, UNK) for piece in ("<unk>", *tokenizer.pieces)]
 
 
 def load_dictionary(path: Path) -> Dictionary:

@@ -30,9 +30,11 @@ class Tags:
 
     Attributes:
         source: dictionary id in front of the source, None where there is none.
+        source_last: it stands after the source's end symbol instead.
         first: the decoder's first input token: the target language's tag, or the end of sentence as in plain fairseq.
             It is *in place of* the end, so the target has no tag: the model never has to predict a tag that is given,
-            and a search starts from this one token. (NLLB feeds the end and then the tag.)
+            and a search starts from this one token. (NLLB feeds the end and then the tag: ``target``.)
+        target: dictionary id in front of the target (the decoder reads the end symbol before it); None: there is none.
         source_language, target_language: numbers in the folder's sorted list of languages.
     """
 
@@ -40,6 +42,19 @@ class Tags:
     first: int
     source_language: int
     target_language: int
+    source_last: bool = False
+    target: int | None = None
+
+    @property
+    def decoder_start(self) -> tuple[int, ...]:
+        """The tokens that a search starts from."""
+        return (self.first,) if self.target is None else (self.first, self.target)
+
+    def framed(self, ids: Sequence[int], end: int, longest: int) -> list[int]:
+        """A source of at most ``longest`` tokens: ids (the last ones cut if there are too many), end symbol and tag."""
+        mark = [] if self.source is None else [self.source]
+        whole = [*ids[: longest - 1 - len(mark)], end]
+        return whole + mark if self.source_last else mark + whole
 
     @classmethod
     def of(cls, direction: str, task: TaskConfig, languages: Sequence[str], dictionary: Dictionary) -> Tags:
@@ -55,11 +70,15 @@ class Tags:
                     f"the data folder knows no language '{language}'", direction, f"choose from {', '.join(languages)}"
                 )
         ids = {name: dictionary.index(tag(code)) for name, code in (("source", pair.source), ("target", pair.target))}
+        target = ids.get(task.target_tag)
+        after_end = task.target_tag_place == "after_end"
         return cls(
             source=ids.get(task.source_tag),
-            first=ids.get(task.target_tag, dictionary.eos()),
+            first=dictionary.eos() if target is None or after_end else target,
             source_language=languages.index(pair.source),
             target_language=languages.index(pair.target),
+            source_last=task.source_tag_place == "end",
+            target=target if after_end else None,
         )
 
 
@@ -86,7 +105,7 @@ class ParallelText:
     """The items of some directions, one direction after the other.
 
     Attributes:
-        source_lengths, target_lengths: [N] tokens, tag and end included (the target has no tag).
+        source_lengths, target_lengths: [N] tokens, tag and end included (the target mostly has no tag).
         sizes: items of each direction.
     """
 
@@ -96,7 +115,7 @@ class ParallelText:
         self.sizes = [len(d) for d in self.directions]
         self._first = np.cumsum([0, *self.sizes])
         self.source_lengths = _joined([d.source.sizes + (d.tags.source is not None) for d in self.directions])
-        self.target_lengths = _joined([d.target.sizes for d in self.directions])
+        self.target_lengths = _joined([d.target.sizes + (d.tags.target is not None) for d in self.directions])
 
     def __len__(self) -> int:
         return int(self._first[-1])
@@ -115,9 +134,12 @@ class ParallelText:
             sentences = indices[here] - self._first[number]
             tags = direction.tags
             if tags.source is not None:
-                source[here, 0] = tags.source
-            direction.source.fill(source, here, sentences, column=int(tags.source is not None))
-            direction.target.fill(target, here, sentences)
+                source[here, source_lengths[here] - 1 if tags.source_last else 0] = tags.source
+            in_front = tags.source is not None and not tags.source_last
+            direction.source.fill(source, here, sentences, column=int(in_front))
+            if tags.target is not None:
+                target[here, 0] = tags.target
+            direction.target.fill(target, here, sentences, column=int(tags.target is not None))
             first[here], uid[here] = tags.first, direction.first_uid + sentences
             source_language[here], target_language[here] = tags.source_language, tags.target_language
         tokens = int(target_lengths.sum())

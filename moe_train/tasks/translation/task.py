@@ -175,7 +175,7 @@ class TranslationTask(TranslatingTask, FairseqTask):  # type: ignore[misc]
         counts[: entries.nspecial] = 0.0
         counts[markers] = 0.0
         for direction in text.directions:
-            for marker in (entries.eos(), direction.tags.first, direction.tags.source):
+            for marker in (entries.eos(), direction.tags.first, direction.tags.source, direction.tags.target):
                 if marker is not None:
                     counts[marker] += len(direction) / 2  # a sentence's pieces are counted once, and used on two sides
         return torch.from_numpy(counts)
@@ -223,7 +223,7 @@ class TranslationTask(TranslatingTask, FairseqTask):  # type: ignore[misc]
         return self.config.model.max_positions - 1 - (self.tags(direction).source is not None)
 
     def decoder_prefix(self, direction: str) -> int:
-        """The token that a search starts from; it is not part of the hypothesis and has no score."""
+        """The first token that a search starts from; it is not part of the hypothesis and has no score."""
         return self.tags(direction).first
 
     def encode_source(self, lines: Sequence[str], source: str, target: str) -> list[Tensor]:
@@ -245,7 +245,7 @@ class TranslationTask(TranslatingTask, FairseqTask):  # type: ignore[misc]
             uids: a number for each sentence, which random routing draws by.
 
         Returns:
-            ``id``, ``nsentences`` and ``net_input``, whose ``prev_output_tokens`` [B, 1] a search starts from.
+            ``id``, ``nsentences`` and ``net_input``, whose ``prev_output_tokens`` [B, 1 or 2] a search starts from.
         """
         tags = self.tags(f"{source}-{target}")
         framed = [self._framed(ids.tolist() if isinstance(ids, Tensor) else ids, tags) for ids in sentences]
@@ -261,7 +261,7 @@ class TranslationTask(TranslatingTask, FairseqTask):  # type: ignore[misc]
             "net_input": {
                 "src_tokens": tokens,
                 "src_lengths": torch.tensor([len(ids) for ids in framed], dtype=torch.int64),
-                "prev_output_tokens": torch.full((rows, 1), tags.first, dtype=torch.int64),
+                "prev_output_tokens": torch.tensor([tags.decoder_start] * rows, dtype=torch.int64).reshape(rows, -1),
                 "sentence_uid": uid,
                 "src_lang": torch.full((rows,), tags.source_language, dtype=torch.int64),
                 "tgt_lang": torch.full((rows,), tags.target_language, dtype=torch.int64),
@@ -269,9 +269,8 @@ class TranslationTask(TranslatingTask, FairseqTask):  # type: ignore[misc]
         }
 
     def _framed(self, ids: Sequence[int], tags: Tags) -> Tensor:
-        front = [] if tags.source is None else [tags.source]
-        room = self.config.model.max_positions - len(front) - 1
-        return torch.tensor([*front, *ids[:room], self.dictionary.eos()], dtype=torch.int64)
+        framed = tags.framed(ids, self.dictionary.eos(), self.config.model.max_positions)
+        return torch.tensor(framed, dtype=torch.int64)
 
     def with_config(self, **changes: Any) -> None:
         """Replaces parts of the config before a model is built from it, for fairseq's command line."""

@@ -16,7 +16,7 @@ from moe_train.config.corpus import VocabularyConfig
 from moe_train.data.folder import DataFolder
 from moe_train.data.text.normalisation import normalise
 from moe_train.data.text.tokenizer import EOS, OFFSET, PAD, UNK, Tokenizer
-from moe_train.data.text.vocabulary import train_sentencepiece
+from moe_train.data.text.vocabulary import read_piece_ids, train_sentencepiece
 from moe_train.errors import ConfigError, DataError
 from tests.data import tiny_corpus
 
@@ -45,6 +45,19 @@ def test_ids_are_pieces_plus_three(tiny_data: DataFolder) -> None:
         tokenizer.encode(line) for line in lines
     ]
     assert tokenizer.pieces[0] == "<0x00>" and len(tokenizer.pieces) == len(tokenizer) - 1
+
+
+def test_ids_by_the_names_of_a_dictionary_in_another_order(tiny_data: DataFolder, tmp_path: Path) -> None:
+    plain = tiny_data.tokenizer()
+    missing, text = plain.pieces[-1], "The doctor buys a red apple."
+    lines = [f"{piece} 1" for piece in [*reversed(plain.pieces[:-1]), "__de__", "further"]]
+    (tmp_path / "dict.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    tokenizer = Tokenizer(plain.path, read_piece_ids(tmp_path / "dict.txt", plain))
+    last = len(plain) + 1  # the id of the first piece
+    assert tokenizer.encode(text) == [last - (i - 4) for i in plain.encode(text)] and tokenizer.encode("") == []
+    assert tokenizer.decode([*tokenizer.encode(text), last + 1, last + 2, EOS]) == text
+    assert UNK in tokenizer.to_ids([plain.pieces.index(missing) + 1]) and tokenizer.decode([UNK]) == plain.decode([UNK])
+    assert pickle.loads(pickle.dumps(tokenizer)).encode(text) == tokenizer.encode(text)
 
 
 def test_tags_mask_and_special_symbols_vanish_in_decoding(tiny_data: DataFolder) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -67,6 +68,30 @@ def test_a_sample_holds_the_stored_sentences_with_their_tags(
     inputs = (sample["net_input"][name] for name in ("src_tokens", "prev_output_tokens"))
     assert sample["real_tokens"] == [int(ids.ne(dictionary.pad()).sum()) for ids in inputs]
     assert sample["id"].tolist() == indices.tolist()
+
+
+@pytest.mark.parametrize("source_place", ["start", "end"])
+def test_tags_behind_the_source_and_after_the_end_symbol(tiny_data: DataFolder, source_place: Any) -> None:
+    keys = TaskConfig(
+        source_tag="source", target_tag="target", source_tag_place=source_place, target_tag_place="after_end"
+    )
+    task, plain = make_task(tiny_data, keys), make_task(tiny_data, TaskConfig(source_tag="none", target_tag="target"))
+    text, end = task.split("train"), task.dictionary.eos()
+    indices = np.random.default_rng(0).permutation(len(text))[:40]
+    sample, bare = text.sample(indices), plain.split("train").sample(indices)
+    for row, index in enumerate(indices):
+        name = text.directions[int(np.searchsorted(np.cumsum(text.sizes), index, side="right"))].name
+        source, target = (task.dictionary.index(f"__{language}__") for language in name.split("-"))
+        expected = unpadded(bare["net_input"]["src_tokens"][row])
+        expected = [*expected, source] if source_place == "end" else [source, *expected]
+        assert unpadded(sample["net_input"]["src_tokens"][row]) == expected
+        sentence = unpadded(bare["target"][row])
+        assert unpadded(sample["target"][row]) == [target, *sentence]
+        assert unpadded(sample["net_input"]["prev_output_tokens"][row]) == [end, target, *sentence[:-1]]
+        request = task.inference_sample([sentence[:3]], *name.split("-"), [0])["net_input"]
+        assert request["prev_output_tokens"].tolist() == [[end, target]]
+        assert request["src_tokens"][0].tolist().index(source) == (4 if source_place == "end" else 0)
+    assert sample["ntokens"] == bare["ntokens"] + 40 == int(sample["target"].ne(1).sum())
 
 
 def test_padding_is_right_and_the_sample_is_no_wider_than_its_longest(tiny_data: DataFolder) -> None:
