@@ -40,7 +40,8 @@ from moe_train.config import (
 from moe_train.data.folder import DataFolder
 from moe_train.evaluation.scoring.bleu_chrf import Scorer
 from moe_train.evaluation.search.beam_search import BeamSearch
-from moe_train.evaluation.translator import Batch, encode
+from moe_train.evaluation.translations import Batch
+from moe_train.evaluation.translator import encode
 from moe_train.fairseq_compat import apply
 from moe_train.models.from_fairseq import convert_state_dict
 from moe_train.tasks import build_task

@@ -38,7 +38,7 @@ SUBFOLDERS = {
     "data": ("text", ".", "corpora", "cleaning", "images", "prepare"),
     "tasks": (".", "translation"),
     "training": ("runtime", "optim", "engines", "checkpoint", "run", "metrics", "."),
-    "evaluation": ("search", "scoring", "."),
+    "evaluation": ("search", "scoring", ".", "inference"),
     "analysis": ("planner", "probe", "bench", "report"),
     "launch": ("job", "watchdog", "."),
     "commands": ("cli", "."),

@@ -13,7 +13,7 @@ def run(mapping: Mapping[str, Any]) -> None:
     # Imported here: torch and fairseq take seconds, and errors in keys are shown before.
     from moe_train.config import build
     from moe_train.config.evaluation import TranslateConfig
-    from moe_train.evaluation.translate_stream import translate_input
+    from moe_train.evaluation.inference.translate_stream import translate_input
 
     translate_input(build(TranslateConfig, mapping))
 

@@ -139,7 +139,7 @@ class LaunchConfig:
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """Beam search.
+    """Beam search, or sampling.
 
     Attributes:
         beam: hypotheses per sentence.
@@ -149,6 +149,13 @@ class SearchConfig:
         min_length: minimum tokens of a hypothesis, without the end.
         unk_penalty: subtracted from the log-probability of the unknown word; values below 0 favour it.
         batch_tokens: source tokens per batch.
+        n_best: translations of each sentence where they are written, at most ``beam``.
+        no_repeat_ngram: n-grams of this many tokens occur once in a hypothesis (0: no limit).
+        sampling: draws ``beam`` hypotheses instead of searching for the best.
+        temperature: logits are divided by it, in a beam search too.
+        top_k: with sampling, draws among the k most probable symbols (0: all).
+        top_p: with sampling, draws among the fewest symbols that have this probability together (1: all).
+        seed: of the draws.
         weights: type of the weights while searching. ``bf16`` and ``int8`` are for CPUs with matrix units; the encoder
             then computes in bf16. Routers, norms and sums stay fp32.
     """
@@ -161,9 +168,28 @@ class SearchConfig:
     unk_penalty: Annotated[float, Range(least=-1e6, most=1e6)] = 0.0
     batch_tokens: PositiveInt = 4096
     weights: Literal["fp32", "bf16", "int8"] = "fp32"
+    n_best: PositiveInt = 1
+    no_repeat_ngram: Annotated[int, Range(least=0, most=10_000)] = 0
+    sampling: bool = False
+    temperature: Annotated[float, Range(above=0, most=1e6)] = 1.0
+    top_k: NonNegativeInt = 0
+    top_p: Annotated[float, Range(above=0, most=1)] = 1.0
+    seed: Seed = 1
 
     def __post_init__(self) -> None:
         check.numbers(self, "search")
+        if self.n_best > self.beam:
+            raise ConfigError(
+                f"search.n_best={self.n_best} is more than search.beam={self.beam}",
+                remedy=f"set search.beam={self.n_best}",
+            )
+        if (self.top_k or self.top_p < 1) and not self.sampling:
+            raise ConfigError(
+                "search.top_k and search.top_p are for sampling, and search.sampling is false",
+                remedy="set search.sampling=true",
+            )
+        if self.top_k and self.top_p < 1:
+            raise ConfigError("search.top_k and search.top_p are both set", remedy="choose one of them")
         if self.max_length_ratio == 0 and self.max_length_offset < max(1, self.min_length):
             raise ConfigError(
                 f"search.max_length_ratio=0 and search.max_length_offset={self.max_length_offset} leave less than"

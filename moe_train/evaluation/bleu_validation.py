@@ -10,7 +10,8 @@ from moe_train.config import SearchConfig
 from moe_train.data.folder import DataFolder
 from moe_train.evaluation.long_lines import cut_note
 from moe_train.evaluation.scoring.bleu_chrf import Scorer
-from moe_train.evaluation.translator import Batch, BatchResult, EncodedLines, Translator, encode
+from moe_train.evaluation.translations import Batch, BatchResult
+from moe_train.evaluation.translator import EncodedLines, Translator, encode
 from moe_train.models.trainable import TrainableModel
 from moe_train.routing.context import LocalReduction
 from moe_train.tasks.base import TranslatingTask

@@ -15,7 +15,8 @@ import torch
 from moe_train.config import LayoutConfig, RunConfig, SearchConfig
 from moe_train.errors import ConfigError
 from moe_train.evaluation.loading import OpenedRun
-from moe_train.evaluation.translator import Batch, BatchResult, Translator
+from moe_train.evaluation.translations import Batch, BatchResult
+from moe_train.evaluation.translator import Translator
 from moe_train.parallel.layout import ExpertLayout
 from moe_train.parallel.layout_plan import LayoutPlan
 from moe_train.parallel.reducers import DistReduction

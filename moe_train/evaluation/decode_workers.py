@@ -26,7 +26,8 @@ from moe_train.config.evaluation import Inference
 from moe_train.errors import LaunchError, UserError
 from moe_train.evaluation.decode_ep import decode_on_rank, plan_evaluation
 from moe_train.evaluation.loading import OpenedRun, choose_device, open_run
-from moe_train.evaluation.translator import Batch, BatchResult, Translator
+from moe_train.evaluation.translations import Batch, BatchResult
+from moe_train.evaluation.translator import Translator
 from moe_train.parallel.isolation import LOOPBACK, SECRET
 from moe_train.parallel.layout_plan import LayoutPlan
 from moe_train.plugins import import_user_dir

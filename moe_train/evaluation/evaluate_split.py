@@ -28,7 +28,8 @@ from moe_train.evaluation.scoring.bleu_chrf import AUTO, Scorer, require_tokeniz
 from moe_train.evaluation.scoring.examples import Lines, draw_examples
 from moe_train.evaluation.scoring.further_metrics import find_metrics, measure_with
 from moe_train.evaluation.scoring.results import DirectionResult, Results, read_results
-from moe_train.evaluation.translator import BatchResult, EncodedLines, Translation, encode
+from moe_train.evaluation.translations import BatchResult, Translation
+from moe_train.evaluation.translator import EncodedLines, encode
 from moe_train.screen import Screen
 from moe_train.training.checkpoint.checksums import MANIFEST, replace_text
 from moe_train.training.checkpoint.store import run_on_all_ranks

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from moe_train.data.text.lines import read_lines
 from moe_train.errors import DataError
-from moe_train.evaluation.translator import Translation
+from moe_train.evaluation.translations import Translation
 from moe_train.training.checkpoint.checksums import replace_text
 
 _LINE_ENDS = {ord(c): " " for c in "\r\n"}

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,56 +14,14 @@ import torch
 from moe_train.config import SearchConfig
 from moe_train.evaluation.routed_tokens import collect_routing
 from moe_train.evaluation.search.beam_search import BeamSearch, DecodableModel
+from moe_train.evaluation.search.target_scores import padded, token_log_probabilities
+from moe_train.evaluation.translations import EMPTY, Batch, BatchResult, Hypothesis, Translation
 from moe_train.routing.context import RankReduction
 from moe_train.tasks.base import TranslatingTask
 
 _TAG_AND_END = 2  # a tag and the end symbol, at most
+_LOGITS = 2**26  # of a batch that is scored: 256 MiB
 _LINE_ENDS = {ord(c): " " for c in "\r\n"}
-
-
-@dataclass(frozen=True)
-class Batch:
-    """A batch to translate, as plain values for another process: dictionary ids without tags and end symbol."""
-
-    source: str
-    target: str
-    sentences: tuple[tuple[int, ...], ...]
-    uids: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Translation:
-    """One line: its text, its score (log-probability over length^penalty) and its tokens, end symbol included.
-
-    ``cut``: the source was longer than the model's longest and was truncated.
-    """
-
-    text: str
-    score: float
-    tokens: int
-    cut: bool = False
-
-
-@dataclass(frozen=True)
-class BatchResult:
-    """The result of a batch: a translation per sentence, and the seconds that it took.
-
-    Attributes:
-        routing: routing statistics of sources and of all hypotheses that were considered, as plain values.
-    """
-
-    translations: tuple[Translation, ...]
-    seconds: float
-    routing: Mapping[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> BatchResult:
-        """The inverse of :func:`dataclasses.asdict`, after conversion to JSON and back."""
-        translations = tuple(Translation(**one) for one in content["translations"])
-        return cls(translations, content["seconds"], content["routing"])
-
-
-EMPTY = Translation("", 0.0, 0)
 
 
 def sentence_uid(text: str) -> int:
@@ -111,20 +70,48 @@ class EncodedLines:
         return result
 
 
-def encode(task: TranslatingTask, lines: Sequence[str], source: str, target: str, batch_tokens: int) -> EncodedLines:
-    """Encodes lines of one direction and divides them into batches."""
-    tokenizer, longest = task.folder.tokenizer(), task.max_positions()[0]
-    filled = [n for n, line in enumerate(lines) if line.strip()]
+def encode(
+    task: TranslatingTask,
+    lines: Sequence[str],
+    source: str,
+    target: str,
+    batch_tokens: int,
+    beginnings: Sequence[str] = (),
+    targets: Sequence[Sequence[int]] | None = None,
+) -> EncodedLines:
+    """Encodes lines of one direction and divides them into batches.
+
+    Args:
+        beginnings: a text for each line with which its translation begins; empty: none.
+        targets: ids of a translation of each line, without tag and end; blank lines are encoded then, too.
+    """
+    tokenizer, (longest, longest_target) = task.folder.tokenizer(), task.max_positions()
+    room, target_room = task.source_room(f"{source}-{target}"), longest_target - 1
+    filled = [n for n, line in enumerate(lines) if targets is not None or line.strip()]
     ids = [tuple(tokenizer.encode(lines[n])) for n in filled]
+    begun = [tuple(tokenizer.encode(beginnings[n])) for n in filled] if any(beginnings) else []
+    given = [] if targets is None else [tuple(targets[n]) for n in filled]
     lengths = [min(len(i) + _TAG_AND_END, longest) for i in ids]
+    truncated = {n for n, own in zip(filled, ids, strict=True) if len(own) > room}
+    if targets is not None:
+        truncated |= {n for n, own in zip(filled, given, strict=True) if len(own) > target_room}
+        given = [own[:target_room] for own in given]
+        lengths = [max(length, len(own) + 1) for length, own in zip(lengths, given, strict=True)]
+        batch_tokens = min(batch_tokens, max(1, _LOGITS // len(task.target_dictionary)))
     grouped = length_batches(lengths, batch_tokens)
     batches = tuple(
-        Batch(source, target, tuple(ids[i] for i in batch), tuple(sentence_uid(lines[filled[i]]) for i in batch))
+        Batch(
+            source,
+            target,
+            tuple(ids[i] for i in batch),
+            tuple(sentence_uid(lines[filled[i]]) for i in batch),
+            tuple(begun[i] for i in batch) if begun else (),
+            None if targets is None else tuple(given[i] for i in batch),
+        )
         for batch in grouped
     )
-    room = task.source_room(f"{source}-{target}")
-    truncated = tuple(n for n, pieces in zip(filled, ids, strict=True) if len(pieces) > room)
-    return EncodedLines(batches, tuple(tuple(filled[i] for i in batch) for batch in grouped), len(lines), truncated)
+    numbers = tuple(tuple(filled[i] for i in batch) for batch in grouped)
+    return EncodedLines(batches, numbers, len(lines), tuple(sorted(truncated)))
 
 
 class Translator:
@@ -136,6 +123,7 @@ class Translator:
         search: settings of beam search.
         device: to which batches are moved.
         group: ranks that share the model's experts and search at the same time; see :class:`BeamSearch`.
+        token_scores: whether hypotheses have token scores.
     """
 
     def __init__(
@@ -145,37 +133,73 @@ class Translator:
         search: SearchConfig,
         device: torch.device | str = "cpu",
         group: RankReduction | None = None,
+        token_scores: bool = False,
     ) -> None:
-        self.task, self.config, self.device = task, search, torch.device(device)
+        self.task, self.config, self.device, self.token_scores = task, search, torch.device(device), token_scores
         self._model = model
         self._search = BeamSearch(model, task.target_dictionary, search, group)
 
+    def with_settings(self, search: SearchConfig, token_scores: bool = False) -> Translator:
+        """A translator with the same model and other settings."""
+        other = copy.copy(self)
+        other.config, other.token_scores, other._search = search, token_scores, self._search.with_config(search)
+        return other
+
     def run(self, batch: Batch) -> BatchResult:
-        """Translates one batch."""
+        """Translates one batch, or scores its targets."""
         start = time.perf_counter()
-        sample = self.task.inference_sample(batch.sentences, batch.source, batch.target, batch.uids)
-        net_input = {k: v.to(self.device) if isinstance(v, torch.Tensor) else v for k, v in sample["net_input"].items()}
+        net_input = self.net_input(batch)
         with collect_routing(self._model) as counted:
-            found = self._search(net_input)
-        tokenizer = self.task.folder.tokenizer()
-        translations = tuple(
-            Translation(tokenizer.decode(ids).translate(_LINE_ENDS), round(score, 6), len(ids) + 1)
-            for ids, score in zip(found.best(), found.best_scores(), strict=True)
-        )
+            if batch.targets is None:
+                translations = self._translate(net_input, batch.beginnings)
+            else:
+                translations = self._score(net_input, batch.targets)
         return BatchResult(translations, time.perf_counter() - start, counted().to_json())
 
+    def net_input(self, batch: Batch) -> dict[str, Any]:
+        """The model's input for a batch, on the device."""
+        sample = self.task.inference_sample(batch.sentences, batch.source, batch.target, batch.uids)
+        return {k: v.to(self.device) if isinstance(v, torch.Tensor) else v for k, v in sample["net_input"].items()}
+
+    def _translate(self, net_input: Mapping[str, Any], beginnings: Sequence[Sequence[int]]) -> tuple[Translation, ...]:
+        begun = padded(beginnings, self.task.target_dictionary.pad(), self.device) if any(beginnings) else None
+        found = self._search(net_input, begun, self.token_scores).lists(self.config.n_best)
+        hypotheses = [[self._hypothesis(*one) for one in own] for own in found]
+        return tuple(Translation(**vars(best), others=tuple(others)) for best, *others in hypotheses)
+
+    def _score(self, net_input: Mapping[str, Any], targets: Sequence[Sequence[int]]) -> tuple[Translation, ...]:
+        scores = token_log_probabilities(self._model, net_input, targets, self.task.target_dictionary)
+        found = (self._hypothesis(ids, sum(own), own) for ids, own in zip(targets, scores, strict=True))
+        return tuple(Translation(**vars(one)) for one in found)
+
+    def _hypothesis(self, ids: Sequence[int], score: float, token_scores: Sequence[float]) -> Hypothesis:
+        text = self.task.folder.tokenizer().decode(ids).translate(_LINE_ENDS)
+        dictionary = self.task.target_dictionary
+        pieces = tuple(dictionary[i] for i in (*ids, dictionary.eos()))
+        return Hypothesis(text, round(score, 6), len(pieces), pieces, tuple(round(one, 6) for one in token_scores))
+
     def translate(
-        self, lines: Sequence[str], source: str, target: str, progress: Callable[[int], None] | None = None
+        self,
+        lines: Sequence[str],
+        source: str,
+        target: str,
+        progress: Callable[[int], None] | None = None,
+        beginnings: Sequence[str] = (),
     ) -> list[Translation]:
         """Translates lines of one direction.
 
         Args:
             progress: called with the number of sentences done after each batch.
+            beginnings: as in :func:`encode`.
         """
-        encoded = encode(self.task, lines, source, target, self.config.batch_tokens)
+        encoded = encode(self.task, lines, source, target, self.config.batch_tokens, beginnings)
+        return encoded.to_lines(self.run_all(encoded, progress))
+
+    def run_all(self, encoded: EncodedLines, progress: Callable[[int], None] | None = None) -> list[BatchResult]:
+        """The results of all batches; ``progress`` as in :meth:`translate`."""
         outcomes = []
         for batch in encoded.batches:
             outcomes.append(self.run(batch))
             if progress:
                 progress(len(batch.sentences))
-        return encoded.to_lines(outcomes)
+        return outcomes

@@ -11,7 +11,7 @@ from moe_train.config import RunConfig, TrainingConfig, ValidationConfig
 from moe_train.evaluation.result_files import ResultFiles
 from moe_train.evaluation.scoring.bleu_chrf import Scorer
 from moe_train.evaluation.scoring.results import DirectionResult, Results
-from moe_train.evaluation.translator import Translation
+from moe_train.evaluation.translations import Translation
 from moe_train.training.run.run_folder import RunFolder
 
 WORDS = [f"word{i}" for i in range(80)]

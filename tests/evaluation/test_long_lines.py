@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from moe_train.config import SearchConfig
 from moe_train.data.folder import DataFolder
 from moe_train.evaluation.bleu_validation import make_bleu_validator
+from moe_train.evaluation.inference.translate_stream import LineTranslator
 from moe_train.evaluation.loading import LoadedRun, load_run
 from moe_train.evaluation.long_lines import cut_note, join_parts, name_lines, sentence_parts
-from moe_train.evaluation.translate_stream import LineTranslator
 from moe_train.evaluation.translator import Translator
 from tests.evaluation.runs import make_run
 

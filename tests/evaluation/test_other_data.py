@@ -21,11 +21,11 @@ from moe_train.data.text.lines import sha256
 from moe_train.errors import DataError
 from moe_train.evaluation.evaluate_split import evaluate
 from moe_train.evaluation.export_model import export_run
+from moe_train.evaluation.inference.translate_stream import translate_input
 from moe_train.evaluation.loading import open_run
 from moe_train.evaluation.measure_task import evaluate_task, show_measures
 from moe_train.evaluation.scoring.results import read_results
 from moe_train.evaluation.scoring.score_table import print_scores
-from moe_train.evaluation.translate_stream import translate_input
 from moe_train.training.run.run_data import check_initial_vocabulary
 from moe_train.training.run.run_folder import RunFolder
 from tests.data.tiny_corpus import prepare_tiny, sentence, sentences, write_corpus

@@ -10,7 +10,7 @@ import pytest
 
 from moe_train.errors import ConfigError, DataError
 from moe_train.evaluation.result_files import ResultFiles, part_name, writable_folder, writing
-from moe_train.evaluation.translator import Translation
+from moe_train.evaluation.translations import Translation
 
 
 def put(files: ResultFiles, text: str, *directions: str) -> None:

@@ -18,8 +18,8 @@ from moe_train.data.batching import split_micro_batch
 from moe_train.data.images import open_images
 from moe_train.data.text.lines import sha256
 from moe_train.errors import ConfigError, DataError
+from moe_train.evaluation.inference.translate_stream import translate_input
 from moe_train.evaluation.measure_task import evaluate_task
-from moe_train.evaluation.translate_stream import translate_input
 from moe_train.tasks.augmentation import augment
 from moe_train.tasks.classification_criterion import ClassificationCriterion, count_classes, macro_f1
 from moe_train.tasks.images import ImageTask

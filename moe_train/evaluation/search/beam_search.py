@@ -4,11 +4,14 @@ At each step a sentence considers its 2k best continuations; those among the fir
 (score / length^penalty), the k best that do not end continue. A sentence is done with k finished hypotheses, or at its
 longest length, and leaves the batch. Differences from fairseq 0.12.2, so that no result depends on batch mates: the
 longest length follows from the sentence's own source length, not from the batch's, and is never below ``min_length``
-(fairseq ends with an assertion); forced prefix tokens are not scored.
+(fairseq ends with an assertion) or below a forced beginning (which fairseq cuts); tokens that start the decoder are not
+scored; tokens of a forced beginning are not blocked as repeated n-grams, and the shortest length holds after any
+(fairseq counts from the longest of the batch); draws of sampling are counted.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any, Protocol, TypeVar
@@ -18,8 +21,10 @@ from torch import Tensor
 
 from moe_train.config import SearchConfig
 from moe_train.errors import CheckpointError, ConfigError
+from moe_train.evaluation.search.constraints import block_repeats, only_forced
 from moe_train.evaluation.search.hypotheses import Beams, Finished, Hypotheses
 from moe_train.evaluation.search.kernel_steps import KernelSteps
+from moe_train.evaluation.search.sampler import Sampler
 from moe_train.evaluation.search.topk import Candidates, best_candidates, log_probabilities
 from moe_train.kernels.decoder.best_continuations import is_supported
 from moe_train.routing.context import RankReduction
@@ -97,23 +102,41 @@ class BeamSearch:
         config: SearchConfig,
         group: RankReduction | None = None,
     ) -> None:
-        self.model, self.config, self.group = model, config, group
+        self.model, self.group = model, group
         self.pad, self.eos, self.unk = dictionary.pad(), dictionary.eos(), dictionary.unk()
-        if config.min_length >= (positions := model.max_decoder_positions()):
+        self._symbols = len(dictionary)
+        self._set(config)
+        self._packed = self._pack()
+
+    def with_config(self, config: SearchConfig) -> BeamSearch:
+        """A search by the same model with other settings; packed weights of the same type are shared."""
+        other = copy.copy(self)
+        other._set(config)
+        if config.weights != self.config.weights:
+            other._packed = other._pack()
+        return other
+
+    def _set(self, config: SearchConfig) -> None:
+        if config.min_length >= (positions := self.model.max_decoder_positions()):
             raise ConfigError(
                 f"search.min_length={config.min_length} does not fit into the model's {positions} positions",
                 remedy=f"set search.min_length to {positions - 1} or less",
             )
-        self.beam = min(config.beam, len(dictionary) - 1)
-        self._packed = self._pack()
+        self.config, self.beam = config, min(config.beam, self._symbols - 1)
 
     @torch.no_grad()
-    def __call__(self, net_input: Mapping[str, Any]) -> Hypotheses:
+    def __call__(
+        self, net_input: Mapping[str, Any], beginning: Tensor | None = None, token_scores: bool = False
+    ) -> Hypotheses:
         """Searches for a batch.
 
         Args:
             net_input: ``src_tokens`` [B, S] and other inputs of the encoder, and ``prev_output_tokens`` [B, P], with
-                which every hypothesis starts: the end symbol or a language tag, then forced tokens if P > 1.
+                which every hypothesis starts: the end symbol or a language tag, then further tokens if P > 1. They are
+                no part of the hypothesis. ``sentence_uid`` [B], if there, is what sampling draws by.
+            beginning: [B, F] padded on the right, tokens with which each sentence's hypotheses begin, scored as their
+                own choices are; cut to the model's positions.
+            token_scores: whether the result has the log-probability of each token.
 
         Raises:
             CheckpointError: the model's output is not finite.
@@ -121,31 +144,41 @@ class BeamSearch:
         was_training = self.model.training
         self.model.eval()
         try:
-            return self._search(dict(net_input))
+            return self._search(dict(net_input), beginning, token_scores)
         finally:
             self.model.train(was_training)
 
-    def _search(self, net_input: dict[str, Any]) -> Hypotheses:
+    def _search(self, net_input: dict[str, Any], beginning: Tensor | None, token_scores: bool) -> Hypotheses:
         prefix = net_input.pop("prev_output_tokens")
-        sentences, device = prefix.shape[0], prefix.device
-        limit = self._limits(net_input["src_tokens"], prefix.shape[1])
+        sentences, device, room = prefix.shape[0], prefix.device, self._room(prefix.shape[1])
+        limit = self._limits(net_input["src_tokens"], room)
+        if beginning is not None:
+            beginning = beginning[:, :room]
+            limit = limit.maximum(beginning.ne(self.pad).sum(1))
         longest = int(limit.max()) if sentences else 0
-        finished = Finished(sentences, self.beam, max(longest, 1), self.pad, device)
+        finished = Finished(sentences, self.beam, max(longest, 1), self.pad, device, token_scores)
         if sentences == 0 and self.group is None:
             return finished.sorted()
         start = self._packed.start_decoding if self._packed else self.model.start_decoding
         state = start(self._encode(net_input), self.beam, longest + prefix.shape[1])
         inputs = self._force(prefix, state)
-        beams, step = self._start(sentences, limit, longest, device), 0
+        beams, step = self._start(sentences, limit, longest, device, token_scores), 0
+        sampler = Sampler(self.config, net_input.get("sentence_uid"), sentences) if self.config.sampling else None
         kernels, by_kernels = KernelSteps(beams, finished, self.config, self.pad, self.unk, self.eos), False
+        # The kernels know the default rules only.
+        default = beginning is None and sampler is None and not (token_scores or self.config.no_repeat_ngram)
         while self._any_unfinished(beams):
             logits = self.model.decode_step(inputs, state)
             if before := beams.sentence.numel():
-                by_kernels = is_supported(logits) if step == 0 else by_kernels
+                by_kernels = default and is_supported(logits) if step == 0 else by_kernels
+                if self.config.temperature != 1.0:
+                    logits = logits.div_(self.config.temperature)
                 if by_kernels:
                     rows, inputs = self._checked(kernels.run(logits, step))
                 else:
-                    rows, inputs = self._step(logits, beams, finished, step)
+                    forced = None if beginning is None else beginning[beams.sentence, step : step + 1]
+                    candidates = self._candidates(logits, beams, step, forced, sampler)
+                    rows, inputs = self._step(candidates, beams, finished, step)
                 changed = self.beam > 1 or beams.sentence.numel() < before
                 if changed and (rows.numel() or self.group is not None):
                     state.reorder(rows)
@@ -164,13 +197,11 @@ class BeamSearch:
             return beams.sentence.numel() > 0
         return bool(self.group.max(torch.tensor(beams.sentence.numel(), device=beams.sentence.device)) > 0)
 
-    def _step(self, logits: Tensor, beams: Beams, finished: Finished, step: int) -> tuple[Tensor, Tensor]:
+    def _step(self, candidates: Candidates, beams: Beams, finished: Finished, step: int) -> tuple[Tensor, Tensor]:
         """Extends, finishes and reorders the beams; returns what :meth:`KernelSteps.run` does."""
-        candidates = self._candidates(logits, beams, step)
         kept = self._finish(candidates, beams, finished, step)
         if kept is not None:
-            beams.sentence, beams.limit = beams.sentence[kept], beams.limit[kept]
-            beams.tokens = beams.tokens[kept]
+            beams.select(kept)
             candidates = candidates.select(kept)
         return self._advance(candidates, beams, step, kept), beams.tokens[:, :, step].reshape(-1)
 
@@ -183,11 +214,14 @@ class BeamSearch:
             )
         return found
 
-    def _limits(self, src_tokens: Tensor, prefix: int) -> Tensor:
+    def _room(self, prefix: int) -> int:
+        """Longest hypothesis that the model has positions for after ``prefix`` tokens, end symbol not counted."""
+        return max(1, self.config.min_length, self.model.max_decoder_positions() - prefix)
+
+    def _limits(self, src_tokens: Tensor, room: int) -> Tensor:
         """[B] longest hypothesis of each sentence, end symbol not counted."""
         lengths = src_tokens.ne(self.pad).sum(1).double()
         shortest = max(1, self.config.min_length)
-        room = max(shortest, self.model.max_decoder_positions() - prefix)
         limit = lengths * self.config.max_length_ratio + self.config.max_length_offset
         return limit.clamp(min=shortest, max=room).long()  # before the conversion: a huge number would overflow
 
@@ -208,30 +242,43 @@ class BeamSearch:
             self.model.decode_step(column, state)
         return columns[-1]
 
-    def _start(self, sentences: int, limit: Tensor, longest: int, device: torch.device) -> Beams:
-        # All beams are equal at the start, so only the first one is used at the first step.
-        scores = torch.full((sentences, self.beam), -torch.inf, device=device)
+    def _start(self, sentences: int, limit: Tensor, longest: int, device: torch.device, token_scores: bool) -> Beams:
+        # All beams are equal at the start, so only the first one is used at the first step, unless each is drawn.
+        scores = torch.full((sentences, self.beam), 0.0 if self.config.sampling else -torch.inf, device=device)
         scores[:, 0] = 0.0
         tokens = torch.full((sentences, self.beam, longest + 1), self.pad, dtype=torch.int64, device=device)
-        return Beams(torch.arange(sentences, device=device), scores, tokens, limit, frozenset(limit.tolist()))
+        kept = torch.zeros(tokens.shape, device=device) if token_scores else None
+        return Beams(torch.arange(sentences, device=device), scores, tokens, limit, frozenset(limit.tolist()), kept)
 
-    def _candidates(self, logits: Tensor, beams: Beams, step: int) -> Candidates:
-        must_end = beams.limit == step if step in beams.stops else None
-        log_probs = self._mask(log_probabilities(logits), must_end, may_end=step >= self.config.min_length)
+    def _candidates(
+        self, logits: Tensor, beams: Beams, step: int, forced: Tensor | None, sampler: Sampler | None
+    ) -> Candidates:
+        """The continuations, chosen or drawn, where ``forced`` [S, 1 or 0] has none but padding."""
+        log_probs = log_probabilities(logits)
+        if forced is None or forced.shape[1] == 0:
+            self._mask(log_probs, beams, step)
+        else:
+            rows = forced.repeat_interleave(self.beam, dim=0)
+            chosen = log_probs.gather(1, rows) - self.config.unk_penalty * rows.eq(self.unk)
+            self._mask(log_probs, beams, step)
+            only_forced(log_probs, rows, chosen, rows.ne(self.pad))
+        if sampler is not None:
+            return sampler.draw(log_probs, beams.scores, beams.sentence, step)
         return best_candidates(log_probs, beams.scores, 2 * self.beam)
 
-    def _mask(self, log_probs: Tensor, must_end: Tensor | None, may_end: bool) -> Tensor:
-        """Log-probabilities without the symbols that may not follow; overwrites them."""
+    def _mask(self, log_probs: Tensor, beams: Beams, step: int) -> None:
+        """Overwrites the log-probabilities of symbols that may not follow."""
         log_probs[:, self.pad] = -torch.inf
         log_probs[:, self.unk] -= self.config.unk_penalty
-        if not may_end:
+        if step < self.config.min_length:
             log_probs[:, self.eos] = -torch.inf
-        if must_end is not None:
-            rows = must_end.repeat_interleave(self.beam)
+        if self.config.no_repeat_ngram:
+            block_repeats(log_probs, beams.tokens[:, :, :step].flatten(0, 1), self.config.no_repeat_ngram)
+        if step in beams.stops:
+            rows = (beams.limit == step).repeat_interleave(self.beam)
             ends = log_probs[rows, self.eos]
             log_probs[rows] = -torch.inf
             log_probs[rows, self.eos] = ends
-        return log_probs
 
     def _finish(self, candidates: Candidates, beams: Beams, finished: Finished, step: int) -> Tensor | None:
         """Collects hypotheses that end; returns the sentences [S'] that continue, or None if all do."""
@@ -241,7 +288,10 @@ class BeamSearch:
         self._checked(None if is_broken else candidates)
         if some_end:
             scores = candidates.score[first] / (step + 1) ** self.config.length_penalty
-            finished.add(beams.sentence, ended, candidates.beam[first], scores, beams.tokens[:, :, :step])
+            per_token = None
+            if beams.token_scores is not None:
+                per_token = beams.continued_scores(candidates.beam[first], candidates.score[first], step)
+            finished.add(beams.sentence, ended, candidates.beam[first], scores, beams.tokens[:, :, :step], per_token)
         elif step not in beams.stops:
             return None
         done = (finished.count[beams.sentence] >= self.beam) | (beams.limit <= step)
@@ -250,10 +300,15 @@ class BeamSearch:
     def _advance(self, candidates: Candidates, beams: Beams, step: int, kept: Tensor | None) -> Tensor:
         """Makes the k best candidates that do not end the new beams; returns the old rows [N'] that they continue."""
         ends = candidates.token == self.eos
-        order = ends.to(torch.int8).argsort(dim=1, stable=True)[:, : self.beam]
-        beam = candidates.beam.gather(1, order)
-        # With a tiny vocabulary too few candidates continue: the other beams get -inf.
-        beams.scores = candidates.score.gather(1, order).masked_fill_(ends.gather(1, order), -torch.inf)
+        if self.config.sampling:  # each sample keeps its place, by which it is drawn
+            order = candidates.beam
+        else:
+            order = ends.to(torch.int8).argsort(dim=1, stable=True)[:, : self.beam]
+        beam, scores = candidates.beam.gather(1, order), candidates.score.gather(1, order)
+        if beams.token_scores is not None:
+            beams.token_scores[:, :, : step + 1] = beams.continued_scores(beam, scores, step)
+        # Samples that have ended, and with a tiny vocabulary beams without a continuation, get -inf.
+        beams.scores = scores.masked_fill_(ends.gather(1, order), -torch.inf)
         beams.tokens[:, :, :step] = beams.tokens[:, :, :step].gather(1, beam.unsqueeze(-1).expand(-1, -1, step))
         beams.tokens[:, :, step] = candidates.token.gather(1, order)
         old = torch.arange(beam.shape[0], device=beam.device) if kept is None else kept

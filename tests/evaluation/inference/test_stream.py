@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from moe_train.errors import DataError
-from moe_train.evaluation.stream import buffers, check_languages, prompt
-from moe_train.evaluation.translate_stream import _pipe
+from moe_train.evaluation.inference.stream import buffers, check_languages, prompt
+from moe_train.evaluation.inference.translate_stream import _pipe
 from moe_train.screen import Screen
 
 

@@ -13,10 +13,11 @@ from rich.text import Text
 from moe_train.config.evaluation import TranslateConfig
 from moe_train.console import write_output
 from moe_train.errors import DataError, plural
+from moe_train.evaluation.inference.stream import buffers, check_languages, prompt
 from moe_train.evaluation.loading import choose_device, open_run
 from moe_train.evaluation.long_lines import cut_note, join_parts, name_lines, sentence_parts
-from moe_train.evaluation.stream import buffers, check_languages, prompt
-from moe_train.evaluation.translator import Translation, Translator
+from moe_train.evaluation.translations import Translation
+from moe_train.evaluation.translator import Translator
 from moe_train.safe_text import for_terminal
 from moe_train.screen import Screen
 
@@ -38,13 +39,13 @@ def translate_input(config: TranslateConfig) -> None:
     if config.threads:
         torch.set_num_threads(config.threads)
     run = open_run(config.run, config.checkpoint, config.data, config.inference, verify=config.data_verify)
-    task = run.translating_task
+    run.translating_task  # noqa: B018  (raises before weights are read)
     source, target = config.source, config.target
     check_languages(source, target, run.data.languages)
     if f"{source}-{target}" not in run.trained:
         console.print(f"note: {source}-{target} was not trained in this run (zero-shot)")
     device = choose_device(config.device)
-    translator = Translator(task, run.load(device).model, config.search, device)
+    translator = Translator(run.translating_task, run.load(device).model, config.search, device)
 
     def print_note(note: str) -> None:
         console.print(f"note: {note}", markup=False, soft_wrap=True)

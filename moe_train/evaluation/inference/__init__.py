@@ -1,0 +1,1 @@
+"""Trained models in use: translation of standard input and at a prompt."""
