@@ -1,1 +1,1 @@
-"""Trained models in use: translation of standard input and at a prompt."""
+"""Trained models in use: the Python interface, moe-translate, and the experts of tokens."""

@@ -14,6 +14,7 @@ from moe_train.config.evaluation import TranslateConfig
 from moe_train.console import write_output
 from moe_train.errors import DataError, plural
 from moe_train.evaluation.inference.stream import buffers, check_languages, prompt
+from moe_train.evaluation.inference.translation_model import TranslationModel
 from moe_train.evaluation.loading import choose_device, open_run
 from moe_train.evaluation.long_lines import cut_note, join_parts, name_lines, sentence_parts
 from moe_train.evaluation.translations import Translation
@@ -45,12 +46,12 @@ def translate_input(config: TranslateConfig) -> None:
     if f"{source}-{target}" not in run.trained:
         console.print(f"note: {source}-{target} was not trained in this run (zero-shot)")
     device = choose_device(config.device)
-    translator = Translator(run.translating_task, run.load(device).model, config.search, device)
+    model = TranslationModel(run.load(device), config.search, device)
 
     def print_note(note: str) -> None:
         console.print(f"note: {note}", markup=False, soft_wrap=True)
 
-    translate = LineTranslator(translator, source, target, print_note, split=config.long_lines == "split")
+    translate = LineTranslator(model.translator, source, target, print_note, split=config.long_lines == "split")
     if sys.stdin.isatty() and sys.stdout.isatty():
         console.print(f"{run.checkpoint.name}: type a sentence, or Ctrl-D to end")
         prompt(lambda line: translate([line])[0], source, target)
