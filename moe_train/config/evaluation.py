@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from moe_train.config import check
 from moe_train.config.check import NonNegativeInt, PositiveFloat, PositiveInt, Range, Seed, Threads
 from moe_train.config.run import DataVerify, LaunchConfig, SearchConfig
+from moe_train.errors import ConfigError
 
 Checkpoint = Annotated[str | int, Range(least=0)]  # a name, or an update's number
 
@@ -112,6 +113,10 @@ class TranslateConfig:
         buffer: maximum number of lines that are sorted by length and translated together, if input arrives fast enough.
         long_lines: for lines longer than the model's longest source: ``cut`` translates the beginning, ``split``
             translates parts split at sentence ends. Both print a warning per line.
+        output: ``text``: ``search.n_best`` lines for each line; ``tsv``: line number, rank, score and text of each
+            hypothesis; ``json``: an object for each line.
+        token_scores: ``output=json`` has the log-probability of each token.
+        beginnings: a line is a sentence, a tab, and the beginning of its translation.
         threads: CPU threads (0: all cores).
         routing, draw_seed: as in :class:`Inference`.
     """
@@ -124,6 +129,9 @@ class TranslateConfig:
     data_verify: DataVerify = "once"
     buffer: PositiveInt = 512
     long_lines: Literal["cut", "split"] = "cut"
+    output: Literal["text", "tsv", "json"] = "text"
+    token_scores: bool = False
+    beginnings: bool = False
     threads: Threads = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     routing: Mapping[str, Any] = field(default_factory=dict)
@@ -132,6 +140,8 @@ class TranslateConfig:
 
     def __post_init__(self) -> None:
         check.numbers(self, "")
+        if self.token_scores and self.output != "json":
+            raise ConfigError("token_scores=true needs output=json", remedy="set output=json")
 
     @property
     def inference(self) -> Inference:

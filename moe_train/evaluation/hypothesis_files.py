@@ -4,6 +4,7 @@ hypotheses/test.en-de.de            the outputs, one line per source line
 hypotheses/test.en-de.de.reference  the references
 hypotheses/test.en-de.en            the sources
 hypotheses/test.en-de.de.scores     one score per line: log-probability over length^penalty
+hypotheses/test.en-de.de.nbest      with search.n_best: line, rank, score and text of each hypothesis, with tabs between
 
 Files of a part of the split are in a folder with its name: hypotheses/first-3/test.en-de.de
 (:mod:`moe_train.evaluation.result_files`).
@@ -21,6 +22,7 @@ from moe_train.evaluation.translations import Translation
 from moe_train.training.checkpoint.checksums import replace_text
 
 _LINE_ENDS = {ord(c): " " for c in "\r\n"}
+_TABS = {ord("\t"): " "}
 
 
 def hypotheses_folder(run: Path, part: str = "") -> Path:
@@ -61,15 +63,24 @@ class OutputFiles:
         """One score per line."""
         return self._with(f"{self.direction.split('-')[1]}.scores")
 
+    @property
+    def n_best(self) -> Path:
+        """The best hypotheses of each line."""
+        return self._with(f"{self.direction.split('-')[1]}.nbest")
+
     def _with(self, suffix: str) -> Path:
         return self._stem.with_name(f"{self._stem.name}.{suffix}")
 
     def write(self, sources: Sequence[str], references: Sequence[str], translations: Sequence[Translation]) -> None:
-        """Writes the four files, each atomically."""
+        """Writes the four files, each atomically; and the n-best lists where they have more than one hypothesis."""
         self._stem.parent.mkdir(parents=True, exist_ok=True)
         _write(self.sources, sources)
         _write(self.references, references)
         _write(self.scores, [f"{t.score:.6f}" for t in translations])
+        if any(t.others for t in translations):
+            _write(self.n_best, [row for number, t in enumerate(translations, 1) for row in table_rows(number, t)])
+        else:
+            self.n_best.unlink(missing_ok=True)
         _write(self.hypotheses, [t.text for t in translations])
 
     def read(self) -> tuple[list[str], list[str]]:
@@ -87,6 +98,12 @@ class OutputFiles:
             what = f"{len(hypotheses)} hypotheses for {len(references)} references"
             raise DataError(what, str(self.hypotheses), "run moe-evaluate again")
         return hypotheses, references
+
+
+def table_rows(number: int, translation: Translation) -> list[str]:
+    """Line number, rank, score and text of each hypothesis of a line, with tabs between; the text has none."""
+    hypotheses = enumerate(translation.hypotheses, 1)
+    return [f"{number}\t{rank}\t{one.score:.6f}\t{one.text.translate(_TABS)}" for rank, one in hypotheses]
 
 
 def _write(path: Path, lines: Sequence[str]) -> None:

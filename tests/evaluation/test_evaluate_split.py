@@ -178,6 +178,25 @@ def test_another_checkpoint_or_search_sets_the_earlier_results_aside(tmp_path: P
     assert len(set(outputs)) == 3 and all(text.count("\n") == 20 for text in outputs)
 
 
+@pytest.mark.processes
+def test_n_best_lists_stand_beside_the_outputs(few: tuple[Path, dict[str, float]], tmp_path: Path) -> None:
+    """The same lists from any number of processes, of samples too."""
+    sampling = dataclasses.replace(jobs.SEARCH, beam=3, n_best=3, sampling=True, top_p=0.9)
+    written = []
+    for search, processes in ((sampling, 1), (sampling, 2), (dataclasses.replace(jobs.SEARCH, n_best=2), 1)):
+        out = tmp_path / f"{processes}-{search.n_best}"
+        evaluate(config(few[0], **FEW, search=search, launch=LaunchConfig(processes, device="cpu"), out=str(out)))
+        (folder,) = (out / "hypotheses").iterdir()
+        best = (folder / "test.de-en.en").read_text().split("\n")[:-1]
+        rows = [line.split("\t") for line in (folder / "test.de-en.en.nbest").read_text().split("\n")[:-1]]
+        numbers = [(line, rank) for line in range(1, 8) for rank in range(1, search.n_best + 1)]
+        assert [(int(line), int(rank)) for line, rank, _, _ in rows] == numbers
+        assert [text for _, rank, _, text in rows if rank == "1"] == best
+        written.append([(text, score[:-2]) for *_, score, text in rows])
+    assert written[0] == written[1]
+    assert not list((few[0] / "hypotheses").rglob("*.nbest")), "one translation for each line makes no lists"
+
+
 def test_validation_split_and_few_sentences(tmp_path: Path, tiny_data: DataFolder) -> None:
     run = make_run(tmp_path, tiny_data, "dense", directions=("en-de", "en-fr"))
     screen = io.StringIO()

@@ -72,8 +72,10 @@ def _read(stream: IO[bytes], lines: queue.Queue[bytes | OSError | None]) -> None
         lines.put(error)
 
 
-def prompt(translate: Callable[[str], str], source: str, target: str) -> int:
+def prompt(translate: Callable[[str], Sequence[str]], source: str, target: str) -> int:
     """Reads lines at a terminal and prints their translations until the end of input. Returns the number of lines.
+
+    ``translate`` returns the lines to print.
 
     Editing and history use readline where Python has it. A line that cannot be decoded is refused.
     """
@@ -92,7 +94,8 @@ def prompt(translate: Callable[[str], str], source: str, target: str) -> int:
             print(f"this line is not {sys.stdin.encoding.upper()}: check the terminal's encoding", file=sys.stderr)
             continue
         count += 1
-        print(f"{target}> {for_terminal(translate(line))}" if line.strip() else "", flush=True)
+        found = [f"{target}> {for_terminal(own)}" for own in translate(line)] if line.strip() else [""]
+        print("\n".join(found), flush=True)
 
 
 def _decode_typed(line: str) -> str:

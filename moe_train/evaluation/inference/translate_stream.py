@@ -13,10 +13,11 @@ from rich.text import Text
 from moe_train.config.evaluation import TranslateConfig
 from moe_train.console import write_output
 from moe_train.errors import DataError, plural
+from moe_train.evaluation.inference.output_lines import OUTPUTS, join_translations
 from moe_train.evaluation.inference.stream import buffers, check_languages, prompt
 from moe_train.evaluation.inference.translation_model import TranslationModel
 from moe_train.evaluation.loading import choose_device, open_run
-from moe_train.evaluation.long_lines import cut_note, join_parts, name_lines, sentence_parts
+from moe_train.evaluation.long_lines import cut_note, name_lines, sentence_parts
 from moe_train.evaluation.translations import Translation
 from moe_train.evaluation.translator import Translator
 from moe_train.safe_text import for_terminal
@@ -51,10 +52,12 @@ def translate_input(config: TranslateConfig) -> None:
     def print_note(note: str) -> None:
         console.print(f"note: {note}", markup=False, soft_wrap=True)
 
-    translate = LineTranslator(model.translator, source, target, print_note, split=config.long_lines == "split")
+    translator = model.translator.with_settings(config.search, config.token_scores)
+    split = config.long_lines == "split"
+    translate = LineTranslator(translator, source, target, print_note, split, config.output, config.beginnings)
     if sys.stdin.isatty() and sys.stdout.isatty():
         console.print(f"{run.checkpoint.name}: type a sentence, or Ctrl-D to end")
-        prompt(lambda line: translate([line])[0], source, target)
+        prompt(lambda line: translate([line]), source, target)
     else:
         _pipe(translate, config.buffer, console)
 
@@ -65,31 +68,42 @@ class LineTranslator:
     Args:
         report: called with a note that names lines by their numbers in the whole input.
         split: translate such lines in parts that end at sentence ends; else they are truncated.
+        output: name of the form of a line's output, in :data:`OUTPUTS`.
+        beginnings: a line is a sentence, a tab, and the beginning of its translation.
     """
 
     def __init__(
-        self, translator: Translator, source: str, target: str, report: Callable[[str], None], split: bool
+        self,
+        translator: Translator,
+        source: str,
+        target: str,
+        report: Callable[[str], None],
+        split: bool,
+        output: str = "text",
+        beginnings: bool = False,
     ) -> None:
-        self._translator, self._source, self._target, self._report, self._split = (
-            translator,
-            source,
-            target,
-            report,
-            split,
-        )
+        self._translator, self._source, self._target, self._report = translator, source, target, report
+        self._split, self._output, self._beginnings = split, OUTPUTS[output], beginnings
         self._room = translator.task.source_room(f"{source}-{target}")
         self._done = 0  # lines of earlier buffers
         self._remedy_shown = False
 
     def __call__(self, lines: Sequence[str], progress: Callable[[int], None] | None = None) -> list[str]:
-        """A translation per line; blank ones stay blank. ``progress`` as in :meth:`Translator.translate`."""
-        parts = [self._parts(line) for line in lines]
+        """The output lines of the lines, ``search.n_best`` each as text; blank ones stay blank.
+
+        ``progress`` as in :meth:`Translator.translate`.
+        """
+        pairs = [line.partition("\t")[::2] if self._beginnings else (line, "") for line in lines]
+        parts = [self._parts(line) for line, _ in pairs]
         flat = [part for own in parts for part in own]
-        rest = iter(self._translator.translate(flat, self._source, self._target, progress))
+        begun = [text for own, (_, text) in zip(parts, pairs, strict=True) for text in (text, *[""] * (len(own) - 1))]
+        rest = iter(self._translator.translate(flat, self._source, self._target, progress, begun))
         found = [[next(rest) for _ in own] for own in parts]
         self._report_long_lines(found)
+        settings, first = self._translator.config, self._done + 1
         self._done += len(lines)
-        return [join_parts([part.text for part in own]) for own in found]
+        joined = [join_translations(own, settings.length_penalty) for own in found]
+        return [line for number, own in enumerate(joined, first) for line in self._output(number, own, settings.n_best)]
 
     def _parts(self, line: str) -> list[str]:
         if not self._split or self._fits(line):

@@ -87,7 +87,7 @@ def test_translations_are_shown_on_terminals_and_left_alone_elsewhere(
 
 def test_the_prompt_shows_text(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
-    assert prompt(lambda line: "\x1b]0;owned\x07", "en", "de") == 1
+    assert prompt(lambda line: ["\x1b]0;owned\x07"], "en", "de") == 1
     assert "de> ␛]0;owned␇\n" in capsys.readouterr().out
 
 
@@ -108,7 +108,7 @@ def test_a_prompt_refuses_bytes_that_are_no_text_and_goes_on(
     """UTF-8 is read where the locale has only ASCII, too."""
     typed = io.TextIOWrapper(io.BytesIO(b"gut\n" + b"sch\xf6n\n" + "schön\n\n".encode()), encoding)
     monkeypatch.setattr("sys.stdin", typed)
-    assert prompt(str.upper, "de", "en") == 3
+    assert prompt(lambda line: [line.upper()], "de", "en") == 3
     written = capsys.readouterr()
     assert [line for line in written.out.replace("de> ", "").splitlines() if line] == ["en> GUT", "en> SCHÖN"]
     assert written.err == f"this line is not {encoding.upper()}: check the terminal's encoding\n"
