@@ -225,7 +225,7 @@ def test_the_keys_of_evaluation_are_explained(command: str, config: type[Any]) -
 
 
 def test_every_strategy_has_a_figure_from_the_script(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="figures need the extra 'report'")
+    pytest.importorskip("matplotlib", reason="figures need the extra 'dev'")
     runpy.run_path(str(ROOT / "scripts" / "draw_strategies.py"))["main"](tmp_path)
     drawn = {path.stem for path in tmp_path.glob("*.svg")}
     assert drawn == set(registered_strategies()) == {path.stem for path in (ROOT / "docs" / "figures").glob("*.svg")}

@@ -161,7 +161,8 @@ class ReportConfig:
         part: part of the split, as named in moe-evaluate's files, such as ``first-50`` ("": the whole split).
         samples: samples of the paired bootstrap (0: no significance test).
         significance: p values below this are marked.
-        html: write ``report.html`` into every run folder.
+        html: write ``report.html`` next to the leaderboard.
+        sentences: held-out sentences on which the page's routing atlas probes a run (0: no atlas).
     """
 
     runs: tuple[str, ...]
@@ -172,6 +173,7 @@ class ReportConfig:
     samples: NonNegativeInt = 1000
     significance: Annotated[float, Range(above=0, most=1)] = 0.05
     html: bool = True
+    sentences: NonNegativeInt = 96
 
     def __post_init__(self) -> None:
         check.numbers(self, "")

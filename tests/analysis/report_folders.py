@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from moe_train.config import RunConfig, TrainingConfig, ValidationConfig
 from moe_train.evaluation.result_files import ResultFiles
@@ -97,6 +99,20 @@ def scored(
     found = Results({"split": "test", "checkpoint": "step_3", **settings}, results, TIERS, signatures, {}, ["a note"])
     files.scores.write_text(found.to_text(), encoding="utf-8")
     return folder
+
+
+def page_content(page: str) -> dict[str, Any]:
+    """The data of a report page."""
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+    assert found is not None
+    content: dict[str, Any] = json.loads(found[1])
+    return content
+
+
+def without_plotly(page: str) -> str:
+    """A report page without the library that it contains."""
+    before, _, rest = page.partition("<script>/**\n* plotly.js")
+    return before + rest.partition("</script>")[2]
 
 
 def overridden(folder: Path, *words: str) -> Path:

@@ -21,7 +21,7 @@ def test_a_folder_of_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     main()
     written = capsys.readouterr().out
     assert "against baseline (a)" in written and "+2 -0 /2" in written
-    assert (tmp_path / "runs" / "leaderboard.md").is_file() and (tmp_path / "runs" / "b" / "report.html").is_file()
+    assert (tmp_path / "runs" / "leaderboard.md").is_file() and (tmp_path / "runs" / "report.html").is_file()
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
 
 

@@ -46,6 +46,7 @@ class LayerProbe:
         passes: [T] requested passes of each token (strata only).
         language, token_id: [T].
         mixes: means of Soft MoE's mixes, per batch.
+        strongest: [T] of each batch, the expert with the largest combine weight (slots only).
     """
 
     num_experts: int
@@ -57,6 +58,7 @@ class LayerProbe:
     language: list[Tensor] = field(default_factory=list)
     token_id: list[Tensor] = field(default_factory=list)
     mixes: list[dict[str, float]] = field(default_factory=list)
+    strongest: list[Tensor] = field(default_factory=list)
 
     @property
     def first(self) -> Tensor:
@@ -101,6 +103,8 @@ def _record(layer: LayerProbe, block: Block, x: Tensor, context: BatchContext, r
         dispatch, combine = (weights.cpu() for weights in seen.mixes)
         padding = None if context.padding is None else context.padding.cpu()
         layer.mixes.append(mix_statistics(dispatch, combine, layer.num_experts, padding))
+        by_expert = combine.reshape(*combine.shape[:2], layer.num_experts, -1).sum(-1).argmax(-1)
+        layer.strongest.append(by_expert.reshape(-1) if padding is None else by_expert[~padding])
     if record.routing:
         layer.choices.append(torch.cat([routing.choices for routing in record.routing], dim=1).cpu())
         layer.kept.append(torch.cat([routing.kept for routing in record.routing], dim=1).cpu())

@@ -1,4 +1,4 @@
-"""Makes the report over runs: prints and writes the leaderboard, writes a page for each run."""
+"""Makes the report over runs: prints and writes the leaderboard, writes the page."""
 
 from __future__ import annotations
 
@@ -17,26 +17,25 @@ from moe_train.analysis.report.leaderboard import (
     set_table,
 )
 from moe_train.analysis.report.load_runs import RunReport, read_runs
+from moe_train.analysis.report.page_data import page_data
 from moe_train.analysis.report.report_files import directions_csv, to_csv, to_markdown
-from moe_train.analysis.report.run_page import run_page
+from moe_train.analysis.report.report_page import report_page
 from moe_train.config.evaluation import ReportConfig
 from moe_train.errors import ConfigError
 from moe_train.training.checkpoint.checksums import replace_text, why_not_writable
 
 
 def make_report(config: ReportConfig, console: Console) -> list[RunReport]:
-    """Prints the leaderboard; writes ``leaderboard.csv``, ``leaderboard.md`` and ``directions.csv``,
-    and ``report.html`` in every run folder.
+    """Prints the leaderboard; writes ``leaderboard.csv``, ``leaderboard.md``, ``directions.csv`` and ``report.html``.
 
-    Files whose folder cannot be written, such as the page of a run of another user, are written elsewhere, with a note:
-    the leaderboard to the working directory, pages next to the leaderboard.
+    Where their folder cannot be written, they are written below the working directory, with a note.
 
     Returns:
         The runs, in the order in which they were found.
 
     Raises:
         ConfigError: no runs, an unknown baseline, or no folder that can be written.
-        MissingDependency: pages are wanted and matplotlib is not installed.
+        MissingDependency: the page is wanted and plotly is not installed.
     """
     runs = read_runs(config.runs, config.split, config.part)
     baseline = choose_baseline(runs, config.baseline)
@@ -48,8 +47,8 @@ def make_report(config: ReportConfig, console: Console) -> list[RunReport]:
     for path, text in zip(written, texts, strict=True):
         _write(path, text)
     if config.html:
-        notes += [note for run in runs if (note := _write_page(run, out))]
-        written.append(Path("report.html in every run folder"))
+        written.append(out / "report.html")
+        _write(written[-1], report_page(runs, comparisons, page_data(runs, comparisons, config.sentences)))
     for line in (*(f"note: {note}" for note in notes), *(f"written: {path}" for path in written)):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     return runs
@@ -66,18 +65,6 @@ def _leaderboard_folder(config: ReportConfig, runs: list[RunReport]) -> tuple[Pa
     if config.out or why_not_writable(fallback):
         raise ConfigError(f"the leaderboard cannot be written ({reason})", str(expected), "set another folder: out=…")
     return fallback, [f"{expected} cannot be written ({reason}): the leaderboard is in {fallback}"]
-
-
-def _write_page(run: RunReport, out: Path) -> str:
-    """Writes a run's page; returns a note where it is not in the run's folder."""
-    page = run_page(run)
-    try:
-        replace_text(run.path / "report.html", page)
-    except OSError as error:
-        fallback = out / f"report-{run.name.replace('/', '_')}.html"
-        _write(fallback, page)
-        return f"{run.path} cannot be written ({error.strerror or error}): the page is {fallback}"
-    return ""
 
 
 def _write(path: Path, text: str) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from moe_train.analysis.report.load_runs import RunReport
 from moe_train.analysis.report.sentence_sets import differing_sets
 from moe_train.errors import ConfigError, DataError, UserError, did_you_mean
-from moe_train.evaluation.scoring.bleu_chrf import Comparison, Scorer
+from moe_train.evaluation.scoring.bleu_chrf import Comparison, CorpusScores, Scorer
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,23 @@ def compare(runs: Sequence[RunReport], baseline: RunReport | None, samples: int,
         for name, comparison in scorer.compare(base, outputs, references, samples).items():
             by_run.setdefault(name, {})[direction] = comparison
     return Comparisons(baseline.name, significance, samples, by_run, list(dict.fromkeys(notes)))
+
+
+def intervals(runs: Sequence[RunReport], comparisons: Comparisons) -> dict[str, dict[str, CorpusScores]]:
+    """Run -> direction -> half the width of the 95 % interval of its scores, from the samples of the comparison.
+
+    Directions that were not compared are resampled; those without readable outputs are left out.
+    """
+    found: dict[str, dict[str, CorpusScores]] = {}
+    for run in runs if comparisons.samples else ():
+        compared = comparisons.by_run.get(run.name, {})
+        found[run.name] = {name: comparison.interval for name, comparison in compared.items()}
+        for direction, result in run.results.directions.items() if run.results is not None else ():
+            if direction not in compared:
+                with suppress(UserError):
+                    scorer = Scorer(direction.split("-")[1], result.tokenizer)
+                    found[run.name][direction] = scorer.interval(*_read(run, direction), comparisons.samples)
+    return found
 
 
 def _outputs(

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from moe_train.analysis.report.run_records import Reader
-from moe_train.errors import ConfigError, DataError
+from moe_train.config.placement import Placement, place
+from moe_train.errors import ConfigError, DataError, UserError
 from moe_train.evaluation.result_files import ResultFiles
 from moe_train.evaluation.scoring.results import Results, read_results
 from moe_train.routing import routing_config
@@ -18,6 +19,7 @@ from moe_train.training.run.heartbeat import alive
 from moe_train.training.run.run_folder import ALIVE, CONFIG, FAILURE, FINISHED, INFO, TRAIN, VALID, recorded_overrides
 from moe_train.utils.regular_files import LARGEST_LOG, read_regular
 
+_MOST_LAYERS = 1000
 _DEPTH = 3  # multirun/date/time/job
 
 
@@ -35,6 +37,7 @@ class RunReport:
         train, valid: numbers in the lines of ``train.jsonl`` and ``valid.jsonl``.
         files: of the reported scores and outputs.
         results: the scores, None where it was not evaluated.
+        layers: number of a sparse block -> its place, such as ``encoder layer 1``; empty where the config is damaged.
         validated_on: what decides the set that the validation losses are of, as far as it is known.
         problems: damaged files of the folder, with the reason.
     """
@@ -51,6 +54,7 @@ class RunReport:
     train: Sequence[Mapping[str, Any]] = ()
     valid: Sequence[Mapping[str, Any]] = ()
     results: Results | None = None
+    layers: Mapping[int, str] = field(default_factory=dict)
     validated_on: Mapping[str, Any] = field(default_factory=dict)
     problems: Sequence[str] = ()
 
@@ -180,6 +184,7 @@ def read_run(path: Path, name: str, split: str = "test", part: str = "") -> RunR
         train=reader.lines(TRAIN),
         valid=reader.lines(VALID),
         results=_results(files, reader),
+        layers=_layers(reader.inner(CONFIG, config, "model")),
         validated_on={
             "data folder": content.get("data_fingerprint") or None,
             "vocabulary": info.get("vocabulary"),
@@ -197,6 +202,21 @@ def _passes(routing: Mapping[str, Any]) -> int | None:
         return routing_config(routing).passes
     except (ConfigError, OverflowError):
         return None
+
+
+def _layers(model: Mapping[str, Any]) -> dict[int, str]:
+    """As :func:`moe_train.models.routed.block_names`, from the config alone."""
+    names: list[str] = []
+    encoder, decoder = model.get("sparse_layers"), model.get("decoder_sparse_layers")
+    for side, spec in (("encoder", encoder), ("decoder", encoder if decoder is None else decoder)):
+        try:
+            count = int(model[f"{side}_layers"])
+            placed = place(spec, count) if spec is not None and 0 <= count <= _MOST_LAYERS else Placement()
+        except (UserError, KeyError, TypeError, ValueError):
+            return {}
+        places = [(index, "") for index in placed.replaced] + [(index, "after ") for index in placed.inserted_after]
+        names += [f"{word}{side} layer {index}" for index, word in sorted(places, key=lambda found: found[0])]
+    return dict(enumerate(names))
 
 
 def _results(files: ResultFiles, reader: Reader) -> Results | None:

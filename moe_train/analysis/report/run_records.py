@@ -63,7 +63,7 @@ class Reader:
         return info
 
     def lines(self, name: str) -> list[dict[str, Any]]:
-        """JSON lines: their numbers, and ``load``. An incomplete last line is left out."""
+        """JSON lines: numbers, ``load`` and ``router_entropy`` by layer. An incomplete last line is left out."""
         try:
             text = read_regular(self.folder / name, LARGEST_LOG)
         except FileNotFoundError:
@@ -90,13 +90,17 @@ class Reader:
 
 
 def _valid_numbers(line: Mapping[str, Any]) -> dict[str, Any]:
-    """The finite numbers of a line, and the loads of experts by layer."""
+    """The finite numbers of a line; by layer the loads of experts and the router's entropy."""
     numbers: dict[str, Any] = {key: number for key, value in line.items() if (number := finite(value)) is not None}
     if not _is_count(numbers.get("update")):
         numbers.pop("update", None)
     load = line.get("load")
     if isinstance(load, dict):
         numbers["load"] = {layer: shares for layer, values in load.items() if (shares := _numbers(values))}
+    entropy = line.get("router_entropy")
+    if isinstance(entropy, dict):
+        found = {layer: finite(value) for layer, value in entropy.items()}
+        numbers["router_entropy"] = {layer: value for layer, value in found.items() if value is not None}
     return numbers
 
 

@@ -115,12 +115,14 @@ class Comparison:
         scores: the system's.
         difference: system minus baseline.
         bleu_p, chrf_p: p values: the probability of such a difference by chance.
+        interval: half the width of the 95 % interval of the system's scores over the samples.
     """
 
     scores: CorpusScores
     difference: CorpusScores
     bleu_p: float
     chrf_p: float
+    interval: CorpusScores = CorpusScores(0.0, 0.0)
 
 
 class Scorer:
@@ -169,6 +171,16 @@ class Scorer:
         chrf = self._chrf.corpus_score(hypotheses, [references]).score
         return CorpusScores(round(float(bleu), 4), round(float(chrf), 4))
 
+    def interval(self, hypotheses: Sequence[str], references: Sequence[str], samples: int) -> CorpusScores:
+        """Half the widths of the 95 % intervals of the scores by bootstrap resampling, with sacrebleu's fixed seed.
+
+        Raises:
+            DataError: no sentences, or files of unequal length.
+        """
+        _check_aligned(len(hypotheses), len(references), self.language)
+        found = [metric.corpus_score(hypotheses, [references], samples) for metric in (self._bleu, self._chrf)]
+        return CorpusScores(*(round(float(score._ci), 4) for score in found))
+
     def compare(
         self,
         baseline: Sequence[str],
@@ -201,8 +213,11 @@ def _comparison(bleu: Sequence[Any], chrf: Sequence[Any], row: int) -> Compariso
     scores = CorpusScores(*(round(float(column[row].score), 4) for column in (bleu, chrf)))
     difference = CorpusScores(*(round(float(column[row].score - column[0].score), 4) for column in (bleu, chrf)))
     # sacrebleu gives equal outputs the smallest p value, as it documents; without a difference the p value is 1.
-    p_values = [float(column[row].p_value) if column[row].score != column[0].score else 1.0 for column in (bleu, chrf)]
-    return Comparison(scores, difference, *p_values)
+    bleu_p, chrf_p = (
+        float(column[row].p_value) if column[row].score != column[0].score else 1.0 for column in (bleu, chrf)
+    )
+    interval = CorpusScores(*(round(float(column[row].ci), 4) for column in (bleu, chrf)))
+    return Comparison(scores, difference, bleu_p, chrf_p, interval)
 
 
 def _check_aligned(hypotheses: int, references: int, language: str) -> None:
