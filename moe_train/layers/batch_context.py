@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from moe_train.kernels.cpu import segment_sum
 from moe_train.kernels.varlen import Sequences, VarlenAttention, sequences
 from moe_train.routing.context import LocalReduction, RankReduction, RoutingContext
 
@@ -77,8 +78,8 @@ class BatchContext:
             return F.pad(rows, (0, 0, 0, self.packed.rows - rows.shape[0]))
         if self.real is None:
             return rows.view(self.batch, self.length, rows.shape[-1])
-        flat = _spread(rows, self.real, self.batch * self.length)
-        return flat.view(self.batch, self.length, rows.shape[-1])
+        flat = _Unpack.apply(rows, self.real, self.batch * self.length)  # type: ignore[no-untyped-call]
+        return flat.view(self.batch, self.length, rows.shape[-1])  # type: ignore[no-any-return]
 
     def replace(self, x: Tensor, rows: Tensor) -> Tensor:
         """x [B, S, d] or [R, d] with other rows [T, d] of the real tokens."""
@@ -126,8 +127,25 @@ class _Pack(torch.autograd.Function):
         return _spread(grad, ctx.real, ctx.size), None
 
 
+class _Unpack(torch.autograd.Function):
+    """The inverse of :class:`_Pack`, with zeros in the other rows."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, real: Tensor, size: int) -> Tensor:
+        ctx.real = real
+        return _spread(rows, real, size)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad.index_select(0, ctx.real), None, None
+
+
 def _spread(rows: Tensor, places: Tensor, size: int) -> Tensor:
-    """[size, d]: the rows [T, d] at their places, zero elsewhere."""
+    """[size, d]: the rows [T, d] at their places, which ascend, zero elsewhere."""
+    if rows.shape[0] and segment_sum.is_supported(rows):  # in one pass
+        taken = torch.zeros(size, dtype=torch.int64).index_fill_(0, places, 1)
+        return segment_sum.weighted_sums(rows, torch.arange(rows.shape[0]), taken.cumsum(0) - taken, None)
     return rows.new_zeros(size, rows.shape[-1]).index_copy_(0, places, rows)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moe_train.config.check import NonNegativeFloat, PositiveFloat, Probability
 from moe_train.errors import ConfigError
+from moe_train.kernels.cpu.gate_scores import softmax
 from moe_train.routing.balance_losses import BalanceLoss, MeanOverTokens, rank_load, z_amount
 from moe_train.routing.base import Router, RoutingConfig
 from moe_train.routing.capacity import Group, Rounding, capacity_mask, capacity_of_shares, expert_capacity, group_tokens
@@ -112,7 +113,7 @@ class TokenChoiceRouter(Router):
         """
         if self.kernels.uses_top_k(logits):
             return self.kernels.softmax_top_k(logits, k)
-        probabilities = torch.softmax(logits, dim=-1)
+        probabilities = softmax(logits)
         if k == 1:
             return probabilities, *probabilities.max(dim=-1, keepdim=True), None
         choices = best_experts(probabilities.detach(), k)

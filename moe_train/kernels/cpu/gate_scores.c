@@ -1,7 +1,8 @@
-/* Scores of bfloat16 rows by an fp32 matrix, computed in fp32, and their gradients. Called by
+/* Scores of bfloat16 rows by an fp32 matrix, computed in fp32, their softmax, and the gradients of both. Called by
  * moe_train/kernels/cpu/gate_scores.py.
  *
- * X [T, d], W [E, d], scores [T, E]. torch's operators convert X to fp32 and back, which takes longer than the products.
+ * X [T, d], W [E, d], scores [T, E]. torch's operators convert X to fp32 and back, which takes longer than the products,
+ * and their softmax is made for longer rows.
  */
 #include "bf16.h"
 
@@ -73,5 +74,29 @@ void moe_gate_gradients(bf16 *by_x, float *by_w, const float *by_scores, const b
             for (int i = 0; by_x && i < rows; i++)
                 _mm512_mask_storeu_epi16(by_x + (t + i) * d + c, mask, narrow(low[i], high[i]));
         }
+    }
+}
+
+/* Softmax of rows from .. upto - 1 of up to 16 scores each. */
+void moe_gate_softmax(float *out, const float *scores, long from, long upto, long experts) {
+    __mmask16 mask = (__mmask16)first(experts);
+    for (long t = from; t < upto; t++) {
+        __m512 x = _mm512_maskz_loadu_ps(mask, scores + t * experts);
+        __m512 largest = _mm512_set1_ps(_mm512_mask_reduce_max_ps(mask, x));
+        __m512 e = exponential(_mm512_sub_ps(x, largest));
+        __m512 sum = _mm512_set1_ps(_mm512_mask_reduce_add_ps(mask, e));
+        _mm512_mask_storeu_ps(out + t * experts, mask, _mm512_div_ps(e, sum));
+    }
+}
+
+/* Gradient of the scores from that of the probabilities p: p (g - sum of p g). */
+void moe_gate_softmax_gradient(float *by_scores, const float *grad, const float *probabilities, long from, long upto,
+                               long experts) {
+    __mmask16 mask = (__mmask16)first(experts);
+    for (long t = from; t < upto; t++) {
+        __m512 p = _mm512_maskz_loadu_ps(mask, probabilities + t * experts);
+        __m512 g = _mm512_maskz_loadu_ps(mask, grad + t * experts);
+        __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(_mm512_mul_ps(p, g)));
+        _mm512_mask_storeu_ps(by_scores + t * experts, mask, _mm512_mul_ps(p, _mm512_sub_ps(g, mean)));
     }
 }

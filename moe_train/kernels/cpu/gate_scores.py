@@ -1,4 +1,4 @@
-"""Scores of bf16 rows by an fp32 gate, in one pass over the rows by a C kernel (gate_scores.c), and their gradients."""
+"""Scores of bf16 rows by an fp32 gate, and softmax over few experts, by C kernels (gate_scores.c), with gradients."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from moe_train.kernels.cpu.compile import library, library_for
-from moe_train.kernels.cpu.thread_pool import parallel_for
+from moe_train.kernels.cpu.thread_pool import parallel_for, parallel_ranges
 
 _SOURCE = Path(__file__).with_name("gate_scores.c")
 _MAX_EXPERTS = 16  # with more, the products of BLAS are faster, conversions included (measured)
 _ROWS = 1024  # sums of this many rows are added up at a time, so that a gradient does not depend on the threads
 _COST = 4.0  # FLOPs of a matrix product in the time that one multiplication and addition takes here
+_SOFTMAX_COST = 2000.0  # … that one row of a softmax takes
 
 
 def is_supported(x: Tensor, weight: Tensor) -> bool:
@@ -43,6 +44,37 @@ def scores(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if tensor is not None and (tensor.shape != shape or tensor.dtype != types[name]):
             raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, not {types[name]} {shape}")
     return _Scores.apply(x, weight, bias)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def softmax(scores: Tensor) -> Tensor:
+    """Softmax of scores [T, E] over the experts; by the kernel for fp32 on the CPU and up to 16 experts."""
+    few = scores.dim() == 2 and scores.shape[1] <= _MAX_EXPERTS and scores.dtype == torch.float32
+    if few and library_for(scores, _SOURCE, torch.float32) is not None:
+        return _Softmax.apply(scores)  # type: ignore[no-any-return, no-untyped-call]
+    return torch.softmax(scores, dim=-1)
+
+
+class _Softmax(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor) -> Tensor:
+        out = _by_rows("moe_gate_softmax", scores)
+        ctx.save_for_backward(out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return _by_rows("moe_gate_softmax_gradient", grad, *ctx.saved_tensors)
+
+
+def _by_rows(name: str, *inputs: Tensor) -> Tensor:
+    """Calls a kernel on all rows of inputs [T, E]."""
+    inputs = tuple(tensor.contiguous() for tensor in inputs)
+    rows, experts = inputs[0].shape
+    out, function = torch.empty_like(inputs[0]), _functions()[name]
+    pointers = [tensor.data_ptr() for tensor in (out, *inputs)]
+    parallel_ranges(lambda start, end: function(*pointers, start, end, experts), rows, _SOFTMAX_COST)
+    return out
 
 
 class _Scores(torch.autograd.Function):
@@ -93,8 +125,13 @@ def _by_parts(work: Callable[[int, int, int], None], x: Tensor, weight: Tensor) 
 def _functions() -> Mapping[str, Callable[..., None]]:
     kernels = library(_SOURCE)
     assert kernels is not None
-    functions = {"moe_gate_scores": 4, "moe_gate_gradients": 5}  # pointers; then the rows, d and E
-    for name, pointers in functions.items():
+    functions = {  # pointers; then the rows, d (for scores) and E
+        "moe_gate_scores": (4, 4),
+        "moe_gate_gradients": (5, 4),
+        "moe_gate_softmax": (2, 3),
+        "moe_gate_softmax_gradient": (3, 3),
+    }
+    for name, (pointers, sizes) in functions.items():
         function = getattr(kernels, name)
-        function.argtypes, function.restype = [ctypes.c_void_p] * pointers + [ctypes.c_long] * 4, None
+        function.argtypes, function.restype = [ctypes.c_void_p] * pointers + [ctypes.c_long] * sizes, None
     return {name: getattr(kernels, name) for name in functions}

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from moe_train.config.check import NonNegativeFloat, PositiveFloat
+from moe_train.kernels.cpu.gate_scores import softmax
 from moe_train.routing.all_gather import all_gather_rows, world_order
 from moe_train.routing.base import Router, RouterInputs, RoutingConfig
 from moe_train.routing.capacity import Group, shared_by_ranks
@@ -64,7 +65,7 @@ class ExpertChoiceRouter(Router):
         logits = self.gate(x)
         if self.config.score_noise:
             logits = score_noise(logits, self.config.score_noise, context)
-        scores = torch.softmax(logits, dim=-1)
+        scores = softmax(logits)
         chosen = self.chosen(scores.detach(), context)
         _, experts = torch.where(chosen, scores.detach(), -1.0).sort(dim=-1, descending=True, stable=True)
         kept = chosen.gather(1, experts)

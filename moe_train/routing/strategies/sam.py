@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from moe_train.config.check import NonNegativeFloat, PositiveFloat
 from moe_train.errors import ConfigError
+from moe_train.kernels.cpu.gate_scores import softmax
 from moe_train.routing.balance_losses import BalanceLoss, MeanOverTokens, rank_load, z_amount
 from moe_train.routing.base import ExpertCount, ExpertPlacement, RouterInputs, RoutingConfig
 from moe_train.routing.capacity import capacity_mask, expert_capacity, group_tokens
@@ -159,11 +160,11 @@ class SamRouter(TokenChoiceRouter):
         """Probabilities of experts and groups of x [T, d]."""
         if self.config.matrices == "shared":
             logits = self.gate(x)
-            expert = torch.softmax(logits, dim=-1)
+            expert = softmax(logits)
             return Levels(expert, self.by_group(expert).sum(-1), (logits,))
         switch, mixture = self.switch(x), self.mixture(x)
-        group = torch.softmax(switch, dim=-1)
-        inside = torch.softmax(self.by_group(mixture), dim=-1)
+        group = softmax(switch)
+        inside = softmax(self.by_group(mixture))
         return Levels((group.unsqueeze(2) * inside).flatten(1), group, (switch, mixture))
 
     def kept_choices(self, choices: Tensor, weights: Tensor, context: RoutingContext) -> Tensor | None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from moe_train.config.check import NonNegativeFloat
 from moe_train.errors import ConfigError
+from moe_train.kernels.cpu.gate_scores import softmax
 from moe_train.routing.balance_losses import selection_probability, squared_variation
 from moe_train.routing.base import ExpertCount, RouterInputs, RoutingConfig
 from moe_train.routing.capacity import Rounding
@@ -143,7 +144,7 @@ class TopKRouter(TokenChoiceRouter):
 
     def scores(self, logits: Tensor) -> Tensor:
         """Scores [T, E] of logits [T, E]."""
-        return torch.sigmoid(logits) if self.config.scores == "sigmoid" else torch.softmax(logits, dim=-1)
+        return torch.sigmoid(logits) if self.config.scores == "sigmoid" else softmax(logits)
 
     def variation_losses(self, clean: RouterScores, noisy: Tensor, context: RoutingContext) -> Mapping[str, RouterLoss]:
         """V-MoE's losses with a weight above 0 (Riquelme et al., NeurIPS 2021, arXiv 2106.05974, §A.2)."""

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from moe_train.config.check import Range
 from moe_train.errors import ConfigError
+from moe_train.kernels.cpu.gate_scores import softmax
 from moe_train.routing.base import RouterInputs, RoutingConfig
 from moe_train.routing.context import RoutingContext
 from moe_train.routing.gate import LinearGate, full_precision, linear_init, routing_dtype
@@ -113,9 +114,9 @@ class XMoERouter(TokenChoiceRouter):
         if self.config.mode == "torchscale":
             return self.torchscale_routing(cosine, context)
         logits = cosine / self.temperature
-        gates = torch.sigmoid(logits) if self.config.gate == "sigmoid" else torch.softmax(logits, dim=-1)
+        gates = torch.sigmoid(logits) if self.config.gate == "sigmoid" else softmax(logits)
         choices = cosine.detach().argmax(dim=-1, keepdim=True)
-        balanced = torch.softmax(cosine / self.config.tau_0, dim=-1)
+        balanced = softmax(cosine / self.config.tau_0)
         return self.build_routing(RouterScores(logits, balanced), choices, gates.gather(1, choices), context)
 
     def scores(self, x: Tensor) -> Tensor:
@@ -133,7 +134,7 @@ class XMoERouter(TokenChoiceRouter):
 
     def torchscale_routing(self, logits: Tensor, context: RoutingContext) -> Routing:
         """Top-2 softmax as in torchscale's recipes; at evaluation the second expert is always used."""
-        gates = torch.softmax(logits, dim=-1)
+        gates = softmax(logits)
         policy: SecondExpert = "random" if context.training else "all"
         choices = select(gates.detach(), logits.detach(), 2, policy, context)
         weights = gates.gather(1, choices)

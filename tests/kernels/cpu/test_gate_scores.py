@@ -68,3 +68,21 @@ def test_a_gate_computes_the_same_with_and_without_the_kernel(monkeypatch: pytes
             without = layer(x)
         assert with_kernel.dtype == without.dtype == torch.float32
         torch.testing.assert_close(with_kernel, without, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not SUPPORTED, reason="no matrix units (AMX) here, or no C compiler")
+@given(st.integers(0, 40), st.integers(1, 16), st.floats(0.1, 60), st.integers(0, 99))
+def test_softmax_and_its_gradient(rows: int, experts: int, spread: float, seed: int) -> None:
+    scores = (spread * draw(seed, rows, experts)).requires_grad_()
+    grad = draw(seed + 1, rows, experts)
+    found, wanted = gate_scores.softmax(scores), torch.softmax(scores.double(), -1)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-7)
+    (by,), (exact,) = torch.autograd.grad(found, scores, grad), torch.autograd.grad(wanted, scores, grad.double())
+    torch.testing.assert_close(by, exact, rtol=1e-4, atol=1e-6)
+
+
+def test_softmax_of_other_types_and_many_experts_is_torchs() -> None:
+    for scores in (draw(1, 5, 17), draw(2, 5, 4).double()):
+        assert torch.equal(gate_scores.softmax(scores), torch.softmax(scores, -1))
+    broken = torch.tensor([[1.0, float("nan"), 2.0], [float("inf"), 0.0, 1.0]])
+    assert gate_scores.softmax(broken).isnan().any(1).all(), "a diverged router shows"
