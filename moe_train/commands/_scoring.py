@@ -6,6 +6,7 @@ from moe_train.config import RunConfig
 from moe_train.config.evaluation import EvaluateConfig
 from moe_train.errors import ConfigError
 from moe_train.evaluation.evaluate_split import evaluate
+from moe_train.evaluation.inference.score_split import print_sums, score_split
 from moe_train.evaluation.measure_task import evaluate_task, show_measures
 from moe_train.evaluation.scoring.score_table import print_scores
 from moe_train.launch.job.env import under_launcher
@@ -18,17 +19,25 @@ def score(config: EvaluateConfig, world: World) -> float:
     """Evaluates and prints the table; every rank calls it.
 
     Returns:
-        The average chrF++, or the first of the task's own measures.
+        The average chrF++, the log-probability per token with ``mode=score``, or the first of the task's own measures.
     """
     if not RunFolder.open(config.run).config.task.translates:
         if config.metrics:
             raise ConfigError(
                 "metrics need translations, which the run's task does not produce", "metrics", "omit metrics=…"
             )
+        if config.mode == "score":
+            raise ConfigError("the run's task does not translate", "mode=score", "omit mode=score")
         measured = evaluate_task(config)
         show_measures(measured, Screen())
         return next(iter(measured["average"].values()))
-    results = evaluate(config, Screen(stderr=True) if world.main else None)
+    progress = Screen(stderr=True) if world.main else None
+    if config.mode == "score":
+        scored = score_split(config, progress)
+        if world.main:
+            print_sums(scored, Screen())
+        return float(scored["average"]["score_per_token"])
+    results = evaluate(config, progress)
     if world.main:
         print_scores(results, Screen())
     return results.average().chrf

@@ -36,6 +36,9 @@ class EvaluateConfig:
 
     Attributes:
         run: the folder of a trained run.
+        mode: ``translate`` and score with metrics, or ``score``: log-probabilities of references or hypotheses.
+        hypotheses: with ``mode=score``, the folder of the translations to score, named as those of moe-evaluate (null:
+            the references).
         split: ``test`` or ``valid``.
         checkpoint: ``best``, ``last``, ``averaged`` or an update's number.
         data: the data folder, if it has moved since training (null: the folder recorded in the run).
@@ -54,6 +57,8 @@ class EvaluateConfig:
     """
 
     run: str
+    mode: Literal["translate", "score"] = "translate"
+    hypotheses: str | None = None
     split: Literal["test", "valid"] = "test"
     checkpoint: Checkpoint = "best"
     data: str | None = None
@@ -73,6 +78,10 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         check.numbers(self, "")
+        if self.hypotheses is not None and self.mode != "score":
+            raise ConfigError("hypotheses are read with mode=score only", "hypotheses", "set mode=score or omit it")
+        if self.metrics and self.mode == "score":
+            raise ConfigError("metrics need translations, which mode=score does not make", "metrics", "omit metrics=…")
 
     @property
     def inference(self) -> Inference:

@@ -53,4 +53,5 @@ def decode_on_rank(
         if number < len(batches):
             yield number, translator.run(batches[number])
         else:
-            translator.run(Batch(batches[0].source, batches[0].target, (), ()))
+            none = None if batches[0].targets is None else ()
+            translator.run(Batch(batches[0].source, batches[0].target, (), (), targets=none))

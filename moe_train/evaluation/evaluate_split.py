@@ -70,11 +70,11 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> Results:
     chosen = choose_directions(run, config.split, config.directions)
     everything = chosen == default_directions(run, config.split)
     part = part_name([] if everything else chosen, config.max_sentences)
-    destination = run_on_all_ranks(world, lambda: _destination(run, config, part, console) if world.main else None)
+    destination = run_on_all_ranks(world, lambda: find_destination(run, config, part, console) if world.main else None)
     held = [_encode_direction(run, config, name) for name in chosen]
     batches = [batch for entry in held for batch in entry.encoded.batches]
     start = time.perf_counter()
-    with _progress(console, sum(len(batch.sentences) for batch in batches)) as advance:
+    with show_progress(console, sum(len(batch.sentences) for batch in batches), "translating") as advance:
         outcomes = decode_batches(run, batches, config.search, config.launch, advance, config.expert_parallel)
     seconds = time.perf_counter() - start
 
@@ -89,25 +89,25 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> Results:
 
 
 @dataclass(frozen=True)
-class _Destination:
+class Destination:
     """Files of the results, and a note where they are not in the run folder."""
 
     files: ResultFiles
     note: str
 
 
-def _destination(run: OpenedRun, config: EvaluateConfig, part: str, console: Console | None) -> _Destination:
+def find_destination(run: OpenedRun, config: EvaluateConfig, part: str, console: Console | None) -> Destination:
     """Checked before hours of decoding, so that an unwritable folder is reported at once."""
     folder, note = writable_folder(run.folder.path, run.variant, config.out)
     if note and console is not None:
         console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
-    return _Destination(ResultFiles(folder, config.split, part), note)
+    return Destination(ResultFiles(folder, config.split, part), note)
 
 
 def _score_and_write(
     run: OpenedRun,
     config: EvaluateConfig,
-    destination: _Destination,
+    destination: Destination,
     held: Sequence[HeldOutSet],
     outcomes: Sequence[BatchResult],
     seconds: float,
@@ -202,7 +202,7 @@ def _results(
         signatures["chrf"] = scorer.chrf_signature
         notes += _notes(run, scorer, entry)
     return Results(
-        settings=_settings(run, config),
+        settings=settings_of(run, config),
         directions=directions,
         tiers=run.data.tiers,
         signatures=signatures,
@@ -273,7 +273,7 @@ def _notes(run: OpenedRun, scorer: Scorer, entry: HeldOutSet) -> list[str]:
     return notes
 
 
-def _settings(run: OpenedRun, config: EvaluateConfig) -> dict[str, Any]:
+def settings_of(run: OpenedRun, config: EvaluateConfig) -> dict[str, Any]:
     """The settings that determine outputs and scores; the compute layout does not."""
     return {
         "split": config.split,
@@ -314,8 +314,9 @@ def _speed(
 
 
 @contextmanager
-def _progress(console: Console | None, total: int) -> Iterator[Callable[[int], None]]:
-    columns = (TextColumn("translating"), BarColumn(), MofNCompleteColumn(), TextColumn("sentences"))
+def show_progress(console: Console | None, total: int, what: str) -> Iterator[Callable[[int], None]]:
+    """Yields a function that is called with a number of finished sentences."""
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn("sentences"))
     with Progress(
         *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console or Screen(quiet=True)
     ) as progress:

@@ -68,20 +68,25 @@ class OutputFiles:
         """The best hypotheses of each line."""
         return self._with(f"{self.direction.split('-')[1]}.nbest")
 
+    @property
+    def scored(self) -> Path:
+        """A JSON line for each translation that was scored."""
+        return self._with(f"{self.direction.split('-')[1]}.jsonl")
+
     def _with(self, suffix: str) -> Path:
         return self._stem.with_name(f"{self._stem.name}.{suffix}")
 
     def write(self, sources: Sequence[str], references: Sequence[str], translations: Sequence[Translation]) -> None:
         """Writes the four files, each atomically; and the n-best lists where they have more than one hypothesis."""
         self._stem.parent.mkdir(parents=True, exist_ok=True)
-        _write(self.sources, sources)
-        _write(self.references, references)
-        _write(self.scores, [f"{t.score:.6f}" for t in translations])
+        write_lines(self.sources, sources)
+        write_lines(self.references, references)
+        write_lines(self.scores, [f"{t.score:.6f}" for t in translations])
         if any(t.others for t in translations):
-            _write(self.n_best, [row for number, t in enumerate(translations, 1) for row in table_rows(number, t)])
+            write_lines(self.n_best, [row for number, t in enumerate(translations, 1) for row in table_rows(number, t)])
         else:
             self.n_best.unlink(missing_ok=True)
-        _write(self.hypotheses, [t.text for t in translations])
+        write_lines(self.hypotheses, [t.text for t in translations])
 
     def read(self) -> tuple[list[str], list[str]]:
         """Hypotheses and references.
@@ -106,5 +111,6 @@ def table_rows(number: int, translation: Translation) -> list[str]:
     return [f"{number}\t{rank}\t{one.score:.6f}\t{one.text.translate(_TABS)}" for rank, one in hypotheses]
 
 
-def _write(path: Path, lines: Sequence[str]) -> None:
+def write_lines(path: Path, lines: Sequence[str]) -> None:
+    """Writes lines atomically; line ends in them become spaces."""
     replace_text(path, "".join(f"{line.translate(_LINE_ENDS)}\n" for line in lines))

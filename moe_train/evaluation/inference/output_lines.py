@@ -22,12 +22,13 @@ def text_lines(number: int, translation: Translation, n_best: int) -> list[str]:
 
 def json_lines(number: int, translation: Translation, n_best: int) -> list[str]:
     """One object; ``translations`` is empty for a blank line."""
-    found = [_values(hypothesis) for hypothesis in translation.hypotheses if hypothesis.pieces]
+    found = [hypothesis_values(hypothesis) for hypothesis in translation.hypotheses if hypothesis.pieces]
     content = {"line": number, "cut": translation.cut, "translations": found}
     return [json.dumps(content, ensure_ascii=False, allow_nan=False)]
 
 
-def _values(hypothesis: Hypothesis) -> dict[str, Any]:
+def hypothesis_values(hypothesis: Hypothesis) -> dict[str, Any]:
+    """JSON values of a hypothesis; ``pieces`` and ``token_scores`` if it has token scores."""
     score = hypothesis.score if math.isfinite(hypothesis.score) else None
     values: dict[str, Any] = {"text": hypothesis.text, "score": score, "tokens": hypothesis.tokens}
     if hypothesis.token_scores:
