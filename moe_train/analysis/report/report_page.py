@@ -46,7 +46,8 @@ def report_page(runs: Sequence[RunReport], comparisons: Comparisons, data: Mappi
     parts = [_leaderboard(runs, comparisons), *_group_scores(runs, comparisons), *_sets(runs)]
     messages = [f'<p class="failed">{for_html(line)}</p>' for line in (*failures(runs), *damages(runs))]
     messages += [f'<p class="note">{for_html(line)}</p>' for line in explanation(comparisons)]
-    return fill_page(f"moe-report · {title}", "report", "\n".join([*parts, *messages]), data)
+    tables = page_section("leaderboard", "Leaderboard", "\n".join([*parts, *messages]))
+    return fill_page(f"moe-report · {title}", "report", tables, data)
 
 
 def fill_page(title: str, name: str, tables: str, data: Mapping[str, Any]) -> str:
@@ -71,6 +72,11 @@ def fill_page(title: str, name: str, tables: str, data: Mapping[str, Any]) -> st
     head, *rest = template.split("{{")  # one pass: what is filled in is not searched
     pieces = [piece.split("}}", 1) for piece in rest]
     return head + "".join(filling[key] + text for key, text in pieces)
+
+
+def page_section(name: str, title: str, content: str) -> str:
+    """A section of a page; ``content`` is HTML."""
+    return f'<section id="{name}">\n<h2>{for_html(title)}</h2>\n{content}\n</section>'
 
 
 def _plotly() -> str:

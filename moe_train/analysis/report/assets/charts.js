@@ -28,7 +28,7 @@ function link(id, title) {
 function section(id, title, lead, parent = content) {
   const element = h("section", { id }, h("h2", {}, title), lead ? h("p", { class: "lead" }, lead) : null);
   parent.append(element);
-  if (parent === content) link(id, title);
+  if (parent === content) link(id, title.split(": ")[0]);
   return element;
 }
 

@@ -4,6 +4,9 @@ const shown = () => runs.map((run, index) => ({ run, index, colour: colour(index
 const style = (index) => ({ color: colour(index), dash: DASHES[Math.floor(index / COLOURS.length) % DASHES.length] });
 if (runs.length > 1) legend(runs.map((run) => run.name));
 link("leaderboard", "Leaderboard");
+document.querySelectorAll("#leaderboard > .scroll tbody tr").forEach((row, index) => {
+  row.firstElementChild.prepend(h("span", { class: "dot", style: { background: colour(index), marginRight: "0.45rem" } }));
+});
 
 // --- learning -------------------------------------------------------------------------------------------------------
 const trainFlops = (run, tokens) => tokens.map((count) => (count === null || !run.training_flops ? null : count * run.training_flops));
@@ -26,9 +29,9 @@ if (runs.some(hasLoss)) {
     return found;
   });
   const y = { title: "nats per token" };
-  chart(grid, "Loss over tokens", "What a target token teaches.", () => (
+  chart(grid, "Loss over tokens", "Runs at equal amounts of text.", () => (
     { traces: curves((run, tokens) => tokens, "target tokens"), x: { title: "target tokens", tickformat: "~s", rangemode: "tozero" }, y, height: 320 }));
-  chart(grid, "Loss over training FLOPs", "What the arithmetic buys.", () => (
+  chart(grid, "Loss over training FLOPs", "Runs at equal amounts of arithmetic.", () => (
     { traces: curves(trainFlops, "FLOPs"), x: { title: "training FLOPs", tickformat: "~s", rangemode: "tozero" }, y, height: 320 }));
 }
 
