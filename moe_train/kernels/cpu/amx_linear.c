@@ -33,9 +33,7 @@ int moe_linear(bf16 *y, float *wide, const bf16 *a, const bf16 *b, const bf16 *b
     to.factor = 1;
     to.relu = relu;
     Operand left_part = part_of(left, 0, min_of(k, PART)), right_part = part_of(right, 0, min_of(k, PART));
-    int left_stays = extent(&left) < extent(&right);
-    long need = left_stays ? workspace_of_product(&left_part, &right_part)
-                           : workspace_of_product(&right_part, &left_part);
+    long need = workspace_to_multiply(&left_part, &right_part);
     long size = k > PART ? blocks(n) * blocks(m) * SUMS : 0;
     char *workspace = workspace_of(size + need);
     if (!workspace) return NO_MEMORY;
@@ -47,7 +45,7 @@ int moe_linear(bf16 *y, float *wide, const bf16 *a, const bf16 *b, const bf16 *b
         right_part = part_of(right, from, count);
         to.begun = from > 0;
         to.unfinished = from + count < k;
-        product(left_stays ? &left_part : &right_part, left_stays ? &right_part : &left_part, &to, workspace + size);
+        multiply_matrices(&left_part, &right_part, &to, workspace + size);
     }
     release();
     return 0;

@@ -317,6 +317,21 @@ static inline void product(const Operand *held, const Operand *passing, const Re
     }
 }
 
+/* A B, with the operand of fewer panels held, so that the other is packed once more often. */
+INLINE int left_stays(const Operand *left, const Operand *right) { return extent(left) < extent(right); }
+
+INLINE long workspace_to_multiply(const Operand *left, const Operand *right) {
+    return left_stays(left, right) ? workspace_of_product(left, right) : workspace_of_product(right, left);
+}
+
+INLINE void multiply_matrices(const Operand *left, const Operand *right, const Result *c, char *workspace) {
+    if (left_stays(left, right)) {
+        product(left, right, c, workspace);
+    } else {
+        product(right, left, c, workspace);
+    }
+}
+
 /* Configures eight tiles of 16 rows of 64 bytes; undone by _tile_release. */
 static inline void configure(void) {
     struct {

@@ -19,8 +19,8 @@ int moe_forward(bf16 *y, bf16 *hidden, const bf16 *x, const bf16 *w1, const bf16
     long size = hidden ? 0 : blocks(n) * blocks(h) * PAIR;
     Operand by_rows = plain(x, n, d, 0, 1), first_weight = plain(w1, d, h, 0, 0), second_weight = plain(w2, h, d, 0, 0);
     Operand like_hidden = patched(x, n, h, 0, 1); /* of its size */
-    long need = workspace_of_product(&by_rows, &first_weight);
-    need = max_of(need, workspace_of_product(&like_hidden, &second_weight));
+    long need = workspace_to_multiply(&by_rows, &first_weight);
+    need = max_of(need, workspace_to_multiply(&like_hidden, &second_weight));
     char *workspace = workspace_of(size + need);
     if (!workspace) return NO_MEMORY;
     if (!hidden) hidden = (bf16 *)workspace;
@@ -31,8 +31,8 @@ int moe_forward(bf16 *y, bf16 *hidden, const bf16 *x, const bf16 *w1, const bf16
     between.relu = 1;
     last.bias = b2;
     configure();
-    product(&by_rows, &first_weight, &between, workspace + size);
-    product(&by_hidden, &second_weight, &last, workspace + size);
+    multiply_matrices(&by_rows, &first_weight, &between, workspace + size);
+    multiply_matrices(&by_hidden, &second_weight, &last, workspace + size);
     release();
     return 0;
 }
@@ -60,8 +60,8 @@ int moe_backward(bf16 *gx, bf16 *gw1, float *gb1, bf16 *gw2, float *gb2, const b
     Operand hidden_turned = patched(hidden, n, h, 1, 1), gy_right = plain(gy, n, d, 0, 0);
     Operand w1_turned = plain(w1, d, h, 1, 0), x_turned = plain(x, n, d, 1, 1);
     Operand like_g_left = patched(hidden, n, h, 0, 1), like_g_right = patched(hidden, n, h, 0, 0);
-    long need = max_of(workspace_of_product(&gy_left, &w2_turned), workspace_of_product(&gy_right, &hidden_turned));
-    need = max_of(need, workspace_of_product(&like_g_left, &w1_turned));
+    long need = max_of(workspace_to_multiply(&gy_left, &w2_turned), workspace_of_product(&gy_right, &hidden_turned));
+    need = max_of(need, workspace_to_multiply(&like_g_left, &w1_turned));
     need = max_of(need, workspace_of_product(&like_g_right, &x_turned));
     bf16 *g = (bf16 *)workspace_of(size + need); /* gradient of ReLU's input */
     if (!g) return NO_MEMORY;
@@ -72,7 +72,7 @@ int moe_backward(bf16 *gx, bf16 *gw1, float *gb1, bf16 *gw2, float *gb2, const b
     to_g.factor = factor;
     to_g.sums = gb1;
     configure();
-    product(&gy_left, &w2_turned, &to_g, workspace);
+    multiply_matrices(&gy_left, &w2_turned, &to_g, workspace);
     if (gb2) add_rows(gb2, gy, n, d);
     if (gw2) {
         Result to_w2 = to_plain(gw2, h, d);
@@ -81,7 +81,7 @@ int moe_backward(bf16 *gx, bf16 *gw1, float *gb1, bf16 *gw2, float *gb2, const b
     }
     if (gx) {
         Result to_x = to_plain(gx, n, d);
-        product(&g_left, &w1_turned, &to_x, workspace);
+        multiply_matrices(&g_left, &w1_turned, &to_x, workspace);
     }
     if (gw1) {
         Result to_w1 = to_plain(gw1, d, h);
