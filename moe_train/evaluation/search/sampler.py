@@ -14,6 +14,7 @@ from moe_train.evaluation.search.topk import Candidates
 from moe_train.routing.counter_rng import combine, hash_numbers, uniform_from
 
 _STREAM = 7001  # distinguishes these draws from others with the same seed
+_NARROW = 256  # symbols that mostly have the probability top_p together
 
 
 class Sampler:
@@ -38,15 +39,25 @@ class Sampler:
             sentence: [S], rows of the batch.
         """
         beams = torch.arange(scores.shape[1], device=scores.device).expand(scores.shape)
-        ranked, symbols = self._allowed(log_probs)
-        chances = (ranked.double() - ranked.amax(1, keepdim=True)).exp_().cumsum_(1)
-        total = chances[:, -1:]
-        wanted = self.uniform(sentence, beams, step).reshape(-1, 1) * total
-        # Below the total even after rounding, so that a symbol of chance 0 is never drawn.
-        place = torch.searchsorted(chances, wanted.minimum(total.nextafter(torch.zeros_like(total))), right=True)
-        token = place if symbols is None else symbols.gather(1, place)
+        uniform = self.uniform(sentence, beams, step).reshape(-1, 1)
+        token = self._draw(log_probs, uniform)
         score = log_probs.gather(1, token).view_as(scores) + scores
         return Candidates(score, token.view(scores.shape), beams)
+
+    def _draw(self, log_probs: Tensor, uniform: Tensor) -> Tensor:
+        """[N, 1] symbols. How a row is drawn does not depend on the others, not even among equal chances."""
+        config, symbols = self._config, log_probs.shape[1]
+        if config.top_k:
+            return _drawn(*log_probs.topk(min(config.top_k, symbols), dim=1), uniform)
+        if config.top_p == 1.0:
+            return _inverse(log_probs, uniform)
+        ranked, order = log_probs.topk(min(_NARROW, symbols), dim=1)
+        wide = (ranked.exp().sum(1) < config.top_p).nonzero().squeeze(1)
+        token = _drawn(_nucleus(ranked, config.top_p), order, uniform)
+        if wide.numel():
+            ranked, order = log_probs[wide].sort(dim=1, descending=True)
+            token[wide] = _drawn(_nucleus(ranked, config.top_p), order, uniform[wide])
+        return token
 
     def uniform(self, sentence: Tensor, sample: Tensor, step: int) -> Tensor:
         """fp64 in [0, 1), [S, k], for sentences [S] and samples [S, k]."""
@@ -54,14 +65,23 @@ class Sampler:
         start = hash_numbers(self._config.seed, _STREAM, step)
         return uniform_from(combine(combine(start, uids), sample))
 
-    def _allowed(self, log_probs: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Log-probabilities [N, n] of the symbols to draw from and the symbols; None: all in their order."""
-        if self._config.top_p < 1.0:
-            ranked, symbols = log_probs.sort(dim=1, descending=True)
-            before = ranked.exp().cumsum_(1)[:, :-1] >= self._config.top_p  # the mass is reached without the next ones
-            ranked[:, 1:].masked_fill_(before, -torch.inf)
-            return ranked, symbols
-        if self._config.top_k:
-            found = log_probs.topk(min(self._config.top_k, log_probs.shape[1]), dim=1)
-            return found.values, found.indices
-        return log_probs, None
+
+def _nucleus(ranked: Tensor, mass: float) -> Tensor:
+    """[N, n] log-probabilities, largest first, without those that follow when ``mass`` is reached; overwrites them."""
+    reached = ranked.exp().cumsum_(1)[:, :-1] >= mass
+    ranked[:, 1:].masked_fill_(reached, -torch.inf)
+    return ranked
+
+
+def _drawn(log_probs: Tensor, symbols: Tensor, uniform: Tensor) -> Tensor:
+    """[N, 1] of the symbols [N, n] with log-probabilities [N, n] up to a constant."""
+    return symbols.gather(1, _inverse(log_probs, uniform))
+
+
+def _inverse(log_probs: Tensor, uniform: Tensor) -> Tensor:
+    """[N, 1] places at which the distribution function of log-probabilities [N, n] exceeds ``uniform`` [N, 1]."""
+    sums = (log_probs - log_probs.amax(1, keepdim=True)).exp_().cumsum(1, dtype=torch.float64)
+    total = sums[:, -1:]
+    # Below the total even after rounding, so that a symbol of chance 0 is never drawn.
+    wanted = (uniform * total).minimum(total.nextafter(torch.zeros_like(total)))
+    return torch.searchsorted(sums, wanted, right=True)
