@@ -125,7 +125,7 @@ class TranslateConfig:
         output: ``text``: ``search.n_best`` lines for each line; ``tsv``: line number, rank, score and text of each
             hypothesis; ``json``: an object for each line.
         token_scores: ``output=json`` has the log-probability of each token.
-        beginnings: a line is a sentence, a tab, and the beginning of its translation.
+        prefixes: a line is a sentence, a tab, and a target prefix, with which its translation begins.
         threads: CPU threads (0: all cores).
         routing, draw_seed: as in :class:`Inference`.
     """
@@ -140,7 +140,7 @@ class TranslateConfig:
     long_lines: Literal["cut", "split"] = "cut"
     output: Literal["text", "tsv", "json"] = "text"
     token_scores: bool = False
-    beginnings: bool = False
+    prefixes: bool = False
     threads: Threads = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     routing: Mapping[str, Any] = field(default_factory=dict)

@@ -12,7 +12,7 @@ class Batch:
     """A batch to translate: dictionary ids without tags and end symbol.
 
     Attributes:
-        beginnings: tokens with which each translation begins; empty: none is given.
+        prefixes: tokens with which each translation begins; empty: none is given.
         targets: translations to score, instead of a search for the best; None: a search.
     """
 
@@ -20,7 +20,7 @@ class Batch:
     target: str
     sentences: tuple[tuple[int, ...], ...]
     uids: tuple[int, ...]
-    beginnings: tuple[tuple[int, ...], ...] = ()
+    prefixes: tuple[tuple[int, ...], ...] = ()
     targets: tuple[tuple[int, ...], ...] | None = None
 
 

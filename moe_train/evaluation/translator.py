@@ -76,20 +76,20 @@ def encode(
     source: str,
     target: str,
     batch_tokens: int,
-    beginnings: Sequence[str] = (),
+    prefixes: Sequence[str] = (),
     targets: Sequence[Sequence[int]] | None = None,
 ) -> EncodedLines:
     """Encodes lines of one direction and divides them into batches.
 
     Args:
-        beginnings: a text for each line with which its translation begins; empty: none.
+        prefixes: a text for each line with which its translation begins; empty: none.
         targets: ids of a translation of each line, without tag and end; blank lines are encoded then, too.
     """
     tokenizer, (longest, longest_target) = task.folder.tokenizer(), task.max_positions()
     room, target_room = task.source_room(f"{source}-{target}"), longest_target - 1
     filled = [n for n, line in enumerate(lines) if targets is not None or line.strip()]
     ids = [tuple(tokenizer.encode(lines[n])) for n in filled]
-    begun = [tuple(tokenizer.encode(beginnings[n])) for n in filled] if any(beginnings) else []
+    forced = [tuple(tokenizer.encode(prefixes[n])) for n in filled] if any(prefixes) else []
     given = [] if targets is None else [tuple(targets[n]) for n in filled]
     lengths = [min(len(i) + _TAG_AND_END, longest) for i in ids]
     truncated = {n for n, own in zip(filled, ids, strict=True) if len(own) > room}
@@ -105,7 +105,7 @@ def encode(
             target,
             tuple(ids[i] for i in batch),
             tuple(sentence_uid(lines[filled[i]]) for i in batch),
-            tuple(begun[i] for i in batch) if begun else (),
+            tuple(forced[i] for i in batch) if forced else (),
             None if targets is None else tuple(given[i] for i in batch),
         )
         for batch in grouped
@@ -151,7 +151,7 @@ class Translator:
         net_input = self.net_input(batch)
         with collect_routing(self._model) as counted:
             if batch.targets is None:
-                translations = self._translate(net_input, batch.beginnings)
+                translations = self._translate(net_input, batch.prefixes)
             else:
                 translations = self._score(net_input, batch.targets)
         return BatchResult(translations, time.perf_counter() - start, counted().to_json())
@@ -161,9 +161,9 @@ class Translator:
         sample = self.task.inference_sample(batch.sentences, batch.source, batch.target, batch.uids)
         return {k: v.to(self.device) if isinstance(v, torch.Tensor) else v for k, v in sample["net_input"].items()}
 
-    def _translate(self, net_input: Mapping[str, Any], beginnings: Sequence[Sequence[int]]) -> tuple[Translation, ...]:
-        begun = padded(beginnings, self.task.target_dictionary.pad(), self.device) if any(beginnings) else None
-        found = self._search(net_input, begun, self.token_scores).lists(self.config.n_best)
+    def _translate(self, net_input: Mapping[str, Any], prefixes: Sequence[Sequence[int]]) -> tuple[Translation, ...]:
+        forced = padded(prefixes, self.task.target_dictionary.pad(), self.device) if any(prefixes) else None
+        found = self._search(net_input, forced, self.token_scores).lists(self.config.n_best)
         hypotheses = [[self._hypothesis(*one) for one in own] for own in found]
         return tuple(Translation(**vars(best), others=tuple(others)) for best, *others in hypotheses)
 
@@ -184,15 +184,15 @@ class Translator:
         source: str,
         target: str,
         progress: Callable[[int], None] | None = None,
-        beginnings: Sequence[str] = (),
+        prefixes: Sequence[str] = (),
     ) -> list[Translation]:
         """Translates lines of one direction.
 
         Args:
             progress: called with the number of sentences done after each batch.
-            beginnings: as in :func:`encode`.
+            prefixes: as in :func:`encode`.
         """
-        encoded = encode(self.task, lines, source, target, self.config.batch_tokens, beginnings)
+        encoded = encode(self.task, lines, source, target, self.config.batch_tokens, prefixes)
         return encoded.to_lines(self.run_all(encoded, progress))
 
     def run_all(self, encoded: EncodedLines, progress: Callable[[int], None] | None = None) -> list[BatchResult]:

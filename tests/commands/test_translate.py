@@ -110,9 +110,11 @@ def _numbers(found: dict[str, Any]) -> dict[str, Any]:
     return {"score": pytest.approx(first["score"], abs=1e-5), "tokens": first["tokens"]}
 
 
-def test_beginnings_stand_behind_a_tab(piped: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+def test_target_prefixes_stand_behind_a_tab(
+    piped: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
     typed = "Das Kind mag Brot.\tThe doctor\nDas Kind mag Brot.\n" + "Das Kind mag Brot. " * 8 + "\tA bird\n"
-    lines = piped(typed, "beginnings=true", "long_lines=split", "search.beam=2", "search.max_length_ratio=0.5")
+    lines = piped(typed, "prefixes=true", "long_lines=split", "search.beam=2", "search.max_length_ratio=0.5")
     assert lines[0].startswith("The doctor") and lines[2].startswith("A bird")
     assert lines[1] == piped("Das Kind mag Brot.\n", "search.beam=2", "search.max_length_ratio=0.5")[0]
     with pytest.raises(SystemExit):

@@ -54,7 +54,7 @@ def translate_input(config: TranslateConfig) -> None:
 
     translator = model.translator.with_settings(config.search, config.token_scores)
     split = config.long_lines == "split"
-    translate = LineTranslator(translator, source, target, print_note, split, config.output, config.beginnings)
+    translate = LineTranslator(translator, source, target, print_note, split, config.output, config.prefixes)
     if sys.stdin.isatty() and sys.stdout.isatty():
         console.print(f"{run.checkpoint.name}: type a sentence, or Ctrl-D to end")
         prompt(lambda line: translate([line]), source, target)
@@ -69,7 +69,7 @@ class LineTranslator:
         report: called with a note that names lines by their numbers in the whole input.
         split: translate such lines in parts that end at sentence ends; else they are truncated.
         output: name of the form of a line's output, in :data:`OUTPUTS`.
-        beginnings: a line is a sentence, a tab, and the beginning of its translation.
+        prefixes: a line is a sentence, a tab, and a target prefix, with which its translation begins.
     """
 
     def __init__(
@@ -80,10 +80,10 @@ class LineTranslator:
         report: Callable[[str], None],
         split: bool,
         output: str = "text",
-        beginnings: bool = False,
+        prefixes: bool = False,
     ) -> None:
         self._translator, self._source, self._target, self._report = translator, source, target, report
-        self._split, self._output, self._beginnings = split, OUTPUTS[output], beginnings
+        self._split, self._output, self._prefixes = split, OUTPUTS[output], prefixes
         self._room = translator.task.source_room(f"{source}-{target}")
         self._done = 0  # lines of earlier buffers
         self._remedy_shown = False
@@ -93,11 +93,11 @@ class LineTranslator:
 
         ``progress`` as in :meth:`Translator.translate`.
         """
-        pairs = [line.partition("\t")[::2] if self._beginnings else (line, "") for line in lines]
+        pairs = [line.partition("\t")[::2] if self._prefixes else (line, "") for line in lines]
         parts = [self._parts(line) for line, _ in pairs]
         flat = [part for own in parts for part in own]
-        begun = [text for own, (_, text) in zip(parts, pairs, strict=True) for text in (text, *[""] * (len(own) - 1))]
-        rest = iter(self._translator.translate(flat, self._source, self._target, progress, begun))
+        forced = [text for own, (_, text) in zip(parts, pairs, strict=True) for text in (text, *[""] * (len(own) - 1))]
+        rest = iter(self._translator.translate(flat, self._source, self._target, progress, forced))
         found = [[next(rest) for _ in own] for own in parts]
         self._report_long_lines(found)
         settings, first = self._translator.config, self._done + 1

@@ -6,14 +6,14 @@ import dataclasses
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from moe_train.config import SearchConfig, build
 from moe_train.config.evaluation import Inference
 from moe_train.config.run import DataVerify
-from moe_train.errors import DataError
+from moe_train.errors import ConfigError, DataError
 from moe_train.evaluation.inference.stream import check_languages
 from moe_train.evaluation.inference.token_experts import find_experts
 from moe_train.evaluation.loading import LoadedRun, choose_device, open_run
@@ -26,7 +26,7 @@ Progress = Callable[[int], None]
 def load(
     path: Path | str,
     *,
-    device: Literal["auto", "cpu", "cuda"] | torch.device = "auto",
+    device: str | torch.device = "auto",
     checkpoint: str | int = "best",
     data: Path | str | None = None,
     data_verify: DataVerify = "once",
@@ -38,7 +38,7 @@ def load(
 
     Args:
         path: a run folder of ``moe-train``, or an export of ``moe-export``.
-        device: ``auto`` is a GPU if there is one.
+        device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda``, ``cuda:1`` …
         checkpoint: ``best``, ``last``, ``averaged`` or an update's number; an export has one.
         data: the data folder, if it has moved since training.
         data_verify: when its files are compared with their checksums: ``always``, ``once`` or ``never``.
@@ -53,10 +53,17 @@ def load(
         LaunchError: ``cuda`` without a GPU.
     """
     settings = build(SearchConfig, search, "search")
-    chosen = device if isinstance(device, torch.device) else choose_device(device)
+    chosen = choose_device(device) if device in ("auto", "cpu", "cuda") else _device(device)
     run = open_run(path, checkpoint, data, Inference(routing or {}, draw_seed), verify=data_verify)
     run.translating_task  # noqa: B018  (raises before weights are read)
     return TranslationModel(run.load(chosen), settings, chosen)
+
+
+def _device(name: str | torch.device) -> torch.device:
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"there is no device '{name}'", "device", "choose auto, cpu, cuda or cuda:N") from None
 
 
 class TranslationModel:
@@ -90,7 +97,7 @@ class TranslationModel:
         n_best: int | None = None,
         return_scores: bool = False,
         return_experts: bool = False,
-        beginnings: Sequence[str] = (),
+        prefixes: Sequence[str] = (),
         progress: Progress | None = None,
         **search: Any,
     ) -> list[Translation]:
@@ -103,7 +110,7 @@ class TranslationModel:
             n_best: of these in the result, :attr:`Translation.hypotheses`.
             return_scores: the result has the log-probability of each token. (``score`` is always there.)
             return_experts: the result has the experts of source and translation (of the best hypothesis).
-            beginnings: a text for each sentence with which its translation begins ("": none); empty: none.
+            prefixes: a text for each sentence with which its translation begins ("": none); empty: none.
             progress: called after each batch, with its number of sentences.
             search: further keys of ``configs/search/default.yaml``, such as ``sampling=True, top_p=0.9``.
 
@@ -112,17 +119,17 @@ class TranslationModel:
 
         Raises:
             ConfigError: an invalid key.
-            DataError: an unknown language, or not as many beginnings as sentences.
+            DataError: an unknown language, or not as many prefixes as sentences.
         """
         lines = self._checked(sentences, source, target)
-        if beginnings and len(beginnings) != len(lines):
-            raise DataError(f"{len(beginnings)} beginnings for {len(lines)} sentences")
+        if prefixes and len(prefixes) != len(lines):
+            raise DataError(f"{len(prefixes)} prefixes for {len(lines)} sentences")
         given = {"beam": beam, "n_best": n_best, **search}
         changes = {key: value for key, value in given.items() if value is not None}
         settings = build(SearchConfig, {**dataclasses.asdict(self.translator.config), **changes}, "search")
         with self._lock:
             translator = self.translator.with_settings(settings, return_scores)
-            found = translator.translate(lines, source, target, progress, beginnings)
+            found = translator.translate(lines, source, target, progress, prefixes)
             if return_experts:
                 experts = self._experts(lines, [self._ids(one) for one in found], source, target)
                 found = [

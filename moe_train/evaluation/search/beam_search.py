@@ -4,8 +4,8 @@ At each step a sentence considers its 2k best continuations; those among the fir
 (score / length^penalty), the k best that do not end continue. A sentence is done with k finished hypotheses, or at its
 longest length, and leaves the batch. Differences from fairseq 0.12.2, so that no result depends on batch mates: the
 longest length follows from the sentence's own source length, not from the batch's, and is never below ``min_length``
-(fairseq ends with an assertion) or below a forced beginning (which fairseq cuts); tokens that start the decoder are not
-scored; tokens of a forced beginning are not blocked as repeated n-grams, and the shortest length holds after any
+(fairseq ends with an assertion) or below a forced prefix (which fairseq cuts); tokens that start the decoder are not
+scored; tokens of a forced prefix are not blocked as repeated n-grams, and the shortest length holds after any
 (fairseq counts from the longest of the batch); draws of sampling are counted.
 """
 
@@ -126,7 +126,7 @@ class BeamSearch:
 
     @torch.no_grad()
     def __call__(
-        self, net_input: Mapping[str, Any], beginning: Tensor | None = None, token_scores: bool = False
+        self, net_input: Mapping[str, Any], prefix: Tensor | None = None, token_scores: bool = False
     ) -> Hypotheses:
         """Searches for a batch.
 
@@ -134,7 +134,7 @@ class BeamSearch:
             net_input: ``src_tokens`` [B, S] and other inputs of the encoder, and ``prev_output_tokens`` [B, P], with
                 which every hypothesis starts: the end symbol or a language tag, then further tokens if P > 1. They are
                 no part of the hypothesis. ``sentence_uid`` [B], if there, is what sampling draws by.
-            beginning: [B, F] padded on the right, tokens with which each sentence's hypotheses begin, scored as their
+            prefix: [B, F] padded on the right, tokens with which each sentence's hypotheses begin, scored as their
                 own choices are; cut to the model's positions.
             token_scores: whether the result has the log-probability of each token.
 
@@ -144,29 +144,29 @@ class BeamSearch:
         was_training = self.model.training
         self.model.eval()
         try:
-            return self._search(dict(net_input), beginning, token_scores)
+            return self._search(dict(net_input), prefix, token_scores)
         finally:
             self.model.train(was_training)
 
-    def _search(self, net_input: dict[str, Any], beginning: Tensor | None, token_scores: bool) -> Hypotheses:
-        prefix = net_input.pop("prev_output_tokens")
-        sentences, device, room = prefix.shape[0], prefix.device, self._room(prefix.shape[1])
+    def _search(self, net_input: dict[str, Any], prefix: Tensor | None, token_scores: bool) -> Hypotheses:
+        first = net_input.pop("prev_output_tokens")
+        sentences, device, room = first.shape[0], first.device, self._room(first.shape[1])
         limit = self._limits(net_input["src_tokens"], room)
-        if beginning is not None:
-            beginning = beginning[:, :room]
-            limit = limit.maximum(beginning.ne(self.pad).sum(1))
+        if prefix is not None:
+            prefix = prefix[:, :room]
+            limit = limit.maximum(prefix.ne(self.pad).sum(1))
         longest = int(limit.max()) if sentences else 0
         finished = Finished(sentences, self.beam, max(longest, 1), self.pad, device, token_scores)
         if sentences == 0 and self.group is None:
             return finished.sorted()
         start = self._packed.start_decoding if self._packed else self.model.start_decoding
-        state = start(self._encode(net_input), self.beam, longest + prefix.shape[1])
-        inputs = self._force(prefix, state)
+        state = start(self._encode(net_input), self.beam, longest + first.shape[1])
+        inputs = self._force(first, state)
         beams, step = self._start(sentences, limit, longest, device, token_scores), 0
         sampler = Sampler(self.config, net_input.get("sentence_uid"), sentences) if self.config.sampling else None
         kernels, by_kernels = KernelSteps(beams, finished, self.config, self.pad, self.unk, self.eos), False
         # The kernels know the default rules only.
-        default = beginning is None and sampler is None and not (token_scores or self.config.no_repeat_ngram)
+        default = prefix is None and sampler is None and not (token_scores or self.config.no_repeat_ngram)
         while self._any_unfinished(beams):
             logits = self.model.decode_step(inputs, state)
             if before := beams.sentence.numel():
@@ -176,7 +176,7 @@ class BeamSearch:
                 if by_kernels:
                     rows, inputs = self._checked(kernels.run(logits, step))
                 else:
-                    forced = None if beginning is None else beginning[beams.sentence, step : step + 1]
+                    forced = None if prefix is None else prefix[beams.sentence, step : step + 1]
                     candidates = self._candidates(logits, beams, step, forced, sampler)
                     rows, inputs = self._step(candidates, beams, finished, step)
                 changed = self.beam > 1 or beams.sentence.numel() < before
@@ -214,9 +214,9 @@ class BeamSearch:
             )
         return found
 
-    def _room(self, prefix: int) -> int:
-        """Longest hypothesis that the model has positions for after ``prefix`` tokens, end symbol not counted."""
-        return max(1, self.config.min_length, self.model.max_decoder_positions() - prefix)
+    def _room(self, first: int) -> int:
+        """Longest hypothesis that the model has positions for after ``first`` tokens, end symbol not counted."""
+        return max(1, self.config.min_length, self.model.max_decoder_positions() - first)
 
     def _limits(self, src_tokens: Tensor, room: int) -> Tensor:
         """[B] longest hypothesis of each sentence, end symbol not counted."""
@@ -235,9 +235,9 @@ class BeamSearch:
             )
         return None
 
-    def _force(self, prefix: Tensor, state: ReorderableState) -> Tensor:
+    def _force(self, first: Tensor, state: ReorderableState) -> Tensor:
         """Feeds all but the last forced token; returns the last, [N]."""
-        columns = prefix.repeat_interleave(self.beam, dim=0).unbind(1)
+        columns = first.repeat_interleave(self.beam, dim=0).unbind(1)
         for column in columns[:-1]:
             self.model.decode_step(column, state)
         return columns[-1]

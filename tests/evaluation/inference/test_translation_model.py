@@ -92,14 +92,14 @@ def test_score_is_the_teacher_forced_log_probability(model: TranslationModel) ->
 
 
 def test_a_translation_begins_as_it_is_told(model: TranslationModel) -> None:
-    begun = model.translate(LINES, "de", "en", beginnings=["The old man", "", "A blue", ""], return_scores=True)
-    assert begun[0].text.startswith("The old man") and begun[2].text.startswith("A blue")
-    assert begun[3].text == model.translate(LINES, "de", "en")[3].text
-    (given,) = model.score([(LINES[0], begun[0].text)], "de", "en")
-    if given.pieces == begun[0].pieces:
-        assert given.token_scores == pytest.approx(begun[0].token_scores, abs=2e-5)
-    with pytest.raises(DataError, match="1 beginnings for 4 sentences"):
-        model.translate(LINES, "de", "en", beginnings=["The"])
+    forced = model.translate(LINES, "de", "en", prefixes=["The old man", "", "A blue", ""], return_scores=True)
+    assert forced[0].text.startswith("The old man") and forced[2].text.startswith("A blue")
+    assert forced[3].text == model.translate(LINES, "de", "en")[3].text
+    (given,) = model.score([(LINES[0], forced[0].text)], "de", "en")
+    if given.pieces == forced[0].pieces:
+        assert given.token_scores == pytest.approx(forced[0].token_scores, abs=2e-5)
+    with pytest.raises(DataError, match="1 prefixes for 4 sentences"):
+        model.translate(LINES, "de", "en", prefixes=["The"])
 
 
 def test_samples_depend_on_the_seed_and_the_sentence_alone(model: TranslationModel) -> None:
@@ -164,6 +164,8 @@ def test_mistakes(model: TranslationModel, tmp_path: Path) -> None:
         model.translate(LINES, "de", "en", n_best=9)
     with pytest.raises(TypeError, match="a list of strings"):
         model.translate("Das Kind", "de", "en")
+    with pytest.raises(ConfigError, match="device: there is no device 'gpu'"):
+        moe_train.load(model.run.folder.path, device="gpu")
     with pytest.raises(ConfigError, match="no run folder"):
         moe_train.load(tmp_path)
 
@@ -183,7 +185,7 @@ def test_the_page_runs(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for block in blocks:
         exec(block, names)
     assert len(blocks) == 5 and "</s>" in capsys.readouterr().out
-    assert names["begun"][0].text.startswith("The child") and len(names["samples"][1].hypotheses) == 5
+    assert names["forced"][0].text.startswith("The child") and len(names["samples"][1].hypotheses) == 5
 
 
 @pytest.mark.usefixtures("with_a_run")

@@ -103,8 +103,8 @@ def by_fairseq(
         block = blocker._no_repeat_ngram
         monkeypatch.setattr(blocker, "_no_repeat_ngram", lambda tokens, *rest: block(tokens[:, : rest[-1] + 1], *rest))
     sample = {"net_input": net_input, "id": torch.arange(len(net_input["src_tokens"]))}
-    begun = prefixes(len(words), len(sample["id"]), keys["prefix"], 5) if keys.get("prefix") else None
-    return generator.generate([model], sample, prefix_tokens=begun)
+    forced = prefixes(len(words), len(sample["id"]), keys["prefix"], 5) if keys.get("prefix") else None
+    return generator.generate([model], sample, prefix_tokens=forced)
 
 
 def own_keys(keys: dict[str, Any]) -> dict[str, Any]:
@@ -117,9 +117,9 @@ def compare(
     with monkeypatch.context() as patched:
         expected = by_fairseq(patched, model, words, net_input, {"beam": 5, **LIMITS, **keys})
     config = SearchConfig(**own_keys(keys))
-    begun = prefixes(len(words), len(expected), keys["prefix"], 5) if keys.get("prefix") else None
+    forced = prefixes(len(words), len(expected), keys["prefix"], 5) if keys.get("prefix") else None
     search = BeamSearch(model, words, config)
-    found, fast = (search(net_input, begun, scores).lists(config.n_best) for scores in (True, False))
+    found, fast = (search(net_input, forced, scores).lists(config.n_best) for scores in (True, False))
     for ours, plain, all_of_theirs in zip(found, fast, expected, strict=True):
         theirs = all_of_theirs[: config.n_best]
         assert [one.tokens for one in ours] == [one["tokens"].tolist()[:-1] for one in theirs]
@@ -177,8 +177,8 @@ def test_no_ngram_occurs_twice() -> None:
 def test_a_prefix_longer_than_the_limit_is_kept_and_cut_at_the_model_s_positions() -> None:
     model = Recurrent(30, eos_bias=100.0)
     search = BeamSearch(model, model.words, SearchConfig(max_length_ratio=0.0, max_length_offset=2))
-    begun = torch.tensor([[7, 8, 9, 10, 11], [7, 1, 1, 1, 1]])
-    assert search(model.sample([5, 5]), begun).best() == [[7, 8, 9, 10, 11], [7]]
+    forced = torch.tensor([[7, 8, 9, 10, 11], [7, 1, 1, 1, 1]])
+    assert search(model.sample([5, 5]), forced).best() == [[7, 8, 9, 10, 11], [7]]
     assert [len(one) for one in search(model.sample([5]), torch.full((1, 90), 7)).best()] == [63]
 
 
@@ -199,6 +199,21 @@ def test_samples_have_the_model_s_distribution(rules: dict[str, Any]) -> None:
     assert (found - wanted).abs().max() < 4 * (0.25 / count) ** 0.5
     assert not found[wanted == 0].any()
     torch.testing.assert_close(drawn.score, log_probs[drawn.token])
+
+
+def test_a_flat_distribution_has_a_wide_nucleus() -> None:
+    """More symbols than are ranked at first; in the same batch as rows that need few."""
+    symbols, rows = 700, 200
+    log_probs = torch.randn(rows, symbols, generator=torch.Generator().manual_seed(2))
+    log_probs[::2] *= 8
+    log_probs = log_probs.log_softmax(1)
+    sampler = Sampler(SearchConfig(sampling=True, top_p=0.9), None, rows)
+    drawn = sampler.draw(log_probs, torch.zeros(rows, 1), torch.arange(rows), 0)
+    before = (log_probs.exp() * (log_probs > drawn.score)).sum(1)
+    assert before.max() < 0.9 and before[1::2].max() > 0.7
+    assert drawn.token[1::2].unique().numel() > 80
+    alone = [sampler.draw(log_probs[n : n + 1], torch.zeros(1, 1), torch.tensor([n]), 0).token for n in range(rows)]
+    assert torch.equal(torch.cat(alone), drawn.token)
 
 
 def test_samples_are_the_same_in_any_batch_and_differ_among_each_other() -> None:
