@@ -27,6 +27,7 @@ ROOMS = (
     "tasks",
     "training",
     "evaluation",
+    "conversion",
     "analysis",
     "launch",
     "commands",

@@ -1,4 +1,4 @@
-"""Configs of moe-evaluate, moe-translate, moe-export and moe-report."""
+"""Configs of moe-evaluate, moe-translate, moe-import, moe-export and moe-report."""
 
 from __future__ import annotations
 
@@ -107,6 +107,24 @@ class ExportConfig:
     data_verify: DataVerify = "once"
     shard_mb: PositiveFloat = 5000.0
     dense: bool = False
+
+    def __post_init__(self) -> None:
+        check.numbers(self, "")
+
+
+@dataclass(frozen=True)
+class ImportConfig:
+    """Read a model of Hugging Face transformers and write it as a model folder.
+
+    Attributes:
+        hf: the folder with ``config.json``, weights and tokenizer.
+        out: the directory to write; it must not exist, or be empty.
+        shard_mb: maximum size of a file of tensors, unless one tensor is larger.
+    """
+
+    hf: str
+    out: str
+    shard_mb: PositiveFloat = 5000.0
 
     def __post_init__(self) -> None:
         check.numbers(self, "")

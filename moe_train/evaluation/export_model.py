@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +36,11 @@ from moe_train.routing.inference_overrides import evaluation_values
 from moe_train.training.checkpoint import checksums
 from moe_train.training.checkpoint.state_dict import model_tensors
 from moe_train.training.checkpoint.store import STATE, read_state
+from moe_train.training.checkpoint.tensor_shards import plan_shards, write_index
 from moe_train.training.run.run_data import RunData
 from moe_train.training.run.run_folder import CONFIG, RunFolder
 from moe_train.training.run.run_folder import EXPORTED_DATA as DATA
 from moe_train.utils.replace_folder import replacing_folder
-
-INDEX = "model.safetensors.index.json"
 
 
 def export_run(config: ExportConfig) -> Path:
@@ -118,31 +117,12 @@ def _write(run: LoadedRun, folder: Path, shard_mb: float) -> None:
 def _write_tensors(tensors: Mapping[str, Tensor], folder: Path, limit: int) -> None:
     from safetensors.torch import save_file
 
-    shards = list(_shards(tensors, limit))
-    names = ["model.safetensors"]
-    if len(shards) > 1:
-        names = [f"model-{n + 1:05}-of-{len(shards):05}.safetensors" for n in range(len(shards))]
-    for name, shard in zip(names, shards, strict=True):
+    sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
+    shards = plan_shards(sizes, limit)
+    for file, names in shards.items():
         # Experts are views of one stacked tensor; safetensors requires that tensors do not share memory.
-        save_file({key: tensor.clone() for key, tensor in shard.items()}, folder / name, metadata={"format": "pt"})
-    if len(shards) > 1:
-        places = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
-        size = sum(tensor.nbytes for tensor in tensors.values())
-        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
-        checksums.write_synced(folder / INDEX, json.dumps(index, indent=1) + "\n")
-
-
-def _shards(tensors: Mapping[str, Tensor], limit: int) -> Iterator[dict[str, Tensor]]:
-    """Tensors in order, divided into shards of at most ``limit`` bytes; a larger tensor is a shard of its own."""
-    shard: dict[str, Tensor] = {}
-    size = 0
-    for name, tensor in tensors.items():
-        if shard and size + tensor.nbytes > limit:
-            yield shard
-            shard, size = {}, 0
-        shard[name] = tensor
-        size += tensor.nbytes
-    yield shard
+        save_file({name: tensors[name].clone() for name in names}, folder / file, metadata={"format": "pt"})
+    write_index(folder, shards, sum(sizes.values()))
 
 
 def _write_data(data: Any, folder: Path) -> bool:

@@ -20,12 +20,13 @@ from moe_train.config.evaluation import EvaluateConfig, ExportConfig, Inference
 from moe_train.data.folder import DataFolder
 from moe_train.errors import CheckpointError, ConfigError
 from moe_train.evaluation.evaluate_split import evaluate
-from moe_train.evaluation.export_model import INDEX, export_run
+from moe_train.evaluation.export_model import export_run
 from moe_train.evaluation.loading import LoadedRun, load_run
 from moe_train.evaluation.translator import Translator
 from moe_train.models.accounting import sparse_blocks
 from moe_train.training.checkpoint.init_from import initialise_from
 from moe_train.training.checkpoint.state_dict import model_tensors
+from moe_train.training.checkpoint.tensor_shards import INDEX
 from moe_train.utils.replace_folder import replacing_folder
 from tests.evaluation.runs import make_run
 from tests.killed import killed_before

@@ -58,8 +58,9 @@ class TranslationTask(TranslatingTask, FairseqTask):  # type: ignore[misc]
                 "train a masked language model on it (task=cross_lingual_lm), or prepare pairs (corpus=text)",
             )
         self._directions = config.task.directions or folder.directions
+        known = set(folder.directions)
         for name in self._directions:
-            if name not in folder.directions:
+            if name not in known:
                 remedy = offer_direction(name, folder.directions)
                 raise DataError(f"the data folder has no direction '{name}'", str(folder.path), remedy)
         self._splits: dict[str, ParallelText] = {}
