@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
@@ -17,6 +18,7 @@ from moe_train.analysis.report.report_page import fill_page, report_page
 from tests.analysis.report_folders import DIRECTIONS, failure, overridden, page_content, scored, trained, without_plotly
 
 HOSTILE = "</script><img src=x onerror=alert(1)>\x1b]0;owned\u202e & {{DATA}} <!--"
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome") or ""
 _VOID = ("meta", "img", "br", "input")
 
 
@@ -130,6 +132,21 @@ def test_what_a_run_folder_holds_stays_text(tmp_path: Path) -> None:
     assert runs["b"]["cause"] == text, "it is shown as it is, but for control characters"
     assert runs["a<b>&"]["samples"]["en-de"][0]["translation"] == text
     assert runs["b"]["status"] == "failed" and "Failed" not in page.partition("<script>")[0]
+
+
+@pytest.mark.processes
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium is installed: the page's script was not run")
+def test_a_browser_draws_the_page(eleven: Path, tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    page.write_text(page_of([eleven]), encoding="utf-8")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+    flags += ["--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}"]
+    flags += ["--window-size=1280,6000", "--virtual-time-budget=8000", "--enable-logging=stderr", "--dump-dom"]
+    done = subprocess.run([CHROMIUM, *flags, page.as_uri()], capture_output=True, text=True, timeout=120, check=True)
+    assert "CONSOLE" not in done.stderr, "no error in its script, and nothing that the policy refused"
+    drawn = done.stdout.count('data-drawn="yes"')
+    assert drawn == done.stdout.count('role="img"') > 10
+    assert done.stdout.count('class="sample"') == 6
 
 
 def test_text_in_place_of_a_template_is_not_filled_in() -> None:
