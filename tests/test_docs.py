@@ -474,7 +474,8 @@ def test_the_worked_example_of_a_metric_is_found_by_its_entry_point(
     listed = "".join(f"{name} = {value}\n" for name, value in points.items())
     (about / "entry_points.txt").write_text(f"[{group}]\n{listed}")
     monkeypatch.syspath_prepend(outside)
-    found = further_metrics.find_metrics(points)
-    assert found["exact_match"](["a", "b"], ["a", "c"], "en") == 50.0
+    (metric,) = further_metrics.find_metrics(points).values()
+    (found,) = metric.score([further_metrics.Corpus("de-en", ["x", "y"], ["a", "b"], ["a", "c"])])
+    assert found.score == 50.0
     for name in ("my_package", "my_package.exact_match"):
         sys.modules.pop(name)

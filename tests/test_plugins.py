@@ -222,9 +222,10 @@ def check_metrics(at: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captu
     words = [f"run={at}", "split=valid", "search.beam=1", "search.max_length_ratio=1"]
     assert call(monkeypatch, evaluate, *words, "metrics=[exakt]") == 2
     assert "there is no metric 'exakt'. Did you mean 'exact'?" in capfd.readouterr().err
-    assert call(monkeypatch, evaluate, *words, "metrics=[chrf,exact,failing]") == 0
+    assert call(monkeypatch, evaluate, *words, "metrics=[chrf,ter,exact,failing]") == 0
     content = json.loads((at / "valid.json").read_text())
-    assert content["average"].keys() == {"bleu", "chrf", "exact"} and content["average"]["exact"] == 0.25
+    assert content["average"].keys() == {"bleu", "chrf", "ter", "exact"} and content["average"]["exact"] == 0.25
+    assert content["average"]["ter"] > 0 and all("punct:yes" in text for text in content["signatures"]["ter"])
     assert all(result["exact"] == 0.25 and "failing" not in result for result in content["directions"].values())
     assert any("the metric 'failing' failed (its score is nan)" in note for note in content["notes"])
     results = read_results(at / "valid.json")

@@ -48,7 +48,8 @@ class EvaluateConfig:
         tokenizer: sacrebleu's tokenizer for BLEU in every language: ``auto`` (by the script of the target language),
             ``flores200`` (spBLEU) …
         out: the folder for scores and outputs (null: the run folder).
-        metrics: further metrics in addition to BLEU and chrF++, by the names that plug-ins have registered.
+        metrics: further metrics in addition to BLEU and chrF++: ``ter``, ``spbleu``, ``comet``, and those of plug-ins.
+        metric: settings of further metrics by the metric's name, such as ``metric.comet.python``.
         examples: print this many sentences with reference and translation, drawn at random over the directions.
         seed: seed of the examples and of the baseline that shuffles outputs between sentences.
         expert_parallel: processes over which the experts of a layer are divided (1: every process holds all of them),
@@ -69,6 +70,7 @@ class EvaluateConfig:
     out: str | None = None
     metrics: tuple[str, ...] = ()
     examples: NonNegativeInt = 0
+    metric: Mapping[str, Any] = field(default_factory=dict)
     seed: Seed = 1
     expert_parallel: Annotated[int, Range(above=0, most=2**20)] = 1
     routing: Mapping[str, Any] = field(default_factory=dict)

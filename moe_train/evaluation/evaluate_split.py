@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,7 +26,7 @@ from moe_train.evaluation.result_files import ResultFiles, part_name, writable_f
 from moe_train.evaluation.routed_tokens import describe_sum
 from moe_train.evaluation.scoring.bleu_chrf import AUTO, Scorer, require_tokenizer
 from moe_train.evaluation.scoring.examples import Lines, draw_examples
-from moe_train.evaluation.scoring.further_metrics import find_metrics, measure_with
+from moe_train.evaluation.scoring.further_metrics import Corpus, CorpusMetric, find_metrics, measure
 from moe_train.evaluation.scoring.results import DirectionResult, Results, read_results
 from moe_train.evaluation.translations import BatchResult, Translation
 from moe_train.evaluation.translator import EncodedLines, encode
@@ -64,7 +64,7 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> Results:
             direction, a split without directions, or a results folder that cannot be written.
     """
     require_tokenizer(config.tokenizer)
-    find_metrics(config.metrics)
+    metrics = find_metrics(config.metrics, config.metric)
     world = World.current()
     run = open_run(config.run, config.checkpoint, config.data, config.inference, world, config.data_verify)
     chosen = choose_directions(run, config.split, config.directions)
@@ -79,7 +79,9 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> Results:
     seconds = time.perf_counter() - start
 
     def finish() -> Results | None:
-        return None if destination is None else _score_and_write(run, config, destination, held, outcomes, seconds)
+        if destination is None:
+            return None
+        return _score_and_write(run, config, metrics, destination, held, outcomes, seconds)
 
     found = run_on_all_ranks(world, finish)
     results = Results.from_json(world.broadcast(found.to_json() if found is not None else {}))
@@ -107,6 +109,7 @@ def find_destination(run: OpenedRun, config: EvaluateConfig, part: str, console:
 def _score_and_write(
     run: OpenedRun,
     config: EvaluateConfig,
+    metrics: Mapping[str, CorpusMetric],
     destination: Destination,
     held: Sequence[HeldOutSet],
     outcomes: Sequence[BatchResult],
@@ -115,7 +118,7 @@ def _score_and_write(
     """Writes outputs and scores. Rank 0 calls it."""
     rest = iter(outcomes)
     translations = [entry.encoded.to_lines([next(rest) for _ in entry.encoded.batches]) for entry in held]
-    results = _results(run, config, held, translations, _speed(translations, outcomes, seconds, config))
+    results = _results(run, config, metrics, held, translations, _speed(translations, outcomes, seconds, config))
     results = replace(results, notes=[*results.notes, *filter(None, [destination.note])])
     files = destination.files
     with writing(files.folder):
@@ -182,6 +185,7 @@ def _encode_direction(run: OpenedRun, config: EvaluateConfig, direction: str) ->
 def _results(
     run: OpenedRun,
     config: EvaluateConfig,
+    metrics: Mapping[str, CorpusMetric],
     held: Sequence[HeldOutSet],
     translations: Sequence[Sequence[Translation]],
     speed: dict[str, Any],
@@ -194,13 +198,22 @@ def _results(
         scorer = Scorer(entry.direction.split("-")[1], config.tokenizer)
         texts = [t.text for t in lines]
         outputs[entry.direction] = (entry.sources, entry.references, texts)
-        metrics, failed = _further_metrics(config, entry, texts)
-        scored = _score(scorer, entry, texts, config.seed, entry.direction not in run.trained)
-        directions[entry.direction] = replace(scored, metrics=metrics)
-        notes += failed
+        zero_shot = entry.direction not in run.trained
+        directions[entry.direction] = _score(scorer, entry, texts, config.seed, zero_shot)
         signatures["bleu"][scorer.tokenization.name] = scorer.bleu_signature
         signatures["chrf"] = scorer.chrf_signature
         notes += _notes(run, scorer, entry)
+    corpora = [
+        Corpus(direction, sources, texts, references) for direction, (sources, references, texts) in outputs.items()
+    ]
+    for name, metric in metrics.items():
+        scores, failed = measure(name, metric, corpora)
+        notes += failed
+        for direction, found in scores.items():
+            former = directions[direction]
+            directions[direction] = replace(former, metrics={**former.metrics, name: found.score})
+        if known := sorted({found.signature for found in scores.values()} - {""}):
+            signatures[name] = known
     return Results(
         settings=settings_of(run, config),
         directions=directions,
@@ -228,20 +241,6 @@ def _score(scorer: Scorer, entry: HeldOutSet, hypotheses: list[str], seed: int, 
         tokenizer=scorer.tokenization.name,
         zero_shot=zero_shot,
     )
-
-
-def _further_metrics(
-    config: EvaluateConfig, entry: HeldOutSet, hypotheses: list[str]
-) -> tuple[dict[str, float], list[str]]:
-    """Scores of further metrics by name, and notes about those that failed."""
-    scores: dict[str, float] = {}
-    failed = []
-    for name, metric in find_metrics(config.metrics).items():
-        try:
-            scores[name] = measure_with(metric, hypotheses, entry.references, entry.direction.split("-")[1])
-        except ValueError as error:
-            failed.append(f"{entry.direction}: the metric '{name}' failed ({error})")
-    return scores, failed
 
 
 def derange(lines: Sequence[str], seed: str) -> list[str]:

@@ -159,6 +159,7 @@ def _scores(run: RunReport, widths: Mapping[str, CorpusScores]) -> dict[str, Any
             "tier": tier_of(name, results.tiers),
             "lines": result.sentences,
             **asdict(result.scores),
+            "metrics": dict(result.metrics),
             "interval": asdict(widths[name]) if name in widths else None,
             **{baseline: asdict(scores) for baseline, scores in result.baselines.items()},
         }
@@ -168,8 +169,8 @@ def _scores(run: RunReport, widths: Mapping[str, CorpusScores]) -> dict[str, Any
         "average" if name == "all" else name: {"directions": len(members), **asdict(results.average(members))}
         for name, members in results.groups.items()
     }
-    signatures = [*results.signatures.get("bleu", {}).values(), results.signatures.get("chrf", "")]
-    return {"directions": directions, "groups": groups, "notes": [*map(str, signatures), *results.notes]}
+    signatures = [f"{name}: {signature}" for name, signature in results.signature_lines]
+    return {"directions": directions, "groups": groups, "notes": [*signatures, *results.notes]}
 
 
 def _facts(run: RunReport) -> list[tuple[str, str]]:

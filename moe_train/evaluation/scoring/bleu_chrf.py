@@ -69,8 +69,11 @@ def _installed(modules: Sequence[str]) -> bool:
     return all(importlib.util.find_spec(module) for module in modules)
 
 
-def require_tokenizer(name: str) -> None:
+def require_tokenizer(name: str, otherwise: str = "omit tokenizer=…") -> None:
     """Checks that sacrebleu has a tokenizer and can use it without downloading a model.
+
+    Args:
+        otherwise: the remedy for those who cannot get the model.
 
     Raises:
         MissingDependency: its library is not installed.
@@ -90,7 +93,7 @@ def require_tokenizer(name: str) -> None:
             f"the SentencePiece model of sacrebleu's tokenizer '{name}' is not on this machine",
             str(path),
             f"put it there: `curl --create-dirs -L -o '{path}' {url}` (the variable SACREBLEU sets another folder), "
-            "or omit tokenizer=…",
+            f"or {otherwise}",
         )
     try:
         SentencePieceProcessor(model_file=str(path))

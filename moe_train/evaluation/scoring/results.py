@@ -84,7 +84,7 @@ class Results:
     Attributes:
         settings: those that determine the outputs (checkpoint, search, data …).
         tiers: language -> resource tier.
-        signatures: ``{"bleu": {tokenizer: signature}, "chrf": signature}``.
+        signatures: ``{"bleu": {tokenizer: signature}, "chrf": signature}``; further metrics have lists.
         decoding: sentences, tokens, words, seconds, words per second, processes, and routing statistics, of the last
             evaluation.
         notes: remarks on the scores for the reader.
@@ -105,6 +105,13 @@ class Results:
         """The mean over directions (all by default) of the model's scores, or of a baseline's."""
         chosen = [self.directions[name] for name in (self.directions if names is None else names)]
         return mean([result.baselines[baseline] if baseline else result.scores for result in chosen])
+
+    @property
+    def signature_lines(self) -> list[tuple[str, str]]:
+        """Name of the metric and signature, of all metrics."""
+        further = [(name, text) for name in self.metrics for text in self.signatures.get(name, ())]
+        bleu = [("BLEU", text) for text in self.signatures.get("bleu", {}).values()]
+        return [*bleu, ("chrF++", self.signatures.get("chrf", "")), *further]
 
     @property
     def metrics(self) -> list[str]:
@@ -217,5 +224,9 @@ def _check(content: Mapping[str, Any]) -> None:
         if not is_pair(direction):  # it becomes part of file names
             raise ValueError(f"'{direction[:60]}' is not a direction")
     texts = [*content["tiers"].values(), *content["notes"], *content["signatures"]["bleu"].values()]
+    further = [found for name, found in content["signatures"].items() if name not in ("bleu", "chrf")]
+    if not all(isinstance(found, list) for found in further):
+        raise TypeError("the signatures of a metric are not a list")
+    texts += [text for found in further for text in found]
     if not all(isinstance(text, str) for text in [*texts, content["signatures"]["chrf"]]):
         raise TypeError("a tier, note or signature is not a string")

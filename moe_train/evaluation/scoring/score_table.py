@@ -41,7 +41,7 @@ def score_table(results: Results) -> Table:
     for direction, result in results.directions.items():
         scores = [result.scores, *(result.baselines[name] for name in BASELINES)]
         tier = tier_of(direction, results.tiers)
-        further = [_further(result.metrics, name) for name in results.metrics]
+        further = [further_cell(result.metrics, name) for name in results.metrics]
         name = f"{direction} (zero-shot)" if result.zero_shot else direction
         table.add_row(name, tier, f"{result.sentences:,}", *_cells(scores), *further)
     table.add_section()
@@ -49,12 +49,13 @@ def score_table(results: Results) -> Table:
         scores = [results.average(members), *(results.average(members, name) for name in BASELINES)]
         sentences = sum(results.directions[d].sentences for d in members)
         label = "average" if group == "all" else group
-        further = [_further(results.average_metrics(members), name) for name in results.metrics]
+        further = [further_cell(results.average_metrics(members), name) for name in results.metrics]
         table.add_row(f"{label} ({len(members)})", "", f"{sentences:,}", *_cells(scores), *further)
     return table
 
 
-def _further(scores: Mapping[str, float], name: str) -> str:
+def further_cell(scores: Mapping[str, float], name: str) -> str:
+    """A further metric's score as text."""
     return f"{scores[name]:.4g}" if name in scores else "-"
 
 
@@ -64,8 +65,8 @@ def _cells(scores: list[CorpusScores]) -> list[str]:
 
 def score_summary(results: Results) -> Group:
     """The table, sacrebleu's signatures, notes, the speed of decoding, and examples."""
-    signatures = [f"BLEU    {signature}" for signature in results.signatures["bleu"].values()]
-    signatures.append(f"chrF++  {results.signatures['chrf']}")
+    width = max(len(name) for name, _ in results.signature_lines)
+    signatures = [f"{name:{width}}  {signature}" for name, signature in results.signature_lines]
     speed = results.decoding
     lines = [
         *signatures,

@@ -336,7 +336,8 @@ function translations(run) {
   const fill = () => {
     direction = choice.value;
     const total = score.find((entry) => entry.name === direction);
-    summary.textContent = total ? `${total.lines} lines: BLEU ${total.bleu.toFixed(1)}, chrF++ ${total.chrf.toFixed(1)}` : "";
+    const further = total ? Object.entries(total.metrics || {}).map(([name, value]) => `, ${name} ${value.toPrecision(4)}`).join("") : "";
+    summary.textContent = total ? `${total.lines} lines: BLEU ${total.bleu.toFixed(1)}, chrF++ ${total.chrf.toFixed(1)}${further}` : "";
     list.replaceChildren(...run.samples[direction].map((sample) => h("article", { class: "sample" },
       h("div", {}, h("span", { class: "kind" }, sample.kind), ` · chrF++ ${sample.chrf} · line ${sample.line}`),
       h("dl", {}, ...[["source", sample.source], ["reference", sample.reference], ["translation", sample.translation]]
