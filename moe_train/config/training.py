@@ -127,7 +127,7 @@ class TrainingConfig:
         compile: ``router``: ``torch.compile`` of routers and row plans.
         nonfinite_limit: this many consecutive updates with a non-finite gradient end the run (0 and 1: the first one).
         threads: CPU threads per process (0: OMP_NUM_THREADS, else cores divided by the processes on this host).
-        loggers: further loggers in addition to JSON lines and TensorBoard, by the names that plug-ins have registered.
+        loggers: loggers in addition to JSON lines and TensorBoard: ``wandb``, ``mlflow``, and those of plug-ins.
     """
 
     max_updates: PositiveInt = 10000

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol, TypeVar
 
 from moe_train.config import RunConfig
-from moe_train.errors import ConfigError
+from moe_train.errors import ConfigError, MissingDependency
 from moe_train.plugins import load_plugin, offer_names
 
 
 class RunLogger(Protocol):
-    """Gets the lines of ``train.jsonl`` and ``valid.jsonl`` as they are written, on rank 0."""
+    """Gets the lines of ``train.jsonl`` and ``valid.jsonl`` in their order, on rank 0, in a thread of its own.
+
+    After an error, which is a warning in the log, it gets no more.
+    """
 
     def trained(self, line: Mapping[str, Any]) -> None:
         """A line of train.jsonl."""
@@ -28,6 +34,14 @@ class RunLogger(Protocol):
 LoggerMaker = Callable[[Path, RunConfig, int], RunLogger]
 L = TypeVar("L", bound=LoggerMaker)
 
+# name -> module in this folder, class, and the modules that it needs. The extra of the package has the same name.
+BUILT_IN: Mapping[str, tuple[str, str, tuple[str, ...]]] = MappingProxyType(
+    {
+        "wandb": ("wandb_logger", "WandbLogger", ("wandb",)),
+        "mlflow": ("mlflow_logger", "MlflowLogger", ("mlflow", "sqlalchemy", "alembic")),
+    }
+)
+
 _LOGGERS: dict[str, LoggerMaker] = {}
 
 
@@ -39,7 +53,7 @@ def register_logger(name: str) -> Callable[[L], L]:
     """
 
     def add(maker: L) -> L:
-        if name in _LOGGERS:
+        if name in _LOGGERS or name in BUILT_IN:
             raise ValueError(f"the logger {name!r} is registered twice")
         _LOGGERS[name] = maker
         return maker
@@ -52,11 +66,30 @@ def find_loggers(names: Iterable[str]) -> dict[str, LoggerMaker]:
 
     Raises:
         ConfigError: there is none of a name, or its plug-in is broken.
+        MissingDependency: a library that it needs is not installed.
     """
-    for name in names:
-        load_plugin("loggers", name, _LOGGERS)
-        if name not in _LOGGERS:
-            raise ConfigError(
-                f"there is no logger '{name}'", "training.loggers", offer_names("loggers", name, _LOGGERS)
+    return {name: _maker(name) for name in names}
+
+
+def _maker(name: str) -> LoggerMaker:
+    if name in BUILT_IN:
+        module, member, needed = BUILT_IN[name]
+        if not all(map(_installed, needed)):
+            raise MissingDependency(
+                f"the logger '{name}' needs {', '.join(needed)}",
+                f"training.loggers=[{name}]",
+                f"pip install 'moe_train[{name}]'",
             )
-    return {name: _LOGGERS[name] for name in names}
+        maker: LoggerMaker = getattr(importlib.import_module(f"{__package__}.{module}"), member)
+        return maker
+    load_plugin("loggers", name, _LOGGERS)
+    if name not in _LOGGERS:
+        remedy = offer_names("loggers", name, [*_LOGGERS, *BUILT_IN])
+        raise ConfigError(f"there is no logger '{name}'", "training.loggers", remedy)
+    return _LOGGERS[name]
+
+
+def _installed(module: str) -> bool:
+    """A folder of that name in the working directory, such as W&B's own, is no module."""
+    found = importlib.util.find_spec(module)
+    return found is not None and found.origin is not None

@@ -6,16 +6,16 @@
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from moe_train.config import RunConfig
-from moe_train.training.metrics.logger_registry import RunLogger, find_loggers
+from moe_train.training.metrics.flat_numbers import flat_numbers
+from moe_train.training.metrics.logger_registry import find_loggers
+from moe_train.training.metrics.logger_thread import LoggerThread
 from moe_train.training.run.run_folder import RunFolder
-
-LOG = logging.getLogger("moe_train")
 
 
 class MetricWriter:
@@ -29,15 +29,12 @@ class MetricWriter:
     def __init__(self, folder: RunFolder, config: RunConfig, main: bool, update: int, pending: bool = False) -> None:
         self._train_log, self._valid_log = folder.train_log, folder.valid_log
         self._board: TensorBoard | None = None
-        self._loggers: dict[str, RunLogger] = {}
+        self._loggers: list[LoggerThread] = []
         if main:
             folder.cut(update, pending)
             self._board = TensorBoard(folder.path, update)
-            for name, make in find_loggers(config.training.loggers).items():
-                try:
-                    self._loggers[name] = make(folder.path, config, update)
-                except Exception as error:
-                    self._drop(name, error)
+            makers = find_loggers(config.training.loggers).items()
+            self._loggers = [LoggerThread(name, partial(make, folder.path, config, update)) for name, make in makers]
 
     def trained(self, line: Mapping[str, Any]) -> None:
         """Writes a line of train.jsonl."""
@@ -53,26 +50,15 @@ class MetricWriter:
         with log.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(dict(line)) + "\n")
         self._board.plot(group, line)
-        for name, logger in list(self._loggers.items()):
-            try:
-                logger.trained(line) if group == "train" else logger.validated(line)
-            except Exception as error:
-                self._drop(name, error)
+        for logger in self._loggers:
+            logger.put("trained" if group == "train" else "validated", line)
 
     def close(self) -> None:
         """Closes all loggers."""
         if self._board is not None:
             self._board.close()
-        for name, logger in list(self._loggers.items()):
-            try:
-                logger.close()
-            except Exception as error:
-                self._drop(name, error)
-
-    def _drop(self, name: str, error: Exception) -> None:
-        """A logger from outside the package that fails gets no more lines; the training continues."""
-        LOG.warning("the logger '%s' has failed and is left out from now on", name, exc_info=error)
-        self._loggers.pop(name, None)
+        for logger in self._loggers:
+            logger.close()
 
 
 class TensorBoard:
@@ -96,14 +82,3 @@ class TensorBoard:
     def close(self) -> None:
         """Ends its thread."""
         self._board.close()
-
-
-def flat_numbers(content: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
-    """``prefix/name`` of every number, lists by their position."""
-    for name, value in content.items():
-        if isinstance(value, Mapping):
-            yield from flat_numbers(value, f"{prefix}/{name}")
-        elif isinstance(value, (list, tuple)):
-            yield from flat_numbers({str(i): item for i, item in enumerate(value)}, f"{prefix}/{name}")
-        elif isinstance(value, (int, float)) and not isinstance(value, bool) and name != "update":
-            yield f"{prefix}/{name}", float(value)
