@@ -50,7 +50,8 @@ BASE = {
 SHORT, LONG = 10, 60  # updates of the two runs that measure the CPU time of an update
 
 _NARROW = {"model.embed_dim": "128", "model.ffn_dim": "512"}
-_NARROW_16000 = {**_NARROW, "vocabulary": "16000"}  # the two changes that were best alone
+_NARROW_16000 = {**_NARROW, "vocabulary": "16000"}
+_LARGE = {"vocabulary": "16000", "model.dropout": "0"}  # the two changes that were best alone
 _WIDE = {"model.embed_dim": "256", "model.ffn_dim": "1024"}
 ROUNDS: dict[int, dict[str, dict[str, str]]] = {
     10: {
@@ -69,13 +70,10 @@ ROUNDS: dict[int, dict[str, dict[str, str]]] = {
         "no label smoothing": {"training.label_smoothing": "0"},
         "width 128": _NARROW,
         "width 128, vocabulary 16,000": _NARROW_16000,
-        "width 128, vocabulary 16,000, dropout 0": {**_NARROW_16000, "model.dropout": "0"},
-        "width 128, vocabulary 16,000, lr 0.004": {**_NARROW_16000, "training.optimizer.lr": "0.004"},
-        "width 128, vocabulary 16,000, 3 + 3 layers": {
-            **_NARROW_16000,
-            "model.encoder_layers": "3",
-            "model.decoder_layers": "3",
-        },
+        "vocabulary 16,000, dropout 0": _LARGE,
+        "vocabulary 16,000, dropout 0, lr 0.002": {**_LARGE, "training.optimizer.lr": "0.002"},
+        "vocabulary 16,000, dropout 0, no label smoothing": {**_LARGE, "training.label_smoothing": "0"},
+        "vocabulary 16,000, dropout 0, 3 + 2 layers": {**_LARGE, "model.encoder_layers": "3"},
         "width 256": _WIDE,
         "width 256, lr 0.002": {**_WIDE, "training.optimizer.lr": "0.002"},
         "4 + 1 layers": {"model.encoder_layers": "4", "model.decoder_layers": "1"},
