@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -76,3 +76,12 @@ class LinearGate(nn.Module):
         with full_precision(x):
             bias = None if self.bias is None else self.bias.to(dtype)
             return F.linear(x.to(dtype), self.weight.to(dtype), bias)
+
+
+def scores_of_gates(gates: Sequence[LinearGate], x: Tensor) -> Sequence[Tensor]:
+    """The scores of several gates without biases, of x [T, d]; where a C kernel reads x, in one pass over it."""
+    weights: list[Tensor] = [gate.weight for gate in gates]
+    sizes = [weight.shape[0] for weight in weights]
+    if x.dtype != torch.bfloat16 or not gate_scores.is_supported(x, weights[0].new_empty(sum(sizes), 0)):
+        return [gate(x) for gate in gates]
+    return torch.split(gate_scores.scores(x, torch.cat(weights), None), sizes, dim=1)

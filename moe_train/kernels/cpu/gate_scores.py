@@ -47,8 +47,8 @@ def scores(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def softmax(scores: Tensor) -> Tensor:
-    """Softmax of scores [T, E] over the experts; by the kernel for fp32 on the CPU and up to 16 experts."""
-    few = scores.dim() == 2 and scores.shape[1] <= _MAX_EXPERTS and scores.dtype == torch.float32
+    """Softmax of scores [..., E] over the experts; by the kernel for fp32 on the CPU and up to 16 experts."""
+    few = scores.shape[-1] <= _MAX_EXPERTS and scores.dtype == torch.float32
     if few and library_for(scores, _SOURCE, torch.float32) is not None:
         return _Softmax.apply(scores)  # type: ignore[no-any-return, no-untyped-call]
     return torch.softmax(scores, dim=-1)
@@ -68,9 +68,10 @@ class _Softmax(torch.autograd.Function):
 
 
 def _by_rows(name: str, *inputs: Tensor) -> Tensor:
-    """Calls a kernel on all rows of inputs [T, E]."""
+    """Calls a kernel on all rows of inputs [..., E]."""
     inputs = tuple(tensor.contiguous() for tensor in inputs)
-    rows, experts = inputs[0].shape
+    experts = inputs[0].shape[-1]
+    rows = inputs[0].numel() // experts
     out, function = torch.empty_like(inputs[0]), _functions()[name]
     pointers = [tensor.data_ptr() for tensor in (out, *inputs)]
     parallel_ranges(lambda start, end: function(*pointers, start, end, experts), rows, _SOFTMAX_COST)

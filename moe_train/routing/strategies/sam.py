@@ -27,7 +27,7 @@ from moe_train.routing.base import ExpertCount, ExpertPlacement, RouterInputs, R
 from moe_train.routing.capacity import capacity_mask, expert_capacity, group_tokens
 from moe_train.routing.context import RoutingContext
 from moe_train.routing.expected_load import ExpectedChoices
-from moe_train.routing.gate import LinearGate, linear_init
+from moe_train.routing.gate import LinearGate, linear_init, scores_of_gates
 from moe_train.routing.noise import jitter
 from moe_train.routing.registry import register
 from moe_train.routing.token_choice import RouterScores, TokenChoiceConfig, TokenChoiceRouter, best_experts, check_top_k
@@ -162,7 +162,7 @@ class SamRouter(TokenChoiceRouter):
             logits = self.gate(x)
             expert = softmax(logits)
             return Levels(expert, self.by_group(expert).sum(-1), (logits,))
-        switch, mixture = self.switch(x), self.mixture(x)
+        switch, mixture = scores_of_gates((self.switch, self.mixture), x)
         group = softmax(switch)
         inside = softmax(self.by_group(mixture))
         return Levels((group.unsqueeze(2) * inside).flatten(1), group, (switch, mixture))

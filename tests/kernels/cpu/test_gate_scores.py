@@ -79,6 +79,7 @@ def test_softmax_and_its_gradient(rows: int, experts: int, spread: float, seed: 
     torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-7)
     (by,), (exact,) = torch.autograd.grad(found, scores, grad), torch.autograd.grad(wanted, scores, grad.double())
     torch.testing.assert_close(by, exact, rtol=1e-4, atol=1e-6)
+    assert torch.equal(gate_scores.softmax(scores.view(1, rows, experts))[0], found)
 
 
 def test_softmax_of_other_types_and_many_experts_is_torchs() -> None:
