@@ -176,8 +176,8 @@ def test_the_recipes_of_data_are_words_that_moe_prepare_takes() -> None:
         words = check_overrides("prepare", recipe)
         with initialize_config_dir(str(configs_directory()), version_base="1.3"):
             configs.append(build(PrepareConfig, plain(compose("prepare", overrides=words))))
-    assert [config.corpus.name for config in configs] == ["text", "text", "opus100", "flores200", "l10n"]
-    tiers = configs[2].tiers.languages
+    assert [config.corpus.name for config in configs] == ["text", "text", "text", "opus100", "flores200", "l10n"]
+    tiers = configs[3].tiers.languages
     assert [tiers[code] for code in ("de", "fr", "ru", "zh", "ar", "tr")] == [
         *["high"] * 2,
         *["medium"] * 2,
