@@ -262,7 +262,7 @@ class TranslationTask(TranslatingTask, FairseqTask):  # type: ignore[misc]
             "net_input": {
                 "src_tokens": tokens,
                 "src_lengths": torch.tensor([len(ids) for ids in framed], dtype=torch.int64),
-                "prev_output_tokens": torch.tensor([tags.decoder_start] * rows, dtype=torch.int64).reshape(rows, -1),
+                "prev_output_tokens": torch.tensor(tags.decoder_start, dtype=torch.int64).repeat(rows, 1),
                 "sentence_uid": uid,
                 "src_lang": torch.full((rows,), tags.source_language, dtype=torch.int64),
                 "tgt_lang": torch.full((rows,), tags.target_language, dtype=torch.int64),
