@@ -17,6 +17,7 @@ from moe_train.analysis.probe.probing import LayerProbe, probe
 from moe_train.analysis.probe.stability import fluctuation_ratio
 from moe_train.evaluation.loading import open_run
 from moe_train.models.routed import block_names
+from moe_train.training.checkpoint.store import CheckpointStore, load_model
 
 _TOKENS = {"encoder": "src_tokens", "decoder": "prev_output_tokens"}
 _SHOWN = 24  # sentences with the expert of each token
@@ -37,14 +38,14 @@ def routing_atlas(run: Path | str, checkpoints: Sequence[int], max_sentences: in
     Raises:
         ConfigError, CheckpointError, DataError: as :func:`moe_train.evaluation.loading.open_run`.
     """
+    opened = open_run(run, checkpoints[0]).load()
+    store, names = CheckpointStore(opened.folder.checkpoints), block_names(opened.model)
+    sets = _samples(opened.task, max_sentences)
     probes: list[dict[int, LayerProbe]] = []
-    names: dict[int, str] = {}
     for update in checkpoints:
-        opened = open_run(run, update)
-        model = opened.load().model
-        names = block_names(model)
-        sets = _samples(opened.task, max_sentences)
-        probes.append(probe(model, [sample for _, sample in sets]))
+        if probes:  # one model, whose weights are replaced: opening the run builds two
+            load_model(store.resolve(update), opened.model)
+        probes.append(probe(opened.model, [sample for _, sample in sets]))
     return {
         "checkpoints": list(checkpoints),
         "sentences": sum(int(sample["nsentences"]) for _, sample in sets),

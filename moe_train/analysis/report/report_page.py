@@ -116,7 +116,8 @@ def _leaderboard(runs: Sequence[RunReport], comparisons: Comparisons) -> str:
     distinct = settings(runs)
     unused = [*unused_speeds(runs), *([] if any(distinct.values()) else ["settings"])]
     scored = any(run.results for run in runs)
-    columns = [name for name in COLUMNS if name not in unused]
+    columns = [name for name in COLUMNS if name not in (*unused, "settings")]
+    columns += [name for name in COLUMNS if name == "settings" and name not in unused]  # the longest is the last
     scores = ("BLEU", "chrF++", "against baseline") if scored else ()
     place = columns.index("status")
     rows = []

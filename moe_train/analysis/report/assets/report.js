@@ -282,6 +282,11 @@ function atlas(run) {
   draw();
 }
 
+// Tags such as </s> begin a sentence of any script, so that dir="auto" does not find its direction.
+function rightToLeft(pieces) {
+  const text = pieces.join("");
+  return (text.match(/[\u0590-\u08ff]/g) || []).length > text.length / 3 ? "rtl" : "ltr";
+}
 function layerView(view, layer, layers, examples) {
   const experts = layer.experts;
   const highest = Math.max(2, ...layers.flatMap((other) => other.load.flat().map((share) => share * other.experts)));
@@ -304,7 +309,7 @@ function layerView(view, layer, layers, examples) {
   const rows = examples.filter((example) => example.experts[layer.number] && example[layer.stack]);
   if (!rows.length) return;
   view.append(h("h3", {}, "Sentences"), h("p", { class: "hint" },
-    `${layer.stack === "decoder" ? "The target as the decoder reads it" : "The source with its tag"}: colour and small number are the token's first expert.`));
+    `${layer.stack === "decoder" ? "The target as the decoder reads it" : "The text that the encoder reads"}: colour and small number are the token's first expert.`));
   const used = [...new Set(rows.flatMap((example) => example.experts[layer.number]))].filter((expert) => expert >= 0).sort((a, b) => a - b);
   key(view, used.slice(0, 32).map((expert) => [`expert ${expert}`, colour(expert, experts)]));
   const holder = h("div", { class: "sentences" });
@@ -317,7 +322,7 @@ function layerView(view, layer, layers, examples) {
         style: { borderColor: tone, background: expert < 0 ? "none" : `color-mix(in srgb, ${tone} 18%, transparent)` },
       }, text, h("sub", {}, expert < 0 ? "–" : String(expert)));
     });
-    holder.append(h("span", { class: "set" }, example.set), h("p", { class: "tokens", dir: "auto" }, ...pieces));
+    holder.append(h("span", { class: "set" }, example.set), h("p", { class: "tokens", dir: rightToLeft(example[layer.stack]) }, ...pieces));
   }
   view.append(holder);
 }
