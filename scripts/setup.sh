@@ -16,7 +16,7 @@ readonly STAMP="$VENV/.ready"
 readonly TORCH=torch==2.13.0
 readonly FAIRSEQ=fairseq==0.12.2
 readonly MINIMAL_EXTRAS=fairseq,report
-readonly FULL_EXTRAS=fairseq,report,deepspeed,slurm,sweep,images,zstd,dev
+readonly FULL_EXTRAS=fairseq,report,deepspeed,slurm,sweep,images,serve,zstd,dev
 
 extras=$FULL_EXTRAS
 wheelhouse=

@@ -29,6 +29,7 @@ from moe_train.config import run as run_config
 from moe_train.config.corpus import PrepareConfig
 from moe_train.config.evaluation import EvaluateConfig, ExportConfig, ReportConfig, TranslateConfig
 from moe_train.config.paths import configs_directory
+from moe_train.config.serving import ServeConfig
 from moe_train.data.corpora import base as corpora
 from moe_train.data.folder import DataFolder
 from moe_train.evaluation.scoring import further_metrics
@@ -214,6 +215,7 @@ def test_a_strategy_has_a_section_a_figure_and_its_own_keys(name: str) -> None:
     [
         ("moe-evaluate", EvaluateConfig),
         ("moe-translate", TranslateConfig),
+        ("moe-serve", ServeConfig),
         ("moe-export", ExportConfig),
         ("moe-report", ReportConfig),
     ],

@@ -39,7 +39,7 @@ SUBFOLDERS = {
     "data": ("text", ".", "corpora", "cleaning", "images", "prepare"),
     "tasks": (".", "translation"),
     "training": ("runtime", "optim", "engines", "checkpoint", "run", "metrics", "."),
-    "evaluation": ("search", "scoring", ".", "inference"),
+    "evaluation": ("search", "scoring", ".", "inference", "serving"),
     "analysis": ("planner", "probe", "bench", "report"),
     "launch": ("job", "watchdog", "."),
     "commands": ("cli", "."),

@@ -21,6 +21,7 @@ from moe_train.config.from_mapping import without_unknown
 from moe_train.config.paths import configs_directory
 from moe_train.config.placement import place
 from moe_train.config.planner import PlanConfig
+from moe_train.config.serving import ServeConfig
 from moe_train.errors import ConfigError, UserError
 from moe_train.routing import registered_strategies, routing_config
 
@@ -34,6 +35,7 @@ CONFIGS: dict[str, tuple[type, str, dict[str, Any]]] = {
     "evaluate": (EvaluateConfig, "", {"run": "r"}),
     "export": (ExportConfig, "", {"run": "r", "out": "o"}),
     "translate": (TranslateConfig, "", {"run": "r", "source": "en", "target": "de"}),
+    "serve": (ServeConfig, "", {"run": "r"}),
     "report": (ReportConfig, "", {"runs": ["r"]}),
     "inference": (Inference, "", {}),
     "prepare": (PrepareConfig, "", {"out": "o", "corpus": {"name": "text"}}),
@@ -91,7 +93,9 @@ def test_a_number_declares_its_range(name: str, place: tuple[str, ...], hint: An
     limits = [end for end in (allowed.least, allowed.above, allowed.most, allowed.below) if end is not None]
     assert all(abs(end) <= 2**63 - 1 for end in limits)
     if int in kinds(hint):
-        assert allowed.most is not None or name in ("evaluate", "export", "translate"), "else it overflows somewhere"
+        assert allowed.most is not None or name in ("evaluate", "export", "translate", "serve"), (
+            "else it overflows somewhere"
+        )
 
 
 @EVERY_NUMBER
