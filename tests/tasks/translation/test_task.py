@@ -91,6 +91,7 @@ def test_tags_behind_the_source_and_after_the_end_symbol(tiny_data: DataFolder, 
         request = task.inference_sample([sentence[:3]], *name.split("-"), [0])["net_input"]
         assert request["prev_output_tokens"].tolist() == [[end, target]]
         assert request["src_tokens"][0].tolist().index(source) == (4 if source_place == "end" else 0)
+    assert task.inference_sample([], "en", "de", [])["net_input"]["prev_output_tokens"].shape == (0, 2)
     assert sample["ntokens"] == bare["ntokens"] + 40 == int(sample["target"].ne(1).sum())
 
 
