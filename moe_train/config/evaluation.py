@@ -121,12 +121,13 @@ class ImportConfig:
     Attributes:
         hf: the folder with ``config.json``, weights and tokenizer.
         out: the directory to write; it must not exist, or be empty.
-        shard_mb: maximum size of a file of tensors, unless one tensor is larger.
+        shard_mb: maximum size of a file of tensors, unless one tensor is larger; None: as large as the original's
+            largest file. One file is in memory at a time.
     """
 
     hf: str
     out: str
-    shard_mb: PositiveFloat = 5000.0
+    shard_mb: PositiveFloat | None = None
 
     def __post_init__(self) -> None:
         check.numbers(self, "")

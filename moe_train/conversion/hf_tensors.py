@@ -51,6 +51,11 @@ class TensorFiles:
             self.shapes |= found
             self.files |= dict.fromkeys(found, file)
 
+    @property
+    def largest(self) -> int:
+        """Bytes of the largest file."""
+        return max(((self.folder / file).stat().st_size for file in set(self.files.values())), default=1)
+
     def read(self, name: str) -> Tensor:
         """One tensor.
 

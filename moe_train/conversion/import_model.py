@@ -94,7 +94,7 @@ def import_model(config: ImportConfig) -> Path:
     found = open_hf(source)
     try:
         with replacing_folder(out) as replacement:
-            _write(found, replacement.begin(), int(config.shard_mb * 10**6))
+            _write(found, replacement.begin(), int(config.shard_mb * 10**6) if config.shard_mb else found.files.largest)
             replacement.finish()
     except (OSError, SafetensorError) as error:
         what = f"the model could not be written ({getattr(error, 'strerror', None) or error})"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from moe_train.config import ModelConfig
 from moe_train.conversion.family import EOS, PAD, Family, Link, Settings, register_family
@@ -19,7 +19,7 @@ class M2M100(Family):
     model_type = "m2m_100"
     architecture = "M2M100ForConditionalGeneration"
     # Our sub-module → theirs, in a layer.
-    names: Mapping[str, str] = {
+    names: ClassVar[Mapping[str, str]] = {
         "self_attention": "self_attn",
         "attention_residual.norm": "self_attn_layer_norm",
         "cross_attention": "encoder_attn",
@@ -106,7 +106,7 @@ class M2M100(Family):
             yield Link("model.decoder.embed.tokens.weight", (_EMBEDDING,))
             yield Link("model.decoder.output.weight", (_OUTPUT,))
         for side, layers in (("encoder", model.encoder_layers), ("decoder", model.decoder_layers)):
-            yield from _both(f"model.{side}.stack.norm", f"model.{side}.layer_norm")
+            yield from both(f"model.{side}.stack.norm", f"model.{side}.layer_norm")
             for layer in range(layers):
                 ours, theirs = f"model.{side}.stack.layers.{layer}.", f"model.{side}.layers.{layer}."
                 yield from self._layer(ours, theirs, side == "decoder")
@@ -116,12 +116,12 @@ class M2M100(Family):
         """Attention and norms of a layer."""
         names = self.names
         for norm in ("attention_residual.norm", "feed_forward.residual.norm"):
-            yield from _both(f"{ours}{norm}", f"{theirs}{names[norm]}")
+            yield from both(f"{ours}{norm}", f"{theirs}{names[norm]}")
         attention = f"{theirs}{names['self_attention']}."
         yield _stack(f"{ours}self_attention.qkv_weight", attention, "qkv")
         yield from _attention(f"{ours}self_attention.", attention)
         if is_decoder:
-            yield from _both(f"{ours}cross_residual.norm", f"{theirs}{names['cross_residual.norm']}")
+            yield from both(f"{ours}cross_residual.norm", f"{theirs}{names['cross_residual.norm']}")
             attention = f"{theirs}{names['cross_attention']}."
             yield _stack(f"{ours}cross_attention.query_weight", attention, "q")
             yield _stack(f"{ours}cross_attention.key_value_weight", attention, "kv")
@@ -132,7 +132,7 @@ class M2M100(Family):
     ) -> Iterator[Link]:
         """The feed-forward of a layer."""
         for part in ("fc1", "fc2"):
-            yield from _both(f"{ours}feed_forward.block.{part}", f"{theirs}{self.names['feed_forward.block']}{part}")
+            yield from both(f"{ours}feed_forward.block.{part}", f"{theirs}{self.names['feed_forward.block']}{part}")
 
     def aliases(self, model: ModelConfig) -> Mapping[str, str]:
         """Other names of the embedding."""
@@ -144,7 +144,8 @@ class M2M100(Family):
         return name.endswith((".k_proj.bias", ".embed_positions.weights")) or name == "final_logits_bias"
 
 
-def _both(ours: str, theirs: str) -> Iterator[Link]:
+def both(ours: str, theirs: str) -> Iterator[Link]:
+    """Weight and bias of a module."""
     for part in ("weight", "bias"):
         yield Link(f"{ours}.{part}", (f"{theirs}.{part}",))
 
@@ -156,4 +157,4 @@ def _stack(ours: str, attention: str, parts: str) -> Link:
 def _attention(ours: str, theirs: str) -> Iterator[Link]:
     yield Link(f"{ours}query_bias", (f"{theirs}q_proj.bias",))
     yield Link(f"{ours}value_bias", (f"{theirs}v_proj.bias",))
-    yield from _both(f"{ours}out", f"{theirs}out_proj")
+    yield from both(f"{ours}out", f"{theirs}out_proj")

@@ -32,6 +32,7 @@ SHAPE = {
     "decoder_attention_heads": 4,
     "max_position_embeddings": 48,
 }
+EXPERTS = {"num_experts": 8, "encoder_sparse_step": 2, "decoder_sparse_step": 2, "router_bias": True}
 
 
 @cache

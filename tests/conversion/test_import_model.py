@@ -18,11 +18,14 @@ from moe_train.conversion.import_model import import_model
 from moe_train.data.prepare.pipeline import prepare
 from moe_train.evaluation.loading import LoadedRun, load_run
 from moe_train.evaluation.search.beam_search import BeamSearch
+from moe_train.evaluation.translator import Batch, Translator
 from moe_train.tasks import build_task
 from moe_train.training.checkpoint.init_from import initialise_from
-from moe_train.training.checkpoint.state_dict import model_tensors
+from moe_train.training.checkpoint.state_dict import EXPERT, model_tensors
 from moe_train.training.run.run_data import check_initial_vocabulary
 from tests.conversion import hf_models as hf
+from tests.conversion import rank_jobs
+from tests.distributed.world import Worlds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +42,21 @@ class Pair:
 KINDS: dict[str, tuple[str, Callable[[Path, Path], int], dict[str, Any], tuple[str, str]]] = {
     "m2m100": ("M2M100", hf.save_m2m100_tokenizer, {}, ("en", "de")),
     "m2m100_unshared": ("M2M100", hf.save_m2m100_tokenizer, {"tie_word_embeddings": False}, ("en", "de")),
+    "nllb_moe": ("NllbMoe", hf.save_nllb_tokenizer, hf.EXPERTS, ("eng_Latn", "deu_Latn")),
+    "nllb_moe_unshared": (
+        "NllbMoe",
+        hf.save_m2m100_tokenizer,
+        {
+            **hf.EXPERTS,
+            "tie_word_embeddings": False,
+            "router_bias": False,
+            "moe_token_dropout": 0.0,
+            "normalize_router_prob_before_dropping": True,
+            "encoder_sparse_step": 1,
+            "decoder_sparse_step": 4,
+        },
+        ("en", "de"),
+    ),
     "nllb": ("M2M100", hf.save_nllb_tokenizer, {"activation_function": "gelu"}, ("eng_Latn", "deu_Latn")),
 }
 
@@ -101,7 +119,7 @@ def test_the_search_finds_the_hypotheses_of_transformers(pair: Pair, beams: int)
     inputs = {"input_ids": sample["src_tokens"], "attention_mask": sample["src_tokens"].ne(1)}
     expected = [row[1:] for row in hf.generate(pair.theirs, inputs, start_of(pair)[1], beams)]
     ended = [row[-1] == 2 for row in expected]
-    assert sum(ended) >= 3 and len({tuple(row) for row in expected}) > 3
+    assert sum(ended) >= 3 and len({tuple(row) for row in expected}) >= 3
     for ours, theirs, has_end in zip(found, expected, ended, strict=True):
         if has_end:
             assert [*ours, 2] == theirs
@@ -130,3 +148,38 @@ def test_text_prepared_with_the_vocabulary_fine_tunes_the_model(pair: Pair, tmp_
     for row in sample["net_input"]["src_tokens"].tolist():
         assert [i for i in row if i != 1] in own
     assert sample["net_input"]["prev_output_tokens"][:, :2].tolist() == [start_of(pair)] * 2
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("pair", ["nllb_moe"], indirect=True)
+def test_experts_divided_over_ranks_give_the_same(worlds: Worlds, pair: Pair, size: int) -> None:
+    sample, folder = sample_of(pair), str(pair.run.folder.path)
+    inputs = {**sample, "prev_output_tokens": sample["src_tokens"].where(sample["src_tokens"] != 2, 5)}
+    held = sum(EXPERT in name for name in model_tensors(pair.run.model))
+    with torch.no_grad():
+        alone, _ = pair.run.model(**inputs)
+    for found, experts in worlds(size).run(rank_jobs.logits, folder, inputs):
+        torch.testing.assert_close(found, alone, rtol=0, atol=1e-5)
+        assert experts == held // size
+    ids = [tuple(pair.run.data.tokenizer().encode(line)) for line in LINES]
+    translator = Translator(pair.run.translating_task, pair.run.model, SearchConfig(beam=5, max_length_offset=10))
+    want = translator.run(Batch(pair.source, pair.target, tuple(ids), tuple(range(len(ids))))).translations
+    parts = worlds(size).run(rank_jobs.translations, folder, ids, pair.source, pair.target)
+    together = {key: text for part in parts for key, text in part.items()}
+    assert [together[str(one)] for one in ids] == [one.text for one in want]
+
+
+@pytest.mark.parametrize(("share", "prioritised"), [(0.25, False), (0.2, True), (0.0, False)])
+def test_capacity_at_evaluation_is_that_of_transformers(tmp_path: Path, share: float, prioritised: bool) -> None:
+    """Without padding, which transformers counts among the tokens."""
+    used = hf.save_m2m100_tokenizer(tmp_path, hf.train_pieces(tmp_path))
+    keys = {"moe_eval_capacity_token_fraction": share, "batch_prioritized_routing": prioritised}
+    theirs = hf.save_model(tmp_path, "NllbMoe", used, **hf.EXPERTS, **keys, expert_capacity=None)
+    run = load_run(import_model(ImportConfig(str(tmp_path), str(tmp_path / "imported"))))
+    tokens = torch.randint(4, 90, (2, 3, 11), generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        found, extra = run.model(tokens[0], None, tokens[1])
+        expected = theirs(input_ids=tokens[0], decoder_input_ids=tokens[1]).logits
+    assert float((found - expected).abs().max() / expected.abs().max()) < 1e-5
+    assert any(not record.routing[0].kept.all() for record in extra["routing"])

@@ -58,6 +58,7 @@ class TopKConfig(TokenChoiceConfig):
         balancing_bias_rate: step size of the bias added to the scores for selection (not to the weights) to balance
             loads; 0: no bias.
         shared_expert: one more expert that processes every token; built by the layer.
+        gate_bias: add a bias to the logits, as some NLLB models do.
     """
 
     name: str = "top_k"
@@ -71,6 +72,7 @@ class TopKConfig(TokenChoiceConfig):
     load_weight: NonNegativeFloat = 0.0
     balancing_bias_rate: NonNegativeFloat = 0.0
     shared_expert: bool = False
+    gate_bias: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -112,7 +114,7 @@ class TopKRouter(TokenChoiceRouter):
         super().__init__(config, inputs)
         self.config: TopKConfig = config
         self.capacity_rounding = config.capacity_rounding
-        self.gate = LinearGate(inputs.dim, config.num_experts, linear_init)
+        self.gate = LinearGate(inputs.dim, config.num_experts, linear_init, bias=config.gate_bias)
         bias = torch.zeros(config.num_experts) if config.balancing_bias_rate else None
         self.register_buffer("balancing_bias", bias)
 
