@@ -98,6 +98,7 @@ class ExportConfig:
     Attributes:
         run, checkpoint, data, data_verify: as in :class:`EvaluateConfig`.
         out: the directory; it must not exist, or be empty.
+        format: ``moe_train``, or ``huggingface`` for models that moe-import has made, trained or not.
         shard_mb: maximum size of a file of tensors, unless one tensor is larger.
         dense: THOR: write the dense model of one expert of each layer (``routing.inference=fixed``).
     """
@@ -107,6 +108,7 @@ class ExportConfig:
     checkpoint: Checkpoint = "best"
     data: str | None = None
     data_verify: DataVerify = "once"
+    format: Literal["moe_train", "huggingface"] = "moe_train"
     shard_mb: PositiveFloat = 5000.0
     dense: bool = False
 
