@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_train.experts.amx import amx_feed_forward
+from moe_train.experts.amx import amx_feed_forward, amx_weighted_sums
 from moe_train.experts.batched import BatchedFeedForward
 from moe_train.experts.grouped import grouped_feed_forward
 from moe_train.experts.hidden_layer import HiddenLayer
@@ -23,6 +23,7 @@ from moe_train.experts.row_plan import RowPlan
 from moe_train.experts.spec import Activation
 from moe_train.kernels.cpu import amx_mlp
 from moe_train.kernels.cpu.matmul import max_padding_for_batched, row_alignment
+from moe_train.parallel.permute import permute_rows, unpermute_rows
 
 
 def prefers_grouped(like: Tensor) -> bool:
@@ -66,6 +67,23 @@ def choose_backend(rows: Tensor, activation: Activation, mean_rows: float, padde
     return Backend("torch", row_alignment(rows, mean_rows), max_padding_for_batched(rows, mean_rows))
 
 
+def weighted_sums(
+    x: Tensor,
+    weight: Tensor,
+    plan: RowPlan,
+    stacks: Sequence[StackedFeedForward],
+    training: bool,
+    backend: Backend,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    """[T, d]: Σ over the pairs of each token of weight · f_e(x), in ``dtype`` (None: at least fp32). weight [P]."""
+    if backend.name == "amx" and dtype == x.dtype and len(stacks) == 1 and x.shape[0]:
+        w1, b1, w2, b2, hidden = of_stack(stacks[0], x.dtype, training)
+        return amx_weighted_sums(x, weight, w1, b1, w2, b2, plan, hidden)
+    out = run_experts(permute_rows(x, plan.index), plan, stacks, training, backend)
+    return unpermute_rows(out, weight, plan.index, dtype)
+
+
 def run_experts(
     rows: Tensor, plan: RowPlan, stacks: Sequence[StackedFeedForward], training: bool, backend: Backend
 ) -> Tensor:
@@ -80,9 +98,7 @@ def run_experts(
 
 def feed_forward(rows: Tensor, plan: RowPlan, stack: StackedFeedForward, training: bool, backend: Backend) -> Tensor:
     """One sub-layer: rows [N, d] in expert order → [N, d]."""
-    w1, w2 = stack.fc1_weight.to(rows.dtype), stack.fc2_weight.to(rows.dtype)
-    b1, b2 = (None if b is None else b.to(rows.dtype) for b in (stack.fc1_bias, stack.fc2_bias))
-    hidden = HiddenLayer(stack.spec.activation, stack.spec.dropout if training else 0.0)
+    w1, b1, w2, b2, hidden = of_stack(stack, rows.dtype, training)
     if backend.name == "grouped":
         return grouped_feed_forward(rows, w1, b1, w2, b2, plan, hidden)
     if backend.name == "amx":
@@ -90,6 +106,15 @@ def feed_forward(rows: Tensor, plan: RowPlan, stack: StackedFeedForward, trainin
     if plan.even:
         return BatchedFeedForward.apply(rows, w1, b1, w2, b2, hidden)  # type: ignore[no-any-return, no-untyped-call]
     return LoopedFeedForward.apply(rows, w1, b1, w2, b2, plan, hidden)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def of_stack(
+    stack: StackedFeedForward, dtype: torch.dtype, training: bool
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, HiddenLayer]:
+    """w1, b1, w2 and b2 in ``dtype``, and what is between the products."""
+    w1, w2 = stack.fc1_weight.to(dtype), stack.fc2_weight.to(dtype)
+    b1, b2 = (None if b is None else b.to(dtype) for b in (stack.fc1_bias, stack.fc2_bias))
+    return w1, b1, w2, b2, HiddenLayer(stack.spec.activation, stack.spec.dropout if training else 0.0)
 
 
 def expert_norm(rows: Tensor, plan: RowPlan, stack: StackedFeedForward) -> Tensor:

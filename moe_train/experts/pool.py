@@ -14,7 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from moe_train.experts.mlp import choose_backend, run_experts
+from moe_train.experts.mlp import choose_backend, weighted_sums
 from moe_train.experts.parameters import StackedFeedForward, initialise
 from moe_train.experts.row_plan import plan_rows
 from moe_train.experts.spec import ExpertSpec
@@ -22,7 +22,7 @@ from moe_train.kernels.device_kernels import TORCH, DeviceKernels
 from moe_train.parallel.dispatch import Dispatch, LocalDispatch, Received, start_dispatch
 from moe_train.parallel.fixed_dispatch import start_fixed_dispatch
 from moe_train.parallel.layout import ExpertLayout
-from moe_train.parallel.permute import count_ids, permute_rows, unpermute_rows
+from moe_train.parallel.permute import count_ids
 from moe_train.parallel.split_sizes import DispatchLevel
 from moe_train.routing.types import Assignment
 
@@ -167,8 +167,7 @@ class ExpertPool(nn.Module):
             per_token=received.per_token,
             kernels=self.kernels,
         )
-        out = run_experts(permute_rows(rows, plan.index), plan, self._stacks, self.training, backend)
-        return unpermute_rows(out, weight, plan.index, dtype)
+        return weighted_sums(rows, weight, plan, self._stacks, self.training, backend, dtype)
 
     @property
     def _stacks(self) -> list[StackedFeedForward]:

@@ -148,7 +148,7 @@ class _Permute(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _sum(grad.contiguous(), None, ctx.rows, grad.dtype), None
+        return sum_by_token(grad.contiguous(), None, ctx.rows, grad.dtype), None
 
 
 class _Unpermute(torch.autograd.Function):
@@ -158,7 +158,7 @@ class _Unpermute(torch.autograd.Function):
         ctx.save_for_backward(*(() if weight is None else (values, weight)))
         if rows.token_start is None and weight is not None and not any(ctx.needs_input_grad) and _all_one(weight):
             weight = None  # inference without a gate
-        return _sum(values, weight, rows, dtype)
+        return sum_by_token(values, weight, rows, dtype)
 
     @staticmethod
     @once_differentiable
@@ -220,7 +220,7 @@ def _row_dot_products(grad: Tensor, values: Tensor, row: Tensor, token: Tensor) 
     )
 
 
-def _sum(values: Tensor, weight: Tensor | None, rows: RowIndex, dtype: torch.dtype) -> Tensor:
+def sum_by_token(values: Tensor, weight: Tensor | None, rows: RowIndex, dtype: torch.dtype) -> Tensor:
     """[T, d]: (weighted) sum of each token's rows of values [N, d], accumulated in at least fp32, rounded to dtype."""
     by = weight if weight is None or rows.by_token is rows.pair_row else weight[rows.row_pair[rows.by_token]]
     if rows.kernels.uses("combine", values):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import re
 import threading
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -171,8 +172,8 @@ def test_the_pool_uses_the_backend_with_the_same_result(kind: dict, monkeypatch:
     x = torch.randn(12, experts.spec.dim).to(BF16).requires_grad_()
     assignment = random_assignment(12, 4, 40, 1)
     taken = []
-    kernel = amx.amx_feed_forward
-    monkeypatch.setattr(mlp, "amx_feed_forward", lambda *given: taken.append("here") or kernel(*given))
+    for name in ("amx_feed_forward", "amx_weighted_sums"):
+        monkeypatch.setattr(mlp, name, partial(counted, taken, getattr(amx, name)))
     outcomes = []
     for ours in (True, False):
         monkeypatch.setattr(amx_mlp, "is_supported", lambda rows, ours=ours: ours)
@@ -181,6 +182,11 @@ def test_the_pool_uses_the_backend_with_the_same_result(kind: dict, monkeypatch:
     assert len(taken) == experts.spec.sublayers
     for one, other in zip(*outcomes, strict=True):
         assert (one.double() - other.double()).norm() <= 2e-2 * other.double().norm()
+
+
+def counted(taken: list[str], kernel: Callable[..., Tensor], *given: object) -> Tensor:
+    taken.append("here")
+    return kernel(*given)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

@@ -42,7 +42,10 @@ typedef struct {
     const bf16 *scale; /* [rows, columns], multiplied after ReLU */
     const bf16 *kept;  /* laid out like `at`: the result is 0 where this is 0, else multiplied by `factor` */
     float factor;
-    float *sums; /* [columns], the sums over rows are added to it */
+    const float *row_weight; /* [rows], multiplied last */
+    float *row_dots;         /* [rows, 16]: parts of the dot product of each row, not yet masked, with that of `kept` */
+    const int64_t *row;      /* [rows], the place of each row; NULL: in order */
+    float *sums;             /* [columns], the sums over rows are added to it */
     int relu;
     int fresh; /* non-temporal stores: it is not read soon */
     float *wide;   /* the result is added to this fp32 matrix, with the same places, and nothing else is done */
@@ -240,6 +243,8 @@ INLINE void finish(const Result *c, long down, long across, const float *block) 
     __m512 zero = _mm512_setzero_ps(), sum_low = zero, sum_high = zero, factor = _mm512_set1_ps(c->factor);
     __m512i bias = c->bias ? load(mask, c->bias + across * BLOCK) : _mm512_setzero_si512();
     for (long i = 0; i < rows; i++, block += BLOCK, place += c->stride) {
+        long number = down * BLOCK + i;
+        if (c->row) place = c->row[number] * c->stride + across * c->across;
         __m512 low = _mm512_add_ps(_mm512_load_ps(block), low_half(bias));
         __m512 high = _mm512_add_ps(_mm512_load_ps(block + 16), high_half(bias));
         if (c->relu) { /* in this operand order NaN is kept */
@@ -247,7 +252,7 @@ INLINE void finish(const Result *c, long down, long across, const float *block) 
             high = _mm512_max_ps(zero, high);
         }
         if (c->scale) {
-            long at = (down * BLOCK + i) * c->columns + across * BLOCK;
+            long at = number * c->columns + across * BLOCK;
             __m512i scale = load(i < real ? mask : 0, c->scale + at);
             low = _mm512_mul_ps(low, low_half(scale));
             high = _mm512_mul_ps(high, high_half(scale));
@@ -255,8 +260,18 @@ INLINE void finish(const Result *c, long down, long across, const float *block) 
         if (c->kept) {
             __m512i kept = load(mask, c->kept + place);
             __mmask32 live = _mm512_test_epi16_mask(kept, _mm512_set1_epi16(0x7fff));
+            if (c->row_dots) {
+                float *dots = c->row_dots + number * 16;
+                __m512 dot = _mm512_fmadd_ps(low, low_half(kept), _mm512_load_ps(dots));
+                _mm512_store_ps(dots, _mm512_fmadd_ps(high, high_half(kept), dot));
+            }
             low = _mm512_maskz_mul_ps((__mmask16)live, low, factor);
             high = _mm512_maskz_mul_ps((__mmask16)(live >> 16), high, factor);
+        }
+        if (c->row_weight) {
+            __m512 weight = _mm512_set1_ps(i < real ? c->row_weight[number] : 0);
+            low = _mm512_mul_ps(low, weight);
+            high = _mm512_mul_ps(high, weight);
         }
         if (c->sums) {
             sum_low = _mm512_add_ps(sum_low, low);

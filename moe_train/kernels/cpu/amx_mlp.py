@@ -12,6 +12,7 @@ import ctypes
 import functools
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
@@ -26,6 +27,21 @@ LOG = logging.getLogger(__name__)
 
 _SOURCE = Path(__file__).with_name("amx_mlp.c")
 _BLOCK = 32  # rows and columns that the kernel computes at a time
+
+
+@dataclass(frozen=True)
+class GatheredRows:
+    """Rows that the kernel takes from a matrix x [T, d] of tokens itself, instead of rows in expert order.
+
+    Attributes:
+        token: [N] int64, token of each row.
+        weight: [N] fp32, factor of each row's output.
+        placed: each token has one row; outputs, multiplied by their weights, and gradients are written to its place.
+    """
+
+    token: Tensor
+    weight: Tensor
+    placed: bool
 
 
 def is_supported(like: Tensor) -> bool:
@@ -58,25 +74,29 @@ def forward(
     scale: Tensor | None,
     counts: Sequence[int],
     keep_hidden: bool,
+    of_tokens: GatheredRows | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """y [N, d], and the hidden rows for :func:`backward` if ``keep_hidden``.
 
     Args:
         rows, w1, b1, w2, b2: contiguous.
         scale: [N, h], factors of dropout on the hidden rows; None: no dropout.
+        of_tokens: ``rows`` is x [T, d], and so is y if they are ``placed``; else y [N, d] is without weights.
 
     Raises:
         MemoryError: the hidden rows of one expert cannot be allocated.
     """
-    y = torch.empty_like(rows)
+    token, weight, placed = _parts(of_tokens)
+    y = torch.empty_like(rows) if of_tokens is None or placed else empty((sum(counts), rows.shape[1]), rows)
     row_start, block_start, expert = _starts(counts), _block_starts(counts), range(len(counts) + 1)
     hidden = empty((block_start[-1], _whole_blocks(w1.shape[2])), rows) if keep_hidden else None
     _run(
         _functions()["moe_forward"],
         (
-            *(_addresses(y, row_start), _addresses(hidden, block_start), _addresses(rows, row_start)),
+            *(_addresses(y, [0] * len(expert) if placed else row_start), _addresses(hidden, block_start)),
+            _addresses(rows, [0] * len(expert) if of_tokens else row_start),
             *(_addresses(parameter, expert) for parameter in (w1, b1, w2, b2)),
-            _addresses(scale, row_start),
+            *(_addresses(part, row_start) for part in (scale, token, weight if placed else None)),
         ),
         w1,
         counts,
@@ -93,26 +113,45 @@ def backward(
     into: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None],
     dropout_scale: float,
     counts: Sequence[int],
-) -> None:
+    b2: Tensor | None = None,
+    of_tokens: GatheredRows | None = None,
+) -> Tensor | None:
     """Writes the gradients of rows, w1, b1 (fp32), w2, b2 (fp32) into the tensors ``into``; None: not computed.
 
     Args:
         grad: gradient of y, [N, d], contiguous.
         dropout_scale: 1 / (1 - p) of dropout.
+        b2: needed with ``of_tokens``.
+        of_tokens: ``rows`` is x [T, d] and ``grad`` is that of the tokens' weighted sums, [T, d]; the gradient of rows
+            is [T, d] if they are ``placed``, else [N, d].
+
+    Returns:
+        With ``of_tokens`` the gradient of their weights, [N] fp32.
     """
     row_start, block_start, expert = _starts(counts), _block_starts(counts), range(len(counts) + 1)
     grad_rows, *grad_parameters = into
+    by_weight = None if of_tokens is None else torch.empty_like(of_tokens.weight)
+    token, weight, placed = _parts(of_tokens)
+    first = [0] * len(expert)
     _run(
         _functions()["moe_backward"],
         (
-            *(_addresses(grad_rows, row_start), *(_addresses(gradient, expert) for gradient in grad_parameters)),
-            *(_addresses(grad, row_start), _addresses(hidden, block_start), _addresses(rows, row_start)),
-            *(_addresses(w1, expert), _addresses(w2, expert)),
-            [dropout_scale] * len(counts),
+            _addresses(grad_rows, first if placed else row_start),
+            *(_addresses(gradient, expert) for gradient in grad_parameters),
+            *(_addresses(grad, first if of_tokens else row_start), _addresses(hidden, block_start)),
+            _addresses(rows, first if of_tokens else row_start),
+            *(_addresses(parameter, expert) for parameter in (w1, w2, b2)),
+            *(_addresses(part, row_start) for part in (token, weight, by_weight)),
+            *([dropout_scale] * len(counts), [placed] * len(counts)),
         ),
         w1,
         counts,
     )
+    return by_weight
+
+
+def _parts(of_tokens: GatheredRows | None) -> tuple[Tensor | None, Tensor | None, bool]:
+    return (None, None, False) if of_tokens is None else (of_tokens.token, of_tokens.weight, of_tokens.placed)
 
 
 def _starts(sizes: Sequence[int]) -> Sequence[int]:
@@ -157,8 +196,8 @@ def _functions() -> Mapping[str, Callable[..., int]]:
     assert kernels is not None and _amx_permitted()
     pointer, size = ctypes.c_void_p, ctypes.c_long
     forward, backward = kernels.moe_forward, kernels.moe_backward
-    forward.argtypes = [pointer] * 8 + [size] * 3
-    backward.argtypes = [pointer] * 10 + [ctypes.c_float] + [size] * 3
+    forward.argtypes = [pointer] * 10 + [size] * 3
+    backward.argtypes = [*[pointer] * 14, ctypes.c_float, ctypes.c_int, *[size] * 3]
     return {"moe_forward": forward, "moe_backward": backward}
 
 
