@@ -99,7 +99,8 @@ def test_weights_of_pytorch_files_are_read_as_data(folder: Path, tmp_path: Path)
         path.unlink()
     bias = {"final_logits_bias": torch.zeros(1, len(state["model.shared.weight"]))}
     torch.save({**state, "lm_head.weight": state["model.shared.weight"], **bias}, copy / "pytorch_model.bin")
-    one, other = (import_model(ImportConfig(str(path), str(tmp_path / path.name / "out"))) for path in (folder, copy))
+    outs = (ImportConfig(str(path), str(tmp_path / path.name / "out"), shard_mb=9.0) for path in (folder, copy))
+    one, other = map(import_model, outs)
     first, second = (load_file(path / "model.safetensors") for path in (one, other))
     assert second.keys() - first.keys() == {"huggingface.final_logits_bias"}
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
