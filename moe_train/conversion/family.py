@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -126,19 +126,3 @@ def families() -> Mapping[str, Family]:
     return dict(_FAMILIES)
 
 
-R = TypeVar("R")
-
-
-def first_accepted(attempt: Callable[[Family], R]) -> R:
-    """The result for the first family that accepts.
-
-    Raises:
-        ConfigError: every family refused; the reasons of all.
-    """
-    reasons = []
-    for family in _FAMILIES.values():
-        try:
-            return attempt(family)
-        except ConfigError as error:
-            reasons.append(f"{family.architecture}: {error.what}")
-    raise ConfigError("Hugging Face transformers has no such model (" + "; ".join(reasons) + ")")

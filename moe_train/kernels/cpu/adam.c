@@ -47,14 +47,14 @@ INLINE void step_part(const Part *p, const Settings *settings, long from, long u
     }
 }
 
-/* Numbers from .. upto - 1 of all parts, counted through. */
-void moe_adam(const Part *parts, float beta1, float beta2, float eps, float divisor, long from, long upto) {
+/* Numbers from .. upto - 1 of all parts, counted through. share1, share2: 1 - beta1, 1 - beta2, computed in fp64. */
+void moe_adam(const Part *parts, float share1, float beta2, float share2, float eps, float divisor, long from, long upto) {
     long begin = 0;
     for (const Part *p = parts; begin < upto; begin = p->end, p++) {
         long start = from > begin ? from - begin : 0, end = (upto < p->end ? upto : p->end) - begin;
         Settings settings = {
             _mm512_set1_ps(divisor),   _mm512_set1_ps(p->kept),   _mm512_set1_ps(p->decay),
-            _mm512_set1_ps(1 - beta1), _mm512_set1_ps(beta2),     _mm512_set1_ps(1 - beta2),
+            _mm512_set1_ps(share1),    _mm512_set1_ps(beta2),     _mm512_set1_ps(share2),
             _mm512_set1_ps(p->step),   _mm512_set1_ps(p->root),   _mm512_set1_ps(eps),
         };
         if (p->half) {

@@ -73,8 +73,8 @@ def adam_step(parts: Sequence[AdamPart], betas: tuple[float, float], eps: float,
         row.copy = None if part.copy is None else part.copy.data_ptr()
         row.end, row.half = total, part.gradient.dtype == torch.bfloat16
         row.kept, row.decay, row.step, row.root = part.kept, part.decay, part.step, part.root
-    function = _kernels().moe_adam
-    parallel_ranges(lambda start, end: function(found, *betas, eps, divisor, start, end), total, _COST)
+    function, numbers = _kernels().moe_adam, (1 - betas[0], betas[1], 1 - betas[1], eps, divisor)
+    parallel_ranges(lambda start, end: function(found, *numbers, start, end), total, _COST)
 
 
 def total_norm(gradients: Sequence[Tensor]) -> Tensor:
@@ -102,7 +102,7 @@ def _kernels() -> ctypes.CDLL:
     kernels = library(_SOURCE)
     assert kernels is not None
     parts, size, number = ctypes.POINTER(_Part), ctypes.c_long, ctypes.c_float
-    kernels.moe_adam.argtypes = [parts, *[number] * 4, size, size]
+    kernels.moe_adam.argtypes = [parts, *[number] * 5, size, size]
     kernels.moe_square_sums.argtypes = [parts, ctypes.c_void_p, *[size] * 4]
     kernels.moe_adam.restype = kernels.moe_square_sums.restype = None
     return kernels
