@@ -124,6 +124,7 @@ class TrainingConfig:
         packed: compute text models on the tokens of a batch without padding. ``auto``: where it can be done, on GPUs
             in bf16 or fp16 without ``model.attention_dropout``; true: refuse to train where it cannot.
         temperature: directions are sampled in proportion to size^(1/temperature).
+        shuffle_window: a translation corpus of more sentences is planned in random windows of this many.
         compile: ``router``: ``torch.compile`` of routers and row plans.
         nonfinite_limit: this many consecutive updates with a non-finite gradient end the run (0 and 1: the first one).
         threads: CPU threads per process (0: OMP_NUM_THREADS, else cores divided by the processes on this host).
@@ -135,6 +136,7 @@ class TrainingConfig:
     accumulation: PositiveInt = 1
     max_sentence_tokens: PositiveInt = 256
     temperature: SamplingTemperature = 1.0
+    shuffle_window: PositiveInt = 2**20
     label_smoothing: Probability = 0.1
     clip_norm: NonNegativeFloat = 1.0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"

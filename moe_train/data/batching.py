@@ -20,6 +20,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +29,9 @@ from moe_train.data.length_buckets import in_length_order, split_by_budget
 from moe_train.errors import DataError
 
 Indices = NDArray[np.int64]
+
+# 1: an epoch is planned as a whole. 2: a corpus of more items than training.shuffle_window is planned in windows.
+PLAN_VERSION = 2
 
 # Streams of random numbers: two uses of one (seed, epoch) never share numbers.
 _PERMUTATION, _TIES, _ORDER, _SURPLUS = range(4)
@@ -85,6 +89,17 @@ class _Epoch:
     order: Indices
 
 
+class Batches(Protocol):
+    """The micro-batches of every update: of :class:`WorldBatches`, or of windows of a large corpus."""
+
+    settings: BatchSettings
+    left_out: dict[str, int]
+    updates_per_epoch: int
+
+    def update(self, u: int) -> Update:
+        """The update after ``u`` finished ones (0: the first)."""
+
+
 class WorldBatches:
     """The micro-batches of every update, with random access.
 
@@ -118,11 +133,8 @@ class WorldBatches:
             for d, (size, pool) in enumerate(zip(direction_sizes, self._pools, strict=True))
         }
         if not any(len(pool) for pool in self._pools):
-            raise DataError(
-                f"no training sentence is left: of {len(kept)}, all are longer than {settings.longest} tokens",
-                remedy="raise training.max_sentence_tokens or training.tokens_per_update, or prepare more data",
-            )
-        self._items_per_epoch = _items_per_epoch([len(pool) for pool in self._pools], settings.temperature)
+            raise nothing_left(len(kept), settings.longest)
+        self._items_per_epoch = items_per_epoch([len(pool) for pool in self._pools], settings.temperature)
         self._cache: dict[int, _Epoch] = {}
         self._micro_batches = 0  # the first epoch is not yet planned, and its number is not adjusted
         self._micro_batches = len(self._cached_epoch(0).order)
@@ -179,19 +191,32 @@ class WorldBatches:
         if len(starts) > wanted:
             keep = np.sort(self._generator(_SURPLUS, epoch).permutation(len(starts))[:wanted])
             return starts[keep], ends[keep]
-        while len(starts) < wanted:
-            rows = ends - starts
-            largest = np.argsort(-rows, kind="stable")[: wanted - len(starts)]
-            largest = largest[rows[largest] > 1]
-            if not len(largest):  # every micro-batch is a single row: the rest of the epoch stays empty
-                empty = np.full(wanted - len(starts), ends[-1])
-                return np.concatenate([starts, empty]), np.concatenate([ends, empty])
-            middle = starts[largest] + rows[largest] // 2
-            starts, ends = np.sort(np.concatenate([starts, middle])), np.sort(np.concatenate([ends, middle]))
-        return starts, ends
+        return halve_largest(starts, ends, wanted)
 
     def _generator(self, *key: int) -> np.random.Generator:
         return np.random.Generator(np.random.Philox(np.random.SeedSequence([self.settings.seed, *key])))
+
+
+def halve_largest(starts: Indices, ends: Indices, wanted: int) -> tuple[Indices, Indices]:
+    """At least ``wanted`` micro-batches: those with most rows are halved; where all have one row, empty ones follow."""
+    while len(starts) < wanted:
+        rows = ends - starts
+        largest = np.argsort(-rows, kind="stable")[: wanted - len(starts)]
+        largest = largest[rows[largest] > 1]
+        if not len(largest):  # every micro-batch is a single row
+            empty = np.full(wanted - len(starts), ends[-1])
+            return np.concatenate([starts, empty]), np.concatenate([ends, empty])
+        middle = starts[largest] + rows[largest] // 2
+        starts, ends = np.sort(np.concatenate([starts, middle])), np.sort(np.concatenate([ends, middle]))
+    return starts, ends
+
+
+def nothing_left(items: int, longest: int) -> DataError:
+    """The error of a corpus all of whose items are too long."""
+    return DataError(
+        f"no training sentence is left: of {items}, all are longer than {longest} tokens",
+        remedy="raise training.max_sentence_tokens or training.tokens_per_update, or prepare more data",
+    )
 
 
 def split_micro_batch(indices: Indices, rank: int, world: int) -> Indices:
@@ -199,7 +224,7 @@ def split_micro_batch(indices: Indices, rank: int, world: int) -> Indices:
     return indices[rank::world]
 
 
-def _items_per_epoch(sizes: Sequence[int], temperature: float) -> list[int]:
+def items_per_epoch(sizes: Sequence[int], temperature: float) -> list[int]:
     """Items of each direction per epoch; rounded by the largest-remainder method, they sum to the number of items."""
     total = sum(sizes)
     if temperature == 1.0:

@@ -17,7 +17,7 @@ BUCKET_MICRO_BATCHES = 8
 BUCKET_RATIO = 1.15
 
 
-def in_length_order(source: NDArray[np.int64], target: NDArray[np.int64], budget: int) -> Indices:
+def in_length_order(source: NDArray[np.integer], target: NDArray[np.integer], budget: int) -> Indices:
     """An order in which neighbours have similar lengths on both sides.
 
     Items are divided into narrow buckets by target length; within a bucket they are sorted by source length, ascending
@@ -34,7 +34,7 @@ def in_length_order(source: NDArray[np.int64], target: NDArray[np.int64], budget
     return np.lexsort((target, ascending, bucket))
 
 
-def split_by_budget(source: NDArray[np.int64], target: NDArray[np.int64], budget: int) -> Indices:
+def split_by_budget(source: NDArray[np.integer], target: NDArray[np.integer], budget: int) -> Indices:
     """Splits a sorted sequence greedily into runs of ``rows · longest target ≤ budget`` and a looser bound on sources.
 
     An item that exceeds the budget is a run of its own.
@@ -56,14 +56,16 @@ def split_by_budget(source: NDArray[np.int64], target: NDArray[np.int64], budget
     return np.array(edges, np.int64)
 
 
-def batch_by_length(items: Indices, source: NDArray[np.int64], target: NDArray[np.int64], budget: int) -> list[Indices]:
+def batch_by_length(
+    items: Indices, source: NDArray[np.integer], target: NDArray[np.integer], budget: int
+) -> list[Indices]:
     """Batches of items [N] of similar length within the budget."""
     order = in_length_order(source, target, budget)
     edges = split_by_budget(source[order], target[order], budget)
     return [batch for batch in np.split(items[order], edges[1:-1]) if len(batch)]
 
 
-def _bucket_of_length(target: NDArray[np.int64], budget: int) -> NDArray[np.int64]:
+def _bucket_of_length(target: NDArray[np.integer], budget: int) -> NDArray[np.int64]:
     """Bucket of each target length 0 … max: wide enough for some micro-batches, narrow enough for little padding."""
     tokens = np.bincount(target) * np.arange(int(target.max()) + 1)
     bucket = np.zeros(len(tokens), np.int64)

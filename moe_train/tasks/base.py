@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from moe_train.config import RunConfig
-from moe_train.data.batching import Indices, WorldBatches
+from moe_train.data.batching import PLAN_VERSION, Batches, Indices
 from moe_train.data.folder import DataFolder
 from moe_train.errors import DataError
 from moe_train.models.trainable import TrainableModel
@@ -35,11 +35,13 @@ class TrainingTask(ABC):
         trained: names of the held-out sets (directions or languages) that are trained on. Other sets are zero-shot and
             left out of averages over sets. Empty: all sets count alike.
         vocabulary: the data folder whose pieces the model reads and writes; None: the model has no vocabulary.
+        plan_version: of the way in which batches are planned; that of a run which is resumed.
         directions: what a translating task translates, such as "en-de".
     """
 
     config: RunConfig
     unit: str | None = None
+    plan_version: int = PLAN_VERSION
 
     @property
     def trained(self) -> tuple[str, ...]:
@@ -90,7 +92,7 @@ class TrainingTask(ABC):
         """
 
     @abstractmethod
-    def train_batches(self) -> WorldBatches:
+    def train_batches(self) -> Batches:
         """The world's micro-batches of every update."""
 
     @abstractmethod

@@ -19,6 +19,7 @@ Indices = NDArray[np.int64]
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQ")
 _TYPES = {1: "u1", 2: "i1", 3: "i2", 4: "i4", 5: "i8", 8: "u2", 9: "u4", 10: "u8"}
+_CHUNK = 1 << 18  # sentences whose entries of the index are checked together; a larger index stays a map
 _REMEDY = "the data folder is damaged: restore it, or run moe-prepare again with overwrite=true"
 
 
@@ -37,59 +38,77 @@ class SentenceFile:
     def __init__(self, prefix: Path, entries: int | None = None) -> None:
         self.prefix, self.entries = prefix, entries
         self._index, self._data = (prefix.with_name(f"{prefix.name}.{suffix}") for suffix in ("idx", "bin"))
-        self.sizes, self._dtype = self._read_index()
+        self._sizes, self._offsets, self._dtype = self._read_index()
 
-    def _read_index(self) -> tuple[Indices, np.dtype[np.integer]]:
+    @cached_property
+    def sizes(self) -> Indices:
+        """[N] tokens of each sentence, the end included; 8 bytes each, kept once they have been asked for."""
+        return self._sizes.astype(np.int64)
+
+    def sizes_of(self, sentences: slice | Indices) -> Indices:
+        """Tokens of some sentences, read from the memory-mapped index, which processes of a host share."""
+        return self._sizes[sentences].astype(np.int64)
+
+    def _read_index(self) -> tuple[NDArray[np.int32], Indices, np.dtype[np.integer]]:
         with reading(self._index):
             if self._index.stat().st_size < _HEADER.size:
                 raise self._wrong(f"the index ends within its header of {_HEADER.size} bytes")
-            content = np.memmap(self._index, np.uint8, mode="r")
+            content = np.asarray(np.memmap(self._index, np.uint8, mode="r"))
         magic, version, code, count = _HEADER.unpack(content[: _HEADER.size].tobytes())
+        if count <= _CHUNK:  # a map keeps its file open, and there may be hundreds of small ones
+            content = content.copy()
         if magic != _MAGIC or version != 1 or code not in _TYPES:
             raise self._wrong("this is no index of fairseq's mmap format with whole numbers")
         expected = _HEADER.size + count * 12
         if len(content) != expected:
             raise self._wrong(f"an index of {count:,} sentences has {expected:,} bytes, this has {len(content):,}")
         middle = _HEADER.size + count * 4
-        sizes = content[_HEADER.size : middle].view(np.int32).astype(np.int64)
-        if count and sizes.min() < 1:
-            number = int(sizes.argmin())
-            raise self._wrong(f"the sentence {number} has a size of {sizes[number]} tokens: each has an end at least")
+        sizes, offsets = content[_HEADER.size : middle].view(np.int32), content[middle:].view(np.int64)
         dtype: np.dtype[np.integer] = np.dtype(_TYPES[code])
-        ends = np.cumsum(sizes) * dtype.itemsize
-        if not np.array_equal(content[middle:].view(np.int64)[1:], ends[:-1]) or content[middle : middle + 8].any():
-            raise self._wrong("sentences do not lie one behind the other: the offsets are not those of the sizes")
+        end = 0
+        for first in range(0, count, _CHUNK):
+            some = sizes[first : first + _CHUNK].astype(np.int64)
+            if some.min() < 1:
+                number = int(some.argmin())
+                size = some[number]
+                raise self._wrong(
+                    f"the sentence {first + number} has a size of {size} tokens: each has an end at least"
+                )
+            ends = end + np.cumsum(some) * dtype.itemsize
+            if not np.array_equal(offsets[first : first + _CHUNK], ends - some * dtype.itemsize):
+                raise self._wrong("sentences do not lie one behind the other: the offsets are not those of the sizes")
+            end = int(ends[-1])
         with reading(self._data):
             found = self._data.stat().st_size
-        if found != (ends[-1] if count else 0):
-            raise self._wrong(f"the index is of {ends[-1] if count else 0:,} bytes, {self._data.name} has {found:,}")
-        return sizes, dtype
+        if found != end:
+            raise self._wrong(f"the index is of {end:,} bytes, {self._data.name} has {found:,}")
+        return sizes, offsets, dtype
 
     def _wrong(self, what: str) -> DataError:
         return DataError(what, str(self._index), _REMEDY)
 
     def __len__(self) -> int:
-        return len(self.sizes)
+        return len(self._sizes)
 
-    @cached_property
-    def _starts(self) -> Indices:
-        return np.cumsum(self.sizes) - self.sizes
+    def _starts(self, sentences: Indices) -> Indices:
+        """Where sentences start, in tokens from the file's start."""
+        return self._offsets[sentences] // self._dtype.itemsize
 
     @cached_property
     def _tokens(self) -> NDArray[np.integer]:
-        if not self.sizes.sum():  # an empty file cannot be mapped
+        if not len(self):  # an empty file cannot be mapped
             return np.empty(0, self._dtype)
         with reading(self._data):
             return np.memmap(self._data, dtype=self._dtype, mode="r")
 
     def sentence(self, number: int) -> NDArray[np.int64]:
         """[length] dictionary ids, the end included."""
-        start = self._starts[number]
-        return self._checked(self._tokens[start : start + self.sizes[number]])
+        start = self._offsets[number] // self._dtype.itemsize
+        return self._checked(self._tokens[start : start + self._sizes[number]])
 
     def fill(self, table: NDArray[np.int64], rows: Indices, sentences: Indices, column: int = 0) -> None:
         """Writes ``sentences`` into ``rows`` of ``table`` [B, L], left-aligned at ``column``."""
-        self.copy(table, rows, self._starts[sentences], self.sizes[sentences], column)
+        self.copy(table, rows, self._starts(sentences), self.sizes_of(sentences), column)
 
     def numbers(self, sentences: Indices) -> Indices:
         """A number for each sentence: its own."""

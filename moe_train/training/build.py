@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from moe_train.config import RunConfig
+from moe_train.data.batching import PLAN_VERSION
 from moe_train.errors import TrainingError
 from moe_train.kernels.device_kernels import select_kernels
 from moe_train.models.routed import block_names
@@ -137,12 +138,20 @@ def build_trainer(
     if world.size > 1:
         check_peers()  # of the engine's groups and the one for checkpoints
     checkpoints = CheckpointManager(store, engine, keeping, about)
-    state = checkpoints.restore() or RunState()
+    state = checkpoints.restore() or RunState(plan_version=PLAN_VERSION)
+    if state.plan_version > PLAN_VERSION:
+        raise TrainingError(
+            f"the run's batches are planned in version {state.plan_version}, and this moe_train has {PLAN_VERSION}",
+            str(folder.path),
+            "resume it with the moe_train that began it, or a newer one",
+        )
+    task.plan_version = state.plan_version
     with reading_state(store.path(state.update)):
         interval = MetricInterval.from_json(state.interval)
     data_loader = DataLoader(task, world)
     if world.main:
-        describe_run(folder, config, engine.module, world, state.update, account, layout.plan, data)
+        about_run = {**(data or {}), "plan_version": state.plan_version}
+        describe_run(folder, config, engine.module, world, state.update, account, layout.plan, about_run)
     notes = checkpoints.notes()
     console = console if world.main else None
     if console is not None:

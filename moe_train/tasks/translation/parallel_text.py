@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -105,7 +106,6 @@ class ParallelText:
     """The items of some directions, one direction after the other.
 
     Attributes:
-        source_lengths, target_lengths: [N] tokens, tag and end included (the target mostly has no tag).
         sizes: items of each direction.
     """
 
@@ -114,8 +114,22 @@ class ParallelText:
         self.pad = pad
         self.sizes = [len(d) for d in self.directions]
         self._first = np.cumsum([0, *self.sizes])
-        self.source_lengths = _joined([d.source.sizes + (d.tags.source is not None) for d in self.directions])
-        self.target_lengths = _joined([d.target.sizes + (d.tags.target is not None) for d in self.directions])
+
+    @cached_property
+    def source_lengths(self) -> Indices:
+        """[N] tokens of each item's source, tag and end included; 8 bytes each, kept once they have been asked for."""
+        return _joined([d.source.sizes + (d.tags.source is not None) for d in self.directions])
+
+    @cached_property
+    def target_lengths(self) -> Indices:
+        """[N] tokens of each item's target, its end included, and its tag, which it mostly has not."""
+        return _joined([d.target.sizes + (d.tags.target is not None) for d in self.directions])
+
+    def lengths(self, direction: int, sentences: slice | Indices) -> tuple[Indices, Indices]:
+        """Tokens of the sources and targets of some sentences of a direction, tag and end included."""
+        d = self.directions[direction]
+        source, target = d.source.sizes_of(sentences), d.target.sizes_of(sentences)
+        return source + (d.tags.source is not None), target + (d.tags.target is not None)
 
     def __len__(self) -> int:
         return int(self._first[-1])
@@ -124,12 +138,16 @@ class ParallelText:
         """The batch of these items, right-padded, in fairseq's form (see :data:`moe_train.tasks.base.Sample`)."""
         indices = np.asarray(indices, dtype=np.int64)
         rows = len(indices)
-        source_lengths, target_lengths = self.source_lengths[indices], self.target_lengths[indices]
+        which = np.searchsorted(self._first, indices, side="right") - 1
+        numbers = np.unique(which).tolist()
+        source_lengths, target_lengths = np.zeros((2, rows), np.int64)
+        for number in numbers:
+            here = np.flatnonzero(which == number)
+            source_lengths[here], target_lengths[here] = self.lengths(number, indices[here] - self._first[number])
         source = np.full((rows, max(1, source_lengths.max(initial=0))), self.pad, np.int64)
         target = np.full((rows, max(1, target_lengths.max(initial=0))), self.pad, np.int64)
         first, uid, source_language, target_language = np.zeros((4, rows), np.int64)
-        which = np.searchsorted(self._first, indices, side="right") - 1
-        for number in np.unique(which):
+        for number in numbers:
             direction, here = self.directions[number], np.flatnonzero(which == number)
             sentences = indices[here] - self._first[number]
             tags = direction.tags

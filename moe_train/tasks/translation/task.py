@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from moe_train.config import RunConfig
-from moe_train.data.batching import BatchSettings, Indices, WorldBatches
+from moe_train.data.batching import Batches, BatchSettings, Indices, WorldBatches
 from moe_train.data.folder import DataFolder
 from moe_train.data.length_buckets import batch_by_length
 from moe_train.data.text.languages import offer_direction
 from moe_train.data.text.pairs import tag
+from moe_train.data.windows import WindowedBatches
 from moe_train.errors import DataError, note
 from moe_train.fairseq_compat import apply
 from moe_train.models import build_model
@@ -140,7 +141,7 @@ class TranslationTask(TranslatingTask, FairseqTask):  # type: ignore[misc]
         """Label-smoothed cross-entropy with the routing losses."""
         return MoELabelSmoothedCrossEntropy.build_criterion(self.config.training, self)
 
-    def train_batches(self) -> WorldBatches:
+    def train_batches(self) -> Batches:
         """Micro-batches of the world, drawn by (seed, update).
 
         Raises:
@@ -155,7 +156,11 @@ class TranslationTask(TranslatingTask, FairseqTask):  # type: ignore[misc]
             seed=self.config.seed,
         )
         names = [d.name for d in text.directions]
-        batches = WorldBatches(text.source_lengths, text.target_lengths, text.sizes, settings, names)
+        batches: Batches
+        if self.plan_version > 1 and len(text) > training.shuffle_window:
+            batches = WindowedBatches(text.lengths, text.sizes, settings, training.shuffle_window, names)
+        else:
+            batches = WorldBatches(text.source_lengths, text.target_lengths, text.sizes, settings, names)
         if left_out := {name: count for name, count in batches.left_out.items() if count}:
             _log.warning("train: sentences of more than %d tokens left out: %s", settings.longest, left_out)
         return batches

@@ -20,6 +20,7 @@ class RunState:
         skipped: updates skipped because a gradient was not finite, in all.
         skipped_in_row: the same, since the last good one.
         pending: whether the validation that follows ``update`` is yet to come, because a signal came first.
+        plan_version: of the way in which batches are planned; runs that do not record it have the first.
         interval: sums since the last line of train.jsonl, of ``MetricInterval.to_json``.
         engine: the engine's state apart from tensors.
     """
@@ -32,6 +33,7 @@ class RunState:
     skipped: int = 0
     skipped_in_row: int = 0
     pending: bool = False
+    plan_version: int = 1
     interval: dict[str, Any] = field(default_factory=dict)
     engine: dict[str, Any] = field(default_factory=dict)
 

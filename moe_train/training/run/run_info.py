@@ -18,7 +18,7 @@ from torch import nn
 
 import moe_train
 from moe_train.config import RunConfig
-from moe_train.data.batching import WorldBatches
+from moe_train.data.batching import Batches
 from moe_train.parallel.layout_plan import LayoutPlan, in_words
 from moe_train.training.checkpoint.run_state import RunState
 from moe_train.training.run.run_folder import RunFolder
@@ -108,7 +108,7 @@ def commit() -> str | None:
     return result.stdout.strip()
 
 
-def summary(folder: RunFolder, config: RunConfig, state: RunState, batches: WorldBatches) -> Table:
+def summary(folder: RunFolder, config: RunConfig, state: RunState, batches: Batches) -> Table:
     """The run in a table: folder, data, model, layout, updates."""
     info = folder.info
     world, training = info["world"], config.training
@@ -142,7 +142,7 @@ def _layout(world: dict[str, Any]) -> str:
     return f"{in_words(world['processes'] // size, size)}{levels}" if size > 1 else ""
 
 
-def _left_out(batches: WorldBatches) -> str:
+def _left_out(batches: Batches) -> str:
     """Training sentences that are too long, if there are any."""
     counts = ", ".join(f"{count:,} of {name}" for name, count in batches.left_out.items() if count)
     return f"{counts} (longer than {batches.settings.longest} tokens)" if counts else ""

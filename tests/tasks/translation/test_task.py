@@ -18,6 +18,7 @@ from moe_train.tasks import build_task
 from moe_train.tasks.indexed_dataset import SentenceFile
 from moe_train.tasks.translation.parallel_text import shifted
 from moe_train.tasks.translation.task import TranslationTask
+from moe_train.training.checkpoint.run_state import RunState
 from tests.tasks.helpers import make_task
 
 
@@ -204,6 +205,20 @@ def test_token_frequencies_count_text_tags_and_ends(tiny_data: DataFolder) -> No
     assert torch.equal(2 * frequency[tags], counts[tags])
     # English serves three pairs; the stored end of the decoder's input is replaced by the tag
     assert frequency[task.dictionary.eos()] == 600 and frequency[task.dictionary.pad()] == 0
+
+
+def test_a_corpus_beyond_a_window_is_planned_in_windows_unless_its_run_began_before(tiny_data: DataFolder) -> None:
+    task = make_task(tiny_data, max_sentence_tokens=24, shuffle_window=100)
+    windows, text = task.train_batches(), task.split("train")
+    items = np.concatenate([b for u in range(windows.updates_per_epoch) for b in windows.update(u).micro_batches])
+    kept = np.maximum(text.source_lengths, text.target_lengths) <= 24
+    assert sorted(items.tolist()) == np.flatnonzero(kept).tolist()
+    assert sum(windows.left_out.values()) == (~kept).sum()
+    task.plan_version = RunState.from_json({"update": 3}).plan_version  # a run that does not record it
+    whole = make_task(tiny_data, max_sentence_tokens=24, shuffle_window=len(text)).train_batches()
+    for u in (0, 5):
+        planned = zip(task.train_batches().update(u).micro_batches, whole.update(u).micro_batches, strict=True)
+        assert all(old.tolist() == new.tolist() for old, new in planned)
 
 
 def test_training_sentences_beyond_the_limit_are_counted(tiny_data: DataFolder) -> None:
