@@ -58,8 +58,6 @@ class EvaluateConfig:
     """
 
     run: str
-    mode: Literal["translate", "score"] = "translate"
-    hypotheses: str | None = None
     split: Literal["test", "valid"] = "test"
     checkpoint: Checkpoint = "best"
     data: str | None = None
@@ -68,6 +66,8 @@ class EvaluateConfig:
     max_sentences: NonNegativeInt = 0
     tokenizer: Literal["auto", "13a", "intl", "char", "flores101", "flores200"] = "auto"
     out: str | None = None
+    mode: Literal["translate", "score"] = "translate"
+    hypotheses: str | None = None
     metrics: tuple[str, ...] = ()
     examples: NonNegativeInt = 0
     metric: Mapping[str, Any] = field(default_factory=dict)

@@ -9,7 +9,7 @@ from tests.distributed.world import Worlds
 from tests.parallel.token_path import token_path
 
 
-@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 23), (torch.bfloat16, 24)], ids=str)
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 25), (torch.bfloat16, 25)], ids=str)
 def test_a_token_passes_few_files_and_all_to_alls(dtype: torch.dtype, most: int, worlds: Worlds) -> None:
     """The files of ``kernels=`` included, and in bf16 a kernel of the gate beside those of experts and sums of rows."""
     found = worlds(2).run(token_path, dtype)[0]

@@ -60,4 +60,4 @@ def test_a_batch_passes_few_files(tmp_path: Path) -> None:
     assert len(folder.train_log.read_text().splitlines()) == 2
     assert {"tasks/indexed_dataset.py", "training/step.py", "training/metrics/writers.py"} <= files
     passed = sorted(file for file in files if not file.startswith(MODEL_ROOMS))
-    assert len(passed) <= 16, passed
+    assert len(passed) <= 17, passed
