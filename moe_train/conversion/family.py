@@ -124,5 +124,3 @@ def register_family(kind: F) -> F:
 def families() -> Mapping[str, Family]:
     """All families by ``model_type``."""
     return dict(_FAMILIES)
-
-

@@ -30,7 +30,10 @@ def test_the_folder_may_be_named_in_either_way(root: Path, tmp_path: Path) -> No
     """It alone tells whether a run is to go on; the commands only say here what they were called with."""
     (tmp_path / "scripts").mkdir()
     shutil.copy2(root / "scripts" / "quickstart.sh", tmp_path / "scripts")
-    for name in ("scripts/setup.sh", *(f".venv/bin/moe-{command}" for command in ("prepare", "train", "evaluate"))):
+    for name in (
+        "scripts/setup.sh",
+        *(f".venv/bin/moe-{command}" for command in ("prepare", "train", "evaluate", "report")),
+    ):
         script = tmp_path / name
         script.parent.mkdir(parents=True, exist_ok=True)
         script.write_text('#!/bin/sh\necho "called: $*"\n', encoding="ascii")
@@ -68,11 +71,12 @@ def test_what_is_finished_is_not_done_again(root: Path, tmp_path: Path) -> None:
         return done.stdout
 
     first = quickstart(4)
-    assert stages(first) == ["install", "prepare", "train", "evaluate"] and "shuffled" in first
+    assert stages(first) == ["install", "prepare", "train", "evaluate", "report"] and "shuffled" in first
+    assert first.count("\n  translation  ") == 6 and (tmp_path / "outputs" / "mine" / "report.html").is_file()
     assert (tmp_path / "made" / "data" / "manifest.json").is_file()
     scores = (tmp_path / "outputs" / "mine" / "test.json").read_bytes()
     again = quickstart(4)
     assert stages(again) == ["install", "prepare", "train", "scores"]
     assert "nothing to do, the run is finished" in again and "average" in again and "into English" in again
     assert (tmp_path / "outputs" / "mine" / "test.json").read_bytes() == scores
-    assert stages(quickstart(6))[-1] == "evaluate", "more updates, other scores"
+    assert stages(quickstart(6))[-2:] == ["evaluate", "report"], "more updates, other scores"
