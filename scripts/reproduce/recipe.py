@@ -1,7 +1,6 @@
 """Searches the recipe of the translation study: the dense model that learns most in a number of core-minutes.
 
-    python scripts/reproduce/recipe.py --text parallel15 --minutes 10          # every candidate of round 1
-    python scripts/reproduce/recipe.py --text parallel15 --minutes 40          # those of round 2
+    python scripts/reproduce/recipe.py --text parallel15 --minutes 10          # every candidate of this round
 
 A candidate differs from ``BASE`` in a few settings. It first trains 10 and 60 updates, whose difference in CPU time
 gives the updates that fit into the budget; then it trains once, so that the learning rate decays to 0 within it. CPU
