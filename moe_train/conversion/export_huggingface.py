@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from moe_train.config.evaluation import ExportConfig
@@ -20,6 +20,7 @@ from moe_train.conversion.hf_tensors import FLOATS
 from moe_train.conversion.import_model import ORIGINAL, TENSORS
 from moe_train.errors import CheckpointError, ConfigError, DataError
 from moe_train.evaluation.loading import LoadedRun, open_run
+from moe_train.evaluation.model_folder import check_free, new_model_folder
 from moe_train.routing.registry import routing_config
 from moe_train.training.checkpoint import checksums
 from moe_train.training.checkpoint.state_dict import model_tensors
@@ -27,7 +28,6 @@ from moe_train.training.checkpoint.tensor_shards import plan_shards, write_index
 from moe_train.training.run.run_data import run_of
 from moe_train.training.run.run_folder import CONFIG
 from moe_train.utils.json_files import entry, read_object
-from moe_train.utils.replace_folder import replacing_folder
 
 # Keys of model and routing that change the function at evaluation.
 _SHAPE = (
@@ -51,8 +51,7 @@ def export_huggingface(config: ExportConfig) -> Path:
         CheckpointError: the checkpoint, or what was kept of the original, is missing or damaged.
     """
     out = Path(config.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError("the export's folder exists already and is not empty", str(out), "set another folder: out=…")
+    check_free(out, "export")
     opened = open_run(config.run, config.checkpoint, config.data, verify=config.data_verify)
     source = _source(opened.config.training.init_from, opened.folder.path)
     content = read_object(source / ORIGINAL / CONFIG) or {}
@@ -60,14 +59,8 @@ def export_huggingface(config: ExportConfig) -> Path:
     family = families()[settings.require("model_type", families(), None)]
     run = opened.load()
     _check_config(run, family, settings)
-    try:
-        with replacing_folder(out) as replacement:
-            _write(run, family, source, replacement.begin(), int(config.shard_mb * 10**6))
-            replacement.finish()
-    except (OSError, SafetensorError) as error:
-        what = f"the export could not be written ({getattr(error, 'strerror', None) or error})"
-        where = str(getattr(error, "filename", None) or out)
-        raise ConfigError(what, where, "check disk space and permissions, or set another folder: out=…") from error
+    with new_model_folder(out, "export", "export") as folder:
+        _write(run, family, source, folder, int(config.shard_mb * 10**6))
     return out
 
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 import moe_train
@@ -28,6 +27,7 @@ from moe_train.conversion.hf_tensors import TensorFiles
 from moe_train.conversion.hf_vocabulary import FILES, SPECIAL, HfVocabulary, read_vocabulary
 from moe_train.data.manifest import BY_NAME, Manifest, describe_files
 from moe_train.errors import CheckpointError, ConfigError, did_you_mean
+from moe_train.evaluation.model_folder import check_free, new_model_folder
 from moe_train.models import build_model
 from moe_train.routing.registry import routing_config
 from moe_train.safe_text import for_markdown
@@ -37,7 +37,6 @@ from moe_train.training.checkpoint.tensor_shards import plan_shards, write_index
 from moe_train.training.run.run_folder import CONFIG
 from moe_train.training.run.run_folder import EXPORTED_DATA as DATA
 from moe_train.utils.json_files import read_object
-from moe_train.utils.replace_folder import replacing_folder
 
 ORIGINAL = "huggingface"  # the folder of original files, and the prefix of tensors kept with the weights
 TENSORS = "tensors.json"
@@ -89,17 +88,10 @@ def import_model(config: ImportConfig) -> Path:
         DataError: the tokenizer is missing, damaged, or not supported.
     """
     out, source = Path(config.out), Path(config.hf)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError("the import's folder exists already and is not empty", str(out), "set another folder: out=…")
+    check_free(out, "import")
     found = open_hf(source)
-    try:
-        with replacing_folder(out) as replacement:
-            _write(found, replacement.begin(), int(config.shard_mb * 10**6) if config.shard_mb else found.files.largest)
-            replacement.finish()
-    except (OSError, SafetensorError) as error:
-        what = f"the model could not be written ({getattr(error, 'strerror', None) or error})"
-        where = str(getattr(error, "filename", None) or out)
-        raise ConfigError(what, where, "check disk space and permissions, or set another folder: out=…") from error
+    with new_model_folder(out, "import", "model") as folder:
+        _write(found, folder, int(config.shard_mb * 10**6) if config.shard_mb else found.files.largest)
     return out
 
 

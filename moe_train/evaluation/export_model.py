@@ -19,7 +19,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from torch import Tensor
 
 import moe_train
@@ -30,6 +29,7 @@ from moe_train.data.manifest import describe_files
 from moe_train.errors import ConfigError
 from moe_train.evaluation.export_readme import readme
 from moe_train.evaluation.loading import LoadedRun, OpenedRun, open_run
+from moe_train.evaluation.model_folder import check_free, new_model_folder
 from moe_train.layers import FeedForward
 from moe_train.models.accounting import sparse_blocks
 from moe_train.routing.inference_overrides import evaluation_values
@@ -40,7 +40,6 @@ from moe_train.training.checkpoint.tensor_shards import plan_shards, write_index
 from moe_train.training.run.run_data import RunData
 from moe_train.training.run.run_folder import CONFIG, RunFolder
 from moe_train.training.run.run_folder import EXPORTED_DATA as DATA
-from moe_train.utils.replace_folder import replacing_folder
 
 
 def export_run(config: ExportConfig) -> Path:
@@ -52,17 +51,10 @@ def export_run(config: ExportConfig) -> Path:
         DataError: the run's data folder, which has the dictionaries, is missing or damaged.
     """
     out = Path(config.out)
-    _check_free(out)
+    check_free(out, "export")
     run = _dense_run(config) if config.dense else _opened(config).load()
-    try:
-        with replacing_folder(out) as replacement:
-            _check_free(out)
-            _write(run, replacement.begin(), config.shard_mb)
-            replacement.finish()
-    except (OSError, SafetensorError) as error:
-        what = f"the export could not be written ({getattr(error, 'strerror', None) or error})"
-        where = str(getattr(error, "filename", None) or out)
-        raise ConfigError(what, where, "check disk space and permissions, or set another folder: out=…") from error
+    with new_model_folder(out, "export", "export") as folder:
+        _write(run, folder, config.shard_mb)
     return out
 
 
@@ -93,11 +85,6 @@ def _dense_run(config: ExportConfig) -> LoadedRun:
         )
     model = dataclasses.replace(run.config.model, ffn_dim=widths.pop())
     return dataclasses.replace(run, config=dataclasses.replace(run.config, routing={"name": "dense"}, model=model))
-
-
-def _check_free(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError("the export's folder exists already and is not empty", str(out), "set another folder: out=…")
 
 
 def _write(run: LoadedRun, folder: Path, shard_mb: float) -> None:
