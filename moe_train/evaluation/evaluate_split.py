@@ -72,11 +72,7 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> Results:
     part = part_name([] if everything else chosen, config.max_sentences)
     destination = run_on_all_ranks(world, lambda: find_destination(run, config, part, console) if world.main else None)
     held = [_encode_direction(run, config, name) for name in chosen]
-    batches = [batch for entry in held for batch in entry.encoded.batches]
-    start = time.perf_counter()
-    with show_progress(console, sum(len(batch.sentences) for batch in batches), "translating") as advance:
-        outcomes = decode_batches(run, batches, config.search, config.launch, advance, config.expert_parallel)
-    seconds = time.perf_counter() - start
+    outcomes, seconds = decode_timed(run, config, [entry.encoded for entry in held], console, "translating")
 
     def finish() -> Results | None:
         if destination is None:
@@ -88,6 +84,21 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> Results:
     if destination is not None and console is not None:
         console.print(f"written: {destination.files.scores}", highlight=False, markup=False, soft_wrap=True)
     return results
+
+
+def decode_timed(
+    run: OpenedRun, config: EvaluateConfig, encoded: Sequence[EncodedLines], console: Console | None, doing: str
+) -> tuple[list[BatchResult], float]:
+    """The results of all batches in order, and the seconds that they took.
+
+    Args:
+        doing: a word in front of the progress.
+    """
+    batches = [batch for lines in encoded for batch in lines.batches]
+    start = time.perf_counter()
+    with show_progress(console, sum(len(batch.sentences) for batch in batches), doing) as advance:
+        outcomes = decode_batches(run, batches, config.search, config.launch, advance, config.expert_parallel)
+    return outcomes, time.perf_counter() - start
 
 
 @dataclass(frozen=True)

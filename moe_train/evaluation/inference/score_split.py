@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,14 +16,13 @@ from rich.table import Table
 from moe_train.config.evaluation import EvaluateConfig
 from moe_train.data.text.lines import read_lines, sha256
 from moe_train.errors import DataError
-from moe_train.evaluation.decode_workers import decode_batches
 from moe_train.evaluation.evaluate_split import (
     Destination,
     choose_directions,
+    decode_timed,
     default_directions,
     find_destination,
     settings_of,
-    show_progress,
 )
 from moe_train.evaluation.hypothesis_files import write_lines
 from moe_train.evaluation.inference.output_lines import hypothesis_values
@@ -73,11 +71,7 @@ def score_split(config: EvaluateConfig, console: Console | None = None) -> dict[
     part = part_name(named, config.max_sentences)
     destination = run_on_all_ranks(world, lambda: _destination(run, config, part, console) if world.main else None)
     held = [_encode(run, config, name) for name in chosen]
-    batches = [batch for entry in held for batch in entry.encoded.batches]
-    start = time.perf_counter()
-    with show_progress(console, sum(len(batch.sentences) for batch in batches), "scoring") as advance:
-        outcomes = decode_batches(run, batches, config.search, config.launch, advance, config.expert_parallel)
-    seconds = time.perf_counter() - start
+    outcomes, seconds = decode_timed(run, config, [entry.encoded for entry in held], console, "scoring")
     rest = iter(outcomes)
     scored = {entry.direction: entry.encoded.to_lines([next(rest) for _ in entry.encoded.batches]) for entry in held}
     content = {
